@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared by the files of the CPU backend, which cuts every operator into independent tasks of the single-threaded
+// kernels. Where sums cross tasks, the cut does not depend on the number of threads, so results do not either.
+#pragma once
+
+#include <algorithm>
+#include <span>
+
+#include "../src/arena.h"
+#include "../src/backend.h"
+#include "../src/weight_cache.h"
+#include "isa.h"
+#include "threads.h"
+
+namespace vimcore::cpu {
+
+// Packed forms of a weight, as keys of the cache.
+enum PackKind : int { pack_linear, pack_linear_backward, pack_conv, pack_A_log, pack_dt };
+
+inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+inline Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
+
+template <class F> void dispatch(DType dtype, F&& f)
+{
+    if (dtype == DType::f32)
+        f(float{});
+    else
+        f(double{});
+}
+
+template <class T> Tensor scratch(Context& ctx, Index count) { return ctx.arena().take({count}, dtype_of<T>); }
+
+// The packed form of a weight from the running call's cache, or made anew in the arena without one.
+template <class T, class F> const T* packed(Context& ctx, const Tensor& weight, PackKind kind, Index count, F&& fill)
+{
+    if (ctx.cache)
+        return static_cast<const T*>(ctx.cache->get(weight.data, kind, sizeof(T) * static_cast<std::size_t>(count),
+                                                    [&](void* out) { fill(static_cast<T*>(out)); }));
+    T* out = scratch<T>(ctx, count).template as<T>();
+    fill(out);
+    return out;
+}
+
+// y = x W^T + bias (+ y), W packed; dw += dy^T x. Any leading dimensions.
+template <class T> struct Gemm {
+    const T* x; Index ldx;
+    const T* packed;
+    const T* bias;
+    T* y; Index ldy;
+    Index m, n, k;
+    bool add;
+};
+template <class T> struct GemmTn {
+    const T* dy; Index lddy;
+    const T* x; Index ldx;
+    T* dw; Index lddw;
+    Index m, n, k;
+};
+template <class T> void run_gemms(Context& ctx, std::span<const Gemm<T>> problems);
+template <class T> void run_gemms_tn(Context& ctx, std::span<const GemmTn<T>> problems);
+
+// W (n, k) for y = x W^T, or for y = x W when transposed (then W is (k, n)).
+template <class T> const T* packed_linear(Context& ctx, const Tensor& w, PackKind kind, Index n, Index k, bool transposed);
+// (rows, columns) -> (columns, rows)
+template <class T> const T* packed_transpose(Context& ctx, const Tensor& w, PackKind kind, Index rows, Index columns);
+
+class CpuBackend final : public Backend {
+public:
+    int default_threads() const override { return core_count(); }
+    std::int64_t tile() const override { return 512; }  // keeps the activations of a block in the second-level cache
+
+    void norm_forward(Context& ctx, const NormForward& args) override;
+    void norm_backward(Context& ctx, const NormBackward& args) override;
+    void linear_forward(Context& ctx, std::span<const LinearForward> args) override;
+    void linear_backward(Context& ctx, std::span<const LinearBackward> args) override;
+    void conv1d_forward(Context& ctx, const Conv1d& args) override;
+    void conv1d_backward(Context& ctx, const Conv1d& args) override;
+    void scan_forward(Context& ctx, const Scan& args) override;
+    void scan_backward(Context& ctx, const Scan& args) override;
+    void selective_scan_forward(Context& ctx, const SelectiveScan& args) override;
+    void selective_scan_backward(Context& ctx, const SelectiveScan& args) override;
+    void patches_forward(Context& ctx, const Patches& args) override;
+    void patches_backward(Context& ctx, const Patches& args) override;
+    void tokens_forward(Context& ctx, const Tokens& args) override;
+    void tokens_backward(Context& ctx, const Tokens& args) override;
+    void rope(Context& ctx, const Rope& args) override;
+    void readout_forward(Context& ctx, const Readout& args) override;
+    void readout_backward(Context& ctx, const Readout& args) override;
+    void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale) override;
+};
+
+}  // namespace vimcore::cpu

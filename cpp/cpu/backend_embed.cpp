@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+// What happens once per image rather than once per block: patches, class tokens, position table, RoPE, read-out.
+// Copies and sums; the arithmetic that costs time is in the projections.
+#include <cstring>
+
+#include "backend.h"
+
+namespace vimcore::cpu {
+
+namespace {
+
+constexpr Index patch_rows = 64;   // patches of a task
+constexpr Index token_rows = 64;   // tokens of a task
+
+// Calls f(image pixels, patch pixels) for every run of `patch` pixels of patch j of image b.
+template <class T, class F> void for_each_run(const Patches& a, Index b, Index j, F&& f)
+{
+    const Index channels = a.images.size(1), height = a.images.size(2), width = a.images.size(3), P = a.patch;
+    const Index grid = (width - P) / a.stride + 1, y0 = j / grid * a.stride, x0 = j % grid * a.stride;
+    T* cols = a.cols.as<T>() + (b * a.cols.size(1) + j - a.begin) * channels * P * P;
+    for (Index c = 0; c < channels; c++)
+        for (Index y = 0; y < P; y++)
+            f(a.images.as<T>() + ((b * channels + c) * height + y0 + y) * width + x0, cols + (c * P + y) * P);
+}
+
+template <class T> void patches_forward(Context& ctx, const Patches& a)
+{
+    const Index batch = a.images.size(0), rows = a.cols.size(1), blocks = ceil_div(rows, patch_rows);
+    parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
+        const Index b = task / blocks, begin = task % blocks * patch_rows;
+        for (Index j = begin; j < std::min(rows, begin + patch_rows); j++)
+            for_each_run<T>(a, b, a.begin + j, [&](const T* pixels, T* patch) {
+                std::memcpy(patch, pixels, sizeof(T) * static_cast<std::size_t>(a.patch));
+            });
+    });
+}
+
+template <class T> void patches_backward(Context& ctx, const Patches& a)  // patches may overlap: one task per image
+{
+    parallel_for(ctx.threads(), a.images.size(0), [&](Index b) {
+        for (Index j = a.begin; j < a.begin + a.cols.size(1); j++)
+            for_each_run<T>(a, b, j, [&](T* pixels, const T* patch) {
+                for (Index i = 0; i < a.patch; i++) pixels[i] += patch[i];
+            });
+    });
+}
+
+// Which class token stands at t: 0 or 1, or -1 for a patch.
+Index class_token_at(const Tokens& a, Index t) { return t == a.position[0] ? 0 : t == a.position[1] ? 1 : -1; }
+
+Index patch_index(const Tokens& a, Index t)
+{
+    return t - (a.position[0] >= 0 && t > a.position[0]) - (a.position[1] >= 0 && t > a.position[1]);
+}
+
+template <class T> void tokens_forward(Context& ctx, const Tokens& a)
+{
+    const Index batch = a.out.size(0), len = a.out.size(1), dim = a.out.size(2), blocks = ceil_div(len, token_rows);
+    parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
+        const Index b = task / blocks, begin = task % blocks * token_rows;
+        for (Index t = begin; t < std::min(len, begin + token_rows); t++) {
+            const Index token = class_token_at(a, t);
+            const T* in = token >= 0 ? a.class_token[token].as<T>()
+                                     : a.patches.as<T>() + (b * a.patches.size(1) + patch_index(a, t)) * dim;
+            T* out = a.out.as<T>() + (b * len + t) * dim;
+            const T* pos = a.pos_embed ? a.pos_embed.as<T>() + t * dim : nullptr;
+            const T* mask = a.mask ? a.mask.as<T>() + (b * len + t) * dim : nullptr;
+            for (Index d = 0; d < dim; d++) out[d] = (in[d] + (pos ? pos[d] : T(0))) * (mask ? mask[d] : T(1));
+        }
+    });
+}
+
+template <class T> void tokens_backward(Context& ctx, const Tokens& a)
+{
+    const Index batch = a.out.size(0), len = a.out.size(1), dim = a.out.size(2);
+    parallel_for(ctx.threads(), len, [&](Index t) {  // one task per token: sums over images stay in order
+        const Index token = class_token_at(a, t);
+        T* dpos = a.dpos_embed ? a.dpos_embed.as<T>() + t * dim : nullptr;
+        T* dclass = token >= 0 && a.dclass_token[token] ? a.dclass_token[token].as<T>() : nullptr;
+        for (Index b = 0; b < batch; b++) {
+            const T* dout = a.out.as<T>() + (b * len + t) * dim;
+            const T* mask = a.mask ? a.mask.as<T>() + (b * len + t) * dim : nullptr;
+            T* dpatch = token < 0 ? a.patches.as<T>() + (b * a.patches.size(1) + patch_index(a, t)) * dim : nullptr;
+            for (Index d = 0; d < dim; d++) {
+                const T g = dout[d] * (mask ? mask[d] : T(1));
+                if (dpos) dpos[d] += g;
+                if (dclass) dclass[d] += g;
+                if (dpatch) dpatch[d] = g;
+            }
+        }
+    });
+}
+
+template <class T> void rope(Context& ctx, const Rope& a)
+{
+    const Index batch = a.x.size(0), len = a.x.size(1), dim = a.x.size(2);
+    const T sign = a.inverse ? T(-1) : T(1);
+    parallel_for(ctx.threads(), batch * (len - a.skip), [&](Index task) {
+        const Index b = task / (len - a.skip), t = task % (len - a.skip);
+        T* x = a.x.as<T>() + (b * len + a.skip + t) * dim;
+        const T *cosine = a.cos.as<T>() + t * dim, *sine = a.sin.as<T>() + t * dim;
+        for (Index d = 0; d + 1 < dim; d += 2) {
+            const T x0 = x[d], x1 = x[d + 1];
+            x[d] = x0 * cosine[d] - sign * x1 * sine[d];
+            x[d + 1] = x1 * cosine[d + 1] + sign * x0 * sine[d + 1];
+        }
+    });
+}
+
+template <class T> void readout_forward(Context& ctx, const Readout& a)
+{
+    const Index len = a.x.size(1), dim = a.x.size(2);
+    parallel_for(ctx.threads(), a.x.size(0), [&](Index b) {
+        const T* x = a.x.as<T>() + b * len * dim;
+        T* out = a.out.as<T>() + b * dim;
+        if (a.reduce == Reduce::select) {
+            const bool two = a.index[1] >= 0;
+            for (Index d = 0; d < dim; d++) {
+                const T first = x[a.index[0] * dim + d];
+                out[d] = two ? (first + x[a.index[1] * dim + d]) / 2 : first;
+            }
+            return;
+        }
+        std::copy_n(x, dim, out);
+        for (Index t = 1; t < len; t++)
+            for (Index d = 0; d < dim; d++) {
+                const T value = x[t * dim + d];
+                out[d] = a.reduce == Reduce::mean ? out[d] + value : (value > out[d] || value != value ? value : out[d]);
+            }
+        if (a.reduce == Reduce::mean)
+            for (Index d = 0; d < dim; d++) out[d] /= static_cast<T>(len);
+    });
+}
+
+template <class T> void readout_backward(Context& ctx, const Readout& a)
+{
+    const Index len = a.dx.size(1), dim = a.dx.size(2);
+    parallel_for(ctx.threads(), a.dx.size(0), [&](Index b) {
+        T* dx = a.dx.as<T>() + b * len * dim;
+        const T* dout = a.dout.as<T>() + b * dim;
+        if (a.reduce == Reduce::mean) {
+            for (Index t = 0; t < len; t++)
+                for (Index d = 0; d < dim; d++) dx[t * dim + d] = dout[d] / static_cast<T>(len);
+            return;
+        }
+        std::fill_n(dx, len * dim, T(0));
+        if (a.reduce == Reduce::select) {
+            const T share = a.index[1] >= 0 ? T(0.5) : T(1);
+            for (Index i : a.index)
+                for (Index d = 0; i >= 0 && d < dim; d++) dx[i * dim + d] += share * dout[d];
+            return;
+        }
+        const T* x = a.x.as<T>() + b * len * dim;
+        for (Index d = 0; d < dim; d++) {  // the first of equal maxima
+            Index best = 0;
+            for (Index t = 1; t < len; t++)
+                if (x[t * dim + d] > x[best * dim + d]) best = t;
+            dx[best * dim + d] = dout[d];
+        }
+    });
+}
+
+template <class T> void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
+{
+    const Index len = out.size(1), dim = out.size(2), blocks = ceil_div(len, token_rows);
+    parallel_for(ctx.threads(), out.size(0) * blocks, [&](Index task) {
+        const Index image = task / blocks, row = task % blocks * token_rows, offset = (image * len + row) * dim;
+        const Index count = std::min(token_rows, len - row) * dim;
+        const T scale = row_scale ? row_scale.as<T>()[image] : T(1);
+        const T *pa = a.as<T>() + offset, *pb = b.as<T>() + offset;
+        T* po = out.as<T>() + offset;
+        for (Index i = 0; i < count; i++) po[i] = pa[i] + scale * pb[i];
+    });
+}
+
+}  // namespace
+
+void CpuBackend::patches_forward(Context& ctx, const Patches& args)
+{
+    dispatch(args.cols.dtype, [&](auto t) { cpu::patches_forward<decltype(t)>(ctx, args); });
+}
+
+void CpuBackend::patches_backward(Context& ctx, const Patches& args)
+{
+    dispatch(args.cols.dtype, [&](auto t) { cpu::patches_backward<decltype(t)>(ctx, args); });
+}
+
+void CpuBackend::tokens_forward(Context& ctx, const Tokens& args)
+{
+    dispatch(args.out.dtype, [&](auto t) { cpu::tokens_forward<decltype(t)>(ctx, args); });
+}
+
+void CpuBackend::tokens_backward(Context& ctx, const Tokens& args)
+{
+    dispatch(args.out.dtype, [&](auto t) { cpu::tokens_backward<decltype(t)>(ctx, args); });
+}
+
+void CpuBackend::rope(Context& ctx, const Rope& args)
+{
+    dispatch(args.x.dtype, [&](auto t) { cpu::rope<decltype(t)>(ctx, args); });
+}
+
+void CpuBackend::readout_forward(Context& ctx, const Readout& args)
+{
+    dispatch(args.x.dtype, [&](auto t) { cpu::readout_forward<decltype(t)>(ctx, args); });
+}
+
+void CpuBackend::readout_backward(Context& ctx, const Readout& args)
+{
+    dispatch(args.dx.dtype, [&](auto t) { cpu::readout_backward<decltype(t)>(ctx, args); });
+}
+
+void CpuBackend::add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
+{
+    dispatch(out.dtype, [&](auto t) { cpu::add<decltype(t)>(ctx, a, b, out, row_scale); });
+}
+
+}  // namespace vimcore::cpu

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// Depthwise causal convolution of K = width taps, with optional SiLU, channel by channel:
+//   forward   p[t] = bias + sum_k w[k] x[t - K + 1 + k],  u[t] = silu(p[t]),  x = 0 outside the sequence
+//   backward  dp[t] = du[t] silu'(p[t]), p computed again;  dx[s] = sum_k w[k] dp[s + K - 1 - k]
+//             dweight[k] += sum_t dp[t] x[t - K + 1 + k];  dbias += sum_t dp[t]
+// x, u (tokens, channels), weight (K, channels). The reverse direction is the same formula on the mirrored sequence:
+// a pointer to the last token and a negative stride. Parallel mapping: callers split channels (and tokens in forward);
+// lanes are channels. Every p is summed in the order of k, so splits change no bit.
+#pragma once
+
+#include "simd.h"
+
+namespace vimcore::cpu::VIM_ISA {
+
+// The sequence as its direction sees it: token 0 is the first in scan order.
+template <class T> struct ConvRows {
+    const T* x;
+    Index step;   // elements from a token to the next one
+    Index total;
+};
+template <class T> VIM_INLINE ConvRows<T> conv_rows(const ConvArgs<T>& args)
+{
+    if (args.reverse) return {args.x + (args.total - 1) * args.ldx, -args.ldx, args.total};
+    return {args.x, args.ldx, args.total};
+}
+
+// p[t] of the channels at e; W taps known to the compiler, or 0.
+template <class T, int W> VIM_INLINE Vec<T> conv_token(const ConvArgs<T>& args, const ConvRows<T>& rows, Index t, Index e, Index n)
+{
+    const Index width = W ? W : args.width;
+    Vec<T> p = {};
+    if (args.bias) p = load_upto<T>(args.bias + e, n);
+    for (Index k = 0; k < width; k++) {
+        const Index s = t - width + 1 + k;
+        if (s >= 0) p += load_upto<T>(args.weight + k * args.dim + e, n) * load_upto<T>(rows.x + s * rows.step + e, n);
+    }
+    return p;
+}
+
+template <class T, int W> static void conv_forward_width(const ConvArgs<T>& args)
+{
+    constexpr Index block = 4;  // tokens that share the loads of taps and inputs
+    const ConvRows<T> rows = conv_rows(args);
+    Index first = args.begin;
+    T* u = args.u;
+    Index step = args.ldu;
+    if (args.reverse) {
+        first = args.total - args.begin - args.len;
+        u += (args.len - 1) * args.ldu;
+        step = -step;
+    }
+    Index i = 0;
+    while (i < args.len) {
+        const Index t = first + i;
+        if (W > 0 && t >= W - 1 && args.len - i >= block) {
+            for (Index e = args.e0; e < args.e1; e += lanes<T>) {
+                const Index n = args.e1 - e < lanes<T> ? args.e1 - e : lanes<T>;
+                Vec<T> p[block] = {}, x[block + W];
+                if (args.bias) p[0] = p[1] = p[2] = p[3] = load_upto<T>(args.bias + e, n);
+                for (int s = 0; s < block + W - 1; s++) x[s] = load_upto<T>(rows.x + (t - W + 1 + s) * rows.step + e, n);
+                for (int k = 0; k < W; k++) {
+                    const Vec<T> tap = load_upto<T>(args.weight + k * args.dim + e, n);
+                    for (int s = 0; s < block; s++) p[s] += tap * x[s + k];
+                }
+                for (int s = 0; s < block; s++)
+                    store_upto<T>(u + (i + s) * step + e, args.silu ? silu(p[s]) : p[s], n);
+            }
+            i += block;
+        } else {
+            for (Index e = args.e0; e < args.e1; e += lanes<T>) {
+                const Index n = args.e1 - e < lanes<T> ? args.e1 - e : lanes<T>;
+                const Vec<T> p = conv_token<T, W>(args, rows, t, e, n);
+                store_upto<T>(u + i * step + e, args.silu ? silu(p) : p, n);
+            }
+            i++;
+        }
+    }
+}
+
+template <class T> static void conv_forward(const ConvArgs<T>& args)
+{
+    if (args.width == 4) conv_forward_width<T, 4>(args);
+    else conv_forward_width<T, 0>(args);
+}
+
+// Channels at e of the whole sequence, W taps: inputs and dp of the last W tokens stay in registers.
+template <class T, int W> VIM_INLINE void conv_backward_window(const ConvArgs<T>& args, Index e, Index n)
+{
+    const ConvRows<T> rows = conv_rows(args);
+    const Index total = args.total, step = rows.step;
+    const Index du_step = args.reverse ? -args.lddu : args.lddu, dx_step = args.reverse ? -args.lddx : args.lddx;
+    const T* x = rows.x + e;
+    const T* du = args.du + (args.reverse ? (total - 1) * args.lddu : 0) + e;
+    T* dx = args.dx + (args.reverse ? (total - 1) * args.lddx : 0) + e;
+
+    Vec<T> tap[W], window[W] = {}, recent[W] = {}, dtap[W] = {}, bias = {}, dbias = {};
+    for (int k = 0; k < W; k++) tap[k] = load_upto<T>(args.weight + k * args.dim + e, n);
+    if (args.bias) bias = load_upto<T>(args.bias + e, n);
+    for (Index t = 0; t < total + W - 1; t++) {
+        for (int k = 0; k < W - 1; k++) {
+            window[k] = window[k + 1];
+            recent[k] = recent[k + 1];
+        }
+        recent[W - 1] = Vec<T>{};
+        if (t < total) {
+            window[W - 1] = load_upto<T>(x + t * step, n);
+            Vec<T> dp = load_upto<T>(du + t * du_step, n);
+            if (args.silu) {
+                Vec<T> p = bias;
+                for (int k = 0; k < W; k++) p += tap[k] * window[k];
+                dp *= silu_gradient(p);
+            }
+            for (int k = 0; k < W; k++) dtap[k] += dp * window[k];
+            dbias += dp;
+            recent[W - 1] = dp;
+        }
+        const Index s = t - (W - 1);  // its last term, w[0] dp[s + W - 1], is here now
+        if (s >= 0) {
+            Vec<T> d = {};
+            for (int k = 0; k < W; k++) d += tap[k] * recent[W - 1 - k];
+            if (args.add_dx) d += load_upto<T>(dx + s * dx_step, n);
+            store_upto<T>(dx + s * dx_step, d, n);
+        }
+    }
+    for (int k = 0; k < W; k++) {
+        T* out = args.dweight + k * args.dim + e;
+        if (args.dweight) store_upto<T>(out, load_upto<T>(out, n) + dtap[k], n);
+    }
+    if (args.dbias) store_upto<T>(args.dbias + e, load_upto<T>(args.dbias + e, n) + dbias, n);
+}
+
+// Any width: every dp is added to dx and dweight in memory as it appears.
+template <class T> VIM_INLINE void conv_backward_any(const ConvArgs<T>& args, Index e, Index n)
+{
+    const ConvRows<T> rows = conv_rows(args);
+    const Index total = args.total;
+    Vec<T> dbias = {};
+    for (Index t = 0; t < total; t++) {
+        const Index row = args.reverse ? total - 1 - t : t;
+        if (!args.add_dx) store_upto<T>(args.dx + row * args.lddx + e, Vec<T>{}, n);
+        Vec<T> dp = load_upto<T>(args.du + row * args.lddu + e, n);
+        if (args.silu) dp *= silu_gradient(conv_token<T, 0>(args, rows, t, e, n));
+        dbias += dp;
+        for (Index k = 0; k < args.width; k++) {
+            const Index s = t - args.width + 1 + k;
+            if (s < 0) continue;
+            T* dx = args.dx + (args.reverse ? total - 1 - s : s) * args.lddx + e;
+            store_upto<T>(dx, load_upto<T>(dx, n) + load_upto<T>(args.weight + k * args.dim + e, n) * dp, n);
+            if (!args.dweight) continue;
+            T* dw = args.dweight + k * args.dim + e;
+            store_upto<T>(dw, load_upto<T>(dw, n) + dp * load_upto<T>(rows.x + s * rows.step + e, n), n);
+        }
+    }
+    if (args.dbias) store_upto<T>(args.dbias + e, load_upto<T>(args.dbias + e, n) + dbias, n);
+}
+
+template <class T> static void conv_backward(const ConvArgs<T>& args)
+{
+    Index e = args.e0;
+    if (args.width != 4) {
+        for (; e < args.e1; e += lanes<T>)
+            conv_backward_any<T>(args, e, args.e1 - e < lanes<T> ? args.e1 - e : lanes<T>);
+        return;
+    }
+    for (; e + lanes<T> <= args.e1; e += lanes<T>) conv_backward_window<T, 4>(args, e, lanes<T>);
+    if (e < args.e1) conv_backward_window<T, 4>(args, e, args.e1 - e);
+}
+
+}  // namespace vimcore::cpu::VIM_ISA

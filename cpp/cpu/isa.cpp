@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "isa.h"
+
+#include <cstdlib>
+
+#include "vimcore/error.h"
+
+namespace vimcore::cpu {
+namespace {
+
+bool always() { return true; }
+#if defined(VIMCORE_HAVE_AVX2)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+#if defined(VIMCORE_HAVE_AVX512)
+bool has_avx512()
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+#endif
+
+struct Entry {
+    const char* name;
+    bool (*available)();
+    const Kernels<float>* (*f32)();
+    const Kernels<double>* (*f64)();
+};
+
+constexpr Entry entries[] = {  // widest last
+#if defined(VIMCORE_HAVE_BASELINE)
+    {"baseline", always, kernels_baseline<float>, kernels_baseline<double>},
+#endif
+#if defined(VIMCORE_HAVE_NEON)
+    {"neon", always, kernels_neon<float>, kernels_neon<double>},
+#endif
+#if defined(VIMCORE_HAVE_AVX2)
+    {"avx2", has_avx2, kernels_avx2<float>, kernels_avx2<double>},
+#endif
+#if defined(VIMCORE_HAVE_AVX512)
+    {"avx512", has_avx512, kernels_avx512<float>, kernels_avx512<double>},
+#endif
+};
+
+std::string joined(const std::vector<std::string>& names)
+{
+    std::string text;
+    for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+    return text;
+}
+
+const Entry& find(const std::string& isa)  // "": the widest
+{
+    const Entry* found = nullptr;
+    for (const Entry& entry : entries)
+        if ((isa.empty() || entry.name == isa) && entry.available()) found = &entry;
+    if (!found)
+        throw Error("[isa] " + isa + " is not available; built: " + joined(isas_built()) +
+                    "; this machine can run: " + joined(isas_available()));
+    return *found;
+}
+
+const Entry& chosen()
+{
+    static const Entry& entry = [] () -> const Entry& {
+        const char* wanted = std::getenv("VIMCORE_ISA");
+        return find(wanted ? wanted : "");
+    }();
+    return entry;
+}
+
+template <class T> const Kernels<T>& table(const Entry& entry)
+{
+    if constexpr (sizeof(T) == sizeof(float)) return *entry.f32();
+    else return *entry.f64();
+}
+
+}  // namespace
+
+template <class T> const Kernels<T>& kernels()
+{
+    static const Kernels<T>& of_choice = table<T>(chosen());
+    return of_choice;
+}
+template <class T> const Kernels<T>& kernels(const std::string& isa) { return table<T>(find(isa)); }
+template const Kernels<float>& kernels<float>();
+template const Kernels<double>& kernels<double>();
+template const Kernels<float>& kernels<float>(const std::string& isa);
+template const Kernels<double>& kernels<double>(const std::string& isa);
+
+std::string isa_in_use() { return chosen().name; }
+
+std::vector<std::string> isas_built()
+{
+    std::vector<std::string> names;
+    for (const Entry& entry : entries) names.push_back(entry.name);
+    return names;
+}
+
+std::vector<std::string> isas_available()
+{
+    std::vector<std::string> names;
+    for (const Entry& entry : entries)
+        if (entry.available()) names.push_back(entry.name);
+    return names;
+}
+
+}  // namespace vimcore::cpu

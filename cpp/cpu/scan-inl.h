@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+// Selective scan, forward, one direction of one image:
+//   delta[t, e] = softplus(dt_bias[e] + sum_r dt[t, r] dt_weight[r, e])
+//   h[n, e] = 2^(delta A[n, e]) h[n, e] + delta u[t, e] B[t, n]
+//   y[t, e] = sum_n C[t, n] h[n, e] + D[e] u[t, e], then optionally scale y silu(z)
+// u, y, z (len, E); dt (len, R); B, C (len, N); A, h (N, E).
+// One vector of channels at a time walks all tokens, with its states in registers. Tokens are taken in blocks: first
+// delta and delta u of the block, then the recurrence, then the gate, so that each part keeps the pipelines full. More
+// states than the registers hold are taken in groups within a block, and in passes over the tokens beyond 16.
+// Every token is computed by the same instructions wherever a block or a call begins, so cutting a sequence into
+// several calls changes no bit.
+#pragma once
+
+#include "simd.h"
+
+namespace vimcore::cpu::VIM_ISA {
+
+inline constexpr int scan_block = 32;   // tokens between two visits to the states in memory
+inline constexpr int scan_states = 16;  // states of one pass over the tokens
+// States whose h stays in registers: 16 of 32 vector registers, or half of 16.
+#if VIM_AVX512 || defined(__aarch64__)
+inline constexpr int scan_group = 16;
+#else
+inline constexpr int scan_group = 8;
+#endif
+
+// Rows of one tile in scan order: row s is first + s * step.
+template <class T> struct Rows {
+    T* first;
+    Index step;
+    T* at(Index s) const { return first + s * step; }
+};
+template <class T> VIM_INLINE Rows<T> rows(T* base, Index ld, Index token, bool reverse)
+{
+    return {base ? base + token * ld : base, base ? (reverse ? -ld : ld) : 0};
+}
+
+template <class T> VIM_INLINE Vec<T> load_live(const T* p, Index live)
+{
+    return live == lanes<T> ? load<T>(p) : load<T>(p, live);
+}
+template <class T> VIM_INLINE void store_live(T* p, Vec<T> v, Index live)
+{
+    if (live == lanes<T>)
+        store<T>(p, v);
+    else
+        store<T>(p, v, live);
+}
+
+// Delta before softplus of `count` tokens, for the channels [e, e + live): out[s] = bias + sum_r dt[s, r] weight[r].
+// Tokens go by eights, the last ones repeated, so that all are computed by the same code.
+template <class T>
+static void scan_delta(const ScanArgs<T>& f, Rows<const T> dt, Index count, Index e, Index live, T* out)
+{
+    const Vec<T> bias = f.dt_bias ? load_live<T>(f.dt_bias + e, live) : splat(T(0));
+    if (f.rank == 0) {
+        for (Index s = 0; s < count; s++) store<T>(out + s * lanes<T>, load_live<T>(dt.at(s) + e, live) + bias);
+        return;
+    }
+    constexpr int wide = 8;
+    for (Index s0 = 0; s0 < count; s0 += wide) {
+        const T* row[wide];
+        Vec<T> sum[wide];
+        for (int i = 0; i < wide; i++) {
+            row[i] = dt.at(s0 + i < count ? s0 + i : count - 1);
+            sum[i] = bias;
+        }
+        const T* weight = f.dt_weight + e;
+        for (Index r = 0; r < f.rank; r++, weight += f.dim) {
+            const Vec<T> w = load_live<T>(weight, live);
+#pragma GCC unroll 8
+            for (int i = 0; i < wide; i++) sum[i] += w * row[i][r];
+        }
+        for (int i = 0; i < wide; i++)
+            if (s0 + i < count) store<T>(out + (s0 + i) * lanes<T>, sum[i]);
+    }
+}
+
+// The recurrence of G states over one block: y += C h. delta, du (delta u) and y are [count][lanes].
+template <class T, int G>
+static void scan_recur(const T* A, T* state, const T* delta, const T* du, Rows<const T> B, Rows<const T> C, Index count, T* y)
+{
+    constexpr int w = lanes<T>;
+    Vec<T> h[G];
+#pragma GCC unroll 16
+    for (int n = 0; n < G; n++) h[n] = load<T>(state + n * w);
+    const T *b = B.first, *c = C.first;
+    for (Index s = 0; s < count; s++) {
+        const Vec<T> d = load<T>(delta + s * w), x = load<T>(du + s * w);
+        Vec<T> sum[2] = {load<T>(y + s * w), splat(T(0))};
+#pragma GCC unroll 16
+        for (int n = 0; n < G; n++) {
+            const Vec<T> a = exp2_product(d, load<T>(A + n * w));
+            const Vec<T> in = x * b[n];
+            h[n] = a * h[n] + in;
+            sum[n & 1] += h[n] * c[n];
+        }
+        store<T>(y + s * w, sum[0] + sum[1]);
+        b += B.step;
+        c += C.step;
+    }
+#pragma GCC unroll 16
+    for (int n = 0; n < G; n++) store<T>(state + n * w, h[n]);
+}
+
+// All groups of `count` states.
+template <class T>
+static void scan_groups(Index count, const T* A, T* h, const T* delta, const T* du, Rows<const T> B, Rows<const T> C,
+                        Index tokens, T* y)
+{
+    Index n = 0;
+    auto run = [&](auto recur, Index group) {
+        for (; count - n >= group; n += group)
+            recur(A + n * lanes<T>, h + n * lanes<T>, delta, du, Rows<const T>{B.first + n, B.step},
+                  Rows<const T>{C.first + n, C.step}, tokens, y);
+    };
+    run(scan_recur<T, scan_group>, scan_group);
+    if constexpr (scan_group > 8) run(scan_recur<T, 8>, 8);
+    run(scan_recur<T, 4>, 4);
+    run(scan_recur<T, 1>, 1);
+}
+
+// One vector of channels, states [n0, n0 + states), all tokens.
+template <class T>
+static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index states, bool add, bool finish)
+{
+    constexpr int w = lanes<T>;
+    alignas(64) T A[scan_states * w], h[scan_states * w];
+    alignas(64) T delta[scan_block * w], du[scan_block * w], y[scan_block * w];
+    for (Index n = 0; n < states; n++) {
+        store<T>(A + n * w, load_live<T>(f.A + (n0 + n) * f.dim + e, live));
+        store<T>(h + n * w, f.h ? load_live<T>(f.h + (n0 + n) * f.dim + e, live) : splat(T(0)));
+    }
+    const Vec<T> D = f.D && n0 == 0 ? load_live<T>(f.D + e, live) : splat(T(0));
+    const Vec<T> scale = splat(f.scale);
+
+    for (Index done = 0, count; done < f.len; done += count) {
+        const Index token = f.reverse ? f.len - 1 - done : done, natural = f.begin + token;
+        count = f.len - done < scan_block ? f.len - done : scan_block;
+        if (f.checkpoints) {
+            const Index inside = f.reverse ? f.chunk - 1 - natural % f.chunk : natural % f.chunk;
+            if (inside == 0 || (f.reverse && done == 0))
+                for (Index n = 0; n < states; n++)
+                    store_live<T>(f.checkpoints + (natural / f.chunk * f.state + n0 + n) * f.dim + e,
+                                  load<T>(h + n * w), live);
+            const Index left = f.chunk - inside;  // up to the end of the chunk
+            if (count > left) count = left;
+        }
+        const Rows<const T> u = rows(f.u, f.ldu, token, f.reverse), z = rows(f.z, f.ldz, token, f.reverse);
+        const Rows<T> out = rows(f.y, f.ldy, token, f.reverse);
+        scan_delta(f, rows(f.dt, f.lddt, token, f.reverse), count, e, live, delta);
+        for (Index s = 0; s < count; s++) {
+            Vec<T> d = load<T>(delta + s * w);
+            if (f.softplus) d = softplus(d);
+            const Vec<T> in = load_live<T>(u.at(s) + e, live);
+            store<T>(delta + s * w, d);
+            store<T>(du + s * w, d * in);
+            store<T>(y + s * w, D * in);
+        }
+        scan_groups<T>(states, A, h, delta, du, rows(f.B + n0, f.ldb, token, f.reverse),
+                       rows(f.C + n0, f.ldb, token, f.reverse), count, y);
+        for (Index s = 0; s < count; s++) {
+            Vec<T> v = load<T>(y + s * w);
+            if (add) v += load_live<T>(out.at(s) + e, live);
+            if (finish) v *= f.z ? scale * silu(load_live<T>(z.at(s) + e, live)) : scale;
+            store_live<T>(out.at(s) + e, v, live);
+        }
+    }
+    if (f.h)
+        for (Index n = 0; n < states; n++) store_live<T>(f.h + (n0 + n) * f.dim + e, load<T>(h + n * w), live);
+}
+
+template <class T> static void scan_forward(const ScanArgs<T>& f)
+{
+    for (Index e = f.e0; e < f.e1; e += lanes<T>) {
+        const Index live = f.e1 - e < lanes<T> ? f.e1 - e : lanes<T>;
+        for (Index n = 0; n < f.state; n += scan_states) {
+            const Index states = f.state - n < scan_states ? f.state - n : scan_states;
+            scan_pass(f, e, live, n, states, f.add || n > 0, f.finish && n + states == f.state);
+        }
+    }
+}
+
+// out (N, E) = -exp(A_log) log2(e), transposed. In double throughout: it runs once per set of weights.
+template <class T> static void prepare_A(const T* A_log, Index dim, Index state, T* out)
+{
+    for (Index n = 0; n < state; n++)
+        for (Index e = 0; e < dim; e++)
+            out[n * dim + e] = T(-__builtin_exp(double(A_log[e * state + n])) * 1.4426950408889634);
+}
+
+}  // namespace vimcore::cpu::VIM_ISA

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: Apache-2.0
+// The parallel loop: through OpenMP (VIMCORE_OPENMP) or through teams of our own.
+// A team is a caller and its workers. Its gate holds how many workers may still join the running loop and how many are
+// inside. Nobody joins a closed gate and the caller waits until all are out, so the loop's fields are never read late.
+#include "threads.h"
+
+#include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace vimcore::cpu {
+namespace {
+
+std::atomic<bool> forked{false};   // this process is a child without its parent's workers
+std::atomic<int> active{0};        // threads that run loops now
+thread_local bool inside = false;  // this thread is in a loop: an inner loop runs serially
+
+void watch_fork()
+{
+    static std::once_flag once;
+    std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { forked = true; }); });
+}
+
+void run_serially(std::int64_t count, void (*body)(void*, std::int64_t), void* context)
+{
+    for (std::int64_t i = 0; i < count; i++) body(context, i);
+}
+
+// One loop: indices are claimed one by one by whoever is free. The first exception ends the loop.
+struct Loop {
+    std::int64_t count = 0;
+    void (*body)(void*, std::int64_t) = nullptr;
+    void* context = nullptr;
+    std::atomic<std::int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;
+
+    void start(std::int64_t indices, void (*function)(void*, std::int64_t), void* argument)
+    {
+        count = indices;
+        body = function;
+        context = argument;
+        next.store(0, std::memory_order_relaxed);
+        failed.store(false, std::memory_order_relaxed);
+        error = nullptr;
+    }
+    void work() noexcept
+    {
+        const bool outer = std::exchange(inside, true);
+        try {
+            for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, i);
+        } catch (...) {
+            next.store(count, std::memory_order_relaxed);
+            if (!failed.exchange(true, std::memory_order_relaxed)) error = std::current_exception();
+        }
+        inside = outer;
+    }
+};
+
+#if defined(VIMCORE_OPENMP)
+
+void run_team(int threads, std::int64_t count, void (*body)(void*, std::int64_t), void* context)
+{
+    Loop loop;
+    loop.start(count, body, context);
+#pragma omp parallel num_threads(threads)
+    loop.work();
+    if (loop.error) std::rethrow_exception(loop.error);
+}
+
+#else
+
+void pause_cpu()
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+constexpr int spins = 2000;  // tens of microseconds: about the time between two loops of one forward pass
+
+// Waits until value is no longer `old`.
+void wait_changed(std::atomic<std::uint32_t>& value, std::uint32_t old)
+{
+    for (int i = 0; i < spins; i++) {
+        if (value.load(std::memory_order_acquire) != old) return;
+        pause_cpu();
+    }
+    value.wait(old, std::memory_order_acquire);
+}
+
+class Team {
+public:
+    bool take() { return !taken_.exchange(true, std::memory_order_acquire); }
+    void give_back() { taken_.store(false, std::memory_order_release); }
+
+    void run(int threads, std::int64_t count, void (*body)(void*, std::int64_t), void* context)
+    {
+        while (static_cast<int>(workers_.size()) < threads - 1) workers_.emplace_back([this] { serve(); });
+        loop_.start(count, body, context);
+        gate_.store(static_cast<std::uint32_t>(threads - 1) * one_place, std::memory_order_release);
+        rounds_.fetch_add(1, std::memory_order_release);
+        rounds_.notify_all();
+        loop_.work();
+        std::uint32_t gate = gate_.fetch_and(one_place - 1, std::memory_order_acquire) & (one_place - 1);
+        for (; gate != 0; gate = gate_.load(std::memory_order_acquire)) wait_changed(gate_, gate);
+        if (loop_.error) std::rethrow_exception(std::exchange(loop_.error, nullptr));
+    }
+
+    void stop()  // at exit, outside any loop
+    {
+        stopping_.store(true, std::memory_order_release);
+        rounds_.fetch_add(1, std::memory_order_release);
+        rounds_.notify_all();
+        for (std::thread& worker : workers_) worker.join();
+        workers_.clear();
+    }
+
+private:
+    static constexpr std::uint32_t one_place = 1u << 16;  // gate: free places * one_place + workers inside
+
+    void serve()
+    {
+        std::uint32_t seen = 0;
+        while (!stopping_.load(std::memory_order_acquire)) {
+            wait_changed(rounds_, seen);
+            seen = rounds_.load(std::memory_order_acquire);
+            std::uint32_t gate = gate_.load(std::memory_order_relaxed);
+            while (gate >= one_place && !gate_.compare_exchange_weak(gate, gate - one_place + 1,
+                                                                     std::memory_order_acquire,
+                                                                     std::memory_order_relaxed)) {
+            }
+            if (gate < one_place) continue;
+            loop_.work();
+            gate_.fetch_sub(1, std::memory_order_release);
+            gate_.notify_one();
+        }
+    }
+
+    std::atomic<bool> taken_{false}, stopping_{false};
+    std::atomic<std::uint32_t> gate_{0}, rounds_{0};
+    Loop loop_;
+    std::vector<std::thread> workers_;
+};
+
+constexpr int max_teams = 8;  // concurrent callers with workers; further ones run serially
+
+Team* teams()
+{
+    // Never destroyed, so that a forked child cannot touch threads that it does not have.
+    static Team* const all = [] {
+        static Team* const made = new Team[max_teams];
+        std::atexit([] {
+            if (forked) return;
+            for (int i = 0; i < max_teams; i++)
+                if (made[i].take()) made[i].stop();  // and keep it: later loops run serially
+        });
+        return made;
+    }();
+    return all;
+}
+
+void run_team(int threads, std::int64_t count, void (*body)(void*, std::int64_t), void* context)
+{
+    thread_local int favourite = 0;  // a caller finds its warm workers again
+    Team* const all = teams();
+    for (int tried = 0; tried < max_teams; tried++) {
+        Team& team = all[(favourite + tried) % max_teams];
+        if (!team.take()) continue;
+        favourite = (favourite + tried) % max_teams;
+        struct Returned {
+            Team& team;
+            ~Returned() { team.give_back(); }
+        } returned{team};
+        return team.run(threads, count, body, context);
+    }
+    run_serially(count, body, context);
+}
+
+#endif
+
+}  // namespace
+
+int core_count()
+{
+#if defined(__linux__)
+    for (int cores = 1024; cores <= (1 << 18); cores *= 4) {
+        cpu_set_t* set = CPU_ALLOC(cores);
+        if (!set) break;
+        const std::size_t bytes = CPU_ALLOC_SIZE(cores);
+        const bool known = sched_getaffinity(0, bytes, set) == 0;
+        const int count = known ? CPU_COUNT_S(bytes, set) : 0;
+        CPU_FREE(set);
+        if (count > 0) return count;
+    }
+#endif
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+void parallel_run(int threads, std::int64_t count, void (*body)(void* context, std::int64_t index), void* context)
+{
+    threads = static_cast<int>(std::min<std::int64_t>({threads, count, 1024}));
+    if (threads <= 1 || inside || forked.load(std::memory_order_relaxed)) return run_serially(count, body, context);
+    watch_fork();
+    // Concurrent callers share the cores: each takes what the others left.
+    static const int cores = core_count();
+    const int wanted = threads, free = std::max(cores, wanted) - active.fetch_add(wanted, std::memory_order_relaxed);
+    threads = std::min(wanted, free);
+    struct Done {
+        int threads;
+        ~Done() { active.fetch_sub(threads, std::memory_order_relaxed); }
+    } done{wanted};
+    if (threads <= 1) return run_serially(count, body, context);
+    run_team(threads, count, body, context);
+}
+
+}  // namespace vimcore::cpu

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// One parallel loop. Chunks are claimed one by one and the caller works too, so a core that is taken away costs little.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace vimcore::cpu {
+
+// Calls body(context, i) for every i in [0, count) on up to `threads` threads. Never allocates after warm-up.
+// After fork() the child runs serially: its worker threads do not exist.
+void parallel_run(int threads, std::int64_t count, void (*body)(void* context, std::int64_t index), void* context);
+
+template <class F> void parallel_for(int threads, std::int64_t count, F&& f)
+{
+    using Body = std::remove_reference_t<F>;
+    parallel_run(threads, count, [](void* context, std::int64_t index) { (*static_cast<Body*>(context))(index); },
+                 const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+int core_count();  // cores this process may use
+
+}  // namespace vimcore::cpu

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// What this library was built with and what it uses on this machine.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace vimcore {
+
+struct BuildInfo {
+    std::string version, compiler;
+    std::string isa;                // kernels in use
+    std::vector<std::string> isas;  // kernels built in
+    bool cuda = false, jpeg = false, png = false, openmp = false;
+};
+
+BuildInfo build_info();  // vimcore::Error when VIMCORE_ISA names kernels that are unknown or not available
+
+}  // namespace vimcore

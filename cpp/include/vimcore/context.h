@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Context: where and how to compute. Device, threads and scratch memory; one per concurrent caller.
+#pragma once
+
+#include <memory>
+
+#include "vimcore/tensor.h"
+
+namespace vimcore {
+
+class Arena;
+class Backend;
+class WeightCache;
+
+class Context {
+public:
+    // threads 0: as many as the machine has cores.
+    explicit Context(Device device = Device::cpu(), int threads = 0);
+    Context(Context&&) noexcept;
+    Context& operator=(Context&&) noexcept;
+    ~Context();
+
+    Device device() const { return device_; }
+    int threads() const { return threads_; }
+    void set_threads(int threads);
+
+    Arena& arena() { return *arena_; }        // scratch of the running call
+    Backend& backend() { return *backend_; }
+    WeightCache* cache = nullptr;             // packed weights of the running call, or none
+
+    // Tokens that one operator call works on at most. Results do not depend on it.
+    std::int64_t tile = 0;                    // 0: chosen by the backend
+
+private:
+    Device device_;
+    int threads_;
+    Backend* backend_;
+    std::unique_ptr<Arena> arena_;
+};
+
+}  // namespace vimcore

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// From an image file to the network's input. The same arithmetic as Pillow's bicubic resize, bit for bit.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace vimcore {
+
+struct Image {  // 8-bit RGB, row-major, (height, width, 3)
+    std::int64_t height = 0, width = 0;
+    std::vector<std::uint8_t> pixels;
+};
+
+struct Preprocess {  // names and JSON of the metadata key vimcore.preprocess
+    std::int64_t resize = 256;                       // short side, bicubic; 0: no resize
+    std::int64_t crop_height = 224, crop_width = 224;  // centre crop
+    std::vector<double> mean{0.485, 0.456, 0.406}, std{0.229, 0.224, 0.225};  // 3 values, or 1: luminance only
+
+    std::string to_json() const;
+    static Preprocess from_json(const std::string& text);
+};
+
+// JPEG (grey, YCbCr; CMYK is refused), 8-bit PNG (any colour type; alpha is dropped) and binary PPM/PGM.
+// vimcore::Error names the file and what is wrong with it; also when built without libjpeg or libpng.
+Image decode_image(const std::string& path);
+Image decode_image(const void* bytes, std::size_t size, const std::string& name);
+
+Image resize_bicubic(const Image& image, std::int64_t height, std::int64_t width);
+
+// Resize, centre crop, scale to [0, 1], normalise. out: (channels, crop_height, crop_width) float32, where channels
+// is mean.size(); one channel is Pillow's "L": (19595 R + 38470 G + 7471 B + 32768) >> 16.
+void preprocess(const Image& image, const Preprocess& options, float* out);
+
+bool has_jpeg();
+bool has_png();
+
+}  // namespace vimcore

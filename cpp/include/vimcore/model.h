@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+// The network: forward and backward over Config, Params and Saved; Model and Session are conveniences over them.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "vimcore/config.h"
+#include "vimcore/context.h"
+#include "vimcore/params.h"
+#include "vimcore/tensor.h"
+
+namespace vimcore {
+
+enum class Memory : std::uint8_t { lean, fast };
+
+// What the backward pass of one block needs; everything else is recomputed. n is the number of scan directions.
+struct BlockSaved {
+    Tensor residual;     // (B, L, D) input of the norm
+    Tensor xz;           // (B, L, 2E)
+    Tensor q;            // (n', B, L, R + 2N), n' = 1 where both directions share x_proj
+    Tensor checkpoints;  // (n, B, chunks, N, E) scan states
+    std::int64_t chunk = 0;
+};
+
+// Filled by forward, read by backward, reusable for the next step of the same shape without allocation.
+struct Saved {
+    Memory memory = Memory::lean;
+    std::int64_t batch = 0;
+    std::vector<BlockSaved> blocks;
+    Tensor residual;  // (B, L, D) input of the final norm
+    Buffer storage;
+
+    // Points all tensors into the storage, which grows when it is too small.
+    void prepare(const Config& config, std::int64_t batch, DType dtype);
+
+    static std::int64_t chunk(Memory memory);  // tokens between scan checkpoints: 64 lean, 16 fast
+    // B L (D + 2E + n' (R + 2N)) + B n ceil(L / chunk) N E elements
+    static std::int64_t bytes_per_block(const Config& config, Memory memory, std::int64_t batch, DType dtype);
+};
+
+// One Vim block on its own (paper, algorithm 1). The addition residual_out + out is left to the next block's norm.
+struct Block {
+    Tensor h;             // (B, L, D) or none
+    Tensor row_scale;     // (B) drop-path factor of h, or none
+    Tensor residual;      // (B, L, D) or none; h or residual is given
+    bool reverse = false; // one direction only: from the last token to the first
+    Tensor residual_out;  // (B, L, D): residual + row_scale h; may be the memory of residual
+    Tensor out;           // (B, L, D) mixer output; may be the memory of h
+};
+struct BlockGradients {
+    Tensor dout;           // (B, L, D)
+    Tensor dresidual_out;  // (B, L, D) or none
+    Tensor dresidual;      // (B, L, D) overwritten; may be the memory of dresidual_out
+    Tensor dh;             // (B, L, D) overwritten, or none; may be the memory of dout
+};
+void block_forward(Context& ctx, const Config& config, const BlockParams& params, const Block& block, BlockSaved* saved);
+void block_backward(Context& ctx, const Config& config, const BlockParams& params, const Block& block,
+                    const BlockSaved& saved, const BlockGradients& gradients, BlockParams& dparams);
+
+// The random draws of one training forward; the caller makes them.
+struct Draws {
+    Tensor drop_path;                 // (depth, B): factor of the mixer output of each layer, 0 or 1 / keep; or none
+    Tensor mask;                      // (B, L, D): dropout factors after the position table, or none
+    bool flip = false;                // Directions::sequence: run this batch from the last token to the first
+    std::int64_t class_position = -1; // ClassToken::random: where the token stands; -1: at the head
+};
+
+// Outputs that the caller wants; none tensors are not computed.
+struct Outputs {
+    Tensor logits;                           // (B, classes), or (B, L, classes) for Pool::all, or features if no head
+    Tensor tokens;                           // (B, L, D) normalised
+    std::vector<std::int64_t> layers;        // intermediate layers, ascending
+    std::vector<Tensor> intermediates;       // (B, L, D) each: h + r after that layer, class tokens included
+};
+
+// images: (B, C, H, W). saved == nullptr is inference and gives the same numbers.
+void forward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Outputs& out,
+             Saved* saved = nullptr, const Draws& draws = {});
+
+// `gradients` holds dlogits / dtokens / dintermediates in the same places; dparams is added to, where present.
+void backward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Saved& saved,
+              const Outputs& gradients, Params& dparams, const Tensor& dimages, const Draws& draws = {});
+
+// A loaded network: immutable, shared between threads.
+class Model {
+public:
+    static std::shared_ptr<const Model> load(const std::string& path, Device device = Device::cpu());
+    // img_height / img_width 0: as stored. Otherwise the position table is resized, class tokens left alone.
+    static std::shared_ptr<const Model> load(const std::string& path, Device device, std::int64_t img_height,
+                                             std::int64_t img_width);
+
+    const Config& config() const { return config_; }
+    const Params& params() const { return params_; }
+    const std::map<std::string, std::string>& metadata() const { return metadata_; }
+
+private:
+    Config config_;
+    Params params_;
+    std::map<std::string, std::string> metadata_;
+    std::vector<Buffer> storage_;
+};
+
+struct SessionOptions {
+    std::int64_t max_batch = 8;
+    int threads = 0;
+};
+
+// One per thread: scratch memory, staging. Does not allocate after the first run of a batch size.
+class Session {
+public:
+    explicit Session(std::shared_ptr<const Model> model, SessionOptions options = {});
+    std::vector<float> run(const float* images, std::int64_t batch);              // (batch, C, H, W) -> logits
+    void run(const float* images, std::int64_t batch, float* logits);
+    void features(const float* images, std::int64_t batch, float* tokens);        // (batch, L, D)
+    std::int64_t outputs() const;                                                 // floats per image of run()
+
+private:
+    std::shared_ptr<const Model> model_;
+    SessionOptions options_;
+    Context ctx_;
+};
+
+}  // namespace vimcore

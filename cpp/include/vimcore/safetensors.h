@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reading and writing safetensors files. A file is hostile until its header has been checked in full.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "vimcore/tensor.h"
+
+namespace vimcore {
+
+class SafetensorsFile {
+public:
+    // Maps the file. Throws vimcore::Error naming the file and the fault; limits are those of the format
+    // (header at most 100 MB) and rank at most Shape::max_rank.
+    static SafetensorsFile open(const std::string& path);
+    // The same checks on bytes in memory, which must outlive the result.
+    static SafetensorsFile parse(const void* bytes, std::size_t size, const std::string& name = "<memory>");
+
+    const std::map<std::string, std::string>& metadata() const { return metadata_; }
+    const std::vector<std::pair<std::string, Tensor>>& tensors() const { return tensors_; }  // file order; may be misaligned
+    const Tensor* find(const std::string& name) const;
+
+private:
+    struct Mapping;
+    std::shared_ptr<Mapping> mapping_;
+    std::map<std::string, std::string> metadata_;
+    std::vector<std::pair<std::string, Tensor>> tensors_;
+    std::map<std::string, std::size_t> index_;
+};
+
+// Writes to a temporary name in the same folder, flushes to disk, renames: the old file or the new one is whole.
+void save_safetensors(const std::string& path, const std::vector<std::pair<std::string, Tensor>>& tensors,
+                      const std::map<std::string, std::string>& metadata);
+
+}  // namespace vimcore

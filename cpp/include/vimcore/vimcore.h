@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything of the library.
+#pragma once
+
+#include "vimcore/build_info.h"
+#include "vimcore/config.h"
+#include "vimcore/context.h"
+#include "vimcore/error.h"
+#include "vimcore/image.h"
+#include "vimcore/model.h"
+#include "vimcore/ops.h"
+#include "vimcore/params.h"
+#include "vimcore/safetensors.h"
+#include "vimcore/tensor.h"
+#include "vimcore/version.h"

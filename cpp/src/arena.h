@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scratch memory of one call: a stack of tensors. Grows while a shape is new, then never allocates again.
+#pragma once
+
+#include <vector>
+
+#include "vimcore/tensor.h"
+
+namespace vimcore {
+
+class Arena {
+public:
+    explicit Arena(Device device) : device_(device) {}
+
+    Tensor take(const Shape& shape, DType dtype);
+
+    // Gives back at the end of a block what was taken inside it.
+    class Scope {
+    public:
+        explicit Scope(Arena& arena) : arena_(arena), block_(arena.block_), used_(arena.used_) { ++arena.depth_; }
+        ~Scope();
+        Scope(const Scope&) = delete;
+        Scope& operator=(const Scope&) = delete;
+
+    private:
+        Arena& arena_;
+        std::size_t block_, used_;
+    };
+
+    std::size_t bytes() const;          // reserved now
+    std::size_t allocations() const { return allocations_; }  // since construction; constant after warm-up
+
+private:
+    Device device_;
+    std::vector<Buffer> blocks_;
+    std::size_t block_ = 0, used_ = 0, allocations_ = 0;
+    int depth_ = 0;
+};
+
+}  // namespace vimcore

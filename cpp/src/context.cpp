@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vimcore/context.h"
+
+#include <stdexcept>
+
+#include "arena.h"
+#include "backend.h"
+
+namespace vimcore {
+
+Context::Context(Device device, int threads)
+    : device_(device),
+      threads_(1),
+      backend_(device.type == Device::Type::cpu ? &cpu_backend() : &cuda_backend()),
+      arena_(std::make_unique<Arena>(device))
+{
+    set_threads(threads);
+}
+
+Context::Context(Context&&) noexcept = default;
+Context& Context::operator=(Context&&) noexcept = default;
+Context::~Context() = default;
+
+void Context::set_threads(int threads)
+{
+    if (threads < 0) throw std::invalid_argument("[context] threads: expected 0 or more, got " + std::to_string(threads));
+    threads_ = threads == 0 ? backend_->default_threads() : threads;
+}
+
+}  // namespace vimcore

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+// Model: a network loaded from a vimcore file.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <set>
+
+#include "vimcore/error.h"
+#include "vimcore/model.h"
+#include "vimcore/safetensors.h"
+
+namespace vimcore {
+
+namespace {
+
+float from_half(std::uint16_t bits)
+{
+    const std::uint32_t sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 31u, mantissa = bits & 0x3ffu;
+    if (exponent == 0) {  // zero or subnormal
+        const float value = std::ldexp(static_cast<float>(mantissa), -24);
+        return sign ? -value : value;
+    }
+    const std::uint32_t wide = exponent == 31 ? 0x7f800000u | mantissa << 13 : (exponent + 112) << 23 | mantissa << 13;
+    float value;
+    const std::uint32_t word = sign | wide;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+
+// Any float type, aligned or not, to float32.
+void to_float(const Tensor& from, float* out)
+{
+    const auto* bytes = static_cast<const unsigned char*>(from.data);
+    for (std::int64_t i = 0; i < from.numel(); i++) {
+        if (from.dtype == DType::f32) {
+            std::memcpy(out + i, bytes + 4 * i, 4);
+        } else if (from.dtype == DType::f64) {
+            double value;
+            std::memcpy(&value, bytes + 8 * i, 8);
+            out[i] = static_cast<float>(value);
+        } else {
+            std::uint16_t bits;
+            std::memcpy(&bits, bytes + 2 * i, 2);
+            if (from.dtype == DType::f16) {
+                out[i] = from_half(bits);
+            } else {
+                const std::uint32_t word = static_cast<std::uint32_t>(bits) << 16;
+                std::memcpy(out + i, &word, 4);
+            }
+        }
+    }
+}
+
+// Weights of the four taps around a sample, cubic convolution with a = -0.75 (as torch's bicubic interpolation).
+void cubic_taps(double fraction, double (&weight)[4])
+{
+    constexpr double a = -0.75;
+    for (int i = 0; i < 4; i++) {
+        const double x = std::fabs(fraction + 1 - i);
+        weight[i] = x <= 1 ? ((a + 2) * x - (a + 3)) * x * x + 1 : ((a * x - 5 * a) * x + 8 * a) * x - 4 * a;
+    }
+}
+
+// A (rows, columns) grid of width-D vectors to another grid; positions outside repeat the border.
+std::vector<float> resize_grid(const std::vector<float>& in, std::int64_t rows, std::int64_t columns, std::int64_t new_rows,
+                               std::int64_t new_columns, std::int64_t D)
+{
+    std::vector<float> out(static_cast<std::size_t>(new_rows * new_columns * D));
+    for (std::int64_t y = 0; y < new_rows; y++)
+        for (std::int64_t x = 0; x < new_columns; x++) {
+            const double sy = (static_cast<double>(y) + 0.5) * static_cast<double>(rows) / static_cast<double>(new_rows) - 0.5;
+            const double sx = (static_cast<double>(x) + 0.5) * static_cast<double>(columns) / static_cast<double>(new_columns) - 0.5;
+            const double y0 = std::floor(sy), x0 = std::floor(sx);
+            double wy[4], wx[4];
+            cubic_taps(sy - y0, wy);
+            cubic_taps(sx - x0, wx);
+            float* to = out.data() + (y * new_columns + x) * D;
+            for (std::int64_t d = 0; d < D; d++) {
+                double sum = 0;
+                for (int i = 0; i < 4; i++)
+                    for (int j = 0; j < 4; j++) {
+                        const std::int64_t r = std::clamp<std::int64_t>(static_cast<std::int64_t>(y0) - 1 + i, 0, rows - 1);
+                        const std::int64_t c = std::clamp<std::int64_t>(static_cast<std::int64_t>(x0) - 1 + j, 0, columns - 1);
+                        sum += wy[i] * wx[j] * in[static_cast<std::size_t>((r * columns + c) * D + d)];
+                    }
+                to[d] = static_cast<float>(sum);
+            }
+        }
+    return out;
+}
+
+// Rows of class tokens stay as they are; the patches' rows are resized as a grid. table: (1, L, D) of `from`.
+std::vector<float> resize_positions(const std::vector<float>& table, const Config& from, const Config& to)
+{
+    const std::int64_t D = from.embed_dim;
+    auto class_rows = [](const Config& c) {
+        std::set<std::int64_t> rows;
+        if (c.class_tokens() > 0) rows.insert(c.class_position());
+        if (c.class_tokens() == 2) rows.insert(c.tokens() - 1);
+        return rows;
+    };
+    auto row = [&](std::vector<float>& t, std::int64_t i) { return t.begin() + i * D; };
+    const std::set<std::int64_t> old_class = class_rows(from), new_class = class_rows(to);
+    std::vector<float> grid, tokens, source = table;
+    for (std::int64_t i = 0; i < from.tokens(); i++) {
+        auto& part = old_class.count(i) ? tokens : grid;
+        part.insert(part.end(), row(source, i), row(source, i) + D);
+    }
+    grid = resize_grid(grid, from.grid_height(), from.grid_width(), to.grid_height(), to.grid_width(), D);
+    std::vector<float> result(static_cast<std::size_t>(to.tokens() * D));
+    std::int64_t patch = 0, token = 0;
+    for (std::int64_t i = 0; i < to.tokens(); i++) {
+        const bool is_class = new_class.count(i) > 0;
+        auto from_row = is_class ? row(tokens, token++) : row(grid, patch++);
+        std::copy(from_row, from_row + D, row(result, i));
+    }
+    return result;
+}
+
+}  // namespace
+
+std::shared_ptr<const Model> Model::load(const std::string& path, Device device) { return load(path, device, 0, 0); }
+
+std::shared_ptr<const Model> Model::load(const std::string& path, Device device, std::int64_t img_height,
+                                         std::int64_t img_width)
+{
+    if (device.type != Device::Type::cpu) throw Error("[load] " + to_string(device) + ": this build of vimcore has no CUDA backend");
+    const SafetensorsFile file = SafetensorsFile::open(path);
+    const auto found = file.metadata().find("vimcore.config");
+    if (found == file.metadata().end())
+        throw Error("[load] " + path + ": no vimcore.config in the metadata; `vimcore convert` makes a vimcore file from bare weights");
+
+    auto model = std::make_shared<Model>();
+    Config stored;
+    try {
+        stored = Config::from_json(found->second);
+        stored.validate();
+    } catch (const std::invalid_argument& error) {
+        throw Error("[load] " + path + ": vimcore.config: " + error.what());
+    }
+    model->metadata_ = file.metadata();
+    model->config_ = stored;
+    if (img_height > 0) model->config_.img_height = img_height;
+    if (img_width > 0) model->config_.img_width = img_width;
+    model->config_.validate();
+
+    std::set<std::string> expected{"rope.freqs_cos", "rope.freqs_sin"};
+    std::string faults;
+    Params as_stored;
+    std::vector<std::pair<std::string, std::vector<float>>> values;
+    for_each_param(stored, as_stored, [&](const std::string& name, Tensor&, const Shape& shape) {
+        expected.insert(name);
+        const Tensor* tensor = file.find(name);
+        if (!tensor) {
+            faults += "\n  missing " + name + " " + to_string(shape);
+        } else if (!(tensor->shape == shape)) {
+            faults += "\n  misshapen " + name + ": expected " + to_string(shape) + ", got " + to_string(tensor->shape);
+        } else if (tensor->dtype > DType::bf16) {
+            faults += "\n  " + name + ": expected a float type, got " + name_of(tensor->dtype);
+        } else {
+            std::vector<float> value(static_cast<std::size_t>(shape.numel()));
+            to_float(*tensor, value.data());
+            values.emplace_back(name, std::move(value));
+        }
+    });
+    for (const auto& [name, tensor] : file.tensors())
+        if (!expected.count(name)) faults += "\n  unexpected " + name + " " + to_string(tensor.shape);
+    if (!faults.empty()) throw Error("[load] " + path + ": the tensors do not fit vimcore.config:" + faults);
+
+    std::size_t next = 0;
+    for_each_param(model->config_, model->params_, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
+        std::vector<float>& value = values[next++].second;
+        if (name == "pos_embed" && (stored.grid_height() != model->config_.grid_height() ||
+                                    stored.grid_width() != model->config_.grid_width()))
+            value = resize_positions(value, stored, model->config_);
+        model->storage_.emplace_back(value.size() * sizeof(float));
+        std::copy(value.begin(), value.end(), static_cast<float*>(model->storage_.back().data()));
+        tensor = {model->storage_.back().data(), shape, DType::f32, device};
+    });
+    model->params_.changed();
+    return model;
+}
+
+}  // namespace vimcore

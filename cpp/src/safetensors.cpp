@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0
+// File: 8 bytes header length (little-endian), header (JSON), data. The header gives each tensor's type, shape and
+// range of data bytes; the ranges must tile the data without holes or overlaps, so that no byte is shared or hidden.
+#include "vimcore/safetensors.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <optional>
+#include <tuple>
+
+#include "json.h"
+#include "vimcore/error.h"
+
+namespace vimcore {
+namespace {
+
+constexpr std::size_t max_header = 100000000;  // the format's own limit
+constexpr std::size_t max_tensors = 1000000;
+constexpr std::size_t max_name = 4096;
+constexpr int max_depth = 16;
+
+struct Entry {
+    std::string name;
+    std::optional<DType> dtype;
+    std::optional<Shape> shape;
+    std::optional<std::uint64_t> begin, end;
+};
+
+std::optional<DType> dtype_from(const std::string& name)
+{
+    static constexpr std::pair<const char*, DType> table[] = {
+        {"F32", DType::f32}, {"F64", DType::f64}, {"F16", DType::f16},     {"BF16", DType::bf16}, {"I64", DType::i64},
+        {"I32", DType::i32}, {"I16", DType::i16}, {"I8", DType::i8},       {"U64", DType::u64},   {"U32", DType::u32},
+        {"U16", DType::u16}, {"U8", DType::u8},   {"BOOL", DType::boolean}};
+    for (const auto& [text, dtype] : table)
+        if (name == text) return dtype;
+    return std::nullopt;
+}
+
+std::int64_t read_size(json::Reader& reader)
+{
+    reader.peek();
+    const std::size_t at = reader.offset();
+    const std::int64_t value = reader.integer();
+    if (value < 0) reader.fail("expected an unsigned integer", at);
+    return value;
+}
+
+Shape read_shape(json::Reader& reader)
+{
+    std::int64_t sizes[Shape::max_rank];
+    int rank = 0;
+    reader.begin_array();
+    while (reader.next_element()) {
+        if (rank == Shape::max_rank) reader.fail("more than " + std::to_string(Shape::max_rank) + " dimensions");
+        sizes[rank++] = read_size(reader);
+    }
+    return Shape(sizes, rank);
+}
+
+void read_field(json::Reader& reader, const std::string& field, Entry& entry)
+{
+    const auto once = [&](bool seen) {
+        if (seen) reader.fail("duplicate field \"" + field + "\" of tensor \"" + json::printable(entry.name) + "\"");
+    };
+    if (field == "dtype") {
+        once(entry.dtype.has_value());
+        const std::string name = reader.string();
+        entry.dtype = dtype_from(name);
+        if (!entry.dtype)
+            reader.fail("tensor \"" + json::printable(entry.name) + "\" has unsupported dtype \"" +
+                        json::printable(name, 20) + "\"");
+    } else if (field == "shape") {
+        once(entry.shape.has_value());
+        entry.shape = read_shape(reader);
+    } else if (field == "data_offsets") {
+        once(entry.begin.has_value());
+        std::uint64_t offsets[2];
+        int count = 0;
+        reader.begin_array();
+        while (reader.next_element()) {
+            if (count == 2) reader.fail("more than two data_offsets");
+            offsets[count++] = static_cast<std::uint64_t>(read_size(reader));
+        }
+        if (count != 2) reader.fail("expected two data_offsets");
+        entry.begin = offsets[0], entry.end = offsets[1];
+    } else {
+        reader.skip();  // fields of later versions of the format
+    }
+}
+
+Entry read_entry(json::Reader& reader, const std::string& name)
+{
+    Entry entry{.name = name, .dtype = {}, .shape = {}, .begin = {}, .end = {}};
+    std::string field;
+    reader.begin_object();
+    while (reader.next_key(field)) read_field(reader, field, entry);
+    if (!entry.dtype || !entry.shape || !entry.begin) {
+        const char* missing = !entry.dtype ? "dtype" : !entry.shape ? "shape" : "data_offsets";
+        reader.fail("tensor \"" + json::printable(name) + "\" has no " + missing);
+    }
+    return entry;
+}
+
+void read_metadata(json::Reader& reader, std::map<std::string, std::string>& metadata)
+{
+    std::string key;
+    reader.begin_object();
+    while (reader.next_key(key))
+        if (!metadata.emplace(key, reader.string()).second)
+            reader.fail("duplicate metadata key \"" + json::printable(key) + "\"");
+}
+
+// Bytes of the tensor, or nothing where a product overflows (zero sizes do not hide an overflow).
+std::optional<std::uint64_t> bytes_of(const Entry& entry)
+{
+    std::int64_t product = static_cast<std::int64_t>(size_of(*entry.dtype));
+    bool empty = false;
+    for (const std::int64_t size : *entry.shape) {
+        if (size == 0)
+            empty = true;
+        else if (__builtin_mul_overflow(product, size, &product))
+            return std::nullopt;
+    }
+    return empty ? 0 : static_cast<std::uint64_t>(product);
+}
+
+void check_ranges(const std::vector<Entry>& entries, std::uint64_t data_size)
+{
+    std::vector<const Entry*> order;
+    order.reserve(entries.size());
+    for (const Entry& entry : entries) {
+        const std::string who = "tensor \"" + json::printable(entry.name) + "\"";
+        const std::string range =
+            "data_offsets [" + std::to_string(*entry.begin) + ", " + std::to_string(*entry.end) + "]";
+        const auto bytes = bytes_of(entry);
+        if (!bytes) throw Error(who + ": size of shape " + to_string(*entry.shape) + " overflows");
+        if (*entry.begin > *entry.end) throw Error(who + ": " + range + " are reversed");
+        if (*entry.end > data_size)
+            throw Error(who + ": " + range + " lie beyond the " + std::to_string(data_size) + " bytes of data");
+        if (*entry.end - *entry.begin != *bytes)
+            throw Error(who + ": " + range + " do not hold the " + std::to_string(*bytes) + " bytes of shape " +
+                        to_string(*entry.shape) + " " + name_of(*entry.dtype));
+        order.push_back(&entry);
+    }
+    std::stable_sort(order.begin(), order.end(), [](const Entry* a, const Entry* b) {
+        return std::tie(*a->begin, *a->end) < std::tie(*b->begin, *b->end);
+    });
+    std::uint64_t at = 0;
+    for (const Entry* entry : order) {
+        if (*entry->begin != at)
+            throw Error("tensor \"" + json::printable(entry->name) + "\": data " +
+                        (*entry->begin < at ? "overlaps another tensor" : "leaves a hole") + " at byte " +
+                        std::to_string(std::min(*entry->begin, at)));
+        at = *entry->end;
+    }
+    if (at != data_size)
+        throw Error(std::to_string(data_size - at) + " bytes of data after the last tensor belong to none");
+}
+
+std::string reason() { return std::strerror(errno); }
+
+}  // namespace
+
+struct SafetensorsFile::Mapping {
+    void* address = nullptr;
+    std::size_t size = 0;
+    ~Mapping()
+    {
+        if (address) ::munmap(address, size);
+    }
+};
+
+SafetensorsFile SafetensorsFile::parse(const void* bytes, std::size_t size, const std::string& name)
+{
+    const auto* base = static_cast<const unsigned char*>(bytes);
+    SafetensorsFile file;
+    try {
+        if (size < 8) throw Error("file of " + std::to_string(size) + " bytes has no header");
+        std::uint64_t length = 0;
+        for (int i = 7; i >= 0; --i) length = length << 8 | base[i];
+        if (length > max_header) throw Error("header of " + std::to_string(length) + " bytes is longer than 100 MB");
+        if (length > size - 8)
+            throw Error("header of " + std::to_string(length) + " bytes is longer than the file (truncated?)");
+
+        std::vector<Entry> entries;
+        bool has_metadata = false;
+        std::string key;
+        json::Reader reader({reinterpret_cast<const char*>(base) + 8, static_cast<std::size_t>(length)}, max_depth);
+        reader.begin_object();
+        while (reader.next_key(key, max_name)) {
+            if (key == "__metadata__") {
+                if (has_metadata) reader.fail("duplicate __metadata__");
+                has_metadata = true;
+                if (reader.peek() == json::Kind::null)
+                    reader.null();
+                else
+                    read_metadata(reader, file.metadata_);
+                continue;
+            }
+            if (entries.size() == max_tensors) reader.fail("more than " + std::to_string(max_tensors) + " tensors");
+            if (!file.index_.emplace(key, entries.size()).second)
+                reader.fail("duplicate tensor name \"" + json::printable(key) + "\"");
+            entries.push_back(read_entry(reader, key));
+        }
+        reader.finish();
+        check_ranges(entries, size - 8 - length);
+
+        auto* data =
+            const_cast<unsigned char*>(base) + 8 + length;  // a Tensor has no read-only form; users must not write
+        file.tensors_.reserve(entries.size());
+        for (Entry& entry : entries)
+            file.tensors_.emplace_back(std::move(entry.name),
+                                       Tensor{data + *entry.begin, *entry.shape, *entry.dtype, Device::cpu()});
+    } catch (const Error& error) {
+        throw Error("[safetensors] " + json::printable(name, 1000) + ": " + error.what());
+    } catch (const json::ParseError& error) {
+        throw Error("[safetensors] " + json::printable(name, 1000) + ": header: " + error.what());
+    }
+    return file;
+}
+
+SafetensorsFile SafetensorsFile::open(const std::string& path)
+{
+    const auto fail = [&](const std::string& what) {
+        throw Error("[safetensors] " + json::printable(path, 1000) + ": " + what);
+    };
+    // O_NONBLOCK: opening a named pipe must not hang.
+    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (descriptor < 0) fail("cannot open: " + reason());
+    struct Closer {
+        int descriptor;
+        ~Closer() { ::close(descriptor); }
+    } closer{descriptor};
+    struct stat status;
+    if (::fstat(descriptor, &status) != 0) fail("cannot stat: " + reason());
+    if (!S_ISREG(status.st_mode)) fail("not a regular file");
+
+    auto mapping = std::make_shared<Mapping>();
+    if (status.st_size > 0) {
+        const auto size = static_cast<std::size_t>(status.st_size);
+        void* address = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, descriptor, 0);
+        if (address == MAP_FAILED) fail("cannot map: " + reason());
+        mapping->address = address;
+        mapping->size = size;
+    }
+    SafetensorsFile file = parse(mapping->address, mapping->size, path);
+    file.mapping_ = std::move(mapping);
+    return file;
+}
+
+const Tensor* SafetensorsFile::find(const std::string& name) const
+{
+    const auto found = index_.find(name);
+    return found == index_.end() ? nullptr : &tensors_[found->second].second;
+}
+
+}  // namespace vimcore

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vimcore/tensor.h"
+
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+#include "vimcore/error.h"
+
+namespace vimcore {
+
+std::size_t size_of(DType dtype)
+{
+    switch (dtype) {
+        case DType::f64:
+        case DType::i64:
+        case DType::u64: return 8;
+        case DType::f32:
+        case DType::i32:
+        case DType::u32: return 4;
+        case DType::f16:
+        case DType::bf16:
+        case DType::i16:
+        case DType::u16: return 2;
+        case DType::i8:
+        case DType::u8:
+        case DType::boolean: return 1;
+    }
+    return 1;
+}
+
+const char* name_of(DType dtype)
+{
+    static constexpr const char* names[] = {"f32", "f64", "f16", "bf16", "i64", "i32", "i16",
+                                            "i8",  "u64", "u32", "u16",  "u8",  "bool"};
+    return names[static_cast<int>(dtype)];
+}
+
+std::string to_string(Device device)
+{
+    return device.type == Device::Type::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
+Shape::Shape(std::initializer_list<std::int64_t> sizes) : Shape(sizes.begin(), static_cast<int>(sizes.size())) {}
+
+Shape::Shape(const std::int64_t* sizes, int rank) : rank_(rank)
+{
+    if (rank < 0 || rank > max_rank)
+        throw std::invalid_argument("[shape] rank " + std::to_string(rank) + " is not in 0.." + std::to_string(max_rank));
+    for (int i = 0; i < rank; i++) {
+        if (sizes[i] < 0) throw std::invalid_argument("[shape] negative size " + std::to_string(sizes[i]));
+        sizes_[i] = sizes[i];
+    }
+}
+
+std::int64_t Shape::numel() const
+{
+    std::int64_t product = 1;
+    for (std::int64_t size : *this) product *= size;
+    return product;
+}
+
+bool Shape::operator==(const Shape& other) const
+{
+    if (rank_ != other.rank_) return false;
+    for (int i = 0; i < rank_; i++)
+        if (sizes_[i] != other.sizes_[i]) return false;
+    return true;
+}
+
+std::string to_string(const Shape& shape)
+{
+    std::string text = "(";
+    for (int i = 0; i < shape.rank(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
+    return text + (shape.rank() == 1 ? ",)" : ")");
+}
+
+std::string describe(const Tensor& tensor)
+{
+    return to_string(tensor.shape) + " " + name_of(tensor.dtype) + " " + to_string(tensor.device);
+}
+
+Tensor Tensor::slice(std::int64_t begin, std::int64_t end) const
+{
+    if (!data) return {};
+    std::int64_t sizes[Shape::max_rank];
+    std::int64_t row = 1;
+    for (int i = 0; i < shape.rank(); i++) {
+        sizes[i] = shape[i];
+        if (i) row *= shape[i];
+    }
+    sizes[0] = end - begin;
+    Tensor part = *this;
+    part.shape = Shape(sizes, shape.rank());
+    part.data = static_cast<char*>(data) + begin * row * static_cast<std::int64_t>(size_of(dtype));
+    return part;
+}
+
+Tensor Tensor::operator[](std::int64_t index) const
+{
+    if (!data) return {};
+    Tensor part = slice(index, index + 1);
+    part.shape = Shape(shape.begin() + 1, shape.rank() - 1);
+    return part;
+}
+
+Tensor Tensor::view(const Shape& other) const
+{
+    if (!data) return {};
+    if (other.numel() != numel())
+        throw std::invalid_argument("[view] " + to_string(shape) + " does not have the elements of " + to_string(other));
+    Tensor result = *this;
+    result.shape = other;
+    return result;
+}
+
+Buffer::Buffer(std::size_t bytes, Device device) : bytes_(bytes), device_(device)
+{
+    if (device.type != Device::Type::cpu) throw Error("[buffer] " + to_string(device) + ": built without CUDA");
+    if (bytes == 0) return;
+    data_ = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!data_) throw Error("[buffer] out of memory: " + std::to_string(bytes) + " bytes");
+}
+
+Buffer::~Buffer() { std::free(data_); }
+
+void Buffer::swap(Buffer& other) noexcept
+{
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(device_, other.device_);
+}
+
+}  // namespace vimcore

@@ -1,0 +1,516 @@
+// SPDX-License-Identifier: Apache-2.0
+// The selective scan of every instruction set this machine can run, float and double, against plain loops in double
+// (themselves checked by finite differences): lengths, state counts, both directions, chunks, channel tails; equal bits
+// however a sequence is cut; extreme steps and decays; long sequences.
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "isa.h"
+
+using namespace vimcore::cpu;
+
+namespace {
+
+std::mt19937 generator(11);
+
+using Doubles = std::vector<double>;
+
+std::size_t size(Index n) { return static_cast<std::size_t>(n); }
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+struct Shape {
+    Index len = 17, dim = 19, state = 16, rank = 3, chunk = 16;
+    bool reverse = false, softplus = true, gate = true, skip = true, bias = true, add = false, finish = true;
+    double scale = 0.5;
+    double delta_shift = 0;             // added to dt_bias
+    double A_low = -1.5, A_high = 1.5;  // range of A_log
+    Index chunks() const { return (len + chunk - 1) / chunk; }
+    Index token(Index step) const { return reverse ? len - 1 - step : step; }
+};
+
+// Inputs in double, rounded to T where they are T for the kernel. Row strides are wider than the rows.
+struct Inputs {
+    Doubles u, dt, dt_weight, dt_bias, A, B, C, D, z, y, dout, h;
+};
+
+template <class T> Doubles random(Index count, double low, double high)
+{
+    std::uniform_real_distribution<double> draw(low, high);
+    Doubles values(size(count));
+    for (double& v : values) v = static_cast<double>(static_cast<T>(draw(generator)));
+    return values;
+}
+
+template <class T> Inputs make_inputs(const Shape& s)
+{
+    Inputs in;
+    in.u = random<T>(s.len * s.dim, -1, 1);
+    in.dt = s.rank ? random<T>(s.len * s.rank, -1, 1)
+                   : random<T>(s.len * s.dim, s.softplus ? -2 : 0, s.softplus ? 1 : 0.5);
+    in.dt_weight = random<T>(s.rank * s.dim, -0.5, 0.5);
+    in.dt_bias = random<T>(s.dim, s.delta_shift - 1, s.delta_shift + 1);
+    if (!s.softplus && s.bias) in.dt_bias = random<T>(s.dim, 0, 0.2);
+    in.B = random<T>(s.len * s.state, -1, 1);
+    in.C = random<T>(s.len * s.state, -1, 1);
+    in.D = random<T>(s.dim, -1, 1);
+    in.z = random<T>(s.len * s.dim, -3, 3);
+    in.y = random<T>(s.len * s.dim, -1, 1);
+    in.dout = random<T>(s.len * s.dim, -1, 1);
+    in.h = random<T>(s.state * s.dim, -1, 1);
+    // A as the kernel stores it, (N, E) and times log2(e)
+    const Doubles A_log = random<T>(s.dim * s.state, s.A_low, s.A_high);
+    in.A.resize(size(s.state * s.dim));
+    for (Index n = 0; n < s.state; n++)
+        for (Index e = 0; e < s.dim; e++)
+            in.A[size(n * s.dim + e)] =
+                static_cast<double>(static_cast<T>(-std::exp(A_log[size(e * s.state + n)]) * 1.4426950408889634));
+    return in;
+}
+
+struct Forward {
+    Doubles y, ungated, raw, delta, h, states, checkpoints;  // states: (L, N, E) after every token
+};
+
+Forward reference(const Shape& s, const Inputs& in, bool from_h)
+{
+    Forward r;
+    const Index E = s.dim, N = s.state;
+    r.y = in.y;
+    r.ungated = r.raw = r.delta = Doubles(size(s.len * E));
+    r.h = from_h ? in.h : Doubles(size(N * E));
+    r.states.resize(size(s.len * N * E));
+    r.checkpoints.resize(size(s.chunks() * N * E));
+    for (Index step = 0; step < s.len; step++) {
+        const Index t = s.token(step);
+        const bool enters = s.reverse ? (t + 1) % s.chunk == 0 || step == 0 : t % s.chunk == 0;
+        for (Index e = 0; e < E; e++) {
+            double raw = s.bias ? in.dt_bias[size(e)] : 0;
+            if (s.rank == 0) raw += in.dt[size(t * E + e)];
+            for (Index i = 0; i < s.rank; i++) raw += in.dt[size(t * s.rank + i)] * in.dt_weight[size(i * E + e)];
+            const double delta = !s.softplus || raw > 20 ? raw : std::log1p(std::exp(raw));
+            const double u = in.u[size(t * E + e)];
+            double y = s.skip ? in.D[size(e)] * u : 0;
+            for (Index n = 0; n < N; n++) {
+                double& h = r.h[size(n * E + e)];
+                if (enters) r.checkpoints[size((t / s.chunk * N + n) * E + e)] = h;
+                h = std::exp2(delta * in.A[size(n * E + e)]) * h + delta * u * in.B[size(t * N + n)];
+                y += in.C[size(t * N + n)] * h;
+                r.states[size((t * N + n) * E + e)] = h;
+            }
+            r.raw[size(t * E + e)] = raw;
+            r.delta[size(t * E + e)] = delta;
+            if (s.add) y += in.y[size(t * E + e)];
+            r.ungated[size(t * E + e)] = y;
+            const double z = in.z[size(t * E + e)];
+            if (s.finish) y *= s.scale * (s.gate ? z * sigmoid(z) : 1);
+            r.y[size(t * E + e)] = y;
+        }
+    }
+    return r;
+}
+
+struct Gradients {
+    Doubles du, ddelta, dB, dC, dA, dD, dbias, dz;
+};
+
+Gradients reference_backward(const Shape& s, const Inputs& in, const Forward& f)
+{
+    const Index E = s.dim, N = s.state;
+    Gradients g;
+    g.du = g.ddelta = g.dz = Doubles(size(s.len * E));
+    g.dB = g.dC = Doubles(size(s.len * N));
+    g.dA = Doubles(size(N * E));
+    g.dD = g.dbias = Doubles(size(E));
+    Doubles lambda(size(N * E));
+    for (Index step = s.len - 1; step >= 0; step--) {
+        const Index t = s.token(step), previous = s.token(step - 1);
+        for (Index e = 0; e < E; e++) {
+            const Index i = t * E + e;
+            const double z = in.z[size(i)], gate = s.scale * (s.gate ? z * sigmoid(z) : 1), gy = in.dout[size(i)] * gate;
+            const double u = in.u[size(i)], delta = f.delta[size(i)];
+            g.dz[size(i)] = in.dout[size(i)] * s.scale * f.ungated[size(i)] * sigmoid(z) * (1 + z * (1 - sigmoid(z)));
+            double du = s.skip ? in.D[size(e)] * gy : 0, ddelta = 0;
+            for (Index n = 0; n < N; n++) {
+                const double A2 = in.A[size(n * E + e)], a = std::exp2(delta * A2), b = in.B[size(t * N + n)];
+                const double before = step ? f.states[size((previous * N + n) * E + e)] : 0;
+                double& l = lambda[size(n * E + e)];
+                l += in.C[size(t * N + n)] * gy;
+                g.dC[size(t * N + n)] += gy * f.states[size((t * N + n) * E + e)];
+                g.dB[size(t * N + n)] += l * delta * u;
+                g.dA[size(n * E + e)] += l * delta * a * before;
+                du += l * delta * b;
+                ddelta += l * (b * u + A2 * std::log(2.0) * a * before);
+                l *= a;
+            }
+            if (s.softplus && f.raw[size(i)] <= 20) ddelta *= sigmoid(f.raw[size(i)]);
+            g.du[size(i)] = du;
+            g.ddelta[size(i)] = ddelta;
+            g.dD[size(e)] += gy * u;
+            g.dbias[size(e)] += ddelta;
+        }
+    }
+    return g;
+}
+
+// An array for the kernel: rows of a wider stride, 64-byte aligned, with guards that must survive.
+template <class T> struct Rows2 {
+    Index count, width, ld;
+    std::vector<T> memory;
+    T* base;
+    Rows2(Index count_, Index width_, Index pad = 3) : count(count_), width(width_), ld(width_ + pad),
+                                                       memory(size(count_ * (width_ + pad) + 32), T(77))
+    {
+        void* p = memory.data();
+        std::size_t space = memory.size() * sizeof(T);
+        base = static_cast<T*>(std::align(64, sizeof(T), p, space));
+    }
+    Rows2(Index count_, Index width_, const Doubles& values, Index pad = 3) : Rows2(count_, width_, pad)
+    {
+        for (Index i = 0; i < count; i++)
+            for (Index j = 0; j < width; j++) base[i * ld + j] = static_cast<T>(values[size(i * width + j)]);
+    }
+    Rows2(const Rows2&) = delete;
+    Doubles values() const
+    {
+        Doubles out(size(count * width));
+        for (Index i = 0; i < count; i++)
+            for (Index j = 0; j < width; j++) out[size(i * width + j)] = static_cast<double>(base[i * ld + j]);
+        return out;
+    }
+    bool guards_kept() const
+    {
+        for (Index i = 0; i < count; i++)
+            for (Index j = width; j < ld; j++)
+                if (base[i * ld + j] != T(77)) return false;
+        return true;
+    }
+};
+
+template <class T> bool same_bits(const Rows2<T>& a, const Rows2<T>& b)
+{
+    for (Index i = 0; i < a.count; i++)
+        if (std::memcmp(a.base + i * a.ld, b.base + i * b.ld, size(a.width) * sizeof(T)) != 0) return false;
+    return true;
+}
+
+// Relative to the largest element: that is how rounding errors of a recurrence scale.
+void check_array(const Doubles& got, const Doubles& expected, double tolerance, const std::string& what)
+{
+    double largest = 1e-30, worst = 0;
+    bool numbers = got.size() == expected.size();
+    for (std::size_t i = 0; i < expected.size(); i++) {
+        largest = std::max(largest, std::abs(expected[i]));
+        worst = std::max(worst, std::abs(got[i] - expected[i]));
+        numbers = numbers && !std::isnan(got[i]);
+    }
+    check_report(numbers && worst <= tolerance * largest, __FILE__, __LINE__,
+                 (what + ": error " + std::to_string(worst / largest) + " of the largest").c_str());
+}
+
+template <class T> struct Run {
+    const Kernels<T>& k;
+    const Shape s;
+    Rows2<T> u, dt, weight, bias, A, B, C, D, z, y, h, checkpoints, dout;
+    Rows2<T> du, ddelta, dB, dC, dA, dD, dbias, dz;
+
+    Run(const Kernels<T>& kernels, const Shape& shape, const Inputs& in)
+        : k(kernels), s(shape), u(s.len, s.dim, in.u), dt(s.len, s.rank ? s.rank : s.dim, in.dt),
+          weight(s.rank, s.dim, in.dt_weight, 0), bias(1, s.dim, in.dt_bias), A(s.state, s.dim, in.A, 0),
+          B(s.len, s.state, in.B, 2), C(s.len, s.state, in.C, 2), D(1, s.dim, in.D), z(s.len, s.dim, in.z),
+          y(s.len, s.dim, in.y), h(s.state, s.dim, in.h, 0), checkpoints(s.chunks() * s.state, s.dim, 0),
+          dout(s.len, s.dim, in.dout), du(s.len, s.dim), ddelta(s.len, s.dim), dB(s.len, s.state, 0),
+          dC(s.len, s.state, 0), dA(s.state, s.dim, 0), dD(1, s.dim), dbias(1, s.dim), dz(s.len, s.dim)
+    {
+    }
+
+    ScanArgs<T> args(Index begin, Index len, bool with_h)
+    {
+        ScanArgs<T> f{};
+        f.reverse = s.reverse;
+        f.len = len;
+        f.dim = s.dim;
+        f.state = s.state;
+        f.rank = s.rank;
+        f.e0 = 0;
+        f.e1 = s.dim;
+        f.u = u.base + begin * u.ld;
+        f.ldu = u.ld;
+        f.dt = dt.base + begin * dt.ld;
+        f.lddt = dt.ld;
+        f.dt_weight = s.rank ? weight.base : nullptr;
+        f.dt_bias = s.bias ? bias.base : nullptr;
+        f.softplus = s.softplus;
+        f.A = A.base;
+        f.B = B.base + begin * B.ld;
+        f.C = C.base + begin * C.ld;
+        f.ldb = B.ld;
+        f.D = s.skip ? D.base : nullptr;
+        f.h = with_h ? h.base : nullptr;
+        f.y = y.base + begin * y.ld;
+        f.ldy = y.ld;
+        f.add = s.add;
+        f.finish = s.finish;
+        f.z = s.gate ? z.base + begin * z.ld : nullptr;
+        f.ldz = z.ld;
+        f.scale = static_cast<T>(s.scale);
+        f.checkpoints = checkpoints.base;
+        f.chunk = s.chunk;
+        f.begin = begin;
+        return f;
+    }
+
+    // Channels in two calls where there is more than one vector, as threads do it.
+    void forward(ScanArgs<T> f)
+    {
+        const Index split = k.lanes < s.dim ? k.lanes : s.dim;
+        f.e1 = split;
+        k.scan_forward(f);
+        f.e0 = split;
+        f.e1 = s.dim;
+        if (split < s.dim) k.scan_forward(f);
+        CHECK(y.guards_kept());
+    }
+
+    void backward()
+    {
+        ScanBackwardArgs<T> g{};
+        g.f = args(0, s.len, false);
+        g.f.finish = false;
+        g.dout = dout.base;
+        g.lddout = dout.ld;
+        g.du = du.base;
+        g.lddu = du.ld;
+        g.ddelta = ddelta.base;
+        g.ldddelta = ddelta.ld;
+        g.dB = dB.base;
+        g.dC = dC.base;
+        g.dA = dA.base;
+        g.dD = dD.base;
+        g.dbias = dbias.base;
+        const Index space = k.scan_backward_scratch(s.state, s.chunk, s.dim);
+        Rows2<T> scratch(1, space, 1);
+        scratch.base[0] = std::numeric_limits<T>::quiet_NaN();
+        for (Index i = 0; i < space; i++) scratch.base[i] = std::numeric_limits<T>::quiet_NaN();
+        g.scratch = scratch.base;
+        k.scan_backward(g);
+        CHECK(scratch.guards_kept());
+        CHECK(du.guards_kept() && ddelta.guards_kept() && y.guards_kept() && dD.guards_kept() && dbias.guards_kept());
+        if (s.gate)
+            k.gate_backward({.len = s.len, .e0 = 0, .e1 = s.dim, .y = y.base, .ldy = y.ld, .z = z.base, .ldz = z.ld,
+                             .dout = dout.base, .lddout = dout.ld, .dz = dz.base, .lddz = dz.ld,
+                             .scale = static_cast<T>(s.scale)});
+        CHECK(y.guards_kept() && dz.guards_kept());
+    }
+};
+
+std::string name(const Shape& s, const char* isa, std::size_t bytes)
+{
+    return std::string(isa) + (bytes == 4 ? " f32" : " f64") + " len " + std::to_string(s.len) + " dim " +
+           std::to_string(s.dim) + " state " + std::to_string(s.state) + " rank " + std::to_string(s.rank) + " chunk " +
+           std::to_string(s.chunk) + (s.reverse ? " reverse" : "") + (s.softplus ? "" : " no softplus") +
+           (s.gate ? "" : " no gate") + (s.add ? " add" : "") + " shift " + std::to_string(s.delta_shift);
+}
+
+template <class T> void test_shape(const Kernels<T>& k, const Shape& s, double tolerance, double gradient_tolerance)
+{
+    const std::string id = name(s, k.isa, sizeof(T));
+    const Inputs in = make_inputs<T>(s);
+
+    // with a state on entry, not finished
+    Shape plain = s;
+    plain.finish = false;
+    const Forward expected = reference(plain, in, true);
+    Run<T> run(k, plain, in);
+    run.forward(run.args(0, s.len, true));
+    check_array(run.y.values(), expected.ungated, tolerance, id + " y");
+    check_array(run.h.values(), expected.h, tolerance, id + " h");
+    check_array(run.checkpoints.values(), expected.checkpoints, tolerance, id + " checkpoints");
+
+    // cut at multiples of the chunk: the same bits
+    Run<T> cut(k, plain, in);
+    const Index piece = s.chunk;
+    for (Index i = 0; i < s.chunks(); i++) {
+        const Index begin = (s.reverse ? s.chunks() - 1 - i : i) * piece;
+        cut.forward(cut.args(begin, std::min(piece, s.len - begin), true));
+    }
+    CHECK(same_bits(run.y, cut.y) && same_bits(run.h, cut.h) && same_bits(run.checkpoints, cut.checkpoints));
+    // cut anywhere, without checkpoints
+    Run<T> odd(k, plain, in);
+    for (Index done = 0, i = 0; done < s.len; i++) {
+        const Index len = std::min<Index>(1 + i * 5 % 11, s.len - done);
+        ScanArgs<T> f = odd.args(s.reverse ? s.len - done - len : done, len, true);
+        f.checkpoints = nullptr;
+        odd.forward(f);
+        done += len;
+    }
+    CHECK(same_bits(run.y, odd.y) && same_bits(run.h, odd.h));
+
+    // from zero, finished; then backward from its checkpoints
+    const Forward whole = reference(s, in, false);
+    const Gradients wanted = reference_backward(s, in, whole);
+    Run<T> full(k, s, in), again(k, s, in);
+    for (Run<T>* r : {&full, &again}) {
+        r->forward(r->args(0, s.len, false));
+        if (r == &full) check_array(r->y.values(), whole.y, tolerance, id + " gated y");
+        for (Index t = 0; t < s.len; t++)
+            for (Index e = 0; e < s.dim; e++) r->y.base[t * r->y.ld + e] = static_cast<T>(in.y[size(t * s.dim + e)]);
+        r->backward();
+    }
+    if (s.gate) check_array(full.y.values(), whole.y, tolerance, id + " y after the gate");
+    if (!s.gate) check_array(full.y.values(), whole.ungated, tolerance, id + " replayed y");
+    if (s.gate) check_array(full.dz.values(), wanted.dz, tolerance, id + " dz");
+    check_array(full.du.values(), wanted.du, gradient_tolerance, id + " du");
+    check_array(full.ddelta.values(), wanted.ddelta, gradient_tolerance, id + " ddelta");
+    check_array(full.dB.values(), wanted.dB, gradient_tolerance, id + " dB");
+    check_array(full.dC.values(), wanted.dC, gradient_tolerance, id + " dC");
+    check_array(full.dA.values(), wanted.dA, gradient_tolerance, id + " dA");
+    check_array(full.dD.values(), wanted.dD, gradient_tolerance, id + " dD");
+    check_array(full.dbias.values(), wanted.dbias, gradient_tolerance, id + " dbias");
+    CHECK(same_bits(full.du, again.du) && same_bits(full.ddelta, again.ddelta) && same_bits(full.dB, again.dB) &&
+          same_bits(full.dC, again.dC) && same_bits(full.dA, again.dA) && same_bits(full.dD, again.dD) &&
+          same_bits(full.dbias, again.dbias) && same_bits(full.y, again.y) && same_bits(full.dz, again.dz));
+}
+
+// The adjoint above against differences of the loss sum(dout y).
+void test_reference()
+{
+    Shape s;
+    s.len = 6;
+    s.dim = 2;
+    s.state = 3;
+    for (bool reverse : {false, true}) {
+        s.reverse = reverse;
+        Inputs in = make_inputs<double>(s);
+        const Gradients g = reference_backward(s, in, reference(s, in, false));
+        auto loss = [&] {
+            const Doubles y = reference(s, in, false).y;
+            double total = 0;
+            for (std::size_t i = 0; i < y.size(); i++) total += y[i] * in.dout[i];
+            return total;
+        };
+        auto compare = [&](Doubles& x, const Doubles& gradient, double factor) {
+            for (std::size_t i = 0; i < x.size(); i++) {
+                const double kept = x[i], step = 1e-5;
+                x[i] = kept + step;
+                const double above = loss();
+                x[i] = kept - step;
+                const double below = loss();
+                x[i] = kept;
+                CHECK_CLOSE((above - below) / (2 * step), gradient[i] * factor, 1e-8);
+            }
+        };
+        compare(in.u, g.du, 1);
+        compare(in.B, g.dB, 1);
+        compare(in.C, g.dC, 1);
+        compare(in.D, g.dD, 1);
+        compare(in.dt_bias, g.dbias, 1);
+        compare(in.z, g.dz, 1);
+        compare(in.A, g.dA, std::log(2.0));
+    }
+}
+
+template <class T> void test_prepare(const Kernels<T>& k)
+{
+    const Index dim = 5, state = 3;
+    const Doubles A_log = random<T>(dim * state, -20, 4);
+    std::vector<T> in(A_log.begin(), A_log.end()), out(size(dim * state));
+    k.prepare_A(in.data(), dim, state, out.data());
+    for (Index n = 0; n < state; n++)
+        for (Index e = 0; e < dim; e++) {
+            const double expected = -std::exp(A_log[size(e * state + n)]) * 1.4426950408889634;
+            CHECK_CLOSE(out[size(n * dim + e)], expected, std::abs(expected) * (sizeof(T) == 4 ? 6e-8 : 3e-16));
+        }
+}
+
+// A NaN anywhere in a channel reaches its outputs and stays in its channel.
+template <class T> void test_nan(const Kernels<T>& k)
+{
+    Shape s;
+    s.len = 9;
+    const Inputs in = make_inputs<T>(s);
+    for (int which = 0; which < 4; which++) {
+        Run<T> run(k, s, in);
+        const Index t = 4, e = 3;
+        Rows2<T>* target[] = {&run.u, &run.bias, &run.z, &run.h};
+        target[which]->base[which == 1 || which == 3 ? e : t * target[which]->ld + e] = std::numeric_limits<T>::quiet_NaN();
+        run.forward(run.args(0, s.len, true));
+        const Doubles y = run.y.values();
+        for (Index i = 0; i < s.len; i++)
+            for (Index j = 0; j < s.dim; j++) {
+                const bool expected = j == e && (which == 2 ? i == t : which == 0 ? i >= t : true);
+                CHECK(std::isnan(y[size(i * s.dim + j)]) == expected);
+            }
+    }
+}
+
+template <class T> void test_isa(const std::string& isa)
+{
+    const Kernels<T>& k = kernels<T>(isa);
+    const double tolerance = sizeof(T) == 4 ? 3e-6 : 2e-14, gradients = sizeof(T) == 4 ? 1e-5 : 1e-13;
+    test_prepare(k);
+    test_nan(k);
+    for (Index state : {1, 3, 4, 8, 16, 17, 32})
+        for (Index len : {0, 1, 7, 8, 9, 15, 16, 17, 63, 64, 65, 200})
+            for (bool reverse : {false, true}) {
+                Shape s;
+                s.state = state;
+                s.len = len;
+                s.reverse = reverse;
+                s.chunk = (len + state) % 2 ? 16 : 64;
+                test_shape(k, s, tolerance, gradients);
+            }
+    for (bool reverse : {false, true}) {
+        Shape base;
+        base.len = 40;
+        base.reverse = reverse;
+        auto with = [&](auto change) {
+            Shape s = base;
+            change(s);
+            test_shape(k, s, tolerance, gradients);
+        };
+        for (Index dim : {1, 2, 7, 8, 15, 16, 17, 32, 40, 70}) with([&](Shape& s) { s.dim = dim; });
+        for (Index rank : {0, 1, 2, 12, 24}) with([&](Shape& s) { s.rank = rank; });
+        for (Index chunk : {1, 3, 8, 20, 64}) with([&](Shape& s) { s.chunk = chunk; });
+        with([](Shape& s) { s.rank = 0; s.softplus = false; });
+        with([](Shape& s) { s.rank = 0; s.softplus = false; s.bias = false; s.gate = false; });
+        with([](Shape& s) { s.gate = false; });
+        with([](Shape& s) { s.skip = false; s.bias = false; });
+        with([](Shape& s) { s.add = true; });
+        with([](Shape& s) { s.add = true; s.gate = false; });
+        // delta near 30 is rounded to 2e-6, and decays to that times A
+        Shape large = base;
+        large.delta_shift = 30;
+        test_shape(k, large, tolerance, 10 * gradients);
+        large.A_low = 3;
+        large.A_high = 6;
+        test_shape(k, large, tolerance, 10 * gradients);
+        with([](Shape& s) { s.delta_shift = -30; });
+        with([](Shape& s) { s.A_low = s.A_high = -20; });
+        with([](Shape& s) { s.len = 5000; s.dim = 17; s.chunk = 64; });
+        // decay almost one: the errors of 5000 steps add up
+        Shape slow = base;
+        slow.len = 5000;
+        slow.A_low = -12;
+        slow.A_high = -8;
+        slow.chunk = 64;
+        test_shape(k, slow, sizeof(T) == 4 ? 2e-5 : 1e-13, sizeof(T) == 4 ? 1e-4 : 1e-12);
+    }
+}
+
+}  // namespace
+
+int main()
+{
+    test_reference();
+    for (const std::string& isa : isas_available()) {
+        test_isa<float>(isa);
+        test_isa<double>(isa);
+    }
+    return check_failures();
+}
