@@ -13,19 +13,22 @@
 namespace vimcore::cpu::VIM_ISA {
 
 // The sequence as its direction sees it: token 0 is the first in scan order.
-template <class T> struct ConvRows {
+template <class T>
+struct ConvRows {
     const T* x;
-    Index step;   // elements from a token to the next one
+    Index step;  // elements from a token to the next one
     Index total;
 };
-template <class T> VIM_INLINE ConvRows<T> conv_rows(const ConvArgs<T>& args)
+template <class T>
+VIM_INLINE ConvRows<T> conv_rows(const ConvArgs<T>& args)
 {
     if (args.reverse) return {args.x + (args.total - 1) * args.ldx, -args.ldx, args.total};
     return {args.x, args.ldx, args.total};
 }
 
 // p[t] of the channels at e; W taps known to the compiler, or 0.
-template <class T, int W> VIM_INLINE Vec<T> conv_token(const ConvArgs<T>& args, const ConvRows<T>& rows, Index t, Index e, Index n)
+template <class T, int W>
+VIM_INLINE Vec<T> conv_token(const ConvArgs<T>& args, const ConvRows<T>& rows, Index t, Index e, Index n)
 {
     const Index width = W ? W : args.width;
     Vec<T> p = {};
@@ -37,7 +40,8 @@ template <class T, int W> VIM_INLINE Vec<T> conv_token(const ConvArgs<T>& args, 
     return p;
 }
 
-template <class T, int W> static void conv_forward_width(const ConvArgs<T>& args)
+template <class T, int W>
+static void conv_forward_width(const ConvArgs<T>& args)
 {
     constexpr Index block = 4;  // tokens that share the loads of taps and inputs
     const ConvRows<T> rows = conv_rows(args);
@@ -57,13 +61,13 @@ template <class T, int W> static void conv_forward_width(const ConvArgs<T>& args
                 const Index n = args.e1 - e < lanes<T> ? args.e1 - e : lanes<T>;
                 Vec<T> p[block] = {}, x[block + W];
                 if (args.bias) p[0] = p[1] = p[2] = p[3] = load_upto<T>(args.bias + e, n);
-                for (int s = 0; s < block + W - 1; s++) x[s] = load_upto<T>(rows.x + (t - W + 1 + s) * rows.step + e, n);
+                for (int s = 0; s < block + W - 1; s++)
+                    x[s] = load_upto<T>(rows.x + (t - W + 1 + s) * rows.step + e, n);
                 for (int k = 0; k < W; k++) {
                     const Vec<T> tap = load_upto<T>(args.weight + k * args.dim + e, n);
                     for (int s = 0; s < block; s++) p[s] += tap * x[s + k];
                 }
-                for (int s = 0; s < block; s++)
-                    store_upto<T>(u + (i + s) * step + e, args.silu ? silu(p[s]) : p[s], n);
+                for (int s = 0; s < block; s++) store_upto<T>(u + (i + s) * step + e, args.silu ? silu(p[s]) : p[s], n);
             }
             i += block;
         } else {
@@ -77,14 +81,18 @@ template <class T, int W> static void conv_forward_width(const ConvArgs<T>& args
     }
 }
 
-template <class T> static void conv_forward(const ConvArgs<T>& args)
+template <class T>
+static void conv_forward(const ConvArgs<T>& args)
 {
-    if (args.width == 4) conv_forward_width<T, 4>(args);
-    else conv_forward_width<T, 0>(args);
+    if (args.width == 4)
+        conv_forward_width<T, 4>(args);
+    else
+        conv_forward_width<T, 0>(args);
 }
 
 // Channels at e of the whole sequence, W taps: inputs and dp of the last W tokens stay in registers.
-template <class T, int W> VIM_INLINE void conv_backward_window(const ConvArgs<T>& args, Index e, Index n)
+template <class T, int W>
+VIM_INLINE void conv_backward_window(const ConvArgs<T>& args, Index e, Index n)
 {
     const ConvRows<T> rows = conv_rows(args);
     const Index total = args.total, step = rows.step;
@@ -130,7 +138,8 @@ template <class T, int W> VIM_INLINE void conv_backward_window(const ConvArgs<T>
 }
 
 // Any width: every dp is added to dx and dweight in memory as it appears.
-template <class T> VIM_INLINE void conv_backward_any(const ConvArgs<T>& args, Index e, Index n)
+template <class T>
+VIM_INLINE void conv_backward_any(const ConvArgs<T>& args, Index e, Index n)
 {
     const ConvRows<T> rows = conv_rows(args);
     const Index total = args.total;
@@ -154,7 +163,8 @@ template <class T> VIM_INLINE void conv_backward_any(const ConvArgs<T>& args, In
     if (args.dbias) store_upto<T>(args.dbias + e, load_upto<T>(args.dbias + e, n) + dbias, n);
 }
 
-template <class T> static void conv_backward(const ConvArgs<T>& args)
+template <class T>
+static void conv_backward(const ConvArgs<T>& args)
 {
     Index e = args.e0;
     if (args.width != 4) {

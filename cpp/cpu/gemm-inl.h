@@ -13,7 +13,8 @@
 namespace vimcore::cpu::VIM_ISA {
 
 // As many sums as the registers hold beside one panel row and a broadcast element.
-template <class T> struct GemmTile {
+template <class T>
+struct GemmTile {
 #if defined(__AVX512F__) || defined(__aarch64__)  // 32 vector registers
     static constexpr int rows = 8, vectors = 3;
 #elif defined(__FMA__)
@@ -24,35 +25,44 @@ template <class T> struct GemmTile {
     static constexpr int columns = vectors * lanes<T>;
 };
 
-constexpr Index gemm_block_rows = 96;    // rows that share a panel while it is in the first-level cache
-constexpr Index gemm_tn_block = 128;     // rows summed before they are added to dw
-constexpr Index gemm_tn_group = 96;      // columns of dy packed at a time; a multiple of every tile's rows
+constexpr Index gemm_block_rows = 128;  // rows that share a panel while it is in the first-level cache
+constexpr Index gemm_tn_block = 256;    // rows summed before they are added to dw
+constexpr Index gemm_tn_group = 96;     // columns of dy packed at a time; a multiple of every tile's rows
 
 // One tile: element (r, p) of the left side is a[r * row_stride + p * step]; b is a panel; y is the tile's corner.
-template <class T> struct TileArgs {
-    const T* a; Index row_stride, step;
-    const T* b; Index k;
-    T* y; Index ldy;
+template <class T>
+struct TileArgs {
+    const T* a;
+    Index row_stride, step;
+    const T* b;
+    Index k;
+    T* y;
+    Index ldy;
     Index columns;  // of the panel that exist
     const T* bias;  // of these columns, or null
     bool add;
 };
 
-template <class T, int R, int V> static __attribute__((noinline)) void tile(const TileArgs<T>& args)
+template <class T, int R, int V>
+static __attribute__((noinline)) void tile(const TileArgs<T>& args)
 {
     constexpr int L = lanes<T>;
     constexpr Index nr = GemmTile<T>::columns;
     Vec<T> sum[R][V] = {};
-    const T* a = args.a;
+    const char* a = reinterpret_cast<const char*>(args.a);
     const T* b = args.b;
-    const Index row_stride = args.row_stride, step = args.step;
+    const Index row_stride = args.row_stride * Index(sizeof(T)), step = args.step * Index(sizeof(T));  // in bytes
+    if (args.add) {
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) __builtin_prefetch(args.y + r * args.ldy + v * L, 1);
+    }
 #pragma GCC unroll 2
     for (Index p = args.k; p > 0; p--) {
         Vec<T> row[V];
         for (int v = 0; v < V; v++) row[v] = load<T>(b + v * L);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const T left = a[r * row_stride];
+            const T left = *reinterpret_cast<const T*>(a + r * row_stride);
 #pragma GCC unroll 3
             for (int v = 0; v < V; v++) sum[r][v] += left * row[v];
         }
@@ -75,7 +85,8 @@ template <class T, int R, int V> static __attribute__((noinline)) void tile(cons
     }
 }
 
-template <class T, int R, int V> VIM_INLINE void tile_rows(Index rows, const TileArgs<T>& args)
+template <class T, int R, int V>
+VIM_INLINE void tile_rows(Index rows, const TileArgs<T>& args)
 {
     if constexpr (R > 1) {
         if (rows < R) return tile_rows<T, R - 1, V>(rows, args);
@@ -83,7 +94,8 @@ template <class T, int R, int V> VIM_INLINE void tile_rows(Index rows, const Til
     tile<T, R, V>(args);
 }
 
-template <class T, int V> VIM_INLINE void tile_vectors(Index rows, const TileArgs<T>& args)
+template <class T, int V>
+VIM_INLINE void tile_vectors(Index rows, const TileArgs<T>& args)
 {
     if constexpr (V > 1) {
         if (args.columns <= (V - 1) * lanes<T>) return tile_vectors<T, V - 1>(rows, args);
@@ -91,32 +103,53 @@ template <class T, int V> VIM_INLINE void tile_vectors(Index rows, const TileArg
     tile_rows<T, GemmTile<T>::rows, V>(rows, args);
 }
 
-template <class T> static void pack(const PackArgs<T>& args)
+template <class T>
+static void pack(const PackArgs<T>& args)
 {
     constexpr Index nr = GemmTile<T>::columns;
+    const Index whole = args.n / nr * nr, rest = args.n - whole, size = args.k * nr;
+    if (args.transposed) {
+        for (Index p = 0; p < args.k; p++) {
+            const T* w = args.w + p * args.ldw;
+            T* out = args.out + p * nr;
+            for (Index j = 0; j < whole; j += nr, out += size) __builtin_memcpy(out, w + j, nr * sizeof(T));
+            if (!rest) continue;
+            for (Index v = 0; v < nr; v += lanes<T>)
+                store<T>(out + v, v < rest ? load_upto<T>(w + whole + v, rest - v) : Vec<T>{});
+        }
+        return;
+    }
     T* out = args.out;
     for (Index j = 0; j < args.n; j += nr) {
-        const Index columns = args.n - j < nr ? args.n - j : nr;
+        const Index columns = j < whole ? nr : rest;
         for (Index p = 0; p < args.k; p++, out += nr) {
-            if (args.transposed)
-                for (Index c = 0; c < columns; c++) out[c] = args.w[p * args.ldw + j + c];
-            else
-                for (Index c = 0; c < columns; c++) out[c] = args.w[(j + c) * args.ldw + p];
+            const T* w = args.w + j * args.ldw + p;
+            for (Index c = 0; c < columns; c++) out[c] = w[c * args.ldw];
             for (Index c = columns; c < nr; c++) out[c] = 0;
         }
     }
 }
 
-template <class T> static void gemm(const GemmArgs<T>& args)
+template <class T>
+static void gemm(const GemmArgs<T>& args)
 {
     constexpr Index mr = GemmTile<T>::rows, nr = GemmTile<T>::columns;
-    for (Index begin = 0; begin < args.m; begin += gemm_block_rows) {
-        const Index end = args.m - begin < gemm_block_rows ? args.m : begin + gemm_block_rows;
+    const Index blocks = (args.m + gemm_block_rows - 1) / gemm_block_rows;
+    const Index block = blocks ? ((args.m + blocks - 1) / blocks + mr - 1) / mr * mr : 0;
+    for (Index begin = 0; begin < args.m; begin += block) {
+        const Index end = args.m - begin < block ? args.m : begin + block;
         for (Index panel = args.panel_begin; panel < args.panel_end; panel++) {
             const Index j = panel * nr;
-            TileArgs<T> t = {args.x + begin * args.ldx, args.ldx, 1, args.packed + j * args.k, args.k,
-                             args.y + begin * args.ldy + j, args.ldy, args.n - j < nr ? args.n - j : nr,
-                             args.bias ? args.bias + j : nullptr, args.add};
+            TileArgs<T> t = {args.x + begin * args.ldx,
+                             args.ldx,
+                             1,
+                             args.packed + j * args.k,
+                             args.k,
+                             args.y + begin * args.ldy + j,
+                             args.ldy,
+                             args.n - j < nr ? args.n - j : nr,
+                             args.bias ? args.bias + j : nullptr,
+                             args.add};
             for (Index i = begin; i < end; i += mr) {
                 tile_vectors<T, GemmTile<T>::vectors>(end - i, t);
                 t.a += mr * args.ldx;
@@ -126,49 +159,68 @@ template <class T> static void gemm(const GemmArgs<T>& args)
     }
 }
 
-template <class T> static Index gemm_tn_scratch(Index m, Index k)
+// Packed columns of dy: tiles [count][rows], with a gap so that they do not all fall into the same cache sets.
+template <class T>
+VIM_INLINE Index gemm_tn_tile(Index count)
 {
-    constexpr Index nr = GemmTile<T>::columns;
-    return (m < gemm_tn_block ? m : gemm_tn_block) * ((k + nr - 1) / nr * nr + gemm_tn_group);
+    return count * GemmTile<T>::rows + 64 / sizeof(T);
 }
 
-template <class T> static void gemm_tn(const GemmTnArgs<T>& args)
+template <class T>
+static Index gemm_tn_scratch(Index m, Index k)
 {
     constexpr Index mr = GemmTile<T>::rows, nr = GemmTile<T>::columns;
+    const Index count = m < gemm_tn_block ? m : gemm_tn_block;
+    return gemm_tn_group / mr * gemm_tn_tile<T>(count) + count * ((k + nr - 1) / nr * nr);
+}
+
+template <class T>
+static void gemm_tn(const GemmTnArgs<T>& args)
+{
+    constexpr Index mr = GemmTile<T>::rows, nr = GemmTile<T>::columns;
+    const bool direct = args.k <= nr;  // one panel reads every dy once: packing it would not pay
     static_assert(gemm_tn_group % mr == 0);
     for (Index begin = 0; begin < args.m; begin += gemm_tn_block) {
         const Index count = args.m - begin < gemm_tn_block ? args.m - begin : gemm_tn_block;
-        T* columns = args.scratch;                       // dy: tiles [count][mr]
-        T* panels = columns + count * gemm_tn_group;     // x: panels [count][nr]
+        const Index tile_size = gemm_tn_tile<T>(count);
+        T* const columns = args.scratch;
+        T* const panels = columns + gemm_tn_group / mr * tile_size;
         pack<T>({args.x + begin * args.ldx, args.ldx, args.k, count, true, panels});
         for (Index group = args.j_begin; group < args.j_end; group += gemm_tn_group) {
-            const Index group_end = args.j_end - group < gemm_tn_group ? args.j_end : group + gemm_tn_group;
-            for (Index j = group; j < group_end; j += mr) {
-                T* out = columns + (j - group) * count;
-                const T* dy = args.dy + begin * args.lddy + j;
-                const Index rows = group_end - j < mr ? group_end - j : mr;
-                if (rows == mr)
-                    for (Index i = 0; i < count; i++)
-                        for (Index c = 0; c < mr; c++) out[i * mr + c] = dy[i * args.lddy + c];
-                else
-                    for (Index i = 0; i < count; i++)
-                        for (Index c = 0; c < rows; c++) out[i * mr + c] = dy[i * args.lddy + c];
+            const Index width = args.j_end - group < gemm_tn_group ? args.j_end - group : gemm_tn_group;
+            for (Index i = 0; i < count && !direct; i++) {
+                const T* dy = args.dy + (begin + i) * args.lddy + group;
+                T* out = columns + i * mr;
+                Index j = 0;
+                for (; j + mr <= width; j += mr, out += tile_size) __builtin_memcpy(out, dy + j, mr * sizeof(T));
+                for (Index c = 0; j + c < width; c++) out[c] = dy[j + c];
             }
             for (Index p = 0; p < args.k; p += nr) {
-                const Index width = args.k - p < nr ? args.k - p : nr;
-                for (Index j = group; j < group_end; j += mr)
-                    tile_vectors<T, GemmTile<T>::vectors>(
-                        group_end - j, {columns + (j - group) * count, 1, mr, panels + p * count, count,
-                                        args.dw + j * args.lddw + p, args.lddw, width, nullptr, true});
+                TileArgs<T> t = {columns,   1,
+                                 mr,        panels + p * count,
+                                 count,     args.dw + group * args.lddw + p,
+                                 args.lddw, args.k - p < nr ? args.k - p : nr,
+                                 nullptr,   true};
+                if (direct) {
+                    t.a = args.dy + begin * args.lddy + group;
+                    t.step = args.lddy;
+                }
+                for (Index j = 0; j < width; j += mr) {
+                    tile_vectors<T, GemmTile<T>::vectors>(width - j, t);
+                    t.a += direct ? mr : tile_size;
+                    t.y += mr * args.lddw;
+                }
             }
         }
     }
 }
 
 constexpr int fma_chains = 12;  // enough to hide the latency on two ports, few enough for 16 registers
-template <class T> static constexpr Index fma_per_round = Index(fma_chains) * lanes<T> * 2;
+template <class T>
+static constexpr Index fma_per_round = Index(fma_chains) * lanes<T> * 2;
 
-template <class T> static T fma_peak(Index rounds)
+template <class T>
+static T fma_peak(Index rounds)
 {
     Vec<T> chain[fma_chains];
     for (int c = 0; c < fma_chains; c++) chain[c] = splat(T(c));

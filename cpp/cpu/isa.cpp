@@ -27,7 +27,8 @@ struct Entry {
     const Kernels<double>* (*f64)();
 };
 
-constexpr Entry entries[] = {  // widest last
+constexpr Entry entries[] = {
+    // widest last
 #if defined(VIMCORE_HAVE_BASELINE)
     {"baseline", always, kernels_baseline<float>, kernels_baseline<double>},
 #endif
@@ -62,27 +63,35 @@ const Entry& find(const std::string& isa)  // "": the widest
 
 const Entry& chosen()
 {
-    static const Entry& entry = [] () -> const Entry& {
+    static const Entry& entry = []() -> const Entry& {
         const char* wanted = std::getenv("VIMCORE_ISA");
         return find(wanted ? wanted : "");
     }();
     return entry;
 }
 
-template <class T> const Kernels<T>& table(const Entry& entry)
+template <class T>
+const Kernels<T>& table(const Entry& entry)
 {
-    if constexpr (sizeof(T) == sizeof(float)) return *entry.f32();
-    else return *entry.f64();
+    if constexpr (sizeof(T) == sizeof(float))
+        return *entry.f32();
+    else
+        return *entry.f64();
 }
 
 }  // namespace
 
-template <class T> const Kernels<T>& kernels()
+template <class T>
+const Kernels<T>& kernels()
 {
     static const Kernels<T>& of_choice = table<T>(chosen());
     return of_choice;
 }
-template <class T> const Kernels<T>& kernels(const std::string& isa) { return table<T>(find(isa)); }
+template <class T>
+const Kernels<T>& kernels(const std::string& isa)
+{
+    return table<T>(find(isa));
+}
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
 template const Kernels<float>& kernels<float>(const std::string& isa);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Residual add and normalisation of rows of `dim` elements.
-//   forward   x = residual + row_scale h;  xhat = (x - mean) rstd;  out = weight xhat + bias   (RMSNorm: mean = 0, no bias)
+//   forward   x = residual + row_scale h;  xhat = (x - mean) rstd;  out = weight xhat + bias   (RMSNorm: mean = 0, no
+//   bias)
 //             rstd = 1 / sqrt(mean((x - mean)^2) + eps)
 //   backward  g = weight dout;  dx = rstd (g - mean(g) - xhat mean(g xhat)) + dresidual_out    (RMSNorm: no mean(g))
 //             dweight += dout xhat;  dbias += dout;  dh = row_scale dx
@@ -16,7 +17,8 @@ VIM_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 VIM_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
 // Calls f(q, i, n) for vectors of n elements at i; q cycles through four accumulators, in the same way for a given dim.
-template <class T, class F> VIM_INLINE void each_vector(Index dim, F f)
+template <class T, class F>
+VIM_INLINE void each_vector(Index dim, F f)
 {
     constexpr Index L = lanes<T>;
     Index i = 0;
@@ -27,13 +29,19 @@ template <class T, class F> VIM_INLINE void each_vector(Index dim, F f)
     for (int q = 0; i < dim; i += L, q++) f(q, i, dim - i < L ? dim - i : L);
 }
 
-template <class T> VIM_INLINE T sum4(const Vec<T> (&v)[4]) { return sum<T>((v[0] + v[1]) + (v[2] + v[3])); }
+template <class T>
+VIM_INLINE T sum4(const Vec<T> (&v)[4])
+{
+    return sum<T>((v[0] + v[1]) + (v[2] + v[3]));
+}
 
-template <class T> struct RowStatistics {
+template <class T>
+struct RowStatistics {
     T mean, rstd;
 };
 
-template <class T> VIM_INLINE RowStatistics<T> row_statistics(const T* x, Index dim, T eps, bool layer)
+template <class T>
+VIM_INLINE RowStatistics<T> row_statistics(const T* x, Index dim, T eps, bool layer)
 {
     T mean = 0;
     if (layer) {
@@ -54,7 +62,8 @@ template <class T> VIM_INLINE RowStatistics<T> row_statistics(const T* x, Index 
     return {mean, 1 / square_root(sum4<T>(squares) / T(dim) + eps)};
 }
 
-template <class T> static void norm_forward(const NormArgs<T>& args)
+template <class T>
+static void norm_forward(const NormArgs<T>& args)
 {
     const Index dim = args.dim;
     const T scale = args.row_scale;
@@ -68,7 +77,8 @@ template <class T> static void norm_forward(const NormArgs<T>& args)
                 store_upto<T>(x + i, load_upto<T>(residual + i, n) + scale * load_upto<T>(h + i, n), n);
             });
         else if (h)
-            each_vector<T>(dim, [&](int, Index i, Index n) { store_upto<T>(x + i, scale * load_upto<T>(h + i, n), n); });
+            each_vector<T>(dim,
+                           [&](int, Index i, Index n) { store_upto<T>(x + i, scale * load_upto<T>(h + i, n), n); });
         else if (residual && x != residual)
             each_vector<T>(dim, [&](int, Index i, Index n) { store_upto<T>(x + i, load_upto<T>(residual + i, n), n); });
         else if (!residual)
@@ -84,7 +94,8 @@ template <class T> static void norm_forward(const NormArgs<T>& args)
     }
 }
 
-template <class T> static void norm_backward(const NormArgs<T>& args)
+template <class T>
+static void norm_backward(const NormArgs<T>& args)
 {
     const Index dim = args.dim;
     for (Index row = 0; row < args.len; row++) {

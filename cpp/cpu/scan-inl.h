@@ -35,26 +35,14 @@ template <class T> VIM_INLINE Rows<T> rows(T* base, Index ld, Index token, bool 
     return {base ? base + token * ld : base, base ? (reverse ? -ld : ld) : 0};
 }
 
-template <class T> VIM_INLINE Vec<T> load_live(const T* p, Index live)
-{
-    return live == lanes<T> ? load<T>(p) : load<T>(p, live);
-}
-template <class T> VIM_INLINE void store_live(T* p, Vec<T> v, Index live)
-{
-    if (live == lanes<T>)
-        store<T>(p, v);
-    else
-        store<T>(p, v, live);
-}
-
 // Delta before softplus of `count` tokens, for the channels [e, e + live): out[s] = bias + sum_r dt[s, r] weight[r].
 // Tokens go by eights, the last ones repeated, so that all are computed by the same code.
 template <class T>
 static void scan_delta(const ScanArgs<T>& f, Rows<const T> dt, Index count, Index e, Index live, T* out)
 {
-    const Vec<T> bias = f.dt_bias ? load_live<T>(f.dt_bias + e, live) : splat(T(0));
+    const Vec<T> bias = f.dt_bias ? load_upto<T>(f.dt_bias + e, live) : splat(T(0));
     if (f.rank == 0) {
-        for (Index s = 0; s < count; s++) store<T>(out + s * lanes<T>, load_live<T>(dt.at(s) + e, live) + bias);
+        for (Index s = 0; s < count; s++) store<T>(out + s * lanes<T>, load_upto<T>(dt.at(s) + e, live) + bias);
         return;
     }
     constexpr int wide = 8;
@@ -67,9 +55,9 @@ static void scan_delta(const ScanArgs<T>& f, Rows<const T> dt, Index count, Inde
         }
         const T* weight = f.dt_weight + e;
         for (Index r = 0; r < f.rank; r++, weight += f.dim) {
-            const Vec<T> w = load_live<T>(weight, live);
+            const Vec<T> w = load_upto<T>(weight, live);
 #pragma GCC unroll 8
-            for (int i = 0; i < wide; i++) sum[i] += w * row[i][r];
+            for (int i = 0; i < wide; i++) sum[i] = fma(w, splat(row[i][r]), sum[i]);
         }
         for (int i = 0; i < wide; i++)
             if (s0 + i < count) store<T>(out + (s0 + i) * lanes<T>, sum[i]);
@@ -91,9 +79,8 @@ static void scan_recur(const T* A, T* state, const T* delta, const T* du, Rows<c
 #pragma GCC unroll 16
         for (int n = 0; n < G; n++) {
             const Vec<T> a = exp2_product(d, load<T>(A + n * w));
-            const Vec<T> in = x * b[n];
-            h[n] = a * h[n] + in;
-            sum[n & 1] += h[n] * c[n];
+            h[n] = fma(a, h[n], x * b[n]);
+            sum[n & 1] = fma(h[n], splat(c[n]), sum[n & 1]);
         }
         store<T>(y + s * w, sum[0] + sum[1]);
         b += B.step;
@@ -128,10 +115,10 @@ static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index
     alignas(64) T A[scan_states * w], h[scan_states * w];
     alignas(64) T delta[scan_block * w], du[scan_block * w], y[scan_block * w];
     for (Index n = 0; n < states; n++) {
-        store<T>(A + n * w, load_live<T>(f.A + (n0 + n) * f.dim + e, live));
-        store<T>(h + n * w, f.h ? load_live<T>(f.h + (n0 + n) * f.dim + e, live) : splat(T(0)));
+        store<T>(A + n * w, load_upto<T>(f.A + (n0 + n) * f.dim + e, live));
+        store<T>(h + n * w, f.h ? load_upto<T>(f.h + (n0 + n) * f.dim + e, live) : splat(T(0)));
     }
-    const Vec<T> D = f.D && n0 == 0 ? load_live<T>(f.D + e, live) : splat(T(0));
+    const Vec<T> D = f.D && n0 == 0 ? load_upto<T>(f.D + e, live) : splat(T(0));
     const Vec<T> scale = splat(f.scale);
 
     for (Index done = 0, count; done < f.len; done += count) {
@@ -141,7 +128,7 @@ static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index
             const Index inside = f.reverse ? f.chunk - 1 - natural % f.chunk : natural % f.chunk;
             if (inside == 0 || (f.reverse && done == 0))
                 for (Index n = 0; n < states; n++)
-                    store_live<T>(f.checkpoints + (natural / f.chunk * f.state + n0 + n) * f.dim + e,
+                    store_upto<T>(f.checkpoints + (natural / f.chunk * f.state + n0 + n) * f.dim + e,
                                   load<T>(h + n * w), live);
             const Index left = f.chunk - inside;  // up to the end of the chunk
             if (count > left) count = left;
@@ -152,7 +139,7 @@ static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index
         for (Index s = 0; s < count; s++) {
             Vec<T> d = load<T>(delta + s * w);
             if (f.softplus) d = softplus(d);
-            const Vec<T> in = load_live<T>(u.at(s) + e, live);
+            const Vec<T> in = load_upto<T>(u.at(s) + e, live);
             store<T>(delta + s * w, d);
             store<T>(du + s * w, d * in);
             store<T>(y + s * w, D * in);
@@ -161,13 +148,13 @@ static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index
                        rows(f.C + n0, f.ldb, token, f.reverse), count, y);
         for (Index s = 0; s < count; s++) {
             Vec<T> v = load<T>(y + s * w);
-            if (add) v += load_live<T>(out.at(s) + e, live);
-            if (finish) v *= f.z ? scale * silu(load_live<T>(z.at(s) + e, live)) : scale;
-            store_live<T>(out.at(s) + e, v, live);
+            if (add) v += load_upto<T>(out.at(s) + e, live);
+            if (finish) v *= f.z ? scale * silu(load_upto<T>(z.at(s) + e, live)) : scale;
+            store_upto<T>(out.at(s) + e, v, live);
         }
     }
     if (f.h)
-        for (Index n = 0; n < states; n++) store_live<T>(f.h + (n0 + n) * f.dim + e, load<T>(h + n * w), live);
+        for (Index n = 0; n < states; n++) store_upto<T>(f.h + (n0 + n) * f.dim + e, load<T>(h + n * w), live);
 }
 
 template <class T> static void scan_forward(const ScanArgs<T>& f)

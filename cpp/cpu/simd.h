@@ -6,9 +6,11 @@
 
 #if defined(__AVX512F__) && VIM_BYTES == 64
 #define VIM_AVX512 1
-#include <immintrin.h>
 #else
 #define VIM_AVX512 0
+#endif
+#if defined(__FMA__)
+#include <immintrin.h>
 #endif
 
 #include "kernels.h"
@@ -66,6 +68,22 @@ template <class T> VIM_INLINE void store_upto(T* p, Vec<T> v, Index n)
     else store<T>(p, v);
 }
 
+// a b + c and a b - c, rounded once where the machine has it. Spelled out where a sum has two products, because the
+// compiler's choice between them must not differ from one copy of the code to the next.
+template <class V> VIM_INLINE V fma(V a, V b, V c)
+{
+#if VIM_AVX512
+    if constexpr (sizeof(a[0]) == 4) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    else return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__) && VIM_BYTES == 32
+    if constexpr (sizeof(a[0]) == 4) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    else return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+    return a * b + c;
+#endif
+}
+template <class V> VIM_INLINE V fms(V a, V b, V c) { return fma(a, b, -c); }
+
 // Both keep a NaN in a.
 template <class V> VIM_INLINE V at_least(V a, V low) { return a < low ? low : a; }
 template <class V> VIM_INLINE V at_most(V a, V high) { return a > high ? high : a; }
@@ -79,87 +97,27 @@ template <class T> VIM_INLINE T sum(Vec<T> v)  // pairwise, fixed order
     return part[0];
 }
 
-// 2^x for x <= 128, relative error below 1 ulp; results under 2^-126 may be flushed to it. exp2(0) == 1. NaN stays NaN.
-VIM_INLINE Vec<float> exp2(Vec<float> x)
-{
-#if VIM_AVX512
-    Vec<float> n = (Vec<float>)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    Vec<float> r = x - n;
-#else
-    x = at_least(x, splat(-126.0f));
-    const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: the low mantissa bits of x + magic are round(x)
-    Vec<float> shifted = x + magic;
-    Vec<float> r = x - (shifted - magic);
-#endif
-    Vec<float> p = r * 1.535336188e-4f + 1.339887440e-3f;
-    p = p * r + 9.618437357e-3f;
-    p = p * r + 5.550332548e-2f;
-    p = p * r + 2.402264791e-1f;
-    p = p * r + 6.931472028e-1f;
-    p = p * r + 1.0f;
-#if VIM_AVX512
-    return (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
-#else
-    return p * (Vec<float>)(((Simd<float>::I)shifted << 23) + 0x3f800000);
-#endif
-}
-VIM_INLINE Vec<double> exp2(Vec<double> x)  // float64 is for checking: the C library's function, lane by lane
-{
-    for (int i = 0; i < lanes<double>; i++) x[i] = __builtin_exp2(x[i]);
-    return x;
-}
+// Sums across lanes of `lanes` vectors at once: element i of the result is the sum of rows[i]. At each level element i
+// takes the two halves that differ in bit `Bit` from the row whose number has that bit as i has it.
+template <int... I> struct Places {};
+template <int N, int... I> struct MakePlaces : MakePlaces<N - 1, N - 1, I...> {};
+template <int... I> struct MakePlaces<0, I...> { using type = Places<I...>; };
 
-// 2^(d a), the decay of a state: the product is rounded once, inside the range reduction.
-VIM_INLINE Vec<float> exp2_product(Vec<float> d, Vec<float> a) { return exp2(d * a); }
-VIM_INLINE Vec<double> exp2_product(Vec<double> d, Vec<double> a) { return exp2(d * a); }
-
-VIM_INLINE Vec<float> exp(Vec<float> x)  // any x
+template <class T, int Bit, int... I> VIM_INLINE Vec<T> fold_pair(Vec<T> a, Vec<T> b, Places<I...>)
 {
-    x = at_most(at_least(x, splat(-87.3f)), splat(88.3f));
-    // x log2(e) in two parts, so that the product's rounding does not reach the result
-    Vec<float> high = x * 1.44269504f;
-    Vec<float> low = x * 1.44269504f - high;  // contracted to one fused multiply-add where there is one
-    low = low + x * 1.92596299e-8f;
-    Vec<float> p = exp2(high);
-    return p + p * (low * 0.693147181f);
+    return __builtin_shufflevector(a, b, ((I & ~Bit) + (I & Bit ? lanes<T> : 0))...) +
+           __builtin_shufflevector(a, b, ((I | Bit) + (I & Bit ? lanes<T> : 0))...);
 }
-VIM_INLINE Vec<double> exp(Vec<double> x)
+template <class T, int Bit> VIM_INLINE Vec<T> fold(const T* const* rows, int first)
 {
-    for (int i = 0; i < lanes<double>; i++) x[i] = __builtin_exp(x[i]);
-    return x;
+    if constexpr (Bit == lanes<T>)
+        return load<T>(rows[first]);
+    else
+        return fold_pair<T, Bit>(fold<T, 2 * Bit>(rows, first), fold<T, 2 * Bit>(rows, first + Bit),
+                                 typename MakePlaces<lanes<T>>::type{});
 }
-
-template <class V> VIM_INLINE V sigmoid(V x) { return 1 / (1 + exp(-x)); }
-template <class V> VIM_INLINE V silu(V x) { return x / (1 + exp(-x)); }
-template <class V> VIM_INLINE V silu_gradient(V x)
-{
-    V s = sigmoid(x);
-    return s * (1 + x * (1 - s));
-}
-
-// log(1 + e^x) for x <= 20, x above. For y = e^-|x| in (0, 1]: log(1 + y) = 2 atanh(y / (2 + y)).
-VIM_INLINE Vec<float> softplus(Vec<float> x)
-{
-    Vec<float> y = exp(x < 0 ? x : -x);
-    Vec<float> s = y / (y + 2), t = s * s;
-    Vec<float> p = t * 0.0769230769f + 0.0909090909f;
-    p = p * t + 0.111111111f;
-    p = p * t + 0.142857143f;
-    p = p * t + 0.2f;
-    p = p * t + 0.333333333f;
-    p = p * t + 1.0f;
-    return at_least(x, splat(0.0f)) + 2 * s * p;
-}
-VIM_INLINE Vec<double> softplus(Vec<double> x)
-{
-    for (int i = 0; i < lanes<double>; i++) x[i] = x[i] <= 20 ? __builtin_log1p(__builtin_exp(x[i])) : x[i];
-    return x;
-}
-// Its derivative: sigmoid(x), 1 above 20.
-template <class T> VIM_INLINE Vec<T> softplus_gradient(Vec<T> x)
-{
-    Vec<T> s = sigmoid(x);
-    return x > 20 ? splat(T(1)) : s;
-}
+template <class T> VIM_INLINE Vec<T> sum_rows(const T* const* rows) { return fold<T, 1>(rows, 0); }
 
 }  // namespace vimcore::cpu::VIM_ISA
+
+#include "simd_math.h"

@@ -138,9 +138,9 @@ private:
             wait_changed(rounds_, seen);
             seen = rounds_.load(std::memory_order_acquire);
             std::uint32_t gate = gate_.load(std::memory_order_relaxed);
-            while (gate >= one_place && !gate_.compare_exchange_weak(gate, gate - one_place + 1,
-                                                                     std::memory_order_acquire,
-                                                                     std::memory_order_relaxed)) {
+            while (gate >= one_place &&
+                   !gate_.compare_exchange_weak(gate, gate - one_place + 1, std::memory_order_acquire,
+                                                std::memory_order_relaxed)) {
             }
             if (gate < one_place) continue;
             loop_.work();

@@ -215,7 +215,7 @@ void block_forward(Context& ctx, const Config& config, const BlockParams& params
     // A causal convolution feeds both directions of "ssm", so its reverse scan cannot start at the far end.
     const std::int64_t len = block.out.size(1);
     const std::int64_t tile = config.directions == Directions::ssm ? len : ctx.tile > 0 ? ctx.tile : ctx.backend().tile();
-    Forward(ctx, config, params, block, saved, std::max<std::int64_t>(tile / 64, 1) * 64).run();
+    Forward(ctx, config, params, block, saved, (tile + 63) / 64 * 64).run();  // whole chunks of checkpoints
 }
 
 void block_backward(Context& ctx, const Config& config, const BlockParams& params, const Block& block,

@@ -242,7 +242,7 @@ std::string Config::to_json() const
     };
     const auto text = [](const std::string& value) { return json::quote(value); };
     const auto boolean = [](bool value) { return std::string(value ? "true" : "false"); };
-    put("img_size", "[" + std::to_string(img_height) + ", " + std::to_string(img_width) + "]");
+    put("img_size", std::string("[").append(std::to_string(img_height)) + ", " + std::to_string(img_width) + "]");
     put("patch_size", std::to_string(patch_size));
     put("stride", std::to_string(stride));
     put("in_chans", std::to_string(in_chans));

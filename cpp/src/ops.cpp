@@ -61,13 +61,7 @@ private:
 };
 
 // The shape of `tensor` with its last axis replaced.
-Shape with_last(const Tensor& tensor, std::int64_t last)
-{
-    std::int64_t sizes[Shape::max_rank];
-    for (int i = 0; i < tensor.shape.rank(); i++) sizes[i] = tensor.size(i);
-    sizes[tensor.shape.rank() - 1] = last;
-    return {sizes, tensor.shape.rank()};
-}
+Shape with_last(const Tensor& tensor, std::int64_t last) { return tensor.shape.with(-1, last); }
 
 }  // namespace
 

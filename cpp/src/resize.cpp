@@ -4,10 +4,11 @@
 //   pass 1: t[y, x] = clip8((2^21 + sum_j wx[x, j] image[y, x0(x) + j]) >> 22), pass 2 the same over rows.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 #include "json.h"
-#include "vimcore/error.h"
 #include "vimcore/image.h"
 
 #if defined(__GNUC__)
@@ -17,6 +18,7 @@
 #endif
 #if defined(__GNUC__) && defined(__x86_64__)
 #define VIM_AVX2 1
+#include <immintrin.h>
 #endif
 
 namespace vimcore {
@@ -45,7 +47,7 @@ struct Weights {
     {
         const double scale = static_cast<double>(in) / static_cast<double>(out);
         const double filter = std::max(scale, 1.0), support = 2.0 * filter, step = 1.0 / filter;
-        taps = static_cast<int>(std::ceil(support)) * 2 + 1;
+        taps = static_cast<int>(std::ceil(support)) * 2 + 2;  // one more than needed: even, the last is 0
         const auto size = static_cast<std::size_t>(end - begin);
         first.resize(size);
         count.resize(size);
@@ -73,10 +75,58 @@ VIM_INLINE std::uint8_t clip8(std::int32_t sum)
     return static_cast<std::uint8_t>(value < 0 ? 0 : value > 255 ? 255 : value);
 }
 
-// One row of the horizontal pass. in[0] is input column `begin`. Channels are a constant: the sums stay in registers.
-template <int channels>
-void resize_row(const std::uint8_t* in, int begin, const Weights& weights, std::size_t width, std::uint8_t* out)
+#if VIM_AVX2
+// Integers: the same result on every machine. Baseline x86-64 has no 32-bit vector multiply.
+bool has_avx2()
 {
+    static const bool found = [] {
+        const char* forced = std::getenv("VIMCORE_ISA");
+        return __builtin_cpu_supports("avx2") && !(forced && std::strcmp(forced, "baseline") == 0);
+    }();
+    return found;
+}
+
+// One row of the horizontal pass for RGB (see resize_row), two pixels a step in the halves of one vector:
+// (r g b 0 | r g b 0). An odd count takes one pixel more, with weight 0.
+__attribute__((target("avx2"))) void resize_row_avx2(const std::uint8_t* in, int begin, int end, const Weights& weights,
+                                                     std::size_t width, std::uint8_t* out)
+{
+    const __m128i spread = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const std::int32_t* values = weights.values.data();
+    const int* firsts = weights.first.data();
+    const int* counts = weights.count.data();
+    for (std::size_t x = 0; x < width; ++x, values += weights.taps) {
+        const std::uint8_t* p = in + static_cast<std::size_t>(firsts[x] - begin) * 3;
+        const int count = counts[x], safe = end - firsts[x] - 2;  // a load takes 8 bytes: two more pixels must exist
+        __m256i sums = _mm256_setzero_si256();
+        int j = 0;
+        for (; j < count && j < safe; j += 2) {
+            const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 3 * j));
+            const __m256i pixels = _mm256_cvtepu8_epi32(_mm_shuffle_epi8(bytes, spread));
+            const __m256i pair = _mm256_setr_m128i(_mm_set1_epi32(values[j]), _mm_set1_epi32(values[j + 1]));
+            sums = _mm256_add_epi32(sums, _mm256_mullo_epi32(pixels, pair));
+        }
+        __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        for (; j < count; ++j) {  // at the right border
+            const __m128i pixel = _mm_setr_epi32(p[3 * j], p[3 * j + 1], p[3 * j + 2], 0);
+            sum = _mm_add_epi32(sum, _mm_mullo_epi32(pixel, _mm_set1_epi32(values[j])));
+        }
+        sum = _mm_srai_epi32(_mm_add_epi32(sum, _mm_set1_epi32(1 << (weight_bits - 1))), weight_bits);
+        const __m128i words = _mm_packs_epi32(sum, sum);
+        const std::int32_t rgb = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));  // both packs saturate, as clip8
+        __builtin_memcpy(out + 3 * x, &rgb, 3);
+    }
+}
+#endif
+
+// One row of the horizontal pass. `in` holds the input columns begin..end-1.
+template <int channels>
+void resize_row(const std::uint8_t* in, int begin, [[maybe_unused]] int end, const Weights& weights, std::size_t width,
+                std::uint8_t* out)
+{
+#if VIM_AVX2
+    if (channels == 3 && has_avx2()) return resize_row_avx2(in, begin, end, weights, width, out);
+#endif
     for (std::size_t x = 0; x < width; ++x) {
         const std::int32_t* w = &weights.values[x * weights.taps];
         const std::uint8_t* p = in + static_cast<std::size_t>(weights.first[x] - begin) * channels;
@@ -119,9 +169,7 @@ void sum_rows(const std::uint8_t* in, std::size_t stride, const std::int32_t* we
               std::uint8_t* out)
 {
 #if VIM_AVX2
-    // Integers: the same result on every machine. Baseline x86-64 has no 32-bit multiply.
-    static const bool avx2 = __builtin_cpu_supports("avx2");
-    if (avx2) return sum_rows_avx2(in, stride, weight, count, size, out);
+    if (has_avx2()) return sum_rows_avx2(in, stride, weight, count, size, out);
 #endif
     sum_rows_body(in, stride, weight, count, size, out);
 }
@@ -143,20 +191,20 @@ std::vector<std::uint8_t> resample(const std::uint8_t* in, std::int64_t in_heigh
 
     // Pillow 13 and later take the vertical pass first where it removes many more rows than the other removes columns.
     if (height < in_height && in_height - height > 2 * (in_width - width)) {
-        const int begin = wx.first.front();
-        std::vector<std::uint8_t> row(static_cast<std::size_t>(wx.first.back() + wx.count.back() - begin) * channels);
+        const int begin = wx.first.front(), end = wx.first.back() + wx.count.back();
+        std::vector<std::uint8_t> row(static_cast<std::size_t>(end - begin) * channels);
         for (std::size_t y = 0; y < out_height; ++y) {
             const std::uint8_t* from = in + static_cast<std::size_t>(wy.first[y]) * in_stride;
             sum_rows(from + static_cast<std::size_t>(begin) * channels, in_stride, &wy.values[y * wy.taps], wy.count[y],
                      row.size(), row.data());
-            resize_row<channels>(row.data(), begin, wx, out_width, &out[y * stride]);
+            resize_row<channels>(row.data(), begin, end, wx, out_width, &out[y * stride]);
         }
         return out;
     }
     const int begin = wy.first.front(), end = wy.first.back() + wy.count.back();
     std::vector<std::uint8_t> rows(static_cast<std::size_t>(end - begin) * stride);
     for (int y = begin; y < end; ++y)
-        resize_row<channels>(in + static_cast<std::size_t>(y) * in_stride, 0, wx, out_width,
+        resize_row<channels>(in + static_cast<std::size_t>(y) * in_stride, 0, static_cast<int>(in_width), wx, out_width,
                              &rows[static_cast<std::size_t>(y - begin) * stride]);
     for (std::size_t y = 0; y < out_height; ++y)
         sum_rows(&rows[static_cast<std::size_t>(wy.first[y] - begin) * stride], stride, &wy.values[y * wy.taps],

@@ -61,6 +61,13 @@ std::int64_t Shape::numel() const
     return product;
 }
 
+Shape Shape::with(int axis, std::int64_t size) const
+{
+    Shape shape = *this;
+    shape.sizes_[static_cast<std::size_t>(axis < 0 ? axis + rank_ : axis)] = size;
+    return shape;
+}
+
 bool Shape::operator==(const Shape& other) const
 {
     if (rank_ != other.rank_) return false;
@@ -83,23 +90,17 @@ std::string describe(const Tensor& tensor)
 
 Tensor Tensor::slice(std::int64_t begin, std::int64_t end) const
 {
-    if (!data) return {};
-    std::int64_t sizes[Shape::max_rank];
-    std::int64_t row = 1;
-    for (int i = 0; i < shape.rank(); i++) {
-        sizes[i] = shape[i];
-        if (i) row *= shape[i];
-    }
-    sizes[0] = end - begin;
+    if (!data || shape.rank() == 0) return {};
+    const std::int64_t row = Shape(shape.begin() + 1, shape.rank() - 1).numel();
     Tensor part = *this;
-    part.shape = Shape(sizes, shape.rank());
+    part.shape = shape.with(0, end - begin);
     part.data = static_cast<char*>(data) + begin * row * static_cast<std::int64_t>(size_of(dtype));
     return part;
 }
 
 Tensor Tensor::operator[](std::int64_t index) const
 {
-    if (!data) return {};
+    if (!data || shape.rank() == 0) return {};
     Tensor part = slice(index, index + 1);
     part.shape = Shape(shape.begin() + 1, shape.rank() - 1);
     return part;

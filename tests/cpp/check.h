@@ -30,13 +30,13 @@ inline int check_failures()
 
 #define CHECK(condition) check_report(static_cast<bool>(condition), __FILE__, __LINE__, #condition)
 #define CHECK_CLOSE(a, b, tolerance) check_close(a, b, tolerance, __FILE__, __LINE__, #a " ~ " #b)
-#define CHECK_THROWS(expression, type)        \
-    do {                                      \
-        bool thrown = false;                  \
-        try {                                 \
-            (void)(expression);               \
-        } catch (const type&) {               \
-            thrown = true;                    \
-        }                                     \
+#define CHECK_THROWS(expression, type)                 \
+    do {                                               \
+        bool thrown = false;                           \
+        try {                                          \
+            (void)(expression);                        \
+        } catch (const type&) {                        \
+            thrown = true;                             \
+        }                                              \
         CHECK(thrown && #expression " throws " #type); \
     } while (0)

@@ -25,7 +25,8 @@ namespace {
 
 std::mt19937 generator(7);
 
-template <class T> std::vector<T> random(Index size, double low = -1, double high = 1)
+template <class T>
+std::vector<T> random(Index size, double low = -1, double high = 1)
 {
     std::uniform_real_distribution<double> draw(low, high);
     std::vector<T> values(static_cast<std::size_t>(size));
@@ -33,15 +34,20 @@ template <class T> std::vector<T> random(Index size, double low = -1, double hig
     return values;
 }
 
-template <class T> double tolerance() { return sizeof(T) == 4 ? 2e-6 : 4e-15; }
+template <class T>
+double tolerance()
+{
+    return sizeof(T) == 4 ? 2e-6 : 4e-15;
+}
 
-template <class T> bool same_bits(const std::vector<T>& a, const std::vector<T>& b)
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b)
 {
     return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-template <class T> std::vector<T> packed(const Kernels<T>& kernels, const std::vector<T>& w, Index ldw, Index n, Index k,
-                                         bool transposed)
+template <class T>
+std::vector<T> packed(const Kernels<T>& kernels, const std::vector<T>& w, Index ldw, Index n, Index k, bool transposed)
 {
     std::vector<T> out(static_cast<std::size_t>((n + kernels.nr - 1) / kernels.nr * kernels.nr * k + 1), T(99));
     kernels.pack({w.data(), ldw, n, k, transposed, out.data()});
@@ -49,8 +55,8 @@ template <class T> std::vector<T> packed(const Kernels<T>& kernels, const std::v
     return out;
 }
 
-template <class T> void test_gemm(const Kernels<T>& kernels, Index m, Index n, Index k, bool with_bias, bool add,
-                                  bool transposed)
+template <class T>
+void test_gemm(const Kernels<T>& kernels, Index m, Index n, Index k, bool with_bias, bool add, bool transposed)
 {
     const Index ldx = k + 3, ldy = n + 5, ldw = (transposed ? n : k) + 2;
     const auto x = random<T>(m * ldx + 1), w = random<T>((transposed ? k : n) * ldw + 1), bias = random<T>(n);
@@ -58,8 +64,8 @@ template <class T> void test_gemm(const Kernels<T>& kernels, Index m, Index n, I
     const auto panels = packed(kernels, w, ldw, n, k, transposed);
     const Index count = (n + kernels.nr - 1) / kernels.nr;
     auto y = before;
-    const GemmArgs<T> whole = {x.data(), ldx, panels.data(), with_bias ? bias.data() : nullptr, y.data(), ldy,
-                               m,        n,   k,             0, count, add};
+    const GemmArgs<T> whole = {
+        x.data(), ldx, panels.data(), with_bias ? bias.data() : nullptr, y.data(), ldy, m, n, k, 0, count, add};
     kernels.gemm(whole);
     for (Index i = 0; i < m; i++)
         for (Index j = 0; j < ldy; j++) {
@@ -88,7 +94,8 @@ template <class T> void test_gemm(const Kernels<T>& kernels, Index m, Index n, I
     CHECK(same_bits(y, split));
 }
 
-template <class T> void test_gemm_tn(const Kernels<T>& kernels, Index m, Index n, Index k)
+template <class T>
+void test_gemm_tn(const Kernels<T>& kernels, Index m, Index n, Index k)
 {
     const Index lddy = n + 3, ldx = k + 2, lddw = k + 1;
     const auto dy = random<T>(m * lddy + 1), x = random<T>(m * ldx + 1), before = random<T>(n * lddw + 1);
@@ -122,7 +129,8 @@ struct NormCase {
     bool h, residual, residual_out, in_place, bias, layer;
 };
 
-template <class T> void test_norm_forward(const Kernels<T>& kernels, Index len, Index dim, const NormCase& c)
+template <class T>
+void test_norm_forward(const Kernels<T>& kernels, Index len, Index dim, const NormCase& c)
 {
     const double offset = c.layer ? 100 : 0;  // a mean much larger than the deviation
     const auto h = random<T>(len * dim, offset - 1, offset + 1), weight = random<T>(dim), bias = random<T>(dim);
@@ -154,17 +162,18 @@ template <class T> void test_norm_forward(const Kernels<T>& kernels, Index len, 
         }
         if (!c.layer) mean = 0;
         for (long double value : x) squares += (value - mean) * (value - mean) / dim;
+        const long double rstd = 1 / std::sqrt(squares + 1e-5L);
         for (Index d = 0; d < dim; d++) {
-            const long double want = (x[d] - mean) / std::sqrt(squares + 1e-5L) * weight[d] + (c.bias ? bias[d] : 0);
-            // without residual_out the rounding of x itself is not known here; one element alone has no deviation
-            const double slack = (offset > 0 ? 20 : 2) * (dim == 1 ? 20 : 1);
-            CHECK_CLOSE(out[i * dim + d], double(want), tolerance<T>() * slack);
+            const long double want = (x[d] - mean) * rstd * weight[d] + (c.bias ? bias[d] : 0);
+            // the mean and, where it was not stored, x are rounded at the size of the offset
+            CHECK_CLOSE(out[i * dim + d], double(want), tolerance<T>() * double(2 + 0.2 * offset * rstd));
         }
     }
 }
 
-template <class T> void test_norm_backward(const Kernels<T>& kernels, Index len, Index dim, bool layer, bool arriving,
-                                           bool in_place, bool optional)
+template <class T>
+void test_norm_backward(const Kernels<T>& kernels, Index len, Index dim, bool layer, bool arriving, bool in_place,
+                        bool optional)
 {
     const auto x = random<T>(len * dim), weight = random<T>(dim), dout = random<T>(len * dim);
     const auto dresidual_out = random<T>(len * dim), dweight_before = random<T>(dim), dbias_before = random<T>(dim);
@@ -218,13 +227,17 @@ struct ConvCase {
     bool reverse, silu, bias;
 };
 
-template <class T> struct ConvData {
+template <class T>
+struct ConvData {
     Index ldx, ldu;
     std::vector<T> x, weight, bias;
     std::vector<double> p;  // (total, dim) before SiLU
 
     explicit ConvData(const ConvCase& c)
-        : ldx(c.dim + 7), ldu(c.dim + 2), x(random<T>(c.total * ldx)), weight(random<T>(c.width * c.dim)),
+        : ldx(c.dim + 7),
+          ldu(c.dim + 2),
+          x(random<T>(c.total * ldx)),
+          weight(random<T>(c.width * c.dim)),
           bias(random<T>(c.dim))
     {
         for (Index t = 0; t < c.total; t++)
@@ -255,7 +268,8 @@ template <class T> struct ConvData {
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-template <class T> void test_conv_forward(const Kernels<T>& kernels, const ConvCase& c)
+template <class T>
+void test_conv_forward(const Kernels<T>& kernels, const ConvCase& c)
 {
     const ConvData<T> data(c);
     std::vector<T> u(static_cast<std::size_t>(c.total * data.ldu), T(44)), split = u;
@@ -286,7 +300,8 @@ template <class T> void test_conv_forward(const Kernels<T>& kernels, const ConvC
     CHECK(same_bits(u, split));
 }
 
-template <class T> void test_conv_backward(const Kernels<T>& kernels, const ConvCase& c, bool add_dx)
+template <class T>
+void test_conv_backward(const Kernels<T>& kernels, const ConvCase& c, bool add_dx)
 {
     const ConvData<T> data(c);
     const Index lddu = c.dim + 1, lddx = c.dim + 4;
@@ -332,7 +347,8 @@ template <class T> void test_conv_backward(const Kernels<T>& kernels, const Conv
         CHECK_CLOSE(dbias[i], want_db[i], slack * (1 + std::sqrt(double(c.total))));
 }
 
-template <class T> void test_kernels(const std::string& isa)
+template <class T>
+void test_kernels(const std::string& isa)
 {
     const Kernels<T>& k = kernels<T>(isa);
     CHECK(k.isa == isa);
@@ -341,7 +357,8 @@ template <class T> void test_kernels(const std::string& isa)
     for (Index m : {Index(0), Index(1), k.mr - 1, k.mr, k.mr + 1, Index(101)})
         for (Index n : {Index(1), L - 1, L, L + 1, 2 * L + 1, k.nr, k.nr + 1, 2 * k.nr - 3})
             for (Index depth : {0, 1, 17}) test_gemm(k, m, n, depth, n % 2 != 0, m % 2 != 0, (m + n + depth) % 3 == 0);
-    for (int options = 0; options < 8; options++) test_gemm(k, 13, k.nr + L + 2, 33, options & 1, options & 2, options & 4);
+    for (int options = 0; options < 8; options++)
+        test_gemm(k, 13, k.nr + L + 2, 33, options & 1, options & 2, options & 4);
     test_gemm<T>(k, 9, 44, 768, true, false, false);
 
     for (Index m : {Index(0), Index(1), Index(127), Index(128), Index(300)})
@@ -404,16 +421,19 @@ void test_threads()
     parallel_for(4, 6, [&](std::int64_t) { parallel_for(4, 10, [&](std::int64_t) { total++; }); });
     CHECK(total == 60);
 
-    std::vector<std::thread> callers;
+    std::vector<std::thread> callers;  // wishes differ, so that some get workers beside each other and some do not
     std::atomic<int> good{0};
     for (int i = 0; i < 10; i++)
-        callers.emplace_back([&] {
-            for (int repeat = 0; repeat < 200; repeat++) good += covers(4, 33);
+        callers.emplace_back([&good, i] {
+            for (int repeat = 0; repeat < 200; repeat++) good += covers(2 + 3 * i, 33);
         });
     for (std::thread& caller : callers) caller.join();
     CHECK(good == 2000);
 
-    CHECK_THROWS(parallel_for(4, 100, [](std::int64_t i) { if (i == 50) throw std::runtime_error("50"); }),
+    CHECK_THROWS(parallel_for(4, 100,
+                              [](std::int64_t i) {
+                                  if (i == 50) throw std::runtime_error("50");
+                              }),
                  std::runtime_error);
     CHECK(covers(4, 100));
 

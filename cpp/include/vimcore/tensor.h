@@ -42,6 +42,7 @@ public:
     int rank() const { return rank_; }
     std::int64_t operator[](int axis) const { return sizes_[axis < 0 ? axis + rank_ : axis]; }
     std::int64_t numel() const;
+    Shape with(int axis, std::int64_t size) const;  // one size replaced
     bool operator==(const Shape& other) const;
     const std::int64_t* begin() const { return sizes_.data(); }
     const std::int64_t* end() const { return sizes_.data() + rank_; }

@@ -1,0 +1,74 @@
+"""Checks of the source tree itself: who includes whom, headers that stand alone, paths that the documents name."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+INCLUDE = re.compile(r'^\s*#\s*include\s*["<]([^">]+)[">]', re.MULTILINE)
+
+# A file below the folder on the left may not include anything that matches the pattern on the right.
+FORBIDDEN = {
+    "cpp/include/vimcore": r"^(?!vimcore/)(?!/)[a-z_/]+\.h$|cuda|torch|nlohmann|nanobind|Python\.h",
+    "cpp/src": r"\.cu|cuda_|torch|kernels\.h|simd\.h|-inl\.h",
+    "cpp/cpu": r"cuda|torch|model\.h|network\.h",
+    "cpp/tools": r"^(?!vimcore/)[a-z_/]+\.h$",
+    "cuda": r"cpp/cpu|/cpu/|model\.h|network\.h|torch",
+    "python/src": r"torch|/cpu/|arena\.h|backend\.h",
+}
+# Kernel translation units may not include the standard library: see cpp/cpu/kernels.h.
+KERNEL_HEADERS = {"immintrin.h", "kernels.h", "simd.h"}
+
+
+def check_includes() -> list[str]:
+    faults = []
+    for folder, pattern in FORBIDDEN.items():
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix not in {".h", ".cpp", ".cu", ".cuh"}:
+                continue
+            for name in INCLUDE.findall(path.read_text()):
+                if re.search(pattern, name):
+                    faults.append(f"{path.relative_to(root)} includes {name}")
+    for path in [*(root / "cpp/cpu").glob("*-inl.h"), root / "cpp/cpu/simd.h", root / "cpp/cpu/kernels.h"]:
+        for name in INCLUDE.findall(path.read_text()):
+            if name not in KERNEL_HEADERS and not name.endswith("-inl.h"):
+                faults.append(f"{path.relative_to(root)} includes {name}, kernels use no other headers")
+    return faults
+
+
+def check_headers_alone() -> list[str]:
+    """Every public header compiles by itself."""
+    faults = []
+    with tempfile.TemporaryDirectory() as folder:
+        for header in sorted((root / "cpp/include/vimcore").glob("*.h")):
+            source = Path(folder) / "alone.cpp"
+            source.write_text(f"#include <vimcore/{header.name}>\n")
+            command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{root}/cpp/include"]
+            done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+            if done.returncode:
+                faults.append(f"{header.name} does not compile alone:\n{done.stderr}")
+    return faults
+
+
+def check_documents() -> list[str]:
+    """Paths in backquotes that look like ours exist."""
+    faults = []
+    for document in sorted(root.glob("*.md")):
+        for name in re.findall(r"`((?:cpp|cuda|python|tests|\.ci)/[\w./*{},-]*)`", document.read_text()):
+            if not re.search(r"[*{]", name) and not (root / name).exists():
+                faults.append(f"{document.name} names {name}, which does not exist")
+    return faults
+
+
+def main() -> int:
+    faults = check_includes() + check_headers_alone() + check_documents()
+    print("\n".join(faults) if faults else "source tree: in order")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Sets up a virtual environment (.venv, or $VIMCORE_VENV) with vimcore and everything the tests need, then runs all
+# tests: C++ by CTest, Python by pytest. Further arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${VIMCORE_VENV:-.venv}
+[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+python="$venv/bin/python"
+"$python" -m pip install --quiet --upgrade pip
+"$python" -m pip install --quiet --constraint tests/constraints.txt '.[test]' cmake ninja
+PATH="$PWD/$venv/bin:$PATH"
+[ "${venv#/}" = "$venv" ] || PATH="$venv/bin:$PATH"
+
+cmake --preset release -G Ninja >/dev/null
+cmake --build --preset release
+ctest --preset release
+# From another folder, so that the installed package is tested and not the source tree.
+root=$PWD
+cd "$root/tests" && exec python -m pytest --rootdir "$root/tests" python "$@"
