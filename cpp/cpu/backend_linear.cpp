@@ -19,8 +19,9 @@ struct Cut {
 template <class T> Cut cut_gemm(const Gemm<T>& g, int threads, const Kernels<T>& kernel)
 {
     const Index panels = ceil_div(g.n, kernel.nr);
-    if (threads <= 1) return {std::min(g.m, 12 * kernel.mr), ceil_div(g.m, 12 * kernel.mr), panels, 1};
-    const Index rows = std::clamp(round_up(ceil_div(g.m, 4 * threads), kernel.mr), kernel.mr, 12 * kernel.mr);
+    if (threads <= 1) return {g.m, 1, panels, 1};
+    const Index most = ceil_div(g.m, 12 * kernel.mr), wanted = std::max<Index>(4 * threads, most);
+    const Index rows = std::max(round_up(ceil_div(g.m, wanted), kernel.mr), kernel.mr);
     const Index row_tasks = ceil_div(g.m, rows);
     const Index panel_tasks = std::clamp<Index>(ceil_div(2 * threads, std::max<Index>(row_tasks, 1)), 1, panels);
     return {rows, row_tasks, panels, panel_tasks};
@@ -56,14 +57,18 @@ template <class T> void run_gemms(Context& ctx, std::span<const Gemm<T>> problem
 template <class T> void run_gemms_tn(Context& ctx, std::span<const GemmTn<T>> problems)
 {
     const Kernels<T>& kernel = kernels<T>();
-    for (auto rest = problems; !rest.empty(); rest = rest.subspan(std::min(max_problems, rest.size()))) {
-        const auto group = rest.first(std::min(max_problems, rest.size()));
+    std::span<const GemmTn<T>> group;
+    for (auto rest = problems; !rest.empty(); rest = rest.subspan(group.size())) {
+        std::size_t size = 1;  // sums into the same gradient follow each other, for the order and against a race
+        while (size < std::min(max_problems, rest.size()) && rest[size].dw != rest[size - 1].dw) size++;
+        group = rest.first(size);
         std::array<Index, max_problems> width{}, tasks{};
         Index total = 0, space = 0;
         for (std::size_t i = 0; i < group.size(); i++) {
             const GemmTn<T>& g = group[i];
             if (g.m == 0 || g.n == 0 || g.k == 0) continue;
-            width[i] = round_up(std::max(2 * kernel.mr, ceil_div(g.n, 2 * ctx.threads())), kernel.mr);
+            const Index wanted = ctx.threads() > 1 ? 2 * ctx.threads() : 1;  // tasks
+            width[i] = round_up(std::max(2 * kernel.mr, ceil_div(g.n, wanted)), kernel.mr);
             tasks[i] = ceil_div(g.n, width[i]);
             total += tasks[i];
             space = std::max(space, round_up(kernel.gemm_tn_scratch(g.m, g.k), 16));

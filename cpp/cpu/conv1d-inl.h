@@ -35,47 +35,55 @@ VIM_INLINE Vec<T> conv_token(const ConvArgs<T>& args, const ConvRows<T>& rows, I
     if (args.bias) p = load_upto<T>(args.bias + e, n);
     for (Index k = 0; k < width; k++) {
         const Index s = t - width + 1 + k;
-        if (s >= 0) p += load_upto<T>(args.weight + k * args.dim + e, n) * load_upto<T>(rows.x + s * rows.step + e, n);
+        if (s < 0) continue;
+        p = fma(load_upto<T>(args.weight + k * args.dim + e, n), load_upto<T>(rows.x + s * rows.step + e, n), p);
     }
     return p;
 }
 
-template <class T, int W>
+// Calls f(e, n) for the channels [e, e + n) of every vector; n is a constant in all but the last call.
+template <class T, class F>
+VIM_INLINE void each_channels(const ConvArgs<T>& args, F f)
+{
+    Index e = args.e0;
+    for (; e + lanes<T> <= args.e1; e += lanes<T>) f(e, lanes<T>);
+    if (e < args.e1) f(e, args.e1 - e);
+}
+
+template <class T, int W, bool Silu>
 static void conv_forward_width(const ConvArgs<T>& args)
 {
     constexpr Index block = 4;  // tokens that share the loads of taps and inputs
     const ConvRows<T> rows = conv_rows(args);
-    Index first = args.begin;
+    Index first = args.begin, step = args.ldu;
     T* u = args.u;
-    Index step = args.ldu;
     if (args.reverse) {
         first = args.total - args.begin - args.len;
         u += (args.len - 1) * args.ldu;
         step = -step;
     }
-    Index i = 0;
-    while (i < args.len) {
+    for (Index i = 0; i < args.len;) {
         const Index t = first + i;
         if (W > 0 && t >= W - 1 && args.len - i >= block) {
-            for (Index e = args.e0; e < args.e1; e += lanes<T>) {
-                const Index n = args.e1 - e < lanes<T> ? args.e1 - e : lanes<T>;
-                Vec<T> p[block] = {}, x[block + W];
+            each_channels<T>(args, [&](Index e, Index n) VIM_INLINE_LAMBDA {
+                const T* from = rows.x + (t - W + 1) * rows.step + e;
+                T* to = u + i * step + e;
+                Vec<T> x[block + W], p[block] = {};
                 if (args.bias) p[0] = p[1] = p[2] = p[3] = load_upto<T>(args.bias + e, n);
-                for (int s = 0; s < block + W - 1; s++)
-                    x[s] = load_upto<T>(rows.x + (t - W + 1 + s) * rows.step + e, n);
+                for (int s = 0; s < block + W - 1; s++) x[s] = load_upto<T>(from + s * rows.step, n);
                 for (int k = 0; k < W; k++) {
                     const Vec<T> tap = load_upto<T>(args.weight + k * args.dim + e, n);
-                    for (int s = 0; s < block; s++) p[s] += tap * x[s + k];
+                    for (int s = 0; s < block; s++) p[s] = fma(tap, x[s + k], p[s]);
                 }
-                for (int s = 0; s < block; s++) store_upto<T>(u + (i + s) * step + e, args.silu ? silu(p[s]) : p[s], n);
-            }
+                for (int s = 0; s < block; s++) p[s] = Silu ? silu(p[s]) : p[s];
+                for (int s = 0; s < block; s++) store_upto<T>(to + s * step, p[s], n);
+            });
             i += block;
         } else {
-            for (Index e = args.e0; e < args.e1; e += lanes<T>) {
-                const Index n = args.e1 - e < lanes<T> ? args.e1 - e : lanes<T>;
+            each_channels<T>(args, [&](Index e, Index n) VIM_INLINE_LAMBDA {
                 const Vec<T> p = conv_token<T, W>(args, rows, t, e, n);
-                store_upto<T>(u + i * step + e, args.silu ? silu(p) : p, n);
-            }
+                store_upto<T>(u + i * step + e, Silu ? silu(p) : p, n);
+            });
             i++;
         }
     }
@@ -85,9 +93,9 @@ template <class T>
 static void conv_forward(const ConvArgs<T>& args)
 {
     if (args.width == 4)
-        conv_forward_width<T, 4>(args);
+        args.silu ? conv_forward_width<T, 4, true>(args) : conv_forward_width<T, 4, false>(args);
     else
-        conv_forward_width<T, 0>(args);
+        args.silu ? conv_forward_width<T, 0, true>(args) : conv_forward_width<T, 0, false>(args);
 }
 
 // Channels at e of the whole sequence, W taps: inputs and dp of the last W tokens stay in registers.
@@ -115,17 +123,17 @@ VIM_INLINE void conv_backward_window(const ConvArgs<T>& args, Index e, Index n)
             Vec<T> dp = load_upto<T>(du + t * du_step, n);
             if (args.silu) {
                 Vec<T> p = bias;
-                for (int k = 0; k < W; k++) p += tap[k] * window[k];
+                for (int k = 0; k < W; k++) p = fma(tap[k], window[k], p);
                 dp *= silu_gradient(p);
             }
-            for (int k = 0; k < W; k++) dtap[k] += dp * window[k];
+            for (int k = 0; k < W; k++) dtap[k] = fma(dp, window[k], dtap[k]);
             dbias += dp;
             recent[W - 1] = dp;
         }
         const Index s = t - (W - 1);  // its last term, w[0] dp[s + W - 1], is here now
         if (s >= 0) {
             Vec<T> d = {};
-            for (int k = 0; k < W; k++) d += tap[k] * recent[W - 1 - k];
+            for (int k = 0; k < W; k++) d = fma(tap[k], recent[W - 1 - k], d);
             if (args.add_dx) d += load_upto<T>(dx + s * dx_step, n);
             store_upto<T>(dx + s * dx_step, d, n);
         }

@@ -62,9 +62,9 @@ static __attribute__((noinline)) void tile(const TileArgs<T>& args)
         for (int v = 0; v < V; v++) row[v] = load<T>(b + v * L);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            const T left = *reinterpret_cast<const T*>(a + r * row_stride);
+            const Vec<T> left = splat(*reinterpret_cast<const T*>(a + r * row_stride));
 #pragma GCC unroll 3
-            for (int v = 0; v < V; v++) sum[r][v] += left * row[v];
+            for (int v = 0; v < V; v++) sum[r][v] = fma(left, row[v], sum[r][v]);
         }
         a += step;
         b += nr;

@@ -28,7 +28,7 @@ struct Entry {
 };
 
 constexpr Entry entries[] = {
-    // widest last
+// widest last
 #if defined(VIMCORE_HAVE_BASELINE)
     {"baseline", always, kernels_baseline<float>, kernels_baseline<double>},
 #endif

@@ -46,11 +46,11 @@ VIM_INLINE RowStatistics<T> row_statistics(const T* x, Index dim, T eps, bool la
     T mean = 0;
     if (layer) {
         Vec<T> total[4] = {};
-        each_vector<T>(dim, [&](int q, Index i, Index n) { total[q] += load_upto<T>(x + i, n); });
+        each_vector<T>(dim, [&](int q, Index i, Index n) VIM_INLINE_LAMBDA { total[q] += load_upto<T>(x + i, n); });
         mean = sum4<T>(total) / T(dim);
     }
     Vec<T> squares[4] = {};
-    each_vector<T>(dim, [&](int q, Index i, Index n) {
+    each_vector<T>(dim, [&](int q, Index i, Index n) VIM_INLINE_LAMBDA {
         Vec<T> d = load_upto<T>(x + i, n) - mean;
         if (n < lanes<T>) {  // the lanes beyond the row do not count
             T part[lanes<T>];
@@ -73,20 +73,21 @@ static void norm_forward(const NormArgs<T>& args)
         T* out = args.out + row * dim;
         T* x = args.residual_out ? args.residual_out + row * dim : out;
         if (h && residual)
-            each_vector<T>(dim, [&](int, Index i, Index n) {
+            each_vector<T>(dim, [&](int, Index i, Index n) VIM_INLINE_LAMBDA {
                 store_upto<T>(x + i, load_upto<T>(residual + i, n) + scale * load_upto<T>(h + i, n), n);
             });
         else if (h)
-            each_vector<T>(dim,
-                           [&](int, Index i, Index n) { store_upto<T>(x + i, scale * load_upto<T>(h + i, n), n); });
+            each_vector<T>(dim, [&](int, Index i, Index n)
+                                    VIM_INLINE_LAMBDA { store_upto<T>(x + i, scale * load_upto<T>(h + i, n), n); });
         else if (residual && x != residual)
-            each_vector<T>(dim, [&](int, Index i, Index n) { store_upto<T>(x + i, load_upto<T>(residual + i, n), n); });
+            each_vector<T>(dim, [&](int, Index i, Index n)
+                                    VIM_INLINE_LAMBDA { store_upto<T>(x + i, load_upto<T>(residual + i, n), n); });
         else if (!residual)
-            each_vector<T>(dim, [&](int, Index i, Index n) { store_upto<T>(x + i, Vec<T>{}, n); });
+            each_vector<T>(dim, [&](int, Index i, Index n) VIM_INLINE_LAMBDA { store_upto<T>(x + i, Vec<T>{}, n); });
 
         const RowStatistics<T> of = row_statistics<T>(x, dim, args.eps, args.layer);
         const T mean = of.mean, rstd = of.rstd;
-        each_vector<T>(dim, [&](int, Index i, Index n) {
+        each_vector<T>(dim, [&](int, Index i, Index n) VIM_INLINE_LAMBDA {
             Vec<T> value = (load_upto<T>(x + i, n) - mean) * rstd * load_upto<T>(args.weight + i, n);
             if (args.bias) value += load_upto<T>(args.bias + i, n);
             store_upto<T>(out + i, value, n);
@@ -108,7 +109,7 @@ static void norm_backward(const NormArgs<T>& args)
         const T mean = of.mean, rstd = of.rstd;
 
         Vec<T> with_xhat[4] = {}, alone[4] = {};
-        each_vector<T>(dim, [&](int q, Index i, Index n) {
+        each_vector<T>(dim, [&](int q, Index i, Index n) VIM_INLINE_LAMBDA {
             Vec<T> d = load_upto<T>(dout + i, n), xhat = (load_upto<T>(x + i, n) - mean) * rstd;
             Vec<T> g = d * load_upto<T>(args.weight + i, n);
             with_xhat[q] += g * xhat;
@@ -117,7 +118,7 @@ static void norm_backward(const NormArgs<T>& args)
             if (args.dbias) store_upto<T>(args.dbias + i, load_upto<T>(args.dbias + i, n) + d, n);
         });
         const T slope = sum4<T>(with_xhat) / T(dim), shift = args.layer ? sum4<T>(alone) / T(dim) : T(0);
-        each_vector<T>(dim, [&](int, Index i, Index n) {
+        each_vector<T>(dim, [&](int, Index i, Index n) VIM_INLINE_LAMBDA {
             Vec<T> xhat = (load_upto<T>(x + i, n) - mean) * rstd;
             Vec<T> g = load_upto<T>(dout + i, n) * load_upto<T>(args.weight + i, n);
             Vec<T> d = rstd * (g - shift - xhat * slope);

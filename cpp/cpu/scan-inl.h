@@ -25,12 +25,14 @@ inline constexpr int scan_group = 8;
 #endif
 
 // Rows of one tile in scan order: row s is first + s * step.
-template <class T> struct Rows {
+template <class T>
+struct Rows {
     T* first;
     Index step;
     T* at(Index s) const { return first + s * step; }
 };
-template <class T> VIM_INLINE Rows<T> rows(T* base, Index ld, Index token, bool reverse)
+template <class T>
+VIM_INLINE Rows<T> rows(T* base, Index ld, Index token, bool reverse)
 {
     return {base ? base + token * ld : base, base ? (reverse ? -ld : ld) : 0};
 }
@@ -64,9 +66,10 @@ static void scan_delta(const ScanArgs<T>& f, Rows<const T> dt, Index count, Inde
     }
 }
 
-// The recurrence of G states over one block: y += C h. delta, du (delta u) and y are [count][lanes].
-template <class T, int G>
-static void scan_recur(const T* A, T* state, const T* delta, const T* du, Rows<const T> B, Rows<const T> C, Index count, T* y)
+// The recurrence of G states over one block and, if wanted, y += C h. delta, du (delta u) and y are [count][lanes].
+template <class T, int G, bool output>
+static void scan_recur(const T* A, T* state, const T* delta, const T* du, Rows<const T> B, Rows<const T> C, Index count,
+                       T* y)
 {
     constexpr int w = lanes<T>;
     Vec<T> h[G];
@@ -75,14 +78,15 @@ static void scan_recur(const T* A, T* state, const T* delta, const T* du, Rows<c
     const T *b = B.first, *c = C.first;
     for (Index s = 0; s < count; s++) {
         const Vec<T> d = load<T>(delta + s * w), x = load<T>(du + s * w);
-        Vec<T> sum[2] = {load<T>(y + s * w), splat(T(0))};
+        Vec<T> sum[2] = {};
+        if constexpr (output) sum[0] = load<T>(y + s * w);
 #pragma GCC unroll 16
         for (int n = 0; n < G; n++) {
             const Vec<T> a = exp2_product(d, load<T>(A + n * w));
             h[n] = fma(a, h[n], x * b[n]);
-            sum[n & 1] = fma(h[n], splat(c[n]), sum[n & 1]);
+            if constexpr (output) sum[n & 1] = fma(h[n], splat(c[n]), sum[n & 1]);
         }
-        store<T>(y + s * w, sum[0] + sum[1]);
+        if constexpr (output) store<T>(y + s * w, sum[0] + sum[1]);
         b += B.step;
         c += C.step;
     }
@@ -91,7 +95,7 @@ static void scan_recur(const T* A, T* state, const T* delta, const T* du, Rows<c
 }
 
 // All groups of `count` states.
-template <class T>
+template <class T, bool output>
 static void scan_groups(Index count, const T* A, T* h, const T* delta, const T* du, Rows<const T> B, Rows<const T> C,
                         Index tokens, T* y)
 {
@@ -101,10 +105,10 @@ static void scan_groups(Index count, const T* A, T* h, const T* delta, const T* 
             recur(A + n * lanes<T>, h + n * lanes<T>, delta, du, Rows<const T>{B.first + n, B.step},
                   Rows<const T>{C.first + n, C.step}, tokens, y);
     };
-    run(scan_recur<T, scan_group>, scan_group);
-    if constexpr (scan_group > 8) run(scan_recur<T, 8>, 8);
-    run(scan_recur<T, 4>, 4);
-    run(scan_recur<T, 1>, 1);
+    run(scan_recur<T, scan_group, output>, scan_group);
+    if constexpr (scan_group > 8) run(scan_recur<T, 8, output>, 8);
+    run(scan_recur<T, 4, output>, 4);
+    run(scan_recur<T, 1, output>, 1);
 }
 
 // One vector of channels, states [n0, n0 + states), all tokens.
@@ -140,14 +144,17 @@ static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index
             Vec<T> d = load<T>(delta + s * w);
             if (f.softplus) d = softplus(d);
             const Vec<T> in = load_upto<T>(u.at(s) + e, live);
+            prefetch(u.at(s + scan_block) + e);
             store<T>(delta + s * w, d);
             store<T>(du + s * w, d * in);
             store<T>(y + s * w, D * in);
         }
-        scan_groups<T>(states, A, h, delta, du, rows(f.B + n0, f.ldb, token, f.reverse),
-                       rows(f.C + n0, f.ldb, token, f.reverse), count, y);
+        scan_groups<T, true>(states, A, h, delta, du, rows(f.B + n0, f.ldb, token, f.reverse),
+                             rows(f.C + n0, f.ldb, token, f.reverse), count, y);
         for (Index s = 0; s < count; s++) {
             Vec<T> v = load<T>(y + s * w);
+            prefetch(out.at(s + scan_block) + e);
+            if (finish && f.z) prefetch(z.at(s + scan_block) + e);
             if (add) v += load_upto<T>(out.at(s) + e, live);
             if (finish) v *= f.z ? scale * silu(load_upto<T>(z.at(s) + e, live)) : scale;
             store_upto<T>(out.at(s) + e, v, live);
@@ -157,7 +164,8 @@ static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index
         for (Index n = 0; n < states; n++) store_upto<T>(f.h + (n0 + n) * f.dim + e, load<T>(h + n * w), live);
 }
 
-template <class T> static void scan_forward(const ScanArgs<T>& f)
+template <class T>
+static void scan_forward(const ScanArgs<T>& f)
 {
     for (Index e = f.e0; e < f.e1; e += lanes<T>) {
         const Index live = f.e1 - e < lanes<T> ? f.e1 - e : lanes<T>;
@@ -169,7 +177,8 @@ template <class T> static void scan_forward(const ScanArgs<T>& f)
 }
 
 // out (N, E) = -exp(A_log) log2(e), transposed. In double throughout: it runs once per set of weights.
-template <class T> static void prepare_A(const T* A_log, Index dim, Index state, T* out)
+template <class T>
+static void prepare_A(const T* A_log, Index dim, Index state, T* out)
 {
     for (Index n = 0; n < state; n++)
         for (Index e = 0; e < dim; e++)

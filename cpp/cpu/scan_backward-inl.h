@@ -6,8 +6,9 @@
 // and ddelta continues through the softplus. u, du, ddelta (len, E); B, dB (len, N); A, dA (N, E).
 // From the last chunk in scan order to the first: a first run from the checkpoint keeps the states at every
 // scan_tile-th token; then tile by tile, from the last, each vector of channels replays its tile (a, h[t - 1] into
-// scratch that fits the first-level cache, y to memory) and walks back. The sums over channels, dB and dC, grow as
-// vectors over the channel vectors of a tile and are added across lanes once. The order of all sums is fixed.
+// scratch that fits the first-level cache, y to memory) and walks back, a group of states at a time. The sums over
+// channels, dB and dC, grow as vectors over the channel vectors of a tile and are added across lanes once. The order of
+// all sums is fixed.
 #pragma once
 
 #include "scan-inl.h"
@@ -15,8 +16,6 @@
 namespace vimcore::cpu::VIM_ISA {
 
 inline constexpr int scan_tile = 8;
-// Vectors that keep dB and dC at other page offsets than what is stored shortly before they are loaded.
-inline constexpr int scan_offset = 8;
 #if VIM_AVX512 || defined(__aarch64__)
 inline constexpr int walk_group = 8;  // lambda and dA of a group stay in registers
 #else
@@ -24,37 +23,42 @@ inline constexpr int walk_group = 4;
 #endif
 
 // What the recurrence of one vector of channels needs over a tile, [scan_tile][lanes] each; slope is d delta / d raw.
-template <class T> struct ScanTile {
+template <class T>
+struct ScanTile {
     static constexpr int size = scan_tile * lanes<T>;
     T u[size], delta[size], slope[size], du[size];
 };
 // What it leaves.
-template <class T> struct ScanSums {
+template <class T>
+struct ScanSums {
     static constexpr int size = scan_tile * lanes<T>;
     alignas(64) T gy[size], y[size];
     alignas(64) T lambda_B[size], lambda_A[size];  // sum_n lambda B, sum_n lambda a h[t - 1] A
 };
 
 // Scratch in elements; N state, V vectors of channels, K tiles of a chunk. All are [..][lanes].
-template <class T> struct ScanScratch {
-    T *A, *lambda, *dA;   // [V][N]
-    T* dD_dbias;          // [V][2]
-    T* starts;            // [K][V][N]: state on entry of every tile of a chunk
-    ScanTile<T>* tiles;   // [K][V]
-    T *decay, *before;    // [scan_tile][N]: a, h[t - 1] of one vector of channels
-    T *dB, *dC;           // [scan_tile][N]
-    T* zero;              // [N]
+template <class T>
+struct ScanScratch {
+    T *A, *lambda, *dA;  // [V][N]
+    T* dD_dbias;         // [V][2]
+    T* starts;           // [K][V][N]: state on entry of every tile of a chunk
+    ScanTile<T>* tiles;  // [K][V]
+    T *decay, *before;   // [scan_tile][N]: a, h[t - 1] of one group of states, in the first columns
+    T *dB, *dC;          // [scan_tile][N]
+    T* zero;             // [N]
 };
 
 VIM_INLINE Index scan_ceil(Index a, Index b) { return (a + b - 1) / b; }
 
-// Lays the scratch out from p and returns its end.
-template <class T> static T* scan_layout(ScanScratch<T>& s, T* p, Index state, Index chunk, Index channels)
+// Lays the scratch out from p, or only counts when p is null. Returns the elements.
+template <class T>
+static Index scan_layout(ScanScratch<T>& s, T* p, Index state, Index chunk, Index channels)
 {
     const Index vectors = scan_ceil(channels, lanes<T>), tiles = scan_ceil(chunk, scan_tile);
+    Index used = 0;
     auto take = [&](Index count) {
-        T* part = p;
-        p += count * lanes<T>;
+        T* part = p ? p + used : nullptr;
+        used += count * lanes<T>;
         return part;
     };
     s.A = take(vectors * state);
@@ -65,23 +69,22 @@ template <class T> static T* scan_layout(ScanScratch<T>& s, T* p, Index state, I
     s.tiles = reinterpret_cast<ScanTile<T>*>(take(tiles * vectors * 4 * scan_tile));
     s.decay = take(scan_tile * state);
     s.before = take(scan_tile * state);
-    take(scan_offset);
     s.dB = take(scan_tile * state);
     s.dC = take(scan_tile * state);
     s.zero = take(state);
-    return p;
+    return used;
 }
-template <class T> static Index scan_backward_scratch(Index state, Index chunk, Index channels)
+template <class T>
+static Index scan_backward_scratch(Index state, Index chunk, Index channels)
 {
-    alignas(64) T origin[1];
     ScanScratch<T> s;
-    return scan_layout(s, origin, state, chunk, channels) - origin;
+    return scan_layout<T>(s, nullptr, state, chunk, channels);
 }
 
 // G states of one tile, forward: keeps a and h[t - 1], adds C h to y and gy h to dC. Row s of the kept is at s * ld.
 template <class T, int G>
-static void scan_replay(const T* A, const T* start, const ScanTile<T>& tile, const T* dy, Rows<const T> B, Rows<const T> C,
-                        Index count, Index ld, T* decay, T* before, Rows<const T> dC_in, T* dC, T* y)
+static void scan_replay(const T* A, const T* start, const ScanTile<T>& tile, const T* dy, Rows<const T> B,
+                        Rows<const T> C, Index count, Index ld, T* decay, T* before, Rows<const T> dC_in, T* dC, T* y)
 {
     constexpr int w = lanes<T>;
     Vec<T> h[G];
@@ -113,7 +116,8 @@ static void scan_replay(const T* A, const T* start, const ScanTile<T>& tile, con
 // G states of one tile, backward: lambda and dA go on, lambda du is added to dB, the sums over n to the tile.
 template <class T, int G>
 static void scan_walk(const T* A, T* lambda, T* dA, const ScanTile<T>& tile, ScanSums<T>& sums, Rows<const T> B,
-                      Rows<const T> C, Index count, Index ld, const T* decay, const T* before, Rows<const T> dB_in, T* dB)
+                      Rows<const T> C, Index count, Index ld, const T* decay, const T* before, Rows<const T> dB_in,
+                      T* dB)
 {
     constexpr int w = lanes<T>;
     Vec<T> carry[G], grad[G];
@@ -148,7 +152,8 @@ static void scan_walk(const T* A, T* lambda, T* dA, const ScanTile<T>& tile, Sca
     }
 }
 
-template <class T> struct ScanBackward {
+template <class T>
+struct ScanBackward {
     static constexpr int w = lanes<T>;
     const ScanBackwardArgs<T>& g;
     const ScanArgs<T>& f;
@@ -165,6 +170,7 @@ template <class T> struct ScanBackward {
         const Rows<const T> u = rows(f.u, f.ldu, token, f.reverse);
         scan_delta(f, rows(f.dt, f.lddt, token, f.reverse), count, e, n, tile.delta);
         for (Index s = 0; s < count; s++) {
+            prefetch(u.at(s + scan_tile) + e);
             const Vec<T> in = load_upto<T>(u.at(s) + e, n), raw = load<T>(tile.delta + s * w);
             Vec<T> d = raw, slope = splat(T(1));
             if (f.softplus) d = softplus(raw, slope);
@@ -179,7 +185,6 @@ template <class T> struct ScanBackward {
     void first_run(Index v, Index chunk, Index token, Index steps) const
     {
         const Index N = f.state, ld = vectors * N * w;
-        alignas(64) T y[scan_tile * w] = {};  // not wanted
         T* start = scratch.starts + v * N * w;
         const T* entry = f.checkpoints + chunk * N * f.dim + channel(v);
         for (Index n = 0; n < N; n++) store<T>(start + n * w, load_upto<T>(entry + n * f.dim, live(v)));
@@ -189,8 +194,9 @@ template <class T> struct ScanBackward {
             prepare(v, first, left < scan_tile ? left : scan_tile, *tile);
             if (left <= scan_tile) break;
             for (Index n = 0; n < N; n++) store<T>(start + ld + n * w, load<T>(start + n * w));
-            scan_groups<T>(N, scratch.A + v * N * w, start + ld, tile->delta, tile->du, rows(f.B, f.ldb, first, f.reverse),
-                           rows(f.C, f.ldb, first, f.reverse), scan_tile, y);
+            const Rows<const T> B = rows(f.B, f.ldb, first, f.reverse);
+            scan_groups<T, false>(N, scratch.A + v * N * w, start + ld, tile->delta, tile->du, B, B, scan_tile,
+                                  nullptr);
         }
     }
 
@@ -206,6 +212,12 @@ template <class T> struct ScanBackward {
         const Index old_ld = v ? ld : 0;  // the first vector adds to zeros
         const T *old_B = v ? scratch.dB : scratch.zero, *old_C = v ? scratch.dC : scratch.zero;
         for (Index s = 0; s < count; s++) {
+            // the same rows for the vector that follows, which finds them in the first-level cache
+            prefetch(dout.at(s) + e + w);
+            prefetch(y.at(s) + e + w);
+            prefetch(du.at(s) + e + w);
+            prefetch(ddelta.at(s) + e + w);
+            if (f.z) prefetch(z.at(s) + e + w);
             Vec<T> gate = scale;
             if (f.z) gate *= silu(load_upto<T>(z.at(s) + e, n_live));
             store<T>(sums.gy + s * w, gate * load_upto<T>(dout.at(s) + e, n_live));
@@ -215,24 +227,18 @@ template <class T> struct ScanBackward {
         }
         T *A = scratch.A + v * N * w, *lambda = scratch.lambda + v * N * w, *dA = scratch.dA + v * N * w;
         Index n = 0;
-        auto replay = [&](auto body, Index group) {
-            for (; N - n >= group; n += group)
-                body(A + n * w, start + n * w, tile, sums.gy, {B.first + n, B.step}, {C.first + n, C.step}, count, ld,
-                     scratch.decay + n * w, scratch.before + n * w, {old_C + n * w, old_ld}, scratch.dC + n * w, sums.y);
+        auto both = [&](auto replay, auto walk, Index group) {
+            for (; N - n >= group; n += group) {
+                const Rows<const T> b{B.first + n, B.step}, c{C.first + n, C.step};
+                replay(A + n * w, start + n * w, tile, sums.gy, b, c, count, ld, scratch.decay, scratch.before,
+                       {old_C + n * w, old_ld}, scratch.dC + n * w, sums.y);
+                walk(A + n * w, lambda + n * w, dA + n * w, tile, sums, b, c, count, ld, scratch.decay, scratch.before,
+                     {old_B + n * w, old_ld}, scratch.dB + n * w);
+            }
         };
-        replay(scan_replay<T, scan_group>, scan_group);
-        if constexpr (scan_group > 8) replay(scan_replay<T, 8>, 8);
-        replay(scan_replay<T, 4>, 4);
-        replay(scan_replay<T, 1>, 1);
-        n = 0;
-        auto walk = [&](auto body, Index group) {
-            for (; N - n >= group; n += group)
-                body(A + n * w, lambda + n * w, dA + n * w, tile, sums, {B.first + n, B.step}, {C.first + n, C.step}, count,
-                     ld, scratch.decay + n * w, scratch.before + n * w, {old_B + n * w, old_ld}, scratch.dB + n * w);
-        };
-        walk(scan_walk<T, walk_group>, walk_group);
-        if constexpr (walk_group > 4) walk(scan_walk<T, 4>, 4);
-        walk(scan_walk<T, 1>, 1);
+        both(scan_replay<T, walk_group>, scan_walk<T, walk_group>, walk_group);
+        if constexpr (walk_group > 4) both(scan_replay<T, 4>, scan_walk<T, 4>, 4);
+        both(scan_replay<T, 1>, scan_walk<T, 1>, 1);
 
         T* totals = scratch.dD_dbias + v * 2 * w;
         Vec<T> dD = load<T>(totals), dbias = load<T>(totals + w);
@@ -283,7 +289,8 @@ template <class T> struct ScanBackward {
     }
 };
 
-template <class T> static void scan_backward(const ScanBackwardArgs<T>& g)
+template <class T>
+static void scan_backward(const ScanBackwardArgs<T>& g)
 {
     constexpr int w = lanes<T>;
     const ScanArgs<T>& f = g.f;
@@ -312,7 +319,8 @@ template <class T> static void scan_backward(const ScanBackwardArgs<T>& g)
     }
 }
 
-template <class T> static void gate_backward(const GateBackwardArgs<T>& g)
+template <class T>
+static void gate_backward(const GateBackwardArgs<T>& g)
 {
     const Vec<T> scale = splat(g.scale);
     for (Index t = 0; t < g.len; t++)

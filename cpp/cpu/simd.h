@@ -11,11 +11,14 @@
 #endif
 #if defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "kernels.h"
 
 #define VIM_INLINE static inline __attribute__((always_inline))
+#define VIM_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace vimcore::cpu::VIM_ISA {
 
@@ -60,6 +63,8 @@ template <class T> VIM_INLINE void store(T* p, Vec<T> v, Index n)
     for (Index i = 0; i < n; i++) p[i] = v[i];
 #endif
 }
+template <class T> VIM_INLINE void prefetch(const T* p) { __builtin_prefetch(p); }
+
 // The same for any n <= lanes.
 template <class T> VIM_INLINE Vec<T> load_upto(const T* p, Index n) { return n < lanes<T> ? load<T>(p, n) : load<T>(p); }
 template <class T> VIM_INLINE void store_upto(T* p, Vec<T> v, Index n)
@@ -78,15 +83,34 @@ template <class V> VIM_INLINE V fma(V a, V b, V c)
 #elif defined(__FMA__) && VIM_BYTES == 32
     if constexpr (sizeof(a[0]) == 4) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
     else return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__) && VIM_BYTES == 16
+    if constexpr (sizeof(a[0]) == 4) return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+    else return (V)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
     return a * b + c;
 #endif
 }
 template <class V> VIM_INLINE V fms(V a, V b, V c) { return fma(a, b, -c); }
 
-// Both keep a NaN in a.
-template <class V> VIM_INLINE V at_least(V a, V low) { return a < low ? low : a; }
-template <class V> VIM_INLINE V at_most(V a, V high) { return a > high ? high : a; }
+// Both keep a NaN in a, as the machine's instructions do with a as their second operand.
+template <class V> VIM_INLINE V at_least(V a, V low)
+{
+#if VIM_AVX512
+    if constexpr (sizeof(a[0]) == 4) return (V)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)a);
+#elif defined(__FMA__) && VIM_BYTES == 32
+    if constexpr (sizeof(a[0]) == 4) return (V)_mm256_max_ps((__m256)low, (__m256)a);
+#endif
+    return a < low ? low : a;
+}
+template <class V> VIM_INLINE V at_most(V a, V high)
+{
+#if VIM_AVX512
+    if constexpr (sizeof(a[0]) == 4) return (V)_mm512_maskz_min_ps(0xffff, (__m512)high, (__m512)a);
+#elif defined(__FMA__) && VIM_BYTES == 32
+    if constexpr (sizeof(a[0]) == 4) return (V)_mm256_min_ps((__m256)high, (__m256)a);
+#endif
+    return a > high ? high : a;
+}
 
 template <class T> VIM_INLINE T sum(Vec<T> v)  // pairwise, fixed order
 {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// exp, 2^x, sigmoid, SiLU and softplus of vectors. float: own polynomials, within 2 ulp; double is for checking and
+// exp, 2^x, sigmoid, SiLU and softplus of vectors. float: own polynomials, within 5 ulp; double is for checking and
 // takes the C library's functions lane by lane. A NaN stays a NaN. Included by simd.h.
 //
-// 2^x is 2^n 2^r with n the nearest multiple of 1/32 (AVX-512, where a table of 2^(j/32) fits two registers and one
-// permutation) or of 1. Adding `round_to` rounds to that multiple and leaves it in the low bits of the mantissa.
+// 2^x is 2^n p(r) with n the nearest multiple of a step and p a polynomial with p(0) = 1. Adding `round_to` rounds x to
+// the step and leaves n in the low bits of the mantissa. Where a permutation looks up a vector's worth of 2^(j step),
+// the step is 1/32 (AVX-512, two registers) or 1/8 (AVX2) and p is short; elsewhere it is 1.
 #pragma once
 
 namespace vimcore::cpu::VIM_ISA {
@@ -11,43 +12,61 @@ namespace vimcore::cpu::VIM_ISA {
 #if VIM_AVX512
 inline constexpr float round_to = 393216.0f;  // 1.5 * 2^18
 alignas(64) static const float exp2_table[32] = {
-    1.0f,         1.0218972f,   1.04427373f,  1.06714046f,  1.09050775f,  1.1143868f,   1.13878858f,  1.1637249f,
-    1.18920708f,  1.21524739f,  1.24185777f,  1.26905096f,  1.29683959f,  1.32523668f,  1.35425556f,  1.38390994f,
-    1.41421354f,  1.44518077f,  1.47682619f,  1.50916445f,  1.54221082f,  1.5759809f,   1.61049032f,  1.64575553f,
-    1.68179286f,  1.71861935f,  1.75625217f,  1.79470909f,  1.8340081f,   1.87416768f,  1.91520655f,  1.95714414f};
+    1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f, 1.1637249f,
+    1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f,
+    1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f,  1.61049032f, 1.64575553f,
+    1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
 
-// 2^n (1 + r (c1 + c2 r)), with n + round_to = shifted. scalef takes the floor of n, the table its fraction.
-VIM_INLINE Vec<float> exp2_scale(Vec<float> shifted, Vec<float> n, Vec<float> r, float c1, float c2)
+// 2^n e^r or, not natural, 2^n 2^r. scalef takes the floor of n, the table its fraction.
+template <bool natural>
+VIM_INLINE Vec<float> exp2_scale(Vec<float> shifted, Vec<float> n, Vec<float> r)
 {
     const Vec<float> part = (Vec<float>)_mm512_permutex2var_ps(_mm512_load_ps(exp2_table), (__m512i)shifted,
                                                                _mm512_load_ps(exp2_table + 16));
-    const Vec<float> p = fma(r, splat(c2), splat(c1)) * r;
-    return (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)fma(p, part, part), (__m512)n);
+    const Vec<float> p =
+        fma(r, splat(natural ? 0.49999997f : 0.240226492f), splat(natural ? 1.00001466f : 0.693157315f));
+    return (Vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)fma(p * r, part, part), (__m512)n);
+}
+#elif defined(__FMA__) && VIM_BYTES == 32
+inline constexpr float round_to = 1572991.0f;  // 1.5 * 2^20 + 127: the low bits of x + round_to are 8 (n + 127)
+alignas(32) static const int exp2_table[8] = {0,        0xb95c2,  0x1837f0, 0x25fed7,
+                                              0x3504f3, 0x45672a, 0x5744fd, 0x6ac0c7};  // mantissas of 2^(j/8)
+
+template <bool natural>
+VIM_INLINE Vec<float> exp2_scale(Vec<float> shifted, Vec<float>, Vec<float> r)
+{
+    using Int = Simd<float>::I;
+    const Int bits = (Int)shifted;
+    const Int part = (Int)_mm256_permutevar8x32_epi32(*reinterpret_cast<const __m256i*>(exp2_table), (__m256i)bits);
+    Vec<float> p = fma(r, splat(natural ? 0.166642979f : 0.0554962233f), splat(natural ? 0.50006479f : 0.240257636f));
+    p = fma(p, r, splat(natural ? 1.0f : 0.693147242f));
+    return fma(p, r, splat(1.0f)) * (Vec<float>)(part + ((bits & -8) << 20));
 }
 #else
-inline constexpr float round_to = 12582912.0f;  // 1.5 * 2^23
+inline constexpr float round_to = 12583039.0f;  // 1.5 * 2^23 + 127: the low bits of x + round_to are n + 127
 
-VIM_INLINE Vec<float> exp2_scale(Vec<float> shifted, Vec<float> p)  // p 2^n, n in [-126, 127]
+template <bool natural>
+VIM_INLINE Vec<float> exp2_scale(Vec<float> shifted, Vec<float>, Vec<float> r)
 {
-    return p * (Vec<float>)(((Simd<float>::I)shifted << 23) + 0x3f800000);
+    Vec<float> p =
+        fma(r, splat(natural ? 8.29031505e-3f : 1.32647273e-3f), splat(natural ? 4.18979302e-2f : 9.67151299e-3f));
+    p = fma(p, r, splat(natural ? 1.66676357e-1f : 5.55073358e-2f));
+    p = fma(p, r, splat(natural ? 4.99991506e-1f : 2.40222424e-1f));
+    p = fma(p, r, splat(natural ? 9.99999702e-1f : 6.93147004e-1f));
+    return fma(p, r, splat(1.0f)) * (Vec<float>)((Simd<float>::I)shifted << 23);
 }
 #endif
 
-// 2^(d a) for finite d a <= 127, relative error 2e-7 and that of d a; exactly 1 where d a is 0. Below -126 the result is
-// at most 2^-126.
+// 2^(d a) for finite d a <= 127, relative error 2e-7 and that of d a; exactly 1 where d a is 0. Below -126 the result
+// is at most 2^-126.
 VIM_INLINE Vec<float> exp2_product(Vec<float> d, Vec<float> a)
 {
 #if VIM_AVX512
     const Vec<float> shifted = fma(d, a, splat(round_to)), n = shifted - round_to;
-    return exp2_scale(shifted, n, fms(d, a, n), 0.693157315f, 0.240226492f);
+    return exp2_scale<false>(shifted, n, fms(d, a, n));
 #else
-    const Vec<float> x = at_least(d * a, splat(-126.0f));
-    const Vec<float> shifted = x + round_to, r = x - (shifted - round_to);
-    Vec<float> p = fma(r, splat(1.32647273e-3f), splat(9.67151299e-3f));
-    p = fma(p, r, splat(5.55073358e-2f));
-    p = fma(p, r, splat(2.40222424e-1f));
-    p = fma(p, r, splat(6.93147004e-1f));
-    return exp2_scale(shifted, fma(p, r, splat(1.0f)));
+    const Vec<float> x = at_least(d * a, splat(-126.0f)), shifted = x + round_to, n = shifted - round_to;
+    return exp2_scale<false>(shifted, n, x - n);
 #endif
 }
 VIM_INLINE Vec<double> exp2_product(Vec<double> d, Vec<double> a)
@@ -64,15 +83,7 @@ VIM_INLINE Vec<float> exp(Vec<float> x)
     const Vec<float> shifted = fma(x, splat(1.44269504f), splat(round_to)), n = shifted - round_to;
     // r = x - n ln 2, with ln 2 in two parts, n times the first being exact
     const Vec<float> r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
-#if VIM_AVX512
-    return exp2_scale(shifted, n, r, 1.00001466f, 0.49999997f);
-#else
-    Vec<float> p = fma(r, splat(8.29031505e-3f), splat(4.18979302e-2f));
-    p = fma(p, r, splat(1.66676357e-1f));
-    p = fma(p, r, splat(4.99991506e-1f));
-    p = fma(p, r, splat(9.99999702e-1f));
-    return exp2_scale(shifted, fma(p, r, splat(1.0f)));
-#endif
+    return exp2_scale<true>(shifted, n, r);
 }
 VIM_INLINE Vec<double> exp(Vec<double> x)
 {
@@ -81,7 +92,8 @@ VIM_INLINE Vec<double> exp(Vec<double> x)
 }
 
 // a / b for b in [1, 2^126]: the divider takes 16 cycles, an approximation and one Newton step 5.
-template <class V> VIM_INLINE V quotient(V a, V b)
+template <class V>
+VIM_INLINE V quotient(V a, V b)
 {
 #if VIM_AVX512
     if constexpr (sizeof(a[0]) == 4) {
@@ -92,9 +104,18 @@ template <class V> VIM_INLINE V quotient(V a, V b)
     return a / b;
 }
 
-template <class V> VIM_INLINE V sigmoid(V x) { return quotient(V{} + 1, 1 + exp(-x)); }
-template <class V> VIM_INLINE V silu(V x) { return quotient(x, 1 + exp(-x)); }
-template <class V> VIM_INLINE V silu_gradient(V x)
+template <class V>
+VIM_INLINE V sigmoid(V x)
+{
+    return quotient(V{} + 1, 1 + exp(-x));
+}
+template <class V>
+VIM_INLINE V silu(V x)
+{
+    return quotient(x, 1 + exp(-x));
+}
+template <class V>
+VIM_INLINE V silu_gradient(V x)
 {
     V s = sigmoid(x);
     return s * (1 + x * (1 - s));
@@ -114,10 +135,7 @@ VIM_INLINE Vec<float> log1p_unit(Vec<float> y)
 }
 
 // log(1 + e^x) = max(x, 0) + log(1 + e^-|x|).
-VIM_INLINE Vec<float> softplus(Vec<float> x)
-{
-    return at_least(x, splat(0.0f)) + log1p_unit(exp(at_most(x, -x)));
-}
+VIM_INLINE Vec<float> softplus(Vec<float> x) { return at_least(x, splat(0.0f)) + log1p_unit(exp(at_most(x, -x))); }
 // The same, and its derivative: sigmoid(x), 1 above 20.
 VIM_INLINE Vec<float> softplus(Vec<float> x, Vec<float>& slope)
 {

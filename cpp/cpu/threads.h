@@ -8,7 +8,7 @@
 namespace vimcore::cpu {
 
 // Calls body(context, i) for every i in [0, count) on up to `threads` threads. Never allocates after warm-up.
-// After fork() the child runs serially: its worker threads do not exist.
+// After fork() the child runs serially: its worker threads do not exist. The body computes with subnormals as zero.
 void parallel_run(int threads, std::int64_t count, void (*body)(void* context, std::int64_t index), void* context);
 
 template <class F> void parallel_for(int threads, std::int64_t count, F&& f)

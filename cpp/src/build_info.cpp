@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "vimcore/build_info.h"
 
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+
 #include "isa.h"
+#include "threads.h"
 #include "vimcore/image.h"
 #include "vimcore/version.h"
 
@@ -29,6 +34,22 @@ BuildInfo build_info()
     info.openmp = true;
 #endif
     return info;
+}
+
+double fma_peak(int threads)
+{
+    if (threads < 1) throw std::invalid_argument("[fma_peak] threads: expected 1 or more, got " + std::to_string(threads));
+    using Clock = std::chrono::steady_clock;
+    const auto& kernel = cpu::kernels<float>();
+    constexpr cpu::Index rounds = 200000;
+    double best = 0;
+    for (int repeat = 0; repeat < 9; repeat++) {
+        const auto start = Clock::now();
+        cpu::parallel_for(threads, threads, [&](std::int64_t) { kernel.fma_peak(rounds); });
+        const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+        best = std::max(best, static_cast<double>(threads) * static_cast<double>(rounds * kernel.fma_per_round) / seconds);
+    }
+    return best * 1e-9;
 }
 
 }  // namespace vimcore

@@ -38,7 +38,8 @@ struct Array {
 };
 
 // The best of many short runs: what the code costs when the machine does nothing else.
-template <class F> double best_seconds(F&& f)
+template <class F>
+double best_seconds(F&& f)
 {
     using Clock = std::chrono::steady_clock;
     double best = 1e30;
@@ -58,7 +59,8 @@ void bench(const Kernels<float>& k, const Sizes& s)
     const double peak = flops / best_seconds([&] { sink = k.fma_peak(rounds); });  // flop/s
 
     const Index row = s.rank + 2 * s.state, chunks = (s.len + s.chunk - 1) / s.chunk;
-    Array u(s.len * s.dim, -1, 1), z(s.len * 2 * s.dim, -3, 3), q(s.len * row, -1, 1), weight(s.rank * s.dim, -0.3f, 0.3f);
+    Array u(s.len * s.dim, -1, 1), z(s.len * 2 * s.dim, -3, 3), q(s.len * row, -1, 1),
+        weight(s.rank * s.dim, -0.3f, 0.3f);
     Array bias(s.dim, -4, -1), A_log(s.dim * s.state, 0, 3), A(s.dim * s.state), D(s.dim, -1, 1), y(s.len * s.dim);
     Array checkpoints(chunks * s.state * s.dim), dout(s.len * s.dim, -1, 1), du(s.len * s.dim), ddelta(s.len * s.dim);
     Array dB(s.len * s.state), dC(s.len * s.state), dA(s.state * s.dim), dD(s.dim), dbias(s.dim), dz(s.len * s.dim);
@@ -121,13 +123,24 @@ void bench(const Kernels<float>& k, const Sizes& s)
     const double t_saved = best_seconds([&] { forward(checkpoints.base); });
     const double t_backward = best_seconds(backward);
     const double t_gate = best_seconds([&] {
-        k.gate_backward({.len = s.len, .e0 = 0, .e1 = s.dim, .y = y.base, .ldy = s.dim, .z = f.z, .ldz = f.ldz,
-                         .dout = dout.base, .lddout = s.dim, .dz = dz.base, .lddz = s.dim, .scale = 0.5f});
+        k.gate_backward({.len = s.len,
+                         .e0 = 0,
+                         .e1 = s.dim,
+                         .y = y.base,
+                         .ldy = s.dim,
+                         .z = f.z,
+                         .ldz = f.ldz,
+                         .dout = dout.base,
+                         .lddout = s.dim,
+                         .dz = dz.base,
+                         .lddz = s.dim,
+                         .scale = 0.5f});
     });
-    std::printf("%-9s peak %6.1f Gflop/s  forward %.4f ns (%.0f %% of the floor)  with checkpoints %.4f  "
-                "backward %.4f  gate %.4f\n",
-                k.isa, peak * 1e-9, t_forward / count * 1e9, 100 * floor / t_forward, t_saved / count * 1e9,
-                t_backward / count * 1e9, t_gate / count * 1e9);
+    std::printf(
+        "%-9s peak %6.1f Gflop/s  forward %.4f ns (%.0f %% of the floor)  with checkpoints %.4f  "
+        "backward %.4f  gate %.4f\n",
+        k.isa, peak * 1e-9, t_forward / count * 1e9, 100 * floor / t_forward, t_saved / count * 1e9,
+        t_backward / count * 1e9, t_gate / count * 1e9);
 }
 
 }  // namespace
@@ -137,7 +150,7 @@ int main(int argc, char** argv)
     Sizes s;
     Index* fields[] = {&s.len, &s.dim, &s.state, &s.rank, &s.chunk};
     for (int i = 1; i < argc && i <= 5; i++) *fields[i - 1] = std::atoll(argv[i]);
-    std::printf("len %lld channels %lld state %lld rank %lld chunk %lld; ns per (token, channel, state)\n", s.len, s.dim,
-                s.state, s.rank, s.chunk);
+    std::printf("len %lld channels %lld state %lld rank %lld chunk %lld; ns per (token, channel, state)\n", s.len,
+                s.dim, s.state, s.rank, s.chunk);
     for (const std::string& isa : isas_available()) bench(kernels<float>(isa), s);
 }

@@ -5,171 +5,25 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "check.h"
 #include "isa.h"
+#include "scan_reference.h"
 
 using namespace vimcore::cpu;
 
 namespace {
 
-std::mt19937 generator(11);
-
-using Doubles = std::vector<double>;
-
-std::size_t size(Index n) { return static_cast<std::size_t>(n); }
-
-double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
-
-struct Shape {
-    Index len = 17, dim = 19, state = 16, rank = 3, chunk = 16;
-    bool reverse = false, softplus = true, gate = true, skip = true, bias = true, add = false, finish = true;
-    double scale = 0.5;
-    double delta_shift = 0;             // added to dt_bias
-    double A_low = -1.5, A_high = 1.5;  // range of A_log
-    Index chunks() const { return (len + chunk - 1) / chunk; }
-    Index token(Index step) const { return reverse ? len - 1 - step : step; }
-};
-
-// Inputs in double, rounded to T where they are T for the kernel. Row strides are wider than the rows.
-struct Inputs {
-    Doubles u, dt, dt_weight, dt_bias, A, B, C, D, z, y, dout, h;
-};
-
-template <class T> Doubles random(Index count, double low, double high)
-{
-    std::uniform_real_distribution<double> draw(low, high);
-    Doubles values(size(count));
-    for (double& v : values) v = static_cast<double>(static_cast<T>(draw(generator)));
-    return values;
-}
-
-template <class T> Inputs make_inputs(const Shape& s)
-{
-    Inputs in;
-    in.u = random<T>(s.len * s.dim, -1, 1);
-    in.dt = s.rank ? random<T>(s.len * s.rank, -1, 1)
-                   : random<T>(s.len * s.dim, s.softplus ? -2 : 0, s.softplus ? 1 : 0.5);
-    in.dt_weight = random<T>(s.rank * s.dim, -0.5, 0.5);
-    in.dt_bias = random<T>(s.dim, s.delta_shift - 1, s.delta_shift + 1);
-    if (!s.softplus && s.bias) in.dt_bias = random<T>(s.dim, 0, 0.2);
-    in.B = random<T>(s.len * s.state, -1, 1);
-    in.C = random<T>(s.len * s.state, -1, 1);
-    in.D = random<T>(s.dim, -1, 1);
-    in.z = random<T>(s.len * s.dim, -3, 3);
-    in.y = random<T>(s.len * s.dim, -1, 1);
-    in.dout = random<T>(s.len * s.dim, -1, 1);
-    in.h = random<T>(s.state * s.dim, -1, 1);
-    // A as the kernel stores it, (N, E) and times log2(e)
-    const Doubles A_log = random<T>(s.dim * s.state, s.A_low, s.A_high);
-    in.A.resize(size(s.state * s.dim));
-    for (Index n = 0; n < s.state; n++)
-        for (Index e = 0; e < s.dim; e++)
-            in.A[size(n * s.dim + e)] =
-                static_cast<double>(static_cast<T>(-std::exp(A_log[size(e * s.state + n)]) * 1.4426950408889634));
-    return in;
-}
-
-struct Forward {
-    Doubles y, ungated, raw, delta, h, states, checkpoints;  // states: (L, N, E) after every token
-};
-
-Forward reference(const Shape& s, const Inputs& in, bool from_h)
-{
-    Forward r;
-    const Index E = s.dim, N = s.state;
-    r.y = in.y;
-    r.ungated = r.raw = r.delta = Doubles(size(s.len * E));
-    r.h = from_h ? in.h : Doubles(size(N * E));
-    r.states.resize(size(s.len * N * E));
-    r.checkpoints.resize(size(s.chunks() * N * E));
-    for (Index step = 0; step < s.len; step++) {
-        const Index t = s.token(step);
-        const bool enters = s.reverse ? (t + 1) % s.chunk == 0 || step == 0 : t % s.chunk == 0;
-        for (Index e = 0; e < E; e++) {
-            double raw = s.bias ? in.dt_bias[size(e)] : 0;
-            if (s.rank == 0) raw += in.dt[size(t * E + e)];
-            for (Index i = 0; i < s.rank; i++) raw += in.dt[size(t * s.rank + i)] * in.dt_weight[size(i * E + e)];
-            const double delta = !s.softplus || raw > 20 ? raw : std::log1p(std::exp(raw));
-            const double u = in.u[size(t * E + e)];
-            double y = s.skip ? in.D[size(e)] * u : 0;
-            for (Index n = 0; n < N; n++) {
-                double& h = r.h[size(n * E + e)];
-                if (enters) r.checkpoints[size((t / s.chunk * N + n) * E + e)] = h;
-                h = std::exp2(delta * in.A[size(n * E + e)]) * h + delta * u * in.B[size(t * N + n)];
-                y += in.C[size(t * N + n)] * h;
-                r.states[size((t * N + n) * E + e)] = h;
-            }
-            r.raw[size(t * E + e)] = raw;
-            r.delta[size(t * E + e)] = delta;
-            if (s.add) y += in.y[size(t * E + e)];
-            r.ungated[size(t * E + e)] = y;
-            const double z = in.z[size(t * E + e)];
-            if (s.finish) y *= s.scale * (s.gate ? z * sigmoid(z) : 1);
-            r.y[size(t * E + e)] = y;
-        }
-    }
-    return r;
-}
-
-struct Gradients {
-    Doubles du, ddelta, dB, dC, dA, dD, dbias, dz;
-    Doubles dB_terms, dC_terms, dA_terms, dD_terms, dbias_terms;  // sums of absolute values: what rounding errors are relative to
-};
-
-Gradients reference_backward(const Shape& s, const Inputs& in, const Forward& f)
-{
-    const Index E = s.dim, N = s.state;
-    Gradients g;
-    g.du = g.ddelta = g.dz = Doubles(size(s.len * E));
-    g.dB = g.dC = g.dB_terms = g.dC_terms = Doubles(size(s.len * N));
-    g.dA = g.dA_terms = Doubles(size(N * E));
-    g.dD = g.dbias = g.dD_terms = g.dbias_terms = Doubles(size(E));
-    Doubles lambda(size(N * E));
-    auto add = [](Doubles& sums, Doubles& terms, Index i, double x) {
-        sums[size(i)] += x;
-        terms[size(i)] += std::abs(x);
-    };
-    for (Index step = s.len - 1; step >= 0; step--) {
-        const Index t = s.token(step), previous = s.token(step - 1);
-        for (Index e = 0; e < E; e++) {
-            const Index i = t * E + e;
-            const double z = in.z[size(i)], gate = s.scale * (s.gate ? z * sigmoid(z) : 1), gy = in.dout[size(i)] * gate;
-            const double u = in.u[size(i)], delta = f.delta[size(i)];
-            g.dz[size(i)] = in.dout[size(i)] * s.scale * f.ungated[size(i)] * sigmoid(z) * (1 + z * (1 - sigmoid(z)));
-            double du = s.skip ? in.D[size(e)] * gy : 0, ddelta = 0;
-            for (Index n = 0; n < N; n++) {
-                const double A2 = in.A[size(n * E + e)], a = std::exp2(delta * A2), b = in.B[size(t * N + n)];
-                const double before = step ? f.states[size((previous * N + n) * E + e)] : 0;
-                double& l = lambda[size(n * E + e)];
-                l += in.C[size(t * N + n)] * gy;
-                add(g.dC, g.dC_terms, t * N + n, gy * f.states[size((t * N + n) * E + e)]);
-                add(g.dB, g.dB_terms, t * N + n, l * delta * u);
-                add(g.dA, g.dA_terms, n * E + e, l * delta * a * before);
-                du += l * delta * b;
-                ddelta += l * (b * u + A2 * std::log(2.0) * a * before);
-                l *= a;
-            }
-            if (s.softplus && f.raw[size(i)] <= 20) ddelta *= sigmoid(f.raw[size(i)]);
-            g.du[size(i)] = du;
-            g.ddelta[size(i)] = ddelta;
-            add(g.dD, g.dD_terms, e, gy * u);
-            add(g.dbias, g.dbias_terms, e, ddelta);
-        }
-    }
-    return g;
-}
-
 // An array for the kernel: rows of a wider stride, 64-byte aligned, with guards that must survive.
-template <class T> struct Rows2 {
+template <class T>
+struct Rows2 {
     Index count, width, ld;
     std::vector<T> memory;
     T* base;
-    Rows2(Index count_, Index width_, Index pad = 3) : count(count_), width(width_), ld(width_ + pad),
-                                                       memory(size(count_ * (width_ + pad) + 32), T(77))
+    Rows2(Index count_, Index width_, Index pad = 3)
+        : count(count_), width(width_), ld(width_ + pad), memory(size(count_ * (width_ + pad) + 32), T(77))
     {
         void* p = memory.data();
         std::size_t space = memory.size() * sizeof(T);
@@ -197,7 +51,8 @@ template <class T> struct Rows2 {
     }
 };
 
-template <class T> bool same_bits(const Rows2<T>& a, const Rows2<T>& b)
+template <class T>
+bool same_bits(const Rows2<T>& a, const Rows2<T>& b)
 {
     for (Index i = 0; i < a.count; i++)
         if (std::memcmp(a.base + i * a.ld, b.base + i * b.ld, size(a.width) * sizeof(T)) != 0) return false;
@@ -220,19 +75,37 @@ void check_array(const Doubles& got, const Doubles& expected, double tolerance, 
                  (what + ": error " + std::to_string(worst / largest) + " of the largest").c_str());
 }
 
-template <class T> struct Run {
+template <class T>
+struct Run {
     const Kernels<T>& k;
     const Shape s;
     Rows2<T> u, dt, weight, bias, A, B, C, D, z, y, h, checkpoints, dout;
     Rows2<T> du, ddelta, dB, dC, dA, dD, dbias, dz;
 
     Run(const Kernels<T>& kernels, const Shape& shape, const Inputs& in)
-        : k(kernels), s(shape), u(s.len, s.dim, in.u), dt(s.len, s.rank ? s.rank : s.dim, in.dt),
-          weight(s.rank, s.dim, in.dt_weight, 0), bias(1, s.dim, in.dt_bias), A(s.state, s.dim, in.A, 0),
-          B(s.len, s.state, in.B, 2), C(s.len, s.state, in.C, 2), D(1, s.dim, in.D), z(s.len, s.dim, in.z),
-          y(s.len, s.dim, in.y), h(s.state, s.dim, in.h, 0), checkpoints(s.chunks() * s.state, s.dim, 0),
-          dout(s.len, s.dim, in.dout), du(s.len, s.dim), ddelta(s.len, s.dim), dB(s.len, s.state, 0),
-          dC(s.len, s.state, 0), dA(s.state, s.dim, 0), dD(1, s.dim), dbias(1, s.dim), dz(s.len, s.dim)
+        : k(kernels),
+          s(shape),
+          u(s.len, s.dim, in.u),
+          dt(s.len, s.rank ? s.rank : s.dim, in.dt),
+          weight(s.rank, s.dim, in.dt_weight, 0),
+          bias(1, s.dim, in.dt_bias),
+          A(s.state, s.dim, in.A, 0),
+          B(s.len, s.state, in.B, 2),
+          C(s.len, s.state, in.C, 2),
+          D(1, s.dim, in.D),
+          z(s.len, s.dim, in.z),
+          y(s.len, s.dim, in.y),
+          h(s.state, s.dim, in.h, 0),
+          checkpoints(s.chunks() * s.state, s.dim, 0),
+          dout(s.len, s.dim, in.dout),
+          du(s.len, s.dim),
+          ddelta(s.len, s.dim),
+          dB(s.len, s.state, 0),
+          dC(s.len, s.state, 0),
+          dA(s.state, s.dim, 0),
+          dD(1, s.dim),
+          dbias(1, s.dim),
+          dz(s.len, s.dim)
     {
     }
 
@@ -309,8 +182,17 @@ template <class T> struct Run {
         CHECK(scratch.guards_kept());
         CHECK(du.guards_kept() && ddelta.guards_kept() && y.guards_kept() && dD.guards_kept() && dbias.guards_kept());
         if (s.gate)
-            k.gate_backward({.len = s.len, .e0 = 0, .e1 = s.dim, .y = y.base, .ldy = y.ld, .z = z.base, .ldz = z.ld,
-                             .dout = dout.base, .lddout = dout.ld, .dz = dz.base, .lddz = dz.ld,
+            k.gate_backward({.len = s.len,
+                             .e0 = 0,
+                             .e1 = s.dim,
+                             .y = y.base,
+                             .ldy = y.ld,
+                             .z = z.base,
+                             .ldz = z.ld,
+                             .dout = dout.base,
+                             .lddout = dout.ld,
+                             .dz = dz.base,
+                             .lddz = dz.ld,
                              .scale = static_cast<T>(s.scale)});
         CHECK(y.guards_kept() && dz.guards_kept());
     }
@@ -324,7 +206,8 @@ std::string name(const Shape& s, const char* isa, std::size_t bytes)
            (s.gate ? "" : " no gate") + (s.add ? " add" : "") + " shift " + std::to_string(s.delta_shift);
 }
 
-template <class T> void test_shape(const Kernels<T>& k, const Shape& s, double tolerance, double gradient_tolerance)
+template <class T>
+void test_shape(const Kernels<T>& k, const Shape& s, double tolerance, double gradient_tolerance)
 {
     const std::string id = name(s, k.isa, sizeof(T));
     const Inputs in = make_inputs<T>(s);
@@ -384,7 +267,7 @@ template <class T> void test_shape(const Kernels<T>& k, const Shape& s, double t
           same_bits(full.dbias, again.dbias) && same_bits(full.y, again.y) && same_bits(full.dz, again.dz));
 }
 
-// The adjoint above against differences of the loss sum(dout y).
+// The adjoint of the reference against differences of the loss sum(dout y).
 void test_reference()
 {
     Shape s;
@@ -422,7 +305,8 @@ void test_reference()
     }
 }
 
-template <class T> void test_prepare(const Kernels<T>& k)
+template <class T>
+void test_prepare(const Kernels<T>& k)
 {
     const Index dim = 5, state = 3;
     const Doubles A_log = random<T>(dim * state, -20, 4);
@@ -436,7 +320,8 @@ template <class T> void test_prepare(const Kernels<T>& k)
 }
 
 // A NaN anywhere in a channel reaches its outputs and stays in its channel.
-template <class T> void test_nan(const Kernels<T>& k)
+template <class T>
+void test_nan(const Kernels<T>& k)
 {
     Shape s;
     s.len = 9;
@@ -445,7 +330,8 @@ template <class T> void test_nan(const Kernels<T>& k)
         Run<T> run(k, s, in);
         const Index t = 4, e = 3;
         Rows2<T>* target[] = {&run.u, &run.bias, &run.z, &run.h};
-        target[which]->base[which == 1 || which == 3 ? e : t * target[which]->ld + e] = std::numeric_limits<T>::quiet_NaN();
+        target[which]->base[which == 1 || which == 3 ? e : t * target[which]->ld + e] =
+            std::numeric_limits<T>::quiet_NaN();
         run.forward(run.args(0, s.len, true));
         const Doubles y = run.y.values();
         for (Index i = 0; i < s.len; i++)
@@ -456,7 +342,8 @@ template <class T> void test_nan(const Kernels<T>& k)
     }
 }
 
-template <class T> void test_isa(const std::string& isa)
+template <class T>
+void test_isa(const std::string& isa)
 {
     const Kernels<T>& k = kernels<T>(isa);
     const double tolerance = sizeof(T) == 4 ? 3e-6 : 2e-14, gradients = sizeof(T) == 4 ? 5e-6 : 1e-13;
@@ -484,12 +371,26 @@ template <class T> void test_isa(const std::string& isa)
         for (Index dim : {1, 2, 7, 8, 15, 16, 17, 32, 40, 70}) with([&](Shape& s) { s.dim = dim; });
         for (Index rank : {0, 1, 2, 12, 24}) with([&](Shape& s) { s.rank = rank; });
         for (Index chunk : {1, 3, 8, 20, 64}) with([&](Shape& s) { s.chunk = chunk; });
-        with([](Shape& s) { s.rank = 0; s.softplus = false; });
-        with([](Shape& s) { s.rank = 0; s.softplus = false; s.bias = false; s.gate = false; });
+        with([](Shape& s) {
+            s.rank = 0;
+            s.softplus = false;
+        });
+        with([](Shape& s) {
+            s.rank = 0;
+            s.softplus = false;
+            s.bias = false;
+            s.gate = false;
+        });
         with([](Shape& s) { s.gate = false; });
-        with([](Shape& s) { s.skip = false; s.bias = false; });
+        with([](Shape& s) {
+            s.skip = false;
+            s.bias = false;
+        });
         with([](Shape& s) { s.add = true; });
-        with([](Shape& s) { s.add = true; s.gate = false; });
+        with([](Shape& s) {
+            s.add = true;
+            s.gate = false;
+        });
         // delta near 30 is rounded to 2e-6, and decays to that times A
         Shape large = base;
         large.delta_shift = 30;
@@ -499,7 +400,11 @@ template <class T> void test_isa(const std::string& isa)
         test_shape(k, large, tolerance, 10 * gradients);
         with([](Shape& s) { s.delta_shift = -30; });
         with([](Shape& s) { s.A_low = s.A_high = -20; });
-        with([](Shape& s) { s.len = 5000; s.dim = 17; s.chunk = 64; });
+        with([](Shape& s) {
+            s.len = 5000;
+            s.dim = 17;
+            s.chunk = 64;
+        });
         // decay almost one: the errors of 5000 steps add up
         Shape slow = base;
         slow.len = 5000;

@@ -16,4 +16,7 @@ struct BuildInfo {
 
 BuildInfo build_info();  // vimcore::Error when VIMCORE_ISA names kernels that are unknown or not available
 
+// float32 multiply-add rate of `threads` busy threads in GFLOP/s, measured now for a few milliseconds.
+double fma_peak(int threads);
+
 }  // namespace vimcore

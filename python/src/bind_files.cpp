@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// Files: safetensors, images and their preprocessing.
+#include <cstring>
+
+#include "convert.h"
+
+namespace vimcore::python {
+
+namespace {
+
+// A numpy array of its own with the bytes of `tensor`, which may be misaligned.
+template <class T>
+nb::object copy_out(const Tensor& tensor)
+{
+    T* data = nullptr;
+    const auto count = static_cast<std::size_t>(tensor.numel());
+    data = new T[count ? count : 1];
+    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+    if (count) std::memcpy(data, tensor.data, tensor.bytes());
+    std::vector<std::size_t> shape(tensor.shape.begin(), tensor.shape.end());
+    return nb::cast(nb::ndarray<nb::numpy, T>(data, shape.size(), shape.data(), owner));
+}
+
+nb::object copy_bf16(const Tensor& tensor)  // numpy has no bfloat16: widened to float32, which is exact
+{
+    float* data = nullptr;
+    const auto count = static_cast<std::size_t>(tensor.numel());
+    data = new float[count ? count : 1];
+    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+    for (std::size_t i = 0; i < count; i++) {
+        std::uint16_t half;
+        std::memcpy(&half, tensor.as<char>() + 2 * i, 2);
+        const std::uint32_t bits = std::uint32_t{half} << 16;
+        std::memcpy(data + i, &bits, 4);
+    }
+    std::vector<std::size_t> shape(tensor.shape.begin(), tensor.shape.end());
+    return nb::cast(nb::ndarray<nb::numpy, float>(data, shape.size(), shape.data(), owner));
+}
+
+nb::object to_numpy(const Tensor& tensor)
+{
+    switch (tensor.dtype) {
+        case DType::f32:
+            return copy_out<float>(tensor);
+        case DType::f64:
+            return copy_out<double>(tensor);
+        case DType::i64:
+            return copy_out<std::int64_t>(tensor);
+        case DType::i32:
+            return copy_out<std::int32_t>(tensor);
+        case DType::i16:
+            return copy_out<std::int16_t>(tensor);
+        case DType::i8:
+            return copy_out<std::int8_t>(tensor);
+        case DType::u64:
+            return copy_out<std::uint64_t>(tensor);
+        case DType::u32:
+            return copy_out<std::uint32_t>(tensor);
+        case DType::u16:
+            return copy_out<std::uint16_t>(tensor);
+        case DType::u8:
+            return copy_out<std::uint8_t>(tensor);
+        case DType::boolean:
+            return copy_out<bool>(tensor);
+        case DType::bf16:
+            return copy_bf16(tensor);
+        case DType::f16:
+            return copy_out<std::uint16_t>(tensor).attr("view")("float16");
+    }
+    throw Error("[safetensors] unknown type");
+}
+
+nb::tuple read_safetensors(const std::string& path)
+{
+    const SafetensorsFile file = SafetensorsFile::open(path);
+    nb::dict tensors, metadata;
+    for (const auto& [name, tensor] : file.tensors()) tensors[name.c_str()] = to_numpy(tensor);
+    for (const auto& [key, value] : file.metadata()) metadata[key.c_str()] = value;
+    return nb::make_tuple(tensors, metadata);
+}
+
+// Names, types and shapes without reading the tensors: [(name, "f32", shape)], metadata.
+nb::tuple safetensors_header(const std::string& path)
+{
+    const SafetensorsFile file = SafetensorsFile::open(path);
+    nb::list tensors;
+    nb::dict metadata;
+    for (const auto& [name, tensor] : file.tensors()) {
+        nb::list shape;
+        for (std::int64_t size : tensor.shape) shape.append(size);
+        tensors.append(nb::make_tuple(name, name_of(tensor.dtype), nb::tuple(shape)));
+    }
+    for (const auto& [key, value] : file.metadata()) metadata[key.c_str()] = value;
+    return nb::make_tuple(tensors, metadata);
+}
+
+void write_safetensors(const std::string& path, nb::dict tensors, nb::dict metadata)
+{
+    std::vector<std::pair<std::string, Tensor>> list;
+    std::vector<In> alive;
+    for (auto [key, value] : tensors) {
+        const auto name = nb::cast<std::string>(key);
+        In array;
+        if (!nb::try_cast<In>(value, array, false))
+            throw std::invalid_argument("[write_safetensors] " + name + ": expected an array, got " +
+                                        nb::cast<std::string>(nb::str(value.type())));
+        list.emplace_back(name, to_tensor(array, "write_safetensors", name));
+        alive.push_back(std::move(array));
+    }
+    std::map<std::string, std::string> entries;
+    for (auto [key, value] : metadata) {
+        if (!nb::isinstance<nb::str>(key) || !nb::isinstance<nb::str>(value))
+            throw std::invalid_argument("[write_safetensors] metadata: expected text keys and values");
+        entries[nb::cast<std::string>(key)] = nb::cast<std::string>(value);
+    }
+    nb::gil_scoped_release release;
+    save_safetensors(path, list, entries);
+}
+
+nb::ndarray<nb::numpy, std::uint8_t> from_image(const Image& image)
+{
+    std::uint8_t* data = nullptr;
+    auto out = make_numpy<std::uint8_t>(
+        {static_cast<std::size_t>(image.height), static_cast<std::size_t>(image.width), 3}, &data);
+    std::memcpy(data, image.pixels.data(), image.pixels.size());
+    return out;
+}
+
+Image to_image(const In& array, const char* op)
+{
+    const Tensor x = to_tensor(array, op, "image");
+    if (x.dtype != DType::u8 || x.shape.rank() != 3 || x.size(2) != 3 || x.numel() == 0)
+        throw std::invalid_argument(std::string("[") + op + "] image: expected (H, W, 3) u8 cpu, got " + describe(x));
+    Image image;
+    image.height = x.size(0);
+    image.width = x.size(1);
+    image.pixels.assign(x.as<std::uint8_t>(), x.as<std::uint8_t>() + x.numel());
+    return image;
+}
+
+Image decode(const nb::bytes& bytes, const std::string& name)
+{
+    nb::gil_scoped_release release;
+    return decode_image(bytes.data(), bytes.size(), name);
+}
+
+nb::ndarray<nb::numpy, float> normalised(const Image& image, const std::string& json)
+{
+    const Preprocess options = Preprocess::from_json(json);
+    float* data = nullptr;
+    auto out = make_numpy<float>({options.mean.size(), static_cast<std::size_t>(options.crop_height),
+                                  static_cast<std::size_t>(options.crop_width)},
+                                 &data);
+    nb::gil_scoped_release release;
+    preprocess(image, options, data);
+    return out;
+}
+
+}  // namespace
+
+void bind_files(nb::module_& m)
+{
+    m.def("read_safetensors", &read_safetensors, nb::arg("path"));
+    m.def("safetensors_header", &safetensors_header, nb::arg("path"));
+    m.def("write_safetensors", &write_safetensors, nb::arg("path"), nb::arg("tensors"),
+          nb::arg("metadata") = nb::dict());
+
+    m.def(
+        "decode_image", [](const nb::bytes& bytes, const std::string& name) { return from_image(decode(bytes, name)); },
+        nb::arg("data"), nb::arg("name") = "<memory>");
+    m.def(
+        "resize_bicubic",
+        [](const In& image, std::int64_t height, std::int64_t width) {
+            return from_image(resize_bicubic(to_image(image, "resize_bicubic"), height, width));
+        },
+        nb::arg("image").noconvert(), nb::arg("height"), nb::arg("width"));
+    m.def(
+        "preprocess_image",
+        [](const nb::bytes& bytes, const std::string& name, const std::string& json) {
+            return normalised(decode(bytes, name), json);
+        },
+        nb::arg("data"), nb::arg("name"), nb::arg("preprocess_json"));
+    m.def(
+        "preprocess_pixels",
+        [](const In& image, const std::string& json) { return normalised(to_image(image, "preprocess_pixels"), json); },
+        nb::arg("image").noconvert(), nb::arg("preprocess_json"));
+    m.def(
+        "preprocess_normalize", [](const std::string& json) { return Preprocess::from_json(json).to_json(); },
+        nb::arg("preprocess_json"));
+    m.def("preprocess_default", [] { return Preprocess{}.to_json(); });
+}
+
+}  // namespace vimcore::python

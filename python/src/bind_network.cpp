@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: Apache-2.0
+// The whole network for vimcore.nn, and Engine, the network of a file for vimcore.Runtime.
+#include <atomic>
+#include <bit>
+
+#include "convert.h"
+#include "saved.h"
+
+namespace vimcore::python {
+
+namespace {
+
+// The weights of one network: views of arrays that Python keeps alive, with their packed forms.
+class Weights {
+public:
+    explicit Weights(Params params, std::vector<Tensor> all) : params_(std::move(params)), all_(std::move(all))
+    {
+        params_.changed();
+        seen_ = fingerprint();
+    }
+
+    void changed()
+    {
+        seen_ = fingerprint();
+        params_.changed();
+    }
+
+    // Writes that Python did not see (torch's `.data`, numpy views): all of float64, which is for checking, is
+    // compared, of float32 a few elements of each weight.
+    const Params& refreshed()
+    {
+        std::uint64_t now = fingerprint(), before = seen_.load();
+        if (now != before && seen_.compare_exchange_strong(before, now)) params_.changed();
+        return params_;
+    }
+
+    DType dtype() const { return all_.front().dtype; }
+
+private:
+    std::uint64_t fingerprint() const
+    {
+        std::uint64_t hash = 0;
+        auto mix = [&](std::uint64_t bits) {
+            hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
+            hash ^= hash >> 29;
+        };
+        for (const Tensor& tensor : all_) {
+            const std::int64_t last = tensor.numel() - 1;
+            if (tensor.dtype == DType::f64) {
+                for (std::int64_t i = 0; i <= last; i++) mix(std::bit_cast<std::uint64_t>(tensor.as<double>()[i]));
+                continue;
+            }
+            for (std::int64_t i : {std::int64_t{0}, last / 3, last - last / 3, last})
+                mix(std::bit_cast<std::uint32_t>(tensor.as<float>()[i]));
+        }
+        return hash;
+    }
+
+    Params params_;
+    std::vector<Tensor> all_;
+    std::atomic<std::uint64_t> seen_{0};
+};
+
+using Token = nb::ndarray<nb::pytorch, std::int64_t, nb::shape<1>, nb::device::cpu>;
+
+// A torch tensor that owns the Saved, so that autograd frees it together with its saved tensors.
+Token token_of(nb::handle self) { return Token(&nb::cast<SavedHandle&>(self).mark.self, {1}, self); }
+
+nb::object of_token(const In& array)
+{
+    const Tensor token = to_tensor(array, "VisionMamba", "saved");
+    if (token.dtype != DType::i64 || token.numel() != 1 ||
+        *token.as<std::int64_t>() != reinterpret_cast<std::intptr_t>(token.data))
+        throw std::invalid_argument("[VisionMamba] saved: a saved-tensor hook copied or moved what backward needs");
+    return nb::cast(token.as<SavedHandle::Mark>()->owner, nb::rv_policy::reference);
+}
+
+struct DrawArgs {
+    MaybeIn drop_path, mask;
+    bool flip;
+    std::int64_t class_position;
+};
+
+class Network {
+public:
+    explicit Network(const std::string& json) : config_(Config::from_json(json)) { config_.validate(); }
+
+    std::unique_ptr<Weights> bind(const std::vector<In>& arrays) const
+    {
+        Params params;
+        std::vector<Tensor> all;
+        for_each_param(config_, params, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
+            if (all.size() == arrays.size()) fail(name, "expected " + to_string(shape) + ", got none");
+            tensor = to_tensor(arrays[all.size()], "VisionMamba", name);
+            const DType dtype = all.empty() ? tensor.dtype : all.front().dtype;
+            if (dtype != DType::f32 && dtype != DType::f64)
+                fail(name, "expected f32 or f64 on the cpu, got " + describe(tensor));
+            Tensor expected = tensor;
+            expected.shape = shape;
+            expected.dtype = dtype;
+            if (tensor.shape != shape || tensor.dtype != dtype)
+                fail(name, "expected " + describe(expected) + ", got " + describe(tensor));
+            all.push_back(tensor);
+        });
+        if (all.size() != arrays.size())
+            fail("parameters", "expected " + std::to_string(all.size()) + ", got " + std::to_string(arrays.size()));
+        return std::make_unique<Weights>(std::move(params), std::move(all));
+    }
+
+    std::unique_ptr<SavedHandle> saved(const std::string& memory) const
+    {
+        return std::make_unique<SavedHandle>(to_memory(memory), pool_);
+    }
+
+    void release() { pool_->clear(); }
+
+    void forward(Weights& weights, const In& images, const MaybeOut& logits, const MaybeOut& tokens,
+                 const std::vector<std::int64_t>& layers, const std::vector<Out>& intermediates, SavedHandle* saved,
+                 const MaybeIn& drop_path, const MaybeIn& mask, bool flip, std::int64_t class_position, int threads)
+    {
+        const Tensor x = to_tensor(images, "VisionMamba", "images");
+        const Outputs out = outputs(x, logits, tokens, layers, intermediates);
+        const Draws draws = to_draws(x, {drop_path, mask, flip, class_position});
+        with_context(threads, [&](Context& ctx) {
+            vimcore::forward(ctx, config_, weights.refreshed(), x, out, saved ? &**saved : nullptr, draws);
+        });
+    }
+
+    // gradients: one array with the gradient of parameter i at offsets[i], which are added to; offset -1: not wanted.
+    void backward(Weights& weights, const In& images, SavedHandle& saved, const MaybeIn& dlogits,
+                  const MaybeIn& dtokens, const std::vector<std::int64_t>& layers,
+                  const std::vector<In>& dintermediates, const Out& gradients, const std::vector<std::int64_t>& offsets,
+                  const MaybeOut& dimages, const MaybeIn& drop_path, const MaybeIn& mask, bool flip,
+                  std::int64_t class_position, int threads)
+    {
+        const Tensor x = to_tensor(images, "VisionMamba", "images");
+        const Tensor dx = to_tensor(dimages, "VisionMamba", "dimages");
+        const Tensor flat = to_tensor(gradients, "VisionMamba", "gradients");
+        const Outputs out = outputs(x, dlogits, dtokens, layers, dintermediates);
+        const Draws draws = to_draws(x, {drop_path, mask, flip, class_position});
+        expect("dimages", dx, x.shape, x.dtype);
+        if (flat.dtype != weights.dtype()) fail("gradients", "expected the type of the weights, got " + describe(flat));
+        Params dparams;
+        std::size_t index = 0;
+        for_each_param(config_, dparams, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
+            if (index == offsets.size()) fail(name, "expected an offset, got none");
+            const std::int64_t offset = offsets[index++];
+            if (offset < 0) return;
+            if (offset > flat.numel() - shape.numel())
+                fail(name, "offset " + std::to_string(offset) + " does not fit " + describe(flat));
+            tensor = flat;
+            tensor.data = flat.as<char>() + static_cast<std::size_t>(offset) * size_of(flat.dtype);
+            tensor.shape = shape;
+        });
+        with_context(threads, [&](Context& ctx) {
+            vimcore::backward(ctx, config_, weights.refreshed(), x, *saved, out, dparams, dx, draws);
+        });
+    }
+
+private:
+    [[noreturn]] static void fail(const std::string& name, const std::string& what)
+    {
+        throw std::invalid_argument("[VisionMamba] " + name + ": " + what);
+    }
+
+    void expect(const char* name, const Tensor& tensor, const Shape& shape, DType dtype) const
+    {
+        if (!tensor || (tensor.shape == shape && tensor.dtype == dtype)) return;
+        fail(name, "expected " + to_string(shape) + " " + name_of(dtype) + ", got " + describe(tensor));
+    }
+
+    // The arrays of `logits`, `tokens` and `intermediates`, or of their gradients, for the images x.
+    template <class Array>
+    Outputs outputs(const Tensor& x, const std::optional<Array>& logits, const std::optional<Array>& tokens,
+                    const std::vector<std::int64_t>& layers, const std::vector<Array>& intermediates) const
+    {
+        if (x.shape.rank() != 4) fail("images", "expected (B, C, H, W), got " + describe(x));
+        const Config& c = config_;
+        const std::int64_t batch = x.size(0), width = c.num_classes > 0 ? c.num_classes : c.embed_dim;
+        const bool per_token = c.class_token == ClassToken::none && c.pool == vimcore::Pool::all;
+        const Shape sequence{batch, c.tokens(), c.embed_dim};
+        Outputs out;
+        out.logits = to_tensor(logits, "VisionMamba", "logits");
+        expect("logits", out.logits, per_token ? Shape{batch, c.tokens(), width} : Shape{batch, width}, x.dtype);
+        out.tokens = to_tensor(tokens, "VisionMamba", "tokens");
+        expect("tokens", out.tokens, sequence, x.dtype);
+        out.layers = layers;
+        for (const Array& array : intermediates) {
+            out.intermediates.push_back(to_tensor(array, "VisionMamba", "intermediates"));
+            expect("intermediates", out.intermediates.back(), sequence, x.dtype);
+        }
+        if (layers.size() != intermediates.size())
+            fail("intermediates",
+                 "expected " + std::to_string(layers.size()) + " arrays, got " + std::to_string(intermediates.size()));
+        return out;
+    }
+
+    Draws to_draws(const Tensor& x, const DrawArgs& args) const
+    {
+        Draws draws;
+        draws.drop_path = to_tensor(args.drop_path, "VisionMamba", "drop_path");
+        expect("drop_path", draws.drop_path, {config_.depth, x.size(0)}, x.dtype);
+        draws.mask = to_tensor(args.mask, "VisionMamba", "mask");
+        expect("mask", draws.mask, {x.size(0), config_.tokens(), config_.embed_dim}, x.dtype);
+        draws.flip = args.flip;
+        draws.class_position = args.class_position;
+        if (args.class_position < -1 || args.class_position >= config_.tokens())
+            fail("class_position", "does not fit: " + std::to_string(args.class_position));
+        return draws;
+    }
+
+    Config config_;
+    std::shared_ptr<SavedPool> pool_ = std::make_shared<SavedPool>();
+};
+
+std::int64_t saved_bytes(const std::string& json, const std::string& memory, std::int64_t batch, bool float64)
+{
+    return Saved::bytes_per_block(Config::from_json(json), to_memory(memory), batch, float64 ? DType::f64 : DType::f32);
+}
+
+// A network from a file, for inference from any number of threads.
+class Engine {
+public:
+    Engine(const std::string& path, int threads, std::int64_t img_height, std::int64_t img_width)
+        : model_(Model::load(path, Device::cpu(), img_height, img_width)), threads_(threads)
+    {
+        sessions_.give(make_session());
+    }
+
+    const Model& model() const { return *model_; }
+
+    nb::ndarray<nb::numpy, float> run(const In& images)
+    {
+        const Config& c = model_->config();
+        const std::size_t batch = check(images), classes = static_cast<std::size_t>(c.num_classes);
+        float* data = nullptr;
+        nb::ndarray<nb::numpy, float> out;
+        if (c.class_token == ClassToken::none && c.pool == vimcore::Pool::all) {
+            const auto width = classes ? classes : static_cast<std::size_t>(c.embed_dim);
+            out = make_numpy<float>({batch, static_cast<std::size_t>(c.tokens()), width}, &data);
+        } else {
+            out = make_numpy<float>({batch, outputs_}, &data);
+        }
+        const float* x = static_cast<const float*>(images.data());
+        with_session(batch, [&](Session& session) { session.run(x, static_cast<std::int64_t>(batch), data); });
+        return out;
+    }
+
+    nb::ndarray<nb::numpy, float> features(const In& images)
+    {
+        const Config& c = model_->config();
+        const std::size_t batch = check(images);
+        float* data = nullptr;
+        auto out = make_numpy<float>(
+            {batch, static_cast<std::size_t>(c.tokens()), static_cast<std::size_t>(c.embed_dim)}, &data);
+        const float* x = static_cast<const float*>(images.data());
+        with_session(batch, [&](Session& session) { session.features(x, static_cast<std::int64_t>(batch), data); });
+        return out;
+    }
+
+private:
+    std::unique_ptr<Session> make_session()
+    {
+        auto session = std::make_unique<Session>(model_, SessionOptions{.max_batch = 8, .threads = threads_});
+        outputs_ = static_cast<std::size_t>(session->outputs());
+        return session;
+    }
+
+    std::size_t check(const In& images) const
+    {
+        const Config& c = model_->config();
+        const Tensor x = to_tensor(images, "Runtime", "images");
+        const Shape wanted{x.shape.rank() > 0 ? x.size(0) : 0, c.in_chans, c.img_height, c.img_width};
+        if (x.dtype != DType::f32 || !(x.shape == wanted))
+            throw std::invalid_argument("[Runtime] images: expected (B, " + std::to_string(c.in_chans) + ", " +
+                                        std::to_string(c.img_height) + ", " + std::to_string(c.img_width) +
+                                        ") f32 cpu, got " + describe(x));
+        return static_cast<std::size_t>(x.size(0));
+    }
+
+    template <class F>
+    void with_session(std::size_t batch, F&& f)
+    {
+        if (batch == 0) return;
+        nb::gil_scoped_release release;
+        Pool<Session>::Lease session(sessions_, sessions_.take([this] { return make_session(); }));
+        f(*session);
+    }
+
+    std::shared_ptr<const Model> model_;
+    int threads_;
+    std::atomic<std::size_t> outputs_{0};
+    Pool<Session> sessions_;
+};
+
+}  // namespace
+
+void bind_network(nb::module_& m)
+{
+    nb::class_<Weights>(m, "Weights").def("changed", &Weights::changed);
+
+    nb::class_<SavedHandle>(m, "Saved")
+        .def(
+            "__init__",
+            [](SavedHandle* self, const std::string& memory) { new (self) SavedHandle(to_memory(memory), nullptr); },
+            nb::arg("memory") = "lean")
+        .def_prop_ro("bytes", &SavedHandle::bytes)
+        .def_prop_ro("memory", &SavedHandle::memory)
+        .def_prop_ro("token", &token_of)
+        .def_static("of", &of_token, nb::arg("token").noconvert())
+        .def_static(
+            "chunk", [](const std::string& memory) { return Saved::chunk(to_memory(memory)); }, nb::arg("memory"))
+        .def_static("bytes_per_block", &saved_bytes, nb::arg("config_json"), nb::arg("memory"), nb::arg("batch"),
+                    nb::arg("float64") = false);
+
+    nb::class_<Network>(m, "Network")
+        .def(nb::init<const std::string&>(), nb::arg("config_json"))
+        .def("bind", &Network::bind, nb::arg("parameters").noconvert())
+        .def("saved", &Network::saved, nb::arg("memory") = "lean")
+        .def("release", &Network::release)
+        .def("forward", &Network::forward, nb::arg("weights"), nb::arg("images").noconvert(),
+             nb::arg("logits").noconvert().none() = nb::none(), nb::arg("tokens").noconvert().none() = nb::none(),
+             nb::arg("layers") = std::vector<std::int64_t>{}, nb::arg("intermediates").noconvert() = std::vector<Out>{},
+             nb::arg("saved").none() = nb::none(), nb::arg("drop_path").noconvert().none() = nb::none(),
+             nb::arg("mask").noconvert().none() = nb::none(), nb::arg("flip") = false, nb::arg("class_position") = -1,
+             nb::arg("threads") = 0)
+        .def("backward", &Network::backward, nb::arg("weights"), nb::arg("images").noconvert(), nb::arg("saved"),
+             nb::arg("dlogits").noconvert().none() = nb::none(), nb::arg("dtokens").noconvert().none() = nb::none(),
+             nb::arg("layers") = std::vector<std::int64_t>{}, nb::arg("dintermediates").noconvert() = std::vector<In>{},
+             nb::arg("gradients").noconvert(), nb::arg("offsets"), nb::arg("dimages").noconvert().none() = nb::none(),
+             nb::arg("drop_path").noconvert().none() = nb::none(), nb::arg("mask").noconvert().none() = nb::none(),
+             nb::arg("flip") = false, nb::arg("class_position") = -1, nb::arg("threads") = 0);
+
+    nb::class_<Engine>(m, "Engine")
+        .def(nb::init<const std::string&, int, std::int64_t, std::int64_t>(), nb::arg("path"), nb::arg("threads") = 0,
+             nb::arg("img_height") = 0, nb::arg("img_width") = 0)
+        .def("run", &Engine::run, nb::arg("images").noconvert())
+        .def("features", &Engine::features, nb::arg("images").noconvert())
+        .def_prop_ro("config_json", [](const Engine& e) { return e.model().config().to_json(); })
+        .def_prop_ro("metadata", [](const Engine& e) {
+            nb::dict out;
+            for (const auto& [key, value] : e.model().metadata()) out[key.c_str()] = value;
+            return out;
+        });
+}
+
+}  // namespace vimcore::python

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+// From Python arrays (numpy, torch, anything with DLPack) to Tensor and back. Arrays are never converted or copied
+// on the way in: what does not fit is an error that names the argument.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "vimcore/vimcore.h"
+
+namespace vimcore::python {
+
+namespace nb = nanobind;
+
+using In = nb::ndarray<nb::ro>;  // only read
+using Out = nb::ndarray<>;       // written
+using MaybeIn = std::optional<In>;
+using MaybeOut = std::optional<Out>;
+
+// The type, or nullopt where the library has none for it.
+inline std::optional<DType> to_dtype(nb::dlpack::dtype type)
+{
+    using Code = nb::dlpack::dtype_code;
+    if (type.lanes != 1) return std::nullopt;
+    const auto code = static_cast<Code>(type.code);
+    if (code == Code::Bool && type.bits == 8) return DType::boolean;
+    if (code == Code::Bfloat && type.bits == 16) return DType::bf16;
+    if (code == Code::Float) {
+        if (type.bits == 64) return DType::f64;
+        if (type.bits == 32) return DType::f32;
+        if (type.bits == 16) return DType::f16;
+    }
+    if (code == Code::Int || code == Code::UInt) {
+        const bool sign = code == Code::Int;
+        if (type.bits == 64) return sign ? DType::i64 : DType::u64;
+        if (type.bits == 32) return sign ? DType::i32 : DType::u32;
+        if (type.bits == 16) return sign ? DType::i16 : DType::u16;
+        if (type.bits == 8) return sign ? DType::i8 : DType::u8;
+    }
+    return std::nullopt;
+}
+
+// A view of a contiguous CPU array. `op` and `name` are for the error.
+template <class Array>
+Tensor to_tensor(const Array& array, const char* op, const std::string& name)
+{
+    auto fail = [&](const std::string& what) {
+        throw std::invalid_argument(std::string("[") + op + "] " + name + ": " + what);
+    };
+    const int rank = static_cast<int>(array.ndim());
+    if (rank > Shape::max_rank) fail("expected at most 8 axes, got " + std::to_string(rank));
+    Tensor tensor;
+    tensor.shape = Shape(array.shape_ptr(), rank);
+    const std::string got = to_string(tensor.shape);
+    const std::optional<DType> dtype = to_dtype(array.dtype());
+    if (!dtype)
+        fail("expected a real number type, got type code " + std::to_string(array.dtype().code) + " of " +
+             std::to_string(array.dtype().bits) + " bits");
+    if (array.device_type() != nb::device::cpu::value)
+        fail("expected a cpu array, got " + got + " on device type " + std::to_string(array.device_type()));
+    std::int64_t step = 1;
+    for (int axis = rank - 1; axis >= 0 && tensor.shape.numel() > 0; axis--) {
+        if (tensor.shape[axis] != 1 && array.stride(static_cast<std::size_t>(axis)) != step)
+            fail("expected a contiguous array, got " + got + " with stride " +
+                 std::to_string(array.stride(static_cast<std::size_t>(axis))) + " on axis " + std::to_string(axis));
+        step *= tensor.shape[axis];
+    }
+    static double nothing;  // an empty array may have no address, but it is not an absent one
+    const void* data = array.data();
+    tensor.data = data ? const_cast<void*>(data) : &nothing;
+    tensor.dtype = *dtype;
+    return tensor;
+}
+
+template <class Array>
+Tensor to_tensor(const std::optional<Array>& array, const char* op, const std::string& name)
+{
+    return array ? to_tensor(*array, op, name) : Tensor{};
+}
+
+// A fresh numpy array, filled by the caller.
+template <class T>
+nb::ndarray<nb::numpy, T> make_numpy(std::initializer_list<std::size_t> shape, T** data)
+{
+    std::size_t count = 1;
+    for (std::size_t size : shape) count *= size;
+    *data = new T[count ? count : 1];
+    nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+    return nb::ndarray<nb::numpy, T>(*data, shape, owner);
+}
+
+// Objects for one call at a time, reused: a caller takes a free one or makes one. Safe from many threads.
+template <class T>
+class Pool {
+public:
+    class Lease {
+    public:
+        Lease(Pool& pool, std::unique_ptr<T> item) : pool_(pool), item_(std::move(item)) {}
+        Lease(const Lease&) = delete;
+        Lease& operator=(const Lease&) = delete;
+        ~Lease() { pool_.give(std::move(item_)); }
+        T& operator*() { return *item_; }
+        T* operator->() { return item_.get(); }
+
+    private:
+        Pool& pool_;
+        std::unique_ptr<T> item_;
+    };
+
+    template <class Make>
+    std::unique_ptr<T> take(Make&& make)
+    {
+        {
+            std::lock_guard lock(mutex_);
+            if (!free_.empty()) {
+                std::unique_ptr<T> item = std::move(free_.back());
+                free_.pop_back();
+                return item;
+            }
+        }
+        return make();
+    }
+
+    void give(std::unique_ptr<T> item)
+    {
+        std::lock_guard lock(mutex_);
+        free_.push_back(std::move(item));
+    }
+
+    void clear()
+    {
+        std::vector<std::unique_ptr<T>> old;
+        std::lock_guard lock(mutex_);
+        old.swap(free_);
+    }
+
+private:
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<T>> free_;
+};
+
+// Contexts of all calls from Python. Never destroyed: threads may still run when the interpreter ends.
+inline Pool<Context>& contexts()
+{
+    static auto* pool = new Pool<Context>;
+    return *pool;
+}
+
+// Runs f(context) with the GIL released.
+template <class F>
+void with_context(int threads, F&& f)
+{
+    nb::gil_scoped_release release;
+    Pool<Context>::Lease ctx(contexts(), contexts().take([] { return std::make_unique<Context>(); }));
+    ctx->set_threads(threads);
+    ctx->cache = nullptr;
+    f(*ctx);
+}
+
+void bind_network(nb::module_& m);
+void bind_ops(nb::module_& m);
+void bind_files(nb::module_& m);
+
+}  // namespace vimcore::python

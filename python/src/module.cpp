@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// The extension module vimcore._core. Everything here is private to the package vimcore.
+#include "convert.h"
+
+namespace vimcore::python {
+
+namespace {
+
+nb::dict build_info_dict()
+{
+    const BuildInfo info = build_info();
+    nb::dict out;
+    out["version"] = info.version;
+    out["compiler"] = info.compiler;
+    out["isa"] = info.isa;
+    out["isas"] = info.isas;
+    out["cuda"] = info.cuda;
+    out["jpeg"] = info.jpeg;
+    out["png"] = info.png;
+    out["openmp"] = info.openmp;
+    return out;
+}
+
+nb::tuple to_tuple(const Shape& shape)
+{
+    nb::list sizes;
+    for (std::int64_t size : shape) sizes.append(size);
+    return nb::tuple(sizes);
+}
+
+Config parse(const std::string& json)
+{
+    Config config = Config::from_json(json);
+    config.validate();
+    return config;
+}
+
+nb::list param_shapes(const std::string& json)
+{
+    nb::list out;
+    Params params;
+    for_each_param(parse(json), params, [&](const std::string& name, Tensor&, const Shape& shape) {
+        out.append(nb::make_tuple(name, to_tuple(shape)));
+    });
+    return out;
+}
+
+nb::dict config_facts(const std::string& json)
+{
+    const Config c = parse(json);
+    nb::dict out;
+    out["inner"] = c.inner();
+    out["rank"] = c.rank();
+    out["grid"] = nb::make_tuple(c.grid_height(), c.grid_width());
+    out["patches"] = c.patches();
+    out["tokens"] = c.tokens();
+    out["class_tokens"] = c.class_tokens();
+    out["class_position"] = c.class_position();
+    out["flops"] = c.flops();
+    return out;
+}
+
+}  // namespace
+
+NB_MODULE(_core, m)
+{
+    nb::set_leak_warnings(false);  // a Saved may outlive the interpreter inside torch's graph
+    nb::exception<Error>(m, "Error", PyExc_RuntimeError);
+    m.attr("__version__") = VIMCORE_VERSION;
+
+    m.def("build_info", build_info_dict);
+    m.def("fma_peak", fma_peak, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
+    m.def("config_normalize", [](const std::string& json) { return parse(json).to_json(); }, nb::arg("config_json"));
+    m.def("config_facts", config_facts, nb::arg("config_json"));
+    m.def("param_shapes", param_shapes, nb::arg("config_json"));
+    m.def("flops", [](const std::string& json) { return parse(json).flops(); }, nb::arg("config_json"));
+    m.def("release_memory", [] { contexts().clear(); });
+
+    bind_network(m);
+    bind_ops(m);
+    bind_files(m);
+}
+
+}  // namespace vimcore::python

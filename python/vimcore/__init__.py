@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision Mamba with a C++ core: train, load, explain and run Vim on the CPU.
+
+`import vimcore` does not import torch; what needs torch (`VisionMamba`, `create_model`, `load_checkpoint`,
+`saliency`, `vimcore.ops`, `vimcore.train`) is imported when it is first used. `Runtime` never needs torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from . import _core
+from ._core import Error, build_info
+from .models import list_models
+from .runtime import Runtime
+
+if TYPE_CHECKING:
+    from . import io, ops, train
+    from .io import load_checkpoint
+    from .models import create_model
+    from .nn import VisionMamba
+    from .saliency import saliency
+
+__version__: str = _core.__version__
+__all__ = [
+    "Error",
+    "Runtime",
+    "VisionMamba",
+    "build_info",
+    "create_model",
+    "cuda_is_available",
+    "io",
+    "list_models",
+    "load_checkpoint",
+    "ops",
+    "saliency",
+    "train",
+]
+
+_LAZY = {
+    "VisionMamba": "nn",
+    "create_model": "models",
+    "load_checkpoint": "io",
+    "saliency": "saliency",
+}
+_LAZY_MODULES = {"io", "nn", "ops", "train"}
+
+
+def cuda_is_available() -> bool:
+    """Whether this build can compute on a CUDA device."""
+    return bool(build_info()["cuda"])
+
+
+class _Package(types.ModuleType):
+    """Keeps `vimcore.saliency` the function, also after the submodule of that name was imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "saliency" and isinstance(value, types.ModuleType):
+            value = value.saliency
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY and name not in _LAZY_MODULES:
+        raise AttributeError(f"module 'vimcore' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f".{_LAZY.get(name, name)}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(f"vimcore.{name} needs torch: pip install 'vimcore[torch]'") from error
+    value = module if name in _LAZY_MODULES else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# The extension module: private to the package. Arrays are contiguous, on the CPU, and checked.
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array: TypeAlias = Any  # a numpy array or a torch tensor
+
+__version__: str
+
+class Error(RuntimeError):
+    pass
+
+def build_info() -> dict[str, Any]: ...
+def fma_peak(threads: int) -> float: ...
+def config_normalize(config_json: str) -> str: ...
+def config_facts(config_json: str) -> dict[str, Any]: ...
+def param_shapes(config_json: str) -> list[tuple[str, tuple[int, ...]]]: ...
+def flops(config_json: str) -> int: ...
+def release_memory() -> None: ...
+
+class Weights:
+    def changed(self) -> None: ...
+
+class Saved:
+    def __init__(self, memory: str = "lean") -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def memory(self) -> str: ...
+    @property
+    def token(self) -> Tensor: ...
+    @staticmethod
+    def of(token: Array) -> Saved: ...
+    @staticmethod
+    def chunk(memory: str) -> int: ...
+    @staticmethod
+    def bytes_per_block(config_json: str, memory: str, batch: int, float64: bool = False) -> int: ...
+
+class Network:
+    def __init__(self, config_json: str) -> None: ...
+    def bind(self, parameters: Sequence[Array]) -> Weights: ...
+    def saved(self, memory: str = "lean") -> Saved: ...
+    def release(self) -> None: ...
+    def forward(
+        self,
+        weights: Weights,
+        images: Array,
+        logits: Array | None = None,
+        tokens: Array | None = None,
+        layers: Sequence[int] = [],
+        intermediates: Sequence[Array] = [],
+        saved: Saved | None = None,
+        drop_path: Array | None = None,
+        mask: Array | None = None,
+        flip: bool = False,
+        class_position: int = -1,
+        threads: int = 0,
+    ) -> None: ...
+    def backward(
+        self,
+        weights: Weights,
+        images: Array,
+        saved: Saved,
+        dlogits: Array | None = None,
+        dtokens: Array | None = None,
+        layers: Sequence[int] = [],
+        dintermediates: Sequence[Array] = [],
+        *,
+        gradients: Array,
+        offsets: Sequence[int],
+        dimages: Array | None = None,
+        drop_path: Array | None = None,
+        mask: Array | None = None,
+        flip: bool = False,
+        class_position: int = -1,
+        threads: int = 0,
+    ) -> None: ...
+
+class Engine:
+    def __init__(self, path: str, threads: int = 0, img_height: int = 0, img_width: int = 0) -> None: ...
+    def run(self, images: Array) -> NDArray[np.float32]: ...
+    def features(self, images: Array) -> NDArray[np.float32]: ...
+    @property
+    def config_json(self) -> str: ...
+    @property
+    def metadata(self) -> dict[str, str]: ...
+
+def norm_forward(
+    kind: str,
+    eps: float,
+    x: Array,
+    residual: Array | None,
+    weight: Array,
+    bias: Array | None,
+    residual_out: Array | None,
+    out: Array,
+    threads: int = 0,
+) -> None: ...
+def norm_backward(
+    kind: str,
+    eps: float,
+    x: Array,
+    weight: Array,
+    dout: Array,
+    dresidual_out: Array | None,
+    dx: Array,
+    dweight: Array | None,
+    dbias: Array | None,
+    threads: int = 0,
+) -> None: ...
+def conv1d_forward(
+    x: Array, weight: Array, bias: Array | None, silu: bool, reverse: bool, out: Array, threads: int = 0
+) -> None: ...
+def conv1d_backward(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    silu: bool,
+    reverse: bool,
+    out: Array,
+    dout: Array,
+    dx: Array,
+    dweight: Array | None,
+    dbias: Array | None,
+    threads: int = 0,
+) -> None: ...
+def selective_scan_forward(
+    inputs: Sequence[Array | None], delta_softplus: bool, reverse: bool, out: Array, threads: int = 0
+) -> None: ...
+def selective_scan_backward(
+    inputs: Sequence[Array | None],
+    delta_softplus: bool,
+    reverse: bool,
+    out: Array,
+    dout: Array,
+    gradients: Sequence[Array | None],
+    threads: int = 0,
+) -> None: ...
+def scan_forward(
+    xz: Array,
+    inputs: Sequence[Sequence[Array | None]],
+    outputs: Sequence[Sequence[Array | None]],
+    scale: float,
+    chunk: int,
+    out: Array,
+    threads: int = 0,
+) -> None: ...
+def scan_backward(
+    xz: Array,
+    inputs: Sequence[Sequence[Array | None]],
+    outputs: Sequence[Sequence[Array | None]],
+    scale: float,
+    chunk: int,
+    out: Array,
+    dout: Array,
+    dxz: Array,
+    threads: int = 0,
+) -> None: ...
+def block_forward(
+    config_json: str,
+    parameters: Sequence[Array],
+    x: Array,
+    residual: Array | None,
+    reverse: bool,
+    residual_out: Array,
+    out: Array,
+    saved: Saved | None,
+    threads: int = 0,
+) -> None: ...
+def block_backward(
+    config_json: str,
+    parameters: Sequence[Array],
+    residual_out: Array,
+    reverse: bool,
+    saved: Saved,
+    dout: Array,
+    dresidual_out: Array | None,
+    dx: Array,
+    gradients: Sequence[Array | None],
+    threads: int = 0,
+) -> None: ...
+def read_safetensors(path: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]: ...
+def safetensors_header(path: str) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[str, str]]: ...
+def write_safetensors(path: str, tensors: Mapping[str, Array], metadata: Mapping[str, str] = {}) -> None: ...
+def decode_image(data: bytes, name: str = "<memory>") -> NDArray[np.uint8]: ...
+def resize_bicubic(image: Array, height: int, width: int) -> NDArray[np.uint8]: ...
+def preprocess_image(data: bytes, name: str, preprocess_json: str) -> NDArray[np.float32]: ...
+def preprocess_pixels(image: Array, preprocess_json: str) -> NDArray[np.float32]: ...
+def preprocess_normalize(preprocess_json: str) -> str: ...
+def preprocess_default() -> str: ...

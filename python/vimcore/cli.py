@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `vimcore`. Results on stdout, progress and errors on stderr; exit status 0, 1 (failed) or 2 (bad usage)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def _positive(text: str) -> int:
+    """Type of an option: a positive integer."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _print_table(rows: Sequence[Sequence[Any]], indent: str = "") -> None:
+    """Rows of cells, the columns aligned."""
+    text = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))]
+    for row in text:
+        print((indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths))).rstrip())
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="vimcore-demo", metavar="FOLDER", help="where to write (default: %(default)s)")
+    parser.add_argument("--epochs", type=_positive, help="passes over the training digits (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same result (default: %(default)s)")
+    parser.add_argument("--threads", type=_positive, help="default: all cores; does not change the result")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON instead of tables")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    try:
+        from .demo import run_demo
+        from .plots import plot_curve  # noqa: F401  a missing package is reported before the training, not after
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("vimcore"):
+            raise
+        raise RuntimeError(f"the demo needs {error.name}: pip install 'vimcore[demo]'") from error
+    metrics = run_demo(args.out, args.epochs, args.seed, args.threads, show=not args.json)
+    if args.json:
+        print(json.dumps(metrics))
+    return 0
+
+
+def _predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="picture files, or folders of them")
+    parser.add_argument("--weights", required=True, metavar="FILE", help="vimcore safetensors file")
+    parser.add_argument("--topk", type=_positive, default=5, metavar="N", help="classes to show (default: %(default)s)")
+    parser.add_argument("--logits", action="store_true", help="with --json: add the logits of all classes")
+    parser.add_argument("--threads", type=_positive, help="default: all cores; does not change the result")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line and image")
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from .predict import predict
+    from .runtime import Runtime
+
+    runtime = Runtime(args.weights, threads=args.threads)
+    total = failed = 0
+    for result in predict(runtime, args.images, args.topk):
+        total += 1
+        if result.error is not None:
+            failed += 1
+            print(f"vimcore: {result.image}: {result.error}", file=sys.stderr, flush=True)
+        if args.json:
+            print(result.to_json(args.logits), flush=True)
+        elif result.error is None:
+            print(result.image)
+            rows = [[f"{100 * p:7.3f} %", f"{i:>5}", label or ""] for i, label, p in result.top]
+            _print_table(rows, indent="  ")
+            if args.logits:
+                assert result.logits is not None
+                print("  logits " + " ".join(f"{float(v):.9g}" for v in result.logits))
+    if total == 0:
+        raise RuntimeError("no pictures found (JPEG, PNG, PPM, PGM)")
+    if failed:
+        print(f"vimcore: {failed} of {total} images failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="the authors' weights: .pth (needs torch) or .safetensors under their keys")
+    parser.add_argument("destination", help="vimcore safetensors file to write")
+    parser.add_argument("--weights", choices=("model", "ema"), default="model", help="which of a training checkpoint")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a constructor argument that no tensor tells or that was assumed wrongly; may be repeated",
+    )
+    parser.add_argument("--labels", metavar="FILE", help="class names, one per line or a JSON list")
+    parser.add_argument("--json", action="store_true", help="print configuration and assumptions as JSON")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .convert import convert, parse_setting, read_labels
+
+    settings = dict(parse_setting(text) for text in args.set)
+    labels = read_labels(args.labels) if args.labels else None
+    config, assumptions = convert(args.source, args.destination, weights=args.weights, settings=settings, labels=labels)
+    if args.json:
+        print(json.dumps({"config": config, "assumptions": assumptions, "written": args.destination}))
+        return 0
+    print("architecture:")
+    _print_table([[key, json.dumps(value)] for key, value in config.items()], indent="  ")
+    print("assumed (change with --set):" if assumptions else "nothing had to be assumed")
+    for text in assumptions:
+        print(f"  {text}")
+    print(f"written: {args.destination}")
+    return 0
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("weights", metavar="FILE", help="vimcore safetensors file")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def describe_file(path: str) -> dict[str, Any]:
+    """What a vimcore file holds: config, parameters, bytes, tokens, flops (multiply-adds), labels, preprocess."""
+    from . import _core
+    from .metadata import unpack
+
+    tensors, metadata = _core.safetensors_header(path)
+    config, labels, preprocess = unpack(metadata, path)
+    config_json = _core.config_normalize(json.dumps(config))
+    facts = _core.config_facts(config_json)
+    shapes = {name: tuple(shape) for name, _, shape in tensors}
+    wanted = {name: tuple(shape) for name, shape in _core.param_shapes(config_json)}
+    wrong = [name for name, shape in wanted.items() if shapes.get(name) != shape]
+    wrong += [name for name in shapes if name not in wanted and not name.startswith("rope.")]
+    if wrong:
+        raise ValueError(f"{path}: tensors do not fit the architecture: {', '.join(wrong[:12])}")
+    count = 0
+    for shape in wanted.values():
+        size = 1
+        for side in shape:
+            size *= side
+        count += size
+    return {
+        "file": path,
+        "bytes": os.path.getsize(path),
+        "types": sorted({str(dtype) for _, dtype, _ in tensors}),
+        "parameters": count,
+        "flops": facts["flops"],
+        "tokens": facts["tokens"],
+        "grid": list(facts["grid"]),
+        "config": json.loads(config_json),
+        "labels": labels,
+        "preprocess": preprocess,
+    }
+
+
+def _info(args: argparse.Namespace) -> int:
+    facts = describe_file(args.weights)
+    if args.json:
+        print(json.dumps(facts, ensure_ascii=False))
+        return 0
+    labels = facts["labels"]
+    shown = "none" if labels is None else ", ".join(labels[:10]) + (f", ... ({len(labels)})" if len(labels) > 10 else "")
+    rows, columns = facts["grid"]
+    _print_table(
+        [
+            ["file", f"{facts['file']} ({facts['bytes'] / 1e6:.2f} MB, {', '.join(facts['types'])})"],
+            ["parameters", f"{facts['parameters']:,}"],
+            ["flops", f"{facts['flops'] / 1e9:.4g} G multiply-adds per image, scans included"],
+            ["tokens", f"{facts['tokens']} ({rows} x {columns} patches and {facts['tokens'] - rows * columns} class tokens)"],
+            ["labels", shown],
+            ["preprocess", "none" if facts["preprocess"] is None else json.dumps(facts["preprocess"])],
+        ]
+    )
+    print("architecture")
+    _print_table([[key, json.dumps(value)] for key, value in facts["config"].items()], indent="  ")
+    return 0
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import bench
+
+    bench.add_arguments(parser)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from . import bench
+
+    return int(bench.main(args))
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import report
+
+    facts = report()
+    if args.json:
+        print(json.dumps(facts))
+        return 0 if facts["ok"] else 1
+    for title in ("build", "machine"):
+        print(title)
+        _print_table(
+            [[key, ", ".join(v) if isinstance(v, (list, tuple)) else v] for key, v in facts[title].items()], indent="  "
+        )
+    print("self-test")
+    _print_table([[row["check"], row["status"], row["detail"]] for row in facts["checks"]], indent="  ")
+    print("all is well" if facts["ok"] else "something is wrong: see the failed lines above")
+    return 0 if facts["ok"] else 1
+
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
+    "demo": ("train a small Vim on handwritten digits, save it, reload it, show what it sees", _demo_arguments, _demo),
+    "predict": ("classify picture files (no torch needed)", _predict_arguments, _predict),
+    "convert": ("make a vimcore file from the authors' weights", _convert_arguments, _convert),
+    "info": ("show what a vimcore file holds", _info_arguments, _info),
+    "bench": ("measure speed against other networks and libraries", _bench_arguments, _bench),
+    "doctor": ("show build and machine, and test the kernels against a float64 reference", _doctor_arguments, _doctor),
+}
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    """Only the chosen command gets its options, so that no other command's module is imported."""
+    from . import __version__
+
+    parser = argparse.ArgumentParser(prog="vimcore", description="Vision Mamba on the CPU: train, load, explain, run.")
+    parser.add_argument("--version", action="version", version=f"vimcore {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (text, add_arguments, run) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == chosen:
+            add_arguments(sub)
+        sub.set_defaults(run=run)
+    return parser
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error) or type(error).__name__
+    return text.replace(":\n  ", ": ").replace("\n  ", "; ").replace("\n", " ")  # one line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = _parser(next((a for a in arguments if a in COMMANDS), None)).parse_args(arguments)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader has gone; the interpreter must not complain about it once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("vimcore: interrupted", file=sys.stderr)
+        return 130
+    except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        print(f"vimcore: {_message(error)}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

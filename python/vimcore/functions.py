@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bridge between torch's autograd and the C++ core. Users take `vimcore.nn` and `vimcore.ops`.
+
+No mathematics here: every Function calls one forward and one backward of `vimcore._core` on its arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _core
+
+_NAMES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def describe(value: Any) -> str:
+    """ "(2, 197, 192) f32 cpu" of a tensor; the type of anything else."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    dtype = _NAMES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+    return f"{tuple(value.shape)} {dtype} {value.device}"
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes gradients on; differentiating them is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("vimcore: second derivatives are not available (backward through a gradient)")
+
+
+def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """For the backward of a Function: its results may not be differentiated again.
+
+    Unlike torch's decorator it also says so where the incoming gradient is a constant.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        present = [t for t in results if t is not None]
+        if not torch.is_grad_enabled() or not present:
+            return results
+        guarded = iter(_NoSecondDerivative.apply(torch.empty(0, requires_grad=True), *present))
+        return tuple(None if t is None else next(guarded) for t in results)
+
+    return wrapper
+
+
+# ---- the whole network -------------------------------------------------------------------------------------
+
+
+class Draws(NamedTuple):
+    """The random draws of one training forward."""
+
+    drop_path: Tensor | None = None  # (depth, B): factor of each mixer output, 0 or 1 / keep
+    mask: Tensor | None = None  # (B, L, D): dropout factors
+    flip: bool = False
+    class_position: int = -1  # -1: where it stands in eval
+
+    def arguments(self) -> dict[str, Any]:
+        return self._asdict()
+
+
+class Request(NamedTuple):
+    """What one call of the network computes."""
+
+    kind: str  # "logits", "tokens" or "layers"
+    layers: tuple[int, ...] = ()
+    draws: Draws = Draws()
+    memory: str = "lean"
+
+
+class _Bound(NamedTuple):
+    places: list[int]
+    versions: list[int] | None
+    held: list[Tensor]  # what the core's views point at
+    copied: bool  # some parameters are not contiguous: their copies are bound
+    weights: _core.Weights
+
+
+class Core:
+    """The C++ network of one architecture and the weights it was bound to last. Threads may share it."""
+
+    def __init__(self, config_json: str) -> None:
+        self.network = _core.Network(config_json)
+        self.names: list[str] = [name for name, _ in _core.param_shapes(config_json)]
+        config, facts = json.loads(config_json), _core.config_facts(config_json)
+        self.tokens: tuple[int, int] = (facts["tokens"], config["embed_dim"])
+        outputs = config["num_classes"] or config["embed_dim"]
+        per_token = config["class_token"] == "none" and config["pool"] == "all"
+        self.logits: tuple[int, ...] = (facts["tokens"], outputs) if per_token else (outputs,)
+        self._bound: _Bound | None = None
+        self._lock = threading.Lock()
+        self._parts: dict[tuple[str, tuple[int, ...]], list[bool]] = {}
+        self._layouts: dict[tuple[bool, ...], tuple[int, list[int], list[int]]] = {}
+
+    def weights(self, params: Sequence[Tensor]) -> _core.Weights:
+        """The parameters, in the order of `names`, as the core sees them.
+
+        Bound again when their storage moved; their packed forms are renewed when their contents changed.
+        """
+        places = [p.data_ptr() for p in params]
+        try:
+            versions = [p._version for p in params]
+        except RuntimeError:  # made under inference_mode: no version to compare
+            versions = None
+        with self._lock:
+            bound = self._bound
+            if bound is not None and bound.places == places:
+                if versions is not None and versions == bound.versions:
+                    return bound.weights
+                if not bound.copied:
+                    bound.weights.changed()
+                    self._bound = bound._replace(versions=versions)
+                    return bound.weights
+            held = [p.detach() for p in params]
+            for name, p in zip(self.names, held):
+                if p.device.type != "cpu":
+                    raise ValueError(f"[VisionMamba] {name}: expected a cpu tensor, got {describe(p)}")
+            held = [p.resolve_conj().resolve_neg().contiguous() for p in held]
+            copied = any(p.data_ptr() != place for p, place in zip(held, places))
+            weights = self.network.bind(held)
+            self._bound = _Bound(places, versions, held, copied, weights)
+            return weights
+
+    def run(
+        self, request: Request, images: Tensor, params: Sequence[Tensor], saved: _core.Saved | None
+    ) -> tuple[Tensor, ...]:
+        """The outputs that `request` names, freshly allocated."""
+        batch = images.shape[0]
+        where: dict[str, Any] = {}
+        if request.kind == "layers":
+            outputs = [images.new_empty((batch, *self.tokens)) for _ in request.layers]
+            where = {"layers": list(request.layers), "intermediates": outputs}
+        elif request.kind == "tokens":
+            outputs = [images.new_empty((batch, *self.tokens))]
+            where = {"tokens": outputs[0]}
+        else:
+            outputs = [images.new_empty((batch, *self.logits))]
+            where = {"logits": outputs[0]}
+        weights = self.weights(params)
+        if batch:
+            self.network.forward(
+                weights,
+                images.detach(),
+                saved=saved,
+                threads=torch.get_num_threads(),
+                **where,
+                **request.draws.arguments(),
+            )
+        return tuple(outputs)
+
+    def taking_part(self, kind: str, layers: Sequence[int]) -> list[bool]:
+        """For every parameter whether these outputs depend on it."""
+        found = self._parts.get((kind, tuple(layers)))
+        if found is None:
+            found = [kind == "logits" or self._takes_part(name, kind, layers) for name in self.names]
+            self._parts[(kind, tuple(layers))] = found
+        return found
+
+    @staticmethod
+    def _takes_part(name: str, kind: str, layers: Sequence[int]) -> bool:
+        if name.startswith("head.") or (kind == "layers" and name.startswith("norm_f.")):
+            return False
+        return kind == "tokens" or not name.startswith("layers.") or int(name.split(".")[1]) <= max(layers)
+
+    def layout(self, params: Sequence[Tensor], wanted: tuple[bool, ...]) -> tuple[int, list[int], list[int]]:
+        """One buffer for the gradients of the wanted parameters.
+
+        Returns:
+            its length, the offset of every parameter (-1: not wanted), the padded sizes of the wanted ones.
+        """
+        found = self._layouts.get(wanted)
+        if found is None:
+            total, offsets, sizes = 0, [], []
+            for p, want in zip(params, wanted):
+                offsets.append(total if want else -1)
+                if want:
+                    sizes.append((p.numel() + 15) // 16 * 16)
+                    total += sizes[-1]
+            found = self._layouts[wanted] = (total, offsets, sizes)
+        return found
+
+
+class NetworkFunction(torch.autograd.Function):
+    """The whole network as one node of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, core: Core, request: Request, images: Tensor, *params: Tensor
+    ) -> tuple[Tensor, ...]:
+        saved = core.network.saved(request.memory)
+        outputs = core.run(request, images, params, saved)
+        # The token owns what was saved: autograd frees it together with its other saved tensors.
+        ctx.save_for_backward(saved.token, images, *params)
+        ctx.set_materialize_grads(False)
+        ctx.core, ctx.request = core, request
+        return outputs
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        core, request = ctx.core, ctx.request
+        wanted = ctx.needs_input_grad[3:]
+        nothing: tuple[Tensor | None, ...] = (None,) * (3 + len(wanted))
+        if all(g is None for g in gradients):
+            return nothing
+        token, images, *params = ctx.saved_tensors
+        dimages = torch.zeros_like(images) if ctx.needs_input_grad[2] else None
+        where: dict[str, Any] = {}
+        if request.kind == "layers":
+            pairs = [(i, g.contiguous()) for i, g in zip(request.layers, gradients) if g is not None]
+            where = {"layers": [i for i, _ in pairs], "dintermediates": [g for _, g in pairs]}
+        else:
+            where = {"dtokens" if request.kind == "tokens" else "dlogits": _contiguous(gradients[0])}
+        part = core.taking_part(request.kind, where.get("layers", ()))
+        wanted = tuple([want and p for want, p in zip(wanted, part)])
+        total, offsets, sizes = core.layout(params, wanted)
+        flat = images.new_zeros(total)
+        if images.shape[0]:
+            core.network.backward(
+                core.weights(params),
+                images.detach(),
+                _core.Saved.of(token),
+                gradients=flat,
+                offsets=offsets,
+                dimages=dimages,
+                threads=torch.get_num_threads(),
+                **where,
+                **request.draws.arguments(),
+            )
+        pieces = iter(flat.split(sizes))
+        dparams = [
+            next(pieces)[: p.numel()].view(p.shape) if want else None for p, want in zip(params, wanted)
+        ]
+        return (None, None, dimages, *dparams)
+
+
+# ---- operators ---------------------------------------------------------------------------------------------
+
+
+def _fresh(like: Tensor | None) -> Tensor | None:
+    return None if like is None else torch.zeros_like(like)
+
+
+def _detached(tensors: Sequence[Tensor | None]) -> list[Any]:
+    return [None if t is None else t.detach() for t in tensors]
+
+
+def _contiguous(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.contiguous()
+
+
+class NormFunction(torch.autograd.Function):
+    """x (B, L, D), weight, bias or None (D), residual or None -> out, x + residual."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kind: str,
+        eps: float,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        out, total = torch.empty_like(x), torch.empty_like(x)
+        x_, residual_, weight_, bias_ = _detached([x, residual, weight, bias])
+        _core.norm_forward(kind, eps, x_, residual_, weight_, bias_, total, out, torch.get_num_threads())
+        ctx.save_for_backward(total.detach(), weight, bias)
+        ctx.set_materialize_grads(False)
+        ctx.kind, ctx.eps = kind, eps
+        return out, total
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, bias = ctx.saved_tensors
+        if dout is None:
+            return None, None, dtotal, None, None, dtotal if ctx.needs_input_grad[5] else None
+        dx, dweight, dbias = torch.empty_like(total), torch.zeros_like(weight), _fresh(bias)
+        total_, weight_ = _detached([total, weight])
+        dout, dtotal = dout.contiguous(), _contiguous(dtotal)
+        threads = torch.get_num_threads()
+        _core.norm_backward(ctx.kind, ctx.eps, total_, weight_, dout, dtotal, dx, dweight, dbias, threads)
+        return None, None, dx, dweight, dbias, dx.clone() if ctx.needs_input_grad[5] else None
+
+
+class Conv1dFunction(torch.autograd.Function):
+    """x (B, L, E), weight (E, K), bias (E) or None -> (B, L, E)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, silu: bool, reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        x_, weight_, bias_ = _detached([x, weight, bias])
+        _core.conv1d_forward(x_, weight_, bias_, silu, reverse, out, torch.get_num_threads())
+        ctx.save_for_backward(x, weight, bias, out.detach())
+        ctx.silu, ctx.reverse = silu, reverse
+        return out
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, out = _detached(ctx.saved_tensors)
+        dx, dweight, dbias = torch.zeros_like(x), torch.zeros_like(weight), _fresh(bias)
+        threads = torch.get_num_threads()
+        _core.conv1d_backward(
+            x, weight, bias, ctx.silu, ctx.reverse, out, dout.contiguous(), dx, dweight, dbias, threads
+        )
+        return None, None, dx, dweight, dbias
+
+
+class SelectiveScanFunction(torch.autograd.Function):
+    """u, delta, A, B, C, then D, z, delta_bias or None -> out (B, L, E)."""
+
+    @staticmethod
+    def forward(ctx: Any, softplus: bool, reverse: bool, *inputs: Tensor | None) -> Tensor:
+        assert inputs[0] is not None
+        out = torch.empty_like(inputs[0])
+        _core.selective_scan_forward(_detached(inputs), softplus, reverse, out, torch.get_num_threads())
+        ctx.save_for_backward(*inputs)
+        ctx.softplus, ctx.reverse = softplus, reverse
+        return out
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = _detached(ctx.saved_tensors)
+        gradients = [_fresh(t) for t in inputs]
+        out, threads = torch.empty(dout.shape, dtype=dout.dtype), torch.get_num_threads()
+        _core.selective_scan_backward(
+            inputs, ctx.softplus, ctx.reverse, out, dout.contiguous(), gradients, threads
+        )
+        return (None, None, *gradients)
+
+
+class BidirectionalScanFunction(torch.autograd.Function):
+    """z (B, L, E), then u, q, A_log, D, dt_weight, dt_bias, forward then reverse direction -> (B, L, E)."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: float, chunk: int, z: Tensor, *inputs: Tensor) -> Tensor:
+        batch, length, inner = z.shape
+        xz = torch.zeros(batch, length, 2 * inner, dtype=z.dtype)
+        xz[:, :, inner:] = z.detach()
+        state = inputs[2].shape[1]
+        states = [z.new_empty(batch, (length + chunk - 1) // chunk, state, inner) for _ in range(2)]
+        out = torch.empty_like(z)
+        values, threads = _detached(inputs), torch.get_num_threads()
+        _core.scan_forward(
+            xz, [values[:6], values[6:]], [[states[0]], [states[1]]], scale, chunk, out, threads
+        )
+        ctx.save_for_backward(xz, *states, *inputs)
+        ctx.scale, ctx.chunk = scale, chunk
+        return out
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        xz, first, second, *inputs = _detached(ctx.saved_tensors)
+        gradients = [torch.zeros_like(t) for t in inputs]
+        dxz, out = torch.zeros_like(xz), torch.empty(dout.shape, dtype=dout.dtype)
+        passes = [[first, *gradients[:6]], [second, *gradients[6:]]]
+        values, threads = [inputs[:6], inputs[6:]], torch.get_num_threads()
+        _core.scan_backward(xz, values, passes, ctx.scale, ctx.chunk, out, dout.contiguous(), dxz, threads)
+        return (None, None, dxz[:, :, xz.shape[2] // 2 :].contiguous(), *gradients)
+
+
+class BlockFunction(torch.autograd.Function):
+    """x (B, L, D), residual or None, parameters in state-dict order -> mixer output, residual + x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        config_json: str,
+        reverse: bool,
+        memory: str,
+        x: Tensor,
+        residual: Tensor | None,
+        *params: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        saved = _core.Saved(memory)
+        out, total = torch.empty_like(x), torch.empty_like(x)
+        x_, residual_, *params_ = _detached([x, residual, *params])
+        threads = torch.get_num_threads()
+        _core.block_forward(config_json, params_, x_, residual_, reverse, total, out, saved, threads)
+        ctx.save_for_backward(saved.token, total.detach(), *params)
+        ctx.set_materialize_grads(False)
+        ctx.config_json, ctx.reverse = config_json, reverse
+        return out, total
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
+        token, total, *params = _detached(ctx.saved_tensors)
+        saved = _core.Saved.of(token)
+        gradients = [torch.zeros_like(p) for p in params]
+        dx = torch.zeros_like(total)
+        dout = torch.zeros_like(total) if dout is None else dout.contiguous()
+        dtotal, threads = _contiguous(dtotal), torch.get_num_threads()
+        _core.block_backward(
+            ctx.config_json, params, total, ctx.reverse, saved, dout, dtotal, dx, gradients, threads
+        )
+        return (None, None, None, dx, dx.clone() if ctx.needs_input_grad[4] else None, *gradients)
+
+
+def block_parameters(config_json: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of one block in the core's order; ValueError lists missing and unexpected names."""
+    layer = "layers.0."
+    names = [
+        name.removeprefix(layer) for name, _ in _core.param_shapes(config_json) if name.startswith(layer)
+    ]
+    missing = [name for name in names if name not in parameters]
+    unexpected = [name for name in parameters if name not in names]
+    if missing or unexpected:
+        raise ValueError(f"[vim_block] parameters: missing {missing}, unexpected {unexpected}")
+    return {name: parameters[name] for name in names}

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of ``VisionMamba``: vimcore files, the authors' checkpoints, and position tables between grids."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from . import _core
+from .metadata import CONFIG_KEY, check_labels, default_preprocess, image_size, pack, patch_grid, unpack
+
+if TYPE_CHECKING:
+    from .nn import VisionMamba
+
+Path = str | os.PathLike[str] if not TYPE_CHECKING else "str | os.PathLike[str]"
+ROPE_TABLES = ("rope.freqs_cos", "rope.freqs_sin")
+
+
+# ---- position tables -------------------------------------------------------------------------------------------------
+
+
+def class_rows(class_token: str, patches: int) -> list[int]:
+    """Rows of a position table that belong to class tokens, for ``patches`` patches."""
+    rows = {"none": [], "head": [0], "random": [0], "middle": [patches // 2], "double": [0, patches + 1]}
+    if class_token not in rows:
+        raise ValueError(f"class_token: expected one of {', '.join(rows)}, got {class_token!r}")
+    return rows[class_token]
+
+
+def resize_pos_embed(
+    table: torch.Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    class_token: str = "middle",
+    way: str = "correct",
+) -> torch.Tensor:
+    """Position table for another grid of patches: bicubic, align_corners=False, no antialiasing.
+
+    Args:
+        table: (1, rows * columns + class tokens, D).
+        old_grid, new_grid: (rows, columns) of patches.
+        class_token: where the class tokens stand, as in the constructor.
+        way: "correct" takes the rows of the class tokens out, resizes the others and puts them back in their new places.
+            "authors" reproduces the published fine-tuning: the first rows are kept as if the class tokens stood there,
+            the rest is resized. Both agree for "none" and "head".
+    """
+    if way not in ("correct", "authors"):
+        raise ValueError(f"pos_embed: expected 'correct' or 'authors', got {way!r}")
+    old_patches, new_patches = old_grid[0] * old_grid[1], new_grid[0] * new_grid[1]
+    old_rows, new_rows = class_rows(class_token, old_patches), class_rows(class_token, new_patches)
+    expected = old_patches + len(old_rows)
+    if table.ndim != 3 or table.shape[0] != 1 or table.shape[1] != expected:
+        raise ValueError(
+            f"[resize_pos_embed] table: expected (1, {expected}, D) for a {old_grid[0]} x {old_grid[1]} grid and "
+            f"class_token {class_token!r}, got {tuple(table.shape)}"
+        )
+    if way == "authors":
+        old_rows = new_rows = list(range(len(old_rows)))
+    if tuple(old_grid) == tuple(new_grid):
+        return table.clone()
+    keep = torch.ones(expected, dtype=torch.bool)
+    keep[old_rows] = False
+    wide = table if table.dtype == torch.float64 else table.float()
+    grid = wide[:, keep].reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=tuple(new_grid), mode="bicubic", align_corners=False, antialias=False)
+    keep = torch.ones(new_patches + len(new_rows), dtype=torch.bool)
+    keep[new_rows] = False
+    resized = wide.new_empty(1, len(keep), table.shape[2])
+    resized[:, keep] = grid.flatten(2).transpose(1, 2)
+    resized[:, new_rows] = wide[:, old_rows]
+    return resized.to(table.dtype)
+
+
+# ---- vimcore files ---------------------------------------------------------------------------------------------------
+
+
+def save_model(
+    model: VisionMamba,
+    path: Path,
+    labels: Sequence[str] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes weights, architecture, labels and preprocessing to one safetensors file, all or nothing.
+
+    Args:
+        labels: one name for each class.
+        preprocess: mean, std, resize, crop, interpolation; default: ImageNet evaluation at the model's image size.
+            Networks with neither 1 nor 3 channels have none.
+    """
+    config = dict(model.config)
+    config_json = _core.config_normalize(json.dumps(config))
+    names = None if labels is None else check_labels(labels, int(config["num_classes"]))
+    state = model.state_dict()
+    tensors = {}
+    for name, shape in _core.param_shapes(config_json):
+        tensor = state[name].detach().to("cpu")
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()  # exact
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name}: expected {tuple(shape)}, got {tuple(tensor.shape)}")
+        tensors[name] = tensor.contiguous().numpy()
+    if preprocess is None:
+        preprocess = default_preprocess(config)
+    _core.write_safetensors(os.fspath(path), tensors, pack(config_json, names, preprocess))
+
+
+def load_model(
+    path: Path, img_size: int | tuple[int, int] | None = None, device: str | torch.device = "cpu"
+) -> VisionMamba:
+    """The network of a vimcore file, in eval mode.
+
+    Args:
+        img_size: other image size than the stored one, pixels; the position table is resized, class tokens left alone.
+    """
+    from .nn import VisionMamba
+
+    name = os.fspath(path)
+    arrays, metadata = _core.read_safetensors(name)
+    config, _, _ = unpack(metadata, name)
+    stored = dict(config)
+    if img_size is not None:
+        config["img_size"] = img_size
+    model = VisionMamba(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
+    state = {key: _tensor(value) for key, value in arrays.items()}
+    _fill(model, state, name, old_grid=patch_grid(stored))
+    return model.eval().to(device)
+
+
+def load_checkpoint(
+    model: VisionMamba,
+    path: Path,
+    *,
+    weights: str = "model",
+    pos_embed: str = "correct",
+    head: str = "strict",
+    pos_grid: tuple[int, int] | None = None,
+) -> None:
+    """Loads the authors' weights, ``.pth`` or ``.safetensors``, into ``model``. All or nothing, and every key counts.
+
+    Args:
+        weights: "model", or "ema" for the averaged weights of a training checkpoint.
+        pos_embed: "correct" or "authors", see :func:`resize_pos_embed`; only matters when the grids differ.
+        head: "skip" leaves the model's classification head as it is.
+        pos_grid: (rows, columns) of the file's position table where it is not square.
+
+    Raises:
+        ValueError: names every missing, unexpected and misshapen key; the model is unchanged then.
+    """
+    if head not in ("strict", "skip"):
+        raise ValueError(f"head: expected 'strict' or 'skip', got {head!r}")
+    if pos_embed not in ("correct", "authors"):
+        raise ValueError(f"pos_embed: expected 'correct' or 'authors', got {pos_embed!r}")
+    name = os.fspath(path)
+    state, metadata = read_checkpoint(name, weights)
+    if pos_grid is None and CONFIG_KEY in metadata:
+        pos_grid = patch_grid(unpack(metadata, name)[0])
+    _fill(model, state, name, old_grid=pos_grid, way=pos_embed, skip_head=head == "skip")
+
+
+def read_checkpoint(path: str, weights: str = "model") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors by key, metadata) of a ``.pth`` or ``.safetensors`` file, on the CPU.
+
+    Pickles pass through torch's weights-only unpickler, to which argparse.Namespace alone is added: the authors store
+    their command line.
+    """
+    if weights not in ("model", "ema"):
+        raise ValueError(f"weights: expected 'model' or 'ema', got {weights!r}")
+    if path.endswith(".safetensors"):
+        if weights == "ema":
+            raise ValueError(f"{path}: weights='ema' asks for a training checkpoint (.pth); a safetensors file has one set")
+        arrays, metadata = _core.read_safetensors(path)
+        return {key: _tensor(value) for key, value in arrays.items()}, dict(metadata)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dictionary of weights, got {type(content).__name__}")
+    key = "model_ema" if weights == "ema" else "model"
+    if isinstance(content.get(key), dict):
+        content = content[key]
+    elif weights == "ema":
+        raise ValueError(f"{path}: no averaged weights ('model_ema') among {sorted(map(str, content))[:12]}")
+    strange = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise ValueError(f"{path}: expected tensors under every key, but these hold something else: {strange[:12]}")
+    if content and all(str(key).startswith("module.") for key in content):
+        content = {str(key)[len("module.") :]: value for key, value in content.items()}
+    return dict(content), {}
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    return array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
+
+
+def _fill(
+    model: VisionMamba,
+    state: Mapping[str, torch.Tensor],
+    path: str,
+    *,
+    old_grid: tuple[int, int] | None = None,
+    way: str = "correct",
+    skip_head: bool = False,
+) -> None:
+    """Copies ``state`` into the model's parameters after every key and shape has been found right."""
+    config = dict(model.config)
+    skipped = {"head.weight", "head.bias"} if skip_head else set()
+    wanted = {name: parameter for name, parameter in model.named_parameters() if name not in skipped}
+    given = {name: value for name, value in state.items() if name not in skipped and name not in ROPE_TABLES}
+    faults = [f"missing: {name} {tuple(p.shape)}" for name, p in wanted.items() if name not in given]
+    faults += [f"unexpected: {name} {tuple(v.shape)}" for name, v in given.items() if name not in wanted]
+    table = given.get("pos_embed")
+    if table is not None and "pos_embed" in wanted and table.ndim == 3:
+        try:
+            given["pos_embed"] = _fit_table(table, wanted["pos_embed"], config, old_grid, way)
+        except ValueError as error:
+            faults.append(f"misshapen: pos_embed: {error}")
+            del given["pos_embed"]
+    for name, value in given.items():
+        if name in wanted and value.shape != wanted[name].shape:
+            faults.append(f"misshapen: {name}: expected {tuple(wanted[name].shape)}, got {tuple(value.shape)}")
+        elif name in wanted and not value.is_floating_point():
+            faults.append(f"not floating point: {name}: {value.dtype}")
+    faults += _rope_faults(state, config)
+    if faults:
+        raise ValueError(f"{path} does not fit this model:\n  " + "\n  ".join(faults))
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(given[name])
+
+
+def _fit_table(
+    table: torch.Tensor,
+    wanted: torch.Tensor,
+    config: Mapping[str, Any],
+    old_grid: tuple[int, int] | None,
+    way: str,
+) -> torch.Tensor:
+    new_grid = patch_grid(config)
+    if old_grid is None:
+        if table.shape == wanted.shape:
+            return table
+        patches = table.shape[1] - len(class_rows(config["class_token"], 0))
+        side = math.isqrt(max(patches, 0))
+        if side * side != patches:
+            raise ValueError(f"{patches} patches are no square grid; name it with pos_grid=(rows, columns)")
+        old_grid = (side, side)
+    return resize_pos_embed(table, old_grid, new_grid, config["class_token"], way)
+
+
+def _rope_faults(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> list[str]:
+    """RoPE tables in a file are optional, but a file whose rotation is not the model's would be silently wrong."""
+    given = [name for name in ROPE_TABLES if name in state]
+    if not given:
+        return []
+    if not config.get("rope"):
+        return [f"unexpected: {name} {tuple(state[name].shape)} (the model has rope=False)" for name in given]
+    cos, sin = rope_tables(config)
+    faults = []
+    for name, table in zip(ROPE_TABLES, (cos, sin)):
+        value = state.get(name)
+        if value is not None and value.shape == table.shape and (value.double() - table).abs().max() > 1e-3:
+            faults.append(f"different: {name}: not the rotation of rope_grid={config.get('rope_grid')}")
+    return faults
+
+
+def rope_tables(config: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The authors' RoPE tables for a configuration: cos and sin, each (rows * columns, D) float64."""
+    dim = int(config["embed_dim"]) // 2
+    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64)[: dim // 2] / dim)
+    rows, columns = patch_grid(config)
+    grid = int(config["rope_grid"])
+
+    def angles(count: int) -> torch.Tensor:
+        positions = torch.arange(count, dtype=torch.float64) / count * grid
+        return (positions[:, None] * frequencies).repeat_interleave(2, dim=1)
+
+    both = torch.cat(
+        [
+            angles(rows)[:, None].expand(rows, columns, dim),
+            angles(columns)[None].expand(rows, columns, dim),
+        ],
+        dim=2,
+    ).reshape(rows * columns, 2 * dim)
+    return both.cos(), both.sin()
+
+
+__all__ = ["load_checkpoint", "load_model", "resize_pos_embed", "save_model", "image_size"]

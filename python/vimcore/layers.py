@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modules that hold the parameters of `VisionMamba`, with the published initialisation; no arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+
+def trunc_normal(tensor: Tensor, std: float) -> None:
+    """Normal values of deviation std, cut at -2 and 2."""
+    nn.init.trunc_normal_(tensor, std=std, a=-2.0, b=2.0)
+
+
+def uniform(module: Any, fan_in: int) -> Any:
+    """The module, with weight and bias drawn from (-1, 1) / sqrt(fan_in)."""
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+    return module
+
+
+class PatchEmbed(nn.Module):
+    """Holds `proj`, the convolution that makes tokens of patches."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, stride: int) -> None:
+        super().__init__()
+        self.proj = skip_init(nn.Conv2d, in_chans, dim, patch_size, stride)
+
+
+class Scale(nn.Module):
+    """Holds the weight, and for LayerNorm the bias, of a normalisation."""
+
+    def __init__(self, dim: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(dim))
+
+
+class Rope(nn.Module):
+    """Holds the rotation tables of the authors' files; the core computes its own."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        from .io import rope_tables
+
+        cos, sin = rope_tables(config)
+        self.register_buffer("freqs_cos", cos.to(torch.get_default_dtype()))
+        self.register_buffer("freqs_sin", sin.to(torch.get_default_dtype()))
+
+
+class Mixer(nn.Module):
+    """Holds the parameters of one bidirectional mixer (paper, section 3.3)."""
+
+    def __init__(self, config: dict[str, Any], inner: int, rank: int) -> None:
+        super().__init__()
+        dim, state, width = config["embed_dim"], config["d_state"], config["d_conv"]
+        both, own = config["directions"] in ("ssm", "ssm_conv"), config["directions"] == "ssm_conv"
+        if config["layer_scale"] is not None:
+            self.gamma = nn.Parameter(torch.full((dim,), float(config["layer_scale"])))
+        log_state = torch.arange(1, state + 1, dtype=torch.float64).log().to(torch.get_default_dtype())
+        self.A_log = nn.Parameter(log_state.repeat(inner, 1))
+        self.D = nn.Parameter(torch.ones(inner))
+        if both:
+            self.A_b_log = nn.Parameter(log_state.repeat(inner, 1))
+        if own:
+            self.D_b = nn.Parameter(torch.ones(inner))
+        self.in_proj = uniform(skip_init(nn.Linear, dim, 2 * inner, bias=False), dim)
+        self._add_direction("", inner, rank, state, width)
+        if own:
+            self._add_direction("_b", inner, rank, state, width)
+        self.out_proj = uniform(skip_init(nn.Linear, inner, dim, bias=False), inner)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(config["depth"])
+
+    def _add_direction(self, suffix: str, inner: int, rank: int, state: int, width: int) -> None:
+        conv = skip_init(nn.Conv1d, inner, inner, width, groups=inner, padding=width - 1)
+        self.add_module(f"conv1d{suffix}", uniform(conv, width))
+        x_proj = skip_init(nn.Linear, inner, rank + 2 * state, bias=False)
+        self.add_module(f"x_proj{suffix}", uniform(x_proj, inner))
+        dt_proj = uniform(skip_init(nn.Linear, rank, inner), rank)
+        self.add_module(f"dt_proj{suffix}", dt_proj)
+        if suffix:  # as published: only the forward direction spreads its time steps
+            nn.init.zeros_(dt_proj.bias)
+            return
+        low, high = math.log(0.001), math.log(0.1)
+        step = (torch.rand(inner) * (high - low) + low).exp().clamp(min=1e-4)
+        with torch.no_grad():
+            dt_proj.bias.copy_(step + (-torch.expm1(-step)).log())  # softplus of it is `step`
+
+
+class Layer(nn.Module):
+    """Holds one block: `mixer` and `norm`."""
+
+    def __init__(self, config: dict[str, Any], inner: int, rank: int) -> None:
+        super().__init__()
+        self.mixer = Mixer(config, inner, rank)
+        self.norm = Scale(config["embed_dim"], config["norm"] == "layer")

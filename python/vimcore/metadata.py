@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a vimcore file says about itself: architecture, labels, preprocessing. Needs neither torch nor the extension."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+CONFIG_KEY = "vimcore.config"
+LABELS_KEY = "vimcore.labels"
+PREPROCESS_KEY = "vimcore.preprocess"
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def image_size(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) in pixels of a configuration, whose ``img_size`` is one number or two."""
+    size = config["img_size"]
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return int(height), int(width)
+
+
+def patch_grid(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(rows, columns) of patches of a configuration."""
+    height, width = image_size(config)
+    patch, stride = int(config["patch_size"]), int(config.get("stride") or config["patch_size"])
+    return (height - patch) // stride + 1, (width - patch) // stride + 1
+
+
+def default_preprocess(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """ImageNet evaluation: short side to size / 0.875, centre crop, ImageNet statistics (0.5 / 0.5 for one channel).
+
+    None for networks whose images do not come from picture files (neither 1 nor 3 channels).
+    """
+    channels = int(config.get("in_chans", 3))
+    if channels not in (1, 3):
+        return None
+    height, width = image_size(config)
+    return {
+        "resize": int(min(height, width) / 0.875),
+        "crop": [height, width],
+        "mean": list(IMAGENET_MEAN) if channels == 3 else [0.5],
+        "std": list(IMAGENET_STD) if channels == 3 else [0.5],
+        "interpolation": "bicubic",
+    }
+
+
+def check_labels(labels: Sequence[str], num_classes: int) -> list[str]:
+    """The labels as a list; ValueError unless there is one for each class."""
+    names = [str(label) for label in labels]
+    if len(names) != num_classes:
+        raise ValueError(f"labels: expected {num_classes}, one for each class, got {len(names)}")
+    return names
+
+
+def pack(
+    config_json: str, labels: Sequence[str] | None, preprocess: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """Metadata of a file, JSON each; absent parts are left out."""
+    metadata = {CONFIG_KEY: config_json}
+    if labels is not None:
+        metadata[LABELS_KEY] = json.dumps(list(labels), ensure_ascii=False)
+    if preprocess is not None:
+        metadata[PREPROCESS_KEY] = json.dumps(dict(preprocess))
+    return metadata
+
+
+def unpack(
+    metadata: Mapping[str, str], path: str
+) -> tuple[dict[str, Any], list[str] | None, dict[str, Any] | None]:
+    """(config, labels, preprocess) of a file's metadata; ValueError names what is missing or is no JSON."""
+    if CONFIG_KEY not in metadata:
+        raise ValueError(
+            f"{path}: no {CONFIG_KEY} in the metadata, so not a vimcore file; "
+            "`vimcore convert` makes one from the authors' weights"
+        )
+    parts: list[Any] = []
+    for key, kind in ((CONFIG_KEY, dict), (LABELS_KEY, list), (PREPROCESS_KEY, dict)):
+        text = metadata.get(key)
+        try:
+            value = None if text is None else json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: metadata {key} is not JSON: {error}") from None
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{path}: metadata {key}: expected a JSON {kind.__name__}, got {text!r:.60}")
+        parts.append(value)
+    return parts[0], parts[1], parts[2]

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published sizes of Vision Mamba by name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .nn import VisionMamba
+
+_WIDTHS = {"tiny": 192, "small": 384, "base": 768}
+_STRIDES = {"patch16": 16, "patch16_stride8": 8}
+_MODELS: dict[str, dict[str, Any]] = {
+    f"vim_{size}_{patches}_224": {
+        "img_size": 224,
+        "patch_size": 16,
+        "stride": stride,
+        "embed_dim": width,
+        "depth": 24,
+    }
+    for patches, stride in _STRIDES.items()
+    for size, width in _WIDTHS.items()
+}
+
+
+def list_models() -> list[str]:
+    """Names for `create_model`."""
+    return list(_MODELS)
+
+
+def create_model(name: str, **options: Any) -> VisionMamba:
+    """A `VisionMamba` of a published size, with random weights.
+
+    Args:
+        name: one of `list_models()`.
+        options: arguments of `VisionMamba` that replace those of the name.
+
+    Raises:
+        ValueError: the name is unknown, or an option is out of range.
+        TypeError: `VisionMamba` has no such option.
+    """
+    if name not in _MODELS:
+        close = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5) or list(_MODELS)
+        raise ValueError(f"[create_model] name: unknown model {name!r}; close to it: {', '.join(close)}")
+    from .nn import VisionMamba
+
+    return VisionMamba(**{**_MODELS[name], **options})

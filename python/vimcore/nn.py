@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`VisionMamba` as a torch module: parameters under the authors' state-dict keys, the arithmetic in C++."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from . import _core
+from .functions import Core, Draws, NetworkFunction, Request, describe
+from .layers import Layer, PatchEmbed, Rope, Scale, trunc_normal
+
+_PER_TOKEN = ("max", "all")  # without class token: the head sees every token
+
+
+class VisionMamba(nn.Module):
+    """Vision Mamba: patches, class token, bidirectional Mamba blocks, linear head.
+
+    Submodules only hold parameters: the whole network is one call of the C++ core, so their forward hooks do
+    not run. Computes on the CPU in the type of the parameters, float32 or float64; under
+    `torch.autocast("cpu")` in float32. Weights may be written in place in any way that torch sees; writes
+    through `.data` or a numpy view are seen when they change a whole float32 tensor, or anything of a float64
+    one.
+
+    Args:
+        img_size: side or (height, width) in pixels; images of another size are an error.
+        patch_size, stride: pixels; stride None is patch_size.
+        in_chans, num_classes: channels; classes, 0 for no head.
+        embed_dim, depth, d_state, d_conv, expand: D, blocks, N, K and E / D.
+        dt_rank: R, or "auto" for ceil(D / 16).
+        directions: the paper's five: "none", "sequence" (tokens reversed with probability 0.5 in training),
+            "block" (pairs of a forward and a reverse layer), "ssm" (two scans, one convolution), "ssm_conv".
+        average_directions: halve the sum of both directions ("ssm_conv" only).
+        class_token: "none", "head", "double", "middle", or "random" (drawn in training, at the head in eval).
+        pool: with class_token="none": "mean", "max", "last" or "all".
+        norm, norm_eps: "rms" or "layer".
+        pos_embed, rope, rope_residual: learnt positions; rotary ones; these also on the residual.
+        rope_grid: tokens a side of the grid that rotary coordinates are scaled to.
+        layer_scale: initial factor of each mixer output, None for no factor.
+        drop_rate: dropout of the tokens after the position table, in training.
+        drop_path_rate: of the last mixer output, growing linearly from 0 at the first, in training.
+        memory: what backward keeps: "lean" recomputes more, "fast" keeps more.
+
+    Raises:
+        ValueError: an option is out of range or two do not go together.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        stride: int | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        directions: str = "ssm_conv",
+        average_directions: bool = True,
+        class_token: str = "middle",
+        pool: str = "mean",
+        norm: str = "rms",
+        norm_eps: float = 1e-5,
+        pos_embed: bool = True,
+        rope: bool = False,
+        rope_residual: bool = False,
+        rope_grid: int = 14,
+        layer_scale: float | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        memory: str = "lean",
+    ) -> None:
+        options = {
+            key: value for key, value in locals().items() if key not in ("self", "memory", "__class__")
+        }
+        super().__init__()
+        if not isinstance(img_size, int):
+            options["img_size"] = [int(side) for side in img_size]
+        config_json = _core.config_normalize(json.dumps(options))
+        _core.Saved.chunk(memory)  # names a wrong one
+        self.memory = memory
+        self._config: dict[str, Any] = json.loads(config_json)
+        self._facts: dict[str, Any] = _core.config_facts(config_json)
+        self.embed_dim, self.num_features = embed_dim, embed_dim
+        self._core: Core | None = None
+        self._places: tuple[list[Any], list[Any]] | None = None
+
+        c, tokens = self._config, self._facts["tokens"]
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, c["stride"])
+        if class_token == "double":
+            self.cls_token_head = nn.Parameter(torch.zeros(1, 1, embed_dim))
+            self.cls_token_tail = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        elif class_token != "none":
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if pos_embed:
+            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
+        if rope:
+            self.rope = Rope(c)
+        self.head: nn.Module = self._new_head(num_classes)
+        self.layers = nn.ModuleList(Layer(c, self._facts["inner"], self._facts["rank"]) for _ in range(depth))
+        self.norm_f = Scale(embed_dim, norm == "layer")
+
+        weight = self.patch_embed.proj.weight
+        trunc_normal(weight, math.sqrt(1 / weight[0].numel()) / 0.87962566103423978)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for name in ("cls_token", "cls_token_head", "cls_token_tail", "pos_embed"):
+            if hasattr(self, name):
+                trunc_normal(getattr(self, name), 0.02)
+
+    # ---- description ---------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The architecture: `VisionMamba(**model.config)` builds it again. img_size is [height, width]."""
+        return {**self._config, "num_classes": self.num_classes}
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the head, 0 without one."""
+        return self.head.out_features if isinstance(self.head, nn.Linear) else 0
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"img_size={c['img_size']}, tokens={self._facts['tokens']}, memory={self.memory!r}"
+
+    def flops(self) -> int:
+        """Multiply-adds of one image, scans included."""
+        return _core.flops(json.dumps(self.config))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters, besides vectors and biases, that the published training does not decay."""
+        return {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail"}
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the head by a new one with random weights; 0: no head."""
+        _core.config_normalize(json.dumps({**self._config, "num_classes": num_classes}))
+        like = self.norm_f.weight
+        self.head = self._new_head(num_classes).to(like.device, like.dtype)
+
+    def _new_head(self, num_classes: int) -> nn.Module:
+        if num_classes == 0:
+            return nn.Identity()
+        head = skip_init(nn.Linear, self.embed_dim, num_classes)
+        trunc_normal(head.weight, 0.02)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def train(self, mode: bool = True) -> VisionMamba:
+        if not mode and self._core is not None:
+            self._core.network.release()  # what training keeps from step to step
+        return super().train(mode)
+
+    # ---- files ---------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], labels: Sequence[str] | None = None) -> None:
+        """Writes weights, architecture and labels to one safetensors file, whole or not at all."""
+        from .io import save_model
+
+        save_model(self, path, labels)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        img_size: int | tuple[int, int] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> VisionMamba:
+        """The network of a file that `save` wrote, in eval mode.
+
+        Another img_size (pixels, side or (height, width)) resizes the position table.
+        """
+        from .io import load_model
+
+        return load_model(path, img_size, device)
+
+    # ---- computing -----------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of normalised images.
+
+        Args:
+            images: (B, C, H, W) in the type of the parameters.
+
+        Returns:
+            (B, num_classes); (B, L, num_classes) with pool="all"; features (B, D) without a head.
+
+        Raises:
+            ValueError: shape, type or device of the images or of a parameter do not fit.
+        """
+        if self._head_is_fused():
+            return self._call("logits", images)[0]
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Normalised tokens (B, L, D) of images (B, C, H, W), in image order, class tokens included.
+
+        With class_token="random" the token stands at the head here, also in training.
+        """
+        return self._call("tokens", images)[0]
+
+    def forward_intermediates(self, images: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
+        """Feature maps (B, D, h, w) of images (B, C, H, W): the residual stream after each of these layers.
+
+        Not normalised, class tokens removed.
+
+        Args:
+            indices: layers, negative ones count from the last; None: the last of each quarter. With
+                directions="block" a pair of layers has one output, that of its second (odd) layer.
+        """
+        depth = self._config["depth"]
+        if indices is None:
+            step = 2 if self._config["directions"] == "block" else 1
+            indices = sorted({(depth * i // 4 + step - 1) // step * step - 1 for i in range(1, 5)} - {-1})
+        for index in indices:
+            if not -depth <= index < depth:
+                raise ValueError(f"[VisionMamba] indices: expected {-depth} to {depth - 1}, got {index}")
+        wanted = [index % depth for index in indices]
+        layers = tuple(sorted(set(wanted)))
+        if not layers:
+            return []
+        outputs = self._call("layers", images, layers)
+        maps = {
+            layer: self._patches(x).transpose(1, 2).unflatten(2, self._facts["grid"])
+            for layer, x in zip(layers, outputs)
+        }
+        return [maps[layer] for layer in wanted]
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
+        c, at = self._config, self._facts["class_position"]
+        if c["class_token"] == "double":
+            return self.head((tokens[:, 0] + tokens[:, -1]) / 2)
+        if c["class_token"] != "none":
+            return self.head(tokens[:, at])
+        if c["pool"] in _PER_TOKEN:
+            logits = self.head(tokens)
+            return logits.amax(1) if c["pool"] == "max" else logits
+        return self.head(tokens[:, -1] if c["pool"] == "last" else tokens.mean(1))
+
+    def _patches(self, tokens: Tensor) -> Tensor:
+        """Tokens without class tokens."""
+        count, at = self._facts["class_tokens"], self._facts["class_position"]
+        if count == 0:
+            return tokens
+        if count == 2:
+            return tokens[:, 1:-1]
+        return torch.cat([tokens[:, :at], tokens[:, at + 1 :]], dim=1) if at else tokens[:, 1:]
+
+    def _head_is_fused(self) -> bool:
+        head = self.head
+        return type(head) is nn.Identity or (
+            type(head) is nn.Linear and head.in_features == self.embed_dim and head.bias is not None
+        )
+
+    def _call(self, kind: str, images: Tensor, layers: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():  # the core is not traced: a graph break
+            return torch.compiler.disable(VisionMamba._run)(self, kind, images, layers)
+        return self._run(kind, images, layers)
+
+    def _run(self, kind: str, images: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, ...]:
+        core = self._network()
+        params = self._parameters_in_order(core)
+        images = self._checked(images, params[0])
+        request = Request(kind, layers, self._draws(kind, images), self.memory)
+        if torch.is_grad_enabled():
+            part = core.taking_part(kind, layers)
+            if images.requires_grad or any(p.requires_grad for p, takes in zip(params, part) if takes):
+                return NetworkFunction.apply(core, request, images, *params)
+        return core.run(request, images, params, None)
+
+    def _network(self) -> Core:
+        classes = self.num_classes if self._head_is_fused() else 0
+        core = self._core
+        if (
+            core is None
+            or core.logits[-1] != (classes or self.embed_dim)
+            or ("head.weight" in core.names) != bool(classes)
+        ):
+            core = Core(_core.config_normalize(json.dumps({**self._config, "num_classes": classes})))
+            self._core, self._places = core, None
+        return core
+
+    def _parameters_in_order(self, core: Core) -> list[Tensor]:
+        """The parameters in the core's order; where they live is looked up again when a submodule changed."""
+        places = self._places
+        if places is None or any(d.get(k) is not m for d, k, m in places[1]):
+            slots: list[tuple[nn.Module, dict[str, Any], str]] = []
+            links: dict[int, tuple[dict[str, Any], str, nn.Module]] = {}
+            for name in core.names:
+                path, _, leaf = name.rpartition(".")
+                owner: nn.Module = self
+                for part in path.split(".") if path else ():
+                    child = owner._modules[part]
+                    assert child is not None
+                    links[id(child)] = (owner._modules, part, child)
+                    owner = child
+                slots.append((owner, owner._parameters, leaf))
+            places = self._places = (slots, list(links.values()))
+        # a parametrised weight is no longer in _parameters, but an attribute still
+        return [d[leaf] if leaf in d else getattr(owner, leaf) for owner, d, leaf in places[0]]
+
+    def _checked(self, images: Tensor, like: Tensor) -> Tensor:
+        """The images as the core takes them, or an error that says what does not fit."""
+        height, width = self._config["img_size"]
+        channels = self._config["in_chans"]
+        if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"[VisionMamba] parameters: expected f32 or f64 on the cpu, got {describe(like)}"
+            )
+        if isinstance(images, Tensor) and images.is_floating_point() and torch.is_autocast_enabled("cpu"):
+            images = images.to(like.dtype)
+        if (
+            not isinstance(images, Tensor)
+            or images.ndim != 4
+            or tuple(images.shape[1:]) != (channels, height, width)
+            or images.dtype != like.dtype
+            or images.device.type != "cpu"
+        ):
+            expected = f"(B, {channels}, {height}, {width}) {describe(like).rsplit(') ')[-1]}"
+            raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}")
+        return images.contiguous()
+
+    def _draws(self, kind: str, images: Tensor) -> Draws:
+        """The random draws of one training forward, from torch's generator."""
+        if not self.training:
+            return Draws()
+        c, batch = self._config, images.shape[0]
+        drop_path = mask = None
+        if c["drop_path_rate"] > 0:
+            steps = max(c["depth"] - 1, 1)
+            rates = [c["drop_path_rate"] * (j / steps if c["depth"] > 1 else 1.0) for j in range(c["depth"])]
+            keep = 1 - torch.tensor(rates, dtype=images.dtype)[:, None]
+            drop_path = (torch.rand(c["depth"], batch, dtype=images.dtype) < keep) / keep
+        if c["drop_rate"] > 0:
+            mask = F.dropout(images.new_ones(batch, self._facts["tokens"], self.embed_dim), c["drop_rate"])
+        flip = c["directions"] == "sequence" and bool(torch.rand(()) < 0.5)
+        position = -1
+        if c["class_token"] == "random" and kind == "logits" and self._head_is_fused():
+            position = int(torch.randint(0, self._facts["patches"] + 1, ()))
+        return Draws(drop_path, mask, flip, position)
+
+    # ---- copies --------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_core": None, "_places": None}

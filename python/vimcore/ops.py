@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The differentiable pieces of Vision Mamba, channel-last, over the C++ core.
+
+Sizes: B batch, L tokens, D width, E inner width, N state, R rank of dt, K convolution width. All tensors of a
+call are of one type, float32 or float64, on the CPU; under `torch.autocast("cpu")` half types are widened to
+float32. What does not fit is a ValueError that names the argument. Second derivatives are an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _core
+from .functions import (
+    BidirectionalScanFunction,
+    BlockFunction,
+    Conv1dFunction,
+    NormFunction,
+    SelectiveScanFunction,
+    block_parameters,
+    describe,
+)
+
+__all__ = ["bidirectional_scan", "causal_conv1d", "layer_norm", "rms_norm", "selective_scan", "vim_block"]
+
+
+def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
+    """The tensors, contiguous; the first one says which type all must have."""
+    autocast = torch.is_autocast_enabled("cpu")
+    out: list[Any] = []
+    dtype = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            out.append(None)
+            continue
+        if isinstance(tensor, Tensor) and autocast and tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.dtype not in ((torch.float32, torch.float64) if dtype is None else (dtype,))
+            or tensor.device.type != "cpu"
+        ):
+            wanted = "f32 or f64" if dtype is None else "f32" if dtype == torch.float32 else "f64"
+            raise ValueError(f"[{op}] {name}: expected a {wanted} tensor on the cpu, got {describe(tensor)}")
+        dtype = tensor.dtype
+        out.append(tensor.contiguous())
+    return out
+
+
+def _rank(op: str, name: str, tensor: Tensor | None, rank: int, shape: str) -> None:
+    if tensor is not None and tensor.ndim != rank:
+        raise ValueError(f"[{op}] {name}: expected {shape}, got {describe(tensor)}")
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+) -> Tensor:
+    """The selective state-space recurrence (paper, sections 3.1 and 3.4).
+
+    With d = delta + delta_bias, or its softplus:
+    h[t] = exp(d A) h[t-1] + d u B;  y = C h + D u;  out = y silu(z).
+
+    Args:
+        u, delta: (B, L, E).
+        A: (E, N), negative for a stable recurrence.
+        B, C: (B, L, N).
+        D, delta_bias: (E), or None for zero.
+        z: gate (B, L, E), or None for no gate.
+        reverse: run from the last token to the first.
+
+    Returns:
+        (B, L, E).
+    """
+    op = "selective_scan"
+    named = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    tensors = _checked(op, named)
+    _rank(op, "u", u, 3, "(B, L, E)")
+    _rank(op, "A", A, 2, "(E, N)")
+    return SelectiveScanFunction.apply(delta_softplus, reverse, *tensors)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = "silu",
+    reverse: bool = False,
+) -> Tensor:
+    """Depthwise convolution over each token and those before it, or after it with `reverse` (algorithm 1).
+
+    Args:
+        x: (B, L, E).
+        weight: (E, K); weight[:, K-1] is the token's own.
+        bias: (E) or None.
+        activation: "silu" or None.
+
+    Returns:
+        (B, L, E).
+    """
+    op = "causal_conv1d"
+    if activation not in ("silu", None):
+        raise ValueError(f"[{op}] activation: expected 'silu' or None, got {activation!r}")
+    x, weight, bias = _checked(op, {"x": x, "weight": weight, "bias": bias})
+    _rank(op, "x", x, 3, "(B, L, E)")
+    if weight.ndim != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
+        raise ValueError(f"[{op}] weight: expected ({x.shape[2]}, K), got {describe(weight)}")
+    return Conv1dFunction.apply(activation == "silu", reverse, x, weight, bias)
+
+
+def _norm(
+    op: str, kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float
+) -> Tensor | tuple[Tensor, Tensor]:
+    x, weight, bias, residual = _checked(op, {"x": x, "weight": weight, "bias": bias, "residual": residual})
+    if x.ndim == 0 or tuple(weight.shape) != tuple(x.shape[-1:]):
+        raise ValueError(f"[{op}] weight: expected {tuple(x.shape[-1:])}, got {describe(weight)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"[{op}] residual: expected {describe(x)}, got {describe(residual)}")
+    rows = (1, -1 if x.numel() else 0, x.shape[-1])
+    out, total = NormFunction.apply(
+        kind, eps, x.reshape(rows), weight, bias, None if residual is None else residual.reshape(rows)
+    )
+    return out.view(x.shape) if residual is None else (out.view(x.shape), total.view(x.shape))
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | tuple[Tensor, Tensor]:
+    """weight * s / sqrt(mean(s^2) + eps) over the last axis, s = x + residual.
+
+    Args:
+        x, residual: (..., D); residual may be None.
+        weight: (D).
+
+    Returns:
+        The normalised tensor (..., D); with a residual, also s (..., D).
+    """
+    return _norm("rms_norm", "rms", x, weight, None, residual, eps)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | tuple[Tensor, Tensor]:
+    """weight * (s - mean(s)) / sqrt(var(s) + eps) + bias over the last axis, s = x + residual.
+
+    Shapes and result as in `rms_norm`; bias (D) or None.
+    """
+    return _norm("layer_norm", "layer", x, weight, bias, residual, eps)
+
+
+def bidirectional_scan(
+    z: Tensor,
+    u: Sequence[Tensor],
+    q: Sequence[Tensor],
+    A_log: Sequence[Tensor],
+    D: Sequence[Tensor],
+    dt_weight: Sequence[Tensor],
+    dt_bias: Sequence[Tensor],
+    average: bool = True,
+    memory: str = "lean",
+) -> Tensor:
+    """Both scans of a block with time-step projection, skip, sum and gate (paper, algorithm 1).
+
+    Each direction: q = [dt | B | C], d = softplus(dt_weight dt + dt_bias), A = -exp(A_log), y as in
+    `selective_scan`. out = (y_forward + y_reverse) silu(z), halved with `average`.
+
+    Args:
+        z: gate (B, L, E).
+        u, q, A_log, D, dt_weight, dt_bias: pairs, the forward and the reverse direction: (B, L, E),
+            (B, L, R + 2N), (E, N), (E), (E, R), (E).
+        memory: "lean" or "fast": tokens between the states that backward starts from again.
+
+    Returns:
+        (B, L, E).
+    """
+    op = "bidirectional_scan"
+    pairs = {"u": u, "q": q, "A_log": A_log, "D": D, "dt_weight": dt_weight, "dt_bias": dt_bias}
+    for name, pair in pairs.items():
+        if isinstance(pair, Tensor) or len(pair) != 2:
+            raise ValueError(f"[{op}] {name}: expected a pair (forward, reverse), got {describe(pair)}")
+    named: dict[str, Tensor | None] = {"z": z}
+    for index, direction in enumerate(("forward", "reverse")):
+        named.update({f"{name} ({direction})": pair[index] for name, pair in pairs.items()})
+    tensors = _checked(op, named)
+    _rank(op, "z", z, 3, "(B, L, E)")
+    for pair_index in range(2):
+        _rank(op, "A_log", A_log[pair_index], 2, "(E, N)")
+    return BidirectionalScanFunction.apply(0.5 if average else 1.0, _core.Saved.chunk(memory), *tensors)
+
+
+def vim_block(
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+    residual: Tensor | None = None,
+    *,
+    directions: str = "ssm_conv",
+    average_directions: bool = True,
+    norm: str = "rms",
+    norm_eps: float = 1e-5,
+    reverse: bool = False,
+    memory: str = "lean",
+) -> tuple[Tensor, Tensor]:
+    """One Vim block: add, norm, in_proj, both scans, out_proj (paper, algorithm 1).
+
+    Sizes follow from the parameters.
+
+    Args:
+        x: (B, L, D), the previous block's output.
+        parameters: by the authors' names: `dict(model.layers[0].named_parameters())`.
+        residual: (B, L, D) or None.
+        directions: "none", "ssm" or "ssm_conv".
+        average_directions: halve the sum ("ssm_conv" only).
+        norm, norm_eps: "rms" or "layer".
+        reverse: with directions="none": from the last token to the first.
+        memory: "lean" or "fast", see `VisionMamba`.
+
+    Returns:
+        (out, residual + x), both (B, L, D); the next block, or the final norm, adds the two.
+    """
+    op = "vim_block"
+    if directions not in ("none", "ssm", "ssm_conv"):
+        raise ValueError(f"[{op}] directions: expected 'none', 'ssm' or 'ssm_conv', got {directions!r}")
+    if reverse and directions != "none":
+        raise ValueError(f"[{op}] reverse: only with directions='none', got directions={directions!r}")
+    _rank(op, "x", x, 3, "(B, L, D)")
+    for name in ("mixer.A_log", "mixer.conv1d.weight", "mixer.dt_proj.weight"):
+        if name not in parameters:
+            raise ValueError(f"[{op}] parameters: {name} is missing")
+    inner, state = parameters["mixer.A_log"].shape
+    if x.shape[1] == 0 or x.shape[2] == 0 or inner % x.shape[2]:
+        raise ValueError(
+            f"[{op}] x: expected (B, L, D) with L > 0 and D a divisor of {inner}, got {describe(x)}"
+        )
+    config = {
+        "img_size": [1, x.shape[1]],
+        "patch_size": 1,
+        "in_chans": 1,
+        "num_classes": 0,
+        "depth": 1,
+        "embed_dim": x.shape[2],
+        "expand": inner // x.shape[2],
+        "d_state": state,
+        "d_conv": parameters["mixer.conv1d.weight"].shape[-1],
+        "dt_rank": parameters["mixer.dt_proj.weight"].shape[-1],
+        "directions": directions,
+        "average_directions": average_directions,
+        "norm": norm,
+        "norm_eps": norm_eps,
+        "class_token": "none",
+        "pos_embed": False,
+        "layer_scale": 1.0 if "mixer.gamma" in parameters else None,
+    }
+    config_json = _core.config_normalize(json.dumps(config))
+    ordered = block_parameters(config_json, parameters)
+    x, residual, *tensors = _checked(op, {"x": x, "residual": residual, **ordered})
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"[{op}] residual: expected {describe(x)}, got {describe(residual)}")
+    return BlockFunction.apply(config_json, reverse, memory, x, residual, *tensors)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference from a file, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+from .metadata import default_preprocess, unpack
+
+
+class Runtime:
+    """A trained network, ready to classify. Safe to call from several threads at once; the GIL is released.
+
+    Args:
+        path: a vimcore safetensors file (`VisionMamba.save`, `vimcore convert`).
+        device: "cpu".
+        threads: threads of one call; None: as many as the machine has cores.
+        img_size: side or (height, width) in pixels; None: as stored. Another size resizes the position table.
+
+    Attributes:
+        config: the architecture, with the names of the `VisionMamba` constructor.
+        labels: class names, or None where the file has none.
+        preprocess: how to make the input from a picture: resize and crop in pixels, mean, std; None where the
+            input is no picture.
+
+    Raises:
+        ValueError: an argument is out of range.
+        vimcore.Error: the file is missing, damaged or not a vimcore file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: str = "cpu",
+        threads: int | None = None,
+        img_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        if device != "cpu":
+            raise ValueError(
+                f"[Runtime] device: expected 'cpu', got {device!r}; this build has no other device"
+            )
+        if threads is not None and threads < 1:
+            raise ValueError(f"[Runtime] threads: expected 1 or more, got {threads}")
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size or (0, 0)
+        if img_size is not None and (height < 1 or width < 1):
+            raise ValueError(f"[Runtime] img_size: expected positive sizes, got {img_size}")
+        self._engine = _core.Engine(os.fspath(path), threads or 0, height, width)
+        self.config: dict[str, Any] = json.loads(self._engine.config_json)
+        self.labels: list[str] | None
+        self.preprocess: dict[str, Any] | None
+        _, self.labels, stored = unpack(self._engine.metadata, os.fspath(path))
+        self.preprocess = self._preprocess(stored) if stored else default_preprocess(self.config)
+
+    def _preprocess(self, steps: dict[str, Any]) -> dict[str, Any]:
+        """The stored steps, for the size that the network takes now."""
+        steps = json.loads(_core.preprocess_normalize(json.dumps(steps)))
+        old, size = steps["crop"], self.config["img_size"]
+        if old == size:
+            return steps
+        return {**steps, "resize": round(steps["resize"] * min(size) / min(old)), "crop": size}
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits of normalised images.
+
+        Args:
+            images: (B, C, H, W) float32.
+
+        Returns:
+            (B, num_classes) float32; (B, L, num_classes) with pool="all"; features where there is no head.
+
+        Raises:
+            ValueError: shape or type do not fit.
+        """
+        return self._engine.run(np.ascontiguousarray(images))
+
+    def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Normalised tokens (B, L, D), class tokens included, of normalised images (B, C, H, W); float32."""
+        return self._engine.features(np.ascontiguousarray(images))

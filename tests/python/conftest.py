@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Same seed and few threads for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples on every run, so that a red test stays red; `--hypothesis-profile=wander` draws new ones.
+settings.register_profile(
+    "fixed", max_examples=50, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("wander", deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_state() -> Iterator[None]:
+    """Seeds torch; one thread unless a test asks for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
