@@ -113,7 +113,13 @@ def test_predict_does_not_depend_on_company_or_threads(
 def test_predict_without_labels(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = vimcore.VisionMamba(img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=1, num_classes=3)
     model.save(tmp_path / "m.safetensors")
-    arguments = ["predict", "--weights", str(tmp_path / "m.safetensors"), "--json", str(pictures / "a" / "01.png")]
+    arguments = [
+        "predict",
+        "--weights",
+        str(tmp_path / "m.safetensors"),
+        "--json",
+        str(pictures / "a" / "01.png"),
+    ]
     assert main(arguments) == 0
     (line,) = lines(capsys.readouterr().out)
     assert [entry["label"] for entry in line["top"]] == [None] * 3
@@ -132,19 +138,27 @@ def test_predict_needs_no_torch(weights: Path, pictures: Path) -> None:
         ["info", str(weights)],
         ["--help"],
     ):
-        done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_classes": 0}, "no head"), ({"class_token": "none", "pool": "all"}, "every patch"), ({"in_chans": 4}, "4 channels")],
+    [
+        ({"num_classes": 0}, "no head"),
+        ({"class_token": "none", "pool": "all"}, "every patch"),
+        ({"in_chans": 4}, "4 channels"),
+    ],
 )
 def test_predict_with_networks_that_do_not_classify_pictures(
     tmp_path: Path, pictures: Path, options: dict, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = vimcore.VisionMamba(**{"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_classes": 3, **options})
+    model = vimcore.VisionMamba(
+        **{"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_classes": 3, **options}
+    )
     model.save(tmp_path / "m.safetensors")
     assert main(["predict", "--weights", str(tmp_path / "m.safetensors"), str(pictures)]) == 1
     out, error = capsys.readouterr()
@@ -169,12 +183,20 @@ def test_info(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["bytes"] == weights.stat().st_size
     assert main(["info", str(weights)]) == 0
     text = capsys.readouterr().out
-    for part in (f"{facts['parameters']:,}", "3 x 4 patches and 1 class token", "cat, dog", "embed_dim", '"middle"'):
+    for part in (
+        f"{facts['parameters']:,}",
+        "3 x 4 patches and 1 class token",
+        "cat, dog",
+        "embed_dim",
+        '"middle"',
+    ):
         assert part in text
 
 
 def test_info_of_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bare, half, text = (tmp_path / name for name in ("bare.safetensors", "half.safetensors", "text.safetensors"))
+    bare, half, text = (
+        tmp_path / name for name in ("bare.safetensors", "half.safetensors", "text.safetensors")
+    )
     _core.write_safetensors(str(bare), {"x": np.zeros(3, np.float32)}, {})
     config = json.dumps({"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1})
     _core.write_safetensors(str(half), {"x": np.zeros(3, np.float32)}, {"vimcore.config": config})
@@ -207,7 +229,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["machine"]["cores"] >= 1
 
 
-def test_doctor_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_finds_a_wrong_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     right = doctor.reference_forward
     monkeypatch.setattr(doctor, "reference_forward", lambda *args: right(*args) * (1 + 3e-5))
     assert main(["doctor"]) == 1
@@ -273,7 +297,16 @@ def test_missing_weights_and_empty_folder(
 
 
 def test_a_reader_that_leaves(weights: Path, pictures: Path) -> None:
-    command = [sys.executable, "-m", "vimcore.cli", "predict", "--weights", str(weights), "--json", str(pictures / "a")]
+    command = [
+        sys.executable,
+        "-m",
+        "vimcore.cli",
+        "predict",
+        "--weights",
+        str(weights),
+        "--json",
+        str(pictures / "a"),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         error = process.stderr.read()

@@ -42,7 +42,11 @@ def test_published_sizes(name: str) -> None:
     config, assumptions = infer_config(shapes)
     assert full(config) == full(options)
     text = "\n".join(assumptions)
-    for part in ("class_token='middle'", "average_directions=True", f"img_size=224 and stride={options['stride']}"):
+    for part in (
+        "class_token='middle'",
+        "average_directions=True",
+        f"img_size=224 and stride={options['stride']}",
+    ):
         assert part in text
 
 
@@ -57,7 +61,15 @@ def test_golden_networks(name: str, tmp_path: Path) -> None:
     source, destination = tmp_path / "bare.safetensors", tmp_path / "ours.safetensors"
     _core.write_safetensors(str(source), weights, {})
     # What no tensor of such a small network tells.
-    hidden = ("img_size", "stride", "class_token", "average_directions", "pool", "rope_residual", "directions")
+    hidden = (
+        "img_size",
+        "stride",
+        "class_token",
+        "average_directions",
+        "pool",
+        "rope_residual",
+        "directions",
+    )
     settings = {key: truth[key] for key in (*hidden, "layer_scale")}
     config, _ = convert(str(source), str(destination), settings=settings)
     assert config == truth
@@ -85,7 +97,9 @@ def test_golden_networks(name: str, tmp_path: Path) -> None:
         ({"img_size": 384}, "img_size", 384, "img_size=384 and stride=16"),
     ],
 )
-def test_each_option_that_tensors_tell(options: dict[str, Any], key: str, value: Any, said: str | None) -> None:
+def test_each_option_that_tensors_tell(
+    options: dict[str, Any], key: str, value: Any, said: str | None
+) -> None:
     config, assumptions = infer_config(shapes_of(embed_dim=32, depth=2, **options))
     assert config[key] == value
     if said is None:
@@ -145,7 +159,13 @@ def test_command(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     status = main(["convert", str(published), str(out), "--set", size, "--labels", str(labels)])
     printed = capsys.readouterr().out
     assert status == 0
-    for part in ("class_token='middle'", "average_directions=True", "norm_eps=1e-5", "preprocess=", "stride=16"):
+    for part in (
+        "class_token='middle'",
+        "average_directions=True",
+        "norm_eps=1e-5",
+        "preprocess=",
+        "stride=16",
+    ):
         assert part in printed
     runtime = vimcore.Runtime(out)
     assert runtime.labels == ["cat", "dog", "owl"]
@@ -154,7 +174,9 @@ def test_command(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     found, _ = _core.read_safetensors(str(out))
     assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in expected.items()}
 
-    assert main(["convert", str(published), str(out), "--set", size, "--set", "class_token=head", "--json"]) == 0
+    assert (
+        main(["convert", str(published), str(out), "--set", size, "--set", "class_token=head", "--json"]) == 0
+    )
     facts = json.loads(capsys.readouterr().out)
     assert facts["config"]["class_token"] == "head"
     assert not any("class_token" in text for text in facts["assumptions"])
@@ -184,6 +206,14 @@ def test_command_errors(
 def test_labels_must_fit(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = tmp_path / "labels.json"
     labels.write_text('["cat", "dog"]', encoding="utf-8")
-    arguments = ["convert", str(published), str(tmp_path / "b"), "--set", "img_size=[32,48]", "--labels", str(labels)]
+    arguments = [
+        "convert",
+        str(published),
+        str(tmp_path / "b"),
+        "--set",
+        "img_size=[32,48]",
+        "--labels",
+        str(labels),
+    ]
     assert main(arguments) == 1
     assert "labels: expected 3, one for each class, got 2" in capsys.readouterr().err

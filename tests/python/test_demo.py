@@ -20,6 +20,7 @@ from vimcore.train import cosine_lr, evaluate, fit, parameter_groups
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
+demo = pytest.importorskip("vimcore.demo")
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +58,8 @@ def test_predict_reads_what_it_wrote(short: Path, capsys: pytest.CaptureFixture[
         assert 0 < sum(entry["p"] for entry in line["top"]) <= 1 + 1e-5
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
-def test_same_seed_same_bits(short: Path, tmp_path: Path, threads: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["demo", "--epochs", "2", "--seed", "7", "--out", str(tmp_path), "--threads", threads]
-    assert main(arguments) == 0
+def test_same_seed_same_bits(short: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--epochs", "2", "--seed", "7", "--out", str(tmp_path), "--threads", "1"]) == 0
     for name in ("vim_digits.safetensors", "curve.png", "predictions.png", "maps.png"):
         assert (tmp_path / name).read_bytes() == (short / name).read_bytes(), name
     out, error = capsys.readouterr()
@@ -69,9 +68,29 @@ def test_same_seed_same_bits(short: Path, tmp_path: Path, threads: str, capsys: 
     assert "accuracy" in error
 
 
+def test_threads_change_no_bit() -> None:
+    weights = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        model = vimcore.VisionMamba(**demo.MODEL)
+        digits, labels = load_digits()
+        images = demo.network_input([encode_png(demo.picture(digit)) for digit in digits[:96]])
+        data = (images, torch.from_numpy(labels[:96]))
+        fit(model, data, data, epochs=1, augment=demo.jiggle, progress=False, **demo.RECIPE)
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1]))
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[2]))
+
+
 def test_another_seed_is_another_network(short: Path, tmp_path: Path) -> None:
-    assert main(["demo", "--epochs", "1", "--seed", "8", "--out", str(tmp_path), "--threads", "1", "--json"]) == 0
-    assert (tmp_path / "vim_digits.safetensors").read_bytes() != (short / "vim_digits.safetensors").read_bytes()
+    assert (
+        main(["demo", "--epochs", "1", "--seed", "8", "--out", str(tmp_path), "--threads", "1", "--json"])
+        == 0
+    )
+    assert (tmp_path / "vim_digits.safetensors").read_bytes() != (
+        short / "vim_digits.safetensors"
+    ).read_bytes()
 
 
 def test_saliency_points_at_what_matters(short: Path) -> None:
@@ -80,7 +99,9 @@ def test_saliency_points_at_what_matters(short: Path) -> None:
     runtime = vimcore.Runtime(short / "vim_digits.safetensors")
     names = sorted((short / "digits").glob("*.png"))[:60]
     options = json.dumps(runtime.preprocess)
-    images = torch.from_numpy(np.stack([_core.preprocess_image(n.read_bytes(), n.name, options) for n in names]))
+    images = torch.from_numpy(
+        np.stack([_core.preprocess_image(n.read_bytes(), n.name, options) for n in names])
+    )
     target = model(images).argmax(1)
     maps = vimcore.saliency(model, images, target)
     assert maps.shape == (60, 32, 32)
@@ -151,7 +172,15 @@ def problem(seed: int = 0, **options: Any) -> tuple[vimcore.VisionMamba, tuple[t
     """A small network and 40 images whose brighter half tells the class."""
     torch.manual_seed(seed)
     model = vimcore.VisionMamba(
-        **{"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 2, "embed_dim": 16, "depth": 2, **options}
+        **{
+            "img_size": 8,
+            "patch_size": 4,
+            "in_chans": 1,
+            "num_classes": 2,
+            "embed_dim": 16,
+            "depth": 2,
+            **options,
+        }
     )
     images, labels = torch.randn(40, 1, 8, 8), torch.arange(40) % 2
     images[labels == 1, :, :, :4] += 1.5
@@ -178,7 +207,15 @@ def test_fit_repeats_itself_and_leaves_the_global_generator_alone() -> None:
         model, data = problem(drop_path_rate=0.2, drop_rate=0.1)
         torch.manual_seed(before)
         state = torch.get_rng_state()
-        fit(model, data, epochs=2, batch_size=16, seed=5, augment=lambda x, g: x + torch.randn(x.shape, generator=g), progress=False)
+        fit(
+            model,
+            data,
+            epochs=2,
+            batch_size=16,
+            seed=5,
+            augment=lambda x, g: x + torch.randn(x.shape, generator=g),
+            progress=False,
+        )
         assert torch.equal(torch.get_rng_state(), state)
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights))

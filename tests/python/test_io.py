@@ -40,7 +40,13 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
         {},
         {"img_size": (16, 40), "class_token": "double", "norm": "layer", "stride": 4},
         {"class_token": "none", "pool": "max", "directions": "ssm", "layer_scale": 0.1},
-        {"class_token": "head", "rope": True, "rope_residual": True, "rope_grid": 3, "average_directions": False},
+        {
+            "class_token": "head",
+            "rope": True,
+            "rope_residual": True,
+            "rope_grid": 3,
+            "average_directions": False,
+        },
         {"in_chans": 5, "num_classes": 0, "d_state": 3, "dt_rank": 2, "d_conv": 2, "expand": 3},
         {"directions": "block", "class_token": "random", "pos_embed": False},
     ],
@@ -314,7 +320,9 @@ def test_another_grid(tmp_path: Path, way: str) -> None:
     source, target = small(), small(img_size=(32, 48), stride=4)
     path = checkpoint(tmp_path / "best.pth", source)
     load_checkpoint(target, path, pos_embed=way)
-    assert torch.equal(target.pos_embed, resize_pos_embed(source.pos_embed.detach(), (3, 3), (7, 11), "middle", way))
+    assert torch.equal(
+        target.pos_embed, resize_pos_embed(source.pos_embed.detach(), (3, 3), (7, 11), "middle", way)
+    )
 
 
 def test_tables_that_are_not_square(tmp_path: Path) -> None:
