@@ -257,10 +257,10 @@ def _case(
         return _core.fma_peak(args.threads)
 
     peers: dict[str | None, Call | None] = {}
-    for name in args.peers if folder is not None else []:
+    for name in args.peers:
         if args.train and name in ("openvino", "onnxruntime"):
             skipped[name] = "does not train"
-        elif name not in skipped:
+        elif folder is not None and name not in skipped:
             try:
                 peers[name] = _peer_call(name, folder, size, side, images, targets, args.threads)
             except ImportError as error:

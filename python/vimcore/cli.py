@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `vimcore`. Results on stdout, progress and errors on stderr; exit status 0, 1 (failed) or 2 (bad usage)."""
+"""The command `vimcore`: results on stdout, progress and errors on stderr; status 0, 1 (failed) or 2."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ def _print_table(rows: Sequence[Sequence[Any]], indent: str = "") -> None:
         print((indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths))).rstrip())
 
 
-# ---- commands --------------------------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------------------
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="vimcore-demo", metavar="FOLDER", help="where to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="vimcore-demo", metavar="FOLDER", help="where to write (default: %(default)s)"
+    )
     parser.add_argument("--epochs", type=_positive, help="passes over the training digits (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same result (default: %(default)s)")
-    parser.add_argument("--threads", type=_positive, help="default: all cores; does not change the result")
+    parser.add_argument("--threads", type=_positive, help="default: 1; does not change the result")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON instead of tables")
 
 
@@ -57,7 +59,9 @@ def _demo(args: argparse.Namespace) -> int:
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="picture files, or folders of them")
     parser.add_argument("--weights", required=True, metavar="FILE", help="vimcore safetensors file")
-    parser.add_argument("--topk", type=_positive, default=5, metavar="N", help="classes to show (default: %(default)s)")
+    parser.add_argument(
+        "--topk", type=_positive, default=5, metavar="N", help="classes to show (default: %(default)s)"
+    )
     parser.add_argument("--logits", action="store_true", help="with --json: add the logits of all classes")
     parser.add_argument("--threads", type=_positive, help="default: all cores; does not change the result")
     parser.add_argument("--json", action="store_true", help="one JSON object per line and image")
@@ -91,9 +95,13 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="the authors' weights: .pth (needs torch) or .safetensors under their keys")
+    parser.add_argument(
+        "source", help="the authors' weights: .pth (needs torch) or .safetensors under their keys"
+    )
     parser.add_argument("destination", help="vimcore safetensors file to write")
-    parser.add_argument("--weights", choices=("model", "ema"), default="model", help="which of a training checkpoint")
+    parser.add_argument(
+        "--weights", choices=("model", "ema"), default="model", help="which of a training checkpoint"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -110,7 +118,9 @@ def _convert(args: argparse.Namespace) -> int:
 
     settings = dict(parse_setting(text) for text in args.set)
     labels = read_labels(args.labels) if args.labels else None
-    config, assumptions = convert(args.source, args.destination, weights=args.weights, settings=settings, labels=labels)
+    config, assumptions = convert(
+        args.source, args.destination, weights=args.weights, settings=settings, labels=labels
+    )
     if args.json:
         print(json.dumps({"config": config, "assumptions": assumptions, "written": args.destination}))
         return 0
@@ -129,7 +139,7 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def describe_file(path: str) -> dict[str, Any]:
-    """What a vimcore file holds: config, parameters, bytes, tokens, flops (multiply-adds), labels, preprocess."""
+    """What a vimcore file holds; flops are multiply-adds of one image, scans included."""
     from . import _core
     from .metadata import unpack
 
@@ -169,14 +179,21 @@ def _info(args: argparse.Namespace) -> int:
         print(json.dumps(facts, ensure_ascii=False))
         return 0
     labels = facts["labels"]
-    shown = "none" if labels is None else ", ".join(labels[:10]) + (f", ... ({len(labels)})" if len(labels) > 10 else "")
-    rows, columns = facts["grid"]
+    shown = (
+        "none"
+        if labels is None
+        else ", ".join(labels[:10]) + (f", ... ({len(labels)})" if len(labels) > 10 else "")
+    )
+    tokens, (rows, columns) = facts["tokens"], facts["grid"]
     _print_table(
         [
             ["file", f"{facts['file']} ({facts['bytes'] / 1e6:.2f} MB, {', '.join(facts['types'])})"],
             ["parameters", f"{facts['parameters']:,}"],
             ["flops", f"{facts['flops'] / 1e9:.4g} G multiply-adds per image, scans included"],
-            ["tokens", f"{facts['tokens']} ({rows} x {columns} patches and {facts['tokens'] - rows * columns} class tokens)"],
+            [
+                "tokens",
+                f"{tokens}: {rows} x {columns} patches, class tokens: {tokens - rows * columns}",
+            ],
             ["labels", shown],
             ["preprocess", "none" if facts["preprocess"] is None else json.dumps(facts["preprocess"])],
         ]
@@ -212,7 +229,8 @@ def _doctor(args: argparse.Namespace) -> int:
     for title in ("build", "machine"):
         print(title)
         _print_table(
-            [[key, ", ".join(v) if isinstance(v, (list, tuple)) else v] for key, v in facts[title].items()], indent="  "
+            [[key, ", ".join(v) if isinstance(v, (list, tuple)) else v] for key, v in facts[title].items()],
+            indent="  ",
         )
     print("self-test")
     _print_table([[row["check"], row["status"], row["detail"]] for row in facts["checks"]], indent="  ")
@@ -221,12 +239,20 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Command]] = {
-    "demo": ("train a small Vim on handwritten digits, save it, reload it, show what it sees", _demo_arguments, _demo),
+    "demo": (
+        "train a small Vim on handwritten digits, save it, reload it, show what it sees",
+        _demo_arguments,
+        _demo,
+    ),
     "predict": ("classify picture files (no torch needed)", _predict_arguments, _predict),
     "convert": ("make a vimcore file from the authors' weights", _convert_arguments, _convert),
     "info": ("show what a vimcore file holds", _info_arguments, _info),
     "bench": ("measure speed against other networks and libraries", _bench_arguments, _bench),
-    "doctor": ("show build and machine, and test the kernels against a float64 reference", _doctor_arguments, _doctor),
+    "doctor": (
+        "show build and machine, and test the kernels against a float64 reference",
+        _doctor_arguments,
+        _doctor,
+    ),
 }
 
 
@@ -234,7 +260,9 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     """Only the chosen command gets its options, so that no other command's module is imported."""
     from . import __version__
 
-    parser = argparse.ArgumentParser(prog="vimcore", description="Vision Mamba on the CPU: train, load, explain, run.")
+    parser = argparse.ArgumentParser(
+        prog="vimcore", description="Vision Mamba on the CPU: train, load, explain, run."
+    )
     parser.add_argument("--version", action="version", version=f"vimcore {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (text, add_arguments, run) in COMMANDS.items():

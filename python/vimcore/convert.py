@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the authors' weights to a vimcore file: sizes are read off the tensors, the rest is assumed and said."""
+"""From the authors' weights to a vimcore file: sizes are read off the tensors, the rest assumed and said."""
 
 from __future__ import annotations
 
@@ -45,10 +45,12 @@ def infer_config(
 
     Args:
         shapes: shape of every tensor by state-dict key.
-        rope_cos, rope_sin: the RoPE tables (patches, D) if the file has them; they tell the grid they were made for.
+        rope_cos, rope_sin: the RoPE tables (patches, D) if the file has them; they tell the grid they were
+            made for.
 
     Returns:
-        (configuration, assumptions): what no tensor tells takes the authors' published choice, one sentence each.
+        (configuration, assumptions): what no tensor tells takes the authors' published choice, one sentence
+        each.
 
     Raises:
         ValueError: names the tensor that is missing or contradicts the others.
@@ -56,8 +58,16 @@ def infer_config(
     see = _Inference(shapes, path)
     width, channels, patch, patch_width = see.shape("patch_embed.proj.weight", 4)
     if patch != patch_width:
-        raise ValueError(f"{path}: patch_embed.proj.weight: patches of {patch} x {patch_width} are not square")
-    layers = sorted({int(key.split(".")[1]) for key in shapes if key.startswith("layers.") and key.split(".")[1].isdigit()})
+        raise ValueError(
+            f"{path}: patch_embed.proj.weight: patches of {patch} x {patch_width} are not square"
+        )
+    layers = sorted(
+        {
+            int(key.split(".")[1])
+            for key in shapes
+            if key.startswith("layers.") and key.split(".")[1].isdigit()
+        }
+    )
     if layers != list(range(len(layers))) or not layers:
         raise ValueError(f"{path}: expected layers 0, 1, 2, ..., got {layers}")
     mixer = "layers.0.mixer."
@@ -90,7 +100,9 @@ def infer_config(
         config["rope_grid"] = _rope_grid(see, config, rope_cos, rope_sin)
     if mixer + "gamma" in shapes:
         config["layer_scale"] = 1e-5
-        see.assume("layer_scale=1e-05: the value that gamma started from cannot be seen and only matters for new weights")
+        see.assume(
+            "layer_scale=1e-05: what gamma started from cannot be seen and only matters for new weights"
+        )
     return config, see.assumptions
 
 
@@ -102,7 +114,9 @@ def _infer_tokens(see: _Inference, config: dict[str, Any]) -> None:
         see.assume("pool='mean': there is no class token, and the read-out leaves no trace in the weights")
     elif config["rope"]:
         config["class_token"] = "head"
-        see.assume("class_token='head': the authors' networks with RoPE have it there (not 'middle' or 'random')")
+        see.assume(
+            "class_token='head': the authors' networks with RoPE have it there (not 'middle' or 'random')"
+        )
     else:
         config["class_token"] = "middle"
         see.assume("class_token='middle', the authors' published choice (not 'head' or 'random')")
@@ -113,9 +127,11 @@ def _infer_directions(see: _Inference, config: dict[str, Any], mixer: str) -> No
         config["directions"] = "ssm_conv"
         config["average_directions"] = not config["rope"]
         if config["rope"]:
-            see.assume("average_directions=False: the authors' networks with RoPE add both directions without halving")
+            see.assume(
+                "average_directions=False: the authors' networks with RoPE add both directions, unhalved"
+            )
         else:
-            see.assume("average_directions=True, the authors' published choice (the sum of both directions is halved)")
+            see.assume("average_directions=True, the authors' published choice (the sum is halved)")
     elif mixer + "A_b_log" in see.shapes:
         config["directions"] = "ssm"
     else:
@@ -144,7 +160,7 @@ def _infer_grid(see: _Inference, config: dict[str, Any]) -> None:
         see.assume(f"stride={patch}")
         return
     for stride in (patch, patch // 2):
-        if stride and PUBLISHED_SIZE >= patch and (PUBLISHED_SIZE - patch) // stride + 1 == side:
+        if stride and patch <= PUBLISHED_SIZE and (PUBLISHED_SIZE - patch) // stride + 1 == side:
             config["img_size"], config["stride"] = PUBLISHED_SIZE, stride
             break
     else:
@@ -169,7 +185,7 @@ def _rope_grid(see: _Inference, config: dict[str, Any], cos: Any, sin: Any) -> i
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """``key=value`` of ``--set``: the value as JSON where it is JSON (or Python's True, False, None), else as text."""
+    """``key=value`` of ``--set``; the value is JSON, or Python's True, False, None, else text."""
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise ValueError(f"--set: expected key=value, got {text!r}")
@@ -284,5 +300,7 @@ def _read(source: str, weights: str) -> tuple[dict[str, Any], dict[str, str]]:
     arrays = {}
     for name, tensor in state.items():
         tensor = tensor.detach().contiguous()
-        arrays[name] = (tensor.float() if tensor.is_floating_point() and tensor.itemsize == 2 else tensor).numpy()
+        arrays[name] = (
+            tensor.float() if tensor.is_floating_point() and tensor.itemsize == 2 else tensor
+        ).numpy()
     return arrays, metadata

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handwritten digits of the demo: 1,797 real images in the package, their fixed held-out fifth, and PNG writing."""
+"""The handwritten digits of the demo: 1,797 real images, their fixed held-out fifth, and PNG writing."""
 
 from __future__ import annotations
 
@@ -39,13 +39,22 @@ def split_digits(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     """PNG file of 8-bit pixels, grey (H, W) or RGB (H, W, 3)."""
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
-        raise ValueError(f"[encode_png] pixels: expected uint8 (H, W) or (H, W, 3), got {pixels.dtype} {pixels.shape}")
+        raise ValueError(
+            f"[encode_png] pixels: expected uint8 (H, W) or (H, W, 3), got {pixels.dtype} {pixels.shape}"
+        )
     height, width = pixels.shape[:2]
     rows = pixels.reshape(height, -1)
-    raw = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1).tobytes()  # a zero byte per row: no filter
+    raw = np.concatenate(
+        [np.zeros((height, 1), np.uint8), rows], axis=1
+    ).tobytes()  # a zero byte per row: no filter
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw, 9)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(raw, 9))
+        + chunk(b"IEND", b"")
+    )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vimcore demo`: trains a small Vision Mamba on real handwritten digits, saves it, reloads it and shows what it sees.
+"""`vimcore demo`: trains a small Vim on real handwritten digits, saves it, reloads it and shows what it sees.
 
-The digits are 8 x 8 images; they are written as 32 x 32 pictures, and both training and prediction read those pictures
-through the same decoder and preprocessing.
+The digits are 8 x 8 images; they are written as 32 x 32 pictures, and both training and prediction read those
+pictures through the same decoder and preprocessing.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ RECIPE: dict[str, Any] = {
     "ema": 0.99,
 }
 EPOCHS = 20
+THREADS = 1  # the network is so small that more threads mostly wait for each other
 
 
 def picture(digit: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """An 8 x 8 digit with values 0 .. 16 as a grey picture (32, 32) uint8, enlarged by bicubic interpolation."""
+    """An 8 x 8 digit with values 0 .. 16 as a grey picture (32, 32) uint8, enlarged bicubically."""
     grey = np.round(digit * (255 / 16)).astype(np.uint8)
     rgb = np.repeat(grey[:, :, None], 3, axis=2)
     return np.ascontiguousarray(_core.resize_bicubic(rgb, SIDE, SIDE)[:, :, 0])
@@ -74,7 +75,7 @@ def network_input(pictures: list[bytes]) -> torch.Tensor:
 
 
 def jiggle(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random small turns, shears, zooms and shifts: up to 10 degrees, 10 %, 10 % and 2 pixels. Paper stays paper."""
+    """Random turns, shears, zooms, shifts: up to 10 degrees, 10 %, 10 % and 2 pixels; paper stays paper."""
     count = len(images)
 
     def uniform(*shape: int) -> torch.Tensor:
@@ -105,9 +106,10 @@ def run_demo(
     """Trains, saves, reloads, classifies and draws; the same seed gives the same file bit for bit.
 
     Args:
-        out: folder for vim_digits.safetensors, metrics.json, curve.png, predictions.png, maps.png and digits/*.png.
+        out: folder for vim_digits.safetensors, metrics.json, curve.png, predictions.png, maps.png and
+            digits/*.png.
         epochs: passes over the training digits, default 20.
-        threads: default: all cores.
+        threads: default 1.
         progress: a bar on stderr.
         show: tables on stdout.
 
@@ -124,9 +126,9 @@ def run_demo(
     begin = time.perf_counter()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    threads = THREADS if threads is None else threads
     before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     try:
         say = print if show else _silent
         digits, labels = load_digits()
@@ -135,8 +137,9 @@ def run_demo(
         images, targets = network_input(files), torch.from_numpy(labels)
         model = _new_model(seed)
         say(
-            f"{len(train)} digits to learn from, {len(held_out)} held out; Vim with {MODEL['depth']} blocks and "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {_count(torch.get_num_threads(), 'thread')}\n"
+            f"{len(train)} digits to learn from, {len(held_out)} held out; "
+            f"Vim with {MODEL['depth']} blocks and "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, {_count(threads, 'thread')}\n"
         )
         history = fit(
             model,
@@ -168,10 +171,18 @@ def run_demo(
         shown = _interesting(results, truth, 4)
         shades = np.stack([picture(digit) for digit in digits[held_out]])
         plot_curve(history, folder / "curve.png")
-        plot_predictions(shades[shown], truth[shown], [results[i].top[0] for i in shown], accuracy, folder / "predictions.png")
+        plot_predictions(
+            shades[shown],
+            truth[shown],
+            [results[i].top[0] for i in shown],
+            accuracy,
+            folder / "predictions.png",
+        )
         mapped = _one_of_each(results, truth)
         maps = saliency(model, images[held_out][mapped], target=guesses[mapped].tolist()).numpy()
-        plot_maps(shades[mapped], maps, truth[mapped], [results[i].top[0] for i in mapped], folder / "maps.png")
+        plot_maps(
+            shades[mapped], maps, truth[mapped], [results[i].top[0] for i in mapped], folder / "maps.png"
+        )
         metrics = {
             "accuracy": accuracy,
             "held_out": len(held_out),
@@ -180,14 +191,15 @@ def run_demo(
             "train_seconds": round(history.seconds, 2),
             "seed": seed,
             "epochs": epochs,
-            "threads": torch.get_num_threads(),
+            "threads": threads,
             "isa": _core.build_info()["isa"],
             "loss": history.loss,
             "valid_accuracy": history.valid_accuracy,
         }
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         say(
-            f"{100 * accuracy:.2f} % of the held-out digits are right; {metrics['seconds']:.0f} seconds in all.\n\n"
+            f"{100 * accuracy:.2f} % of the held-out digits are right; "
+            f"{metrics['seconds']:.0f} seconds in all.\n\n"
             f"Look at {folder}/predictions.png, maps.png and curve.png, or classify pictures of your own\n"
             f"(white digit on black): vimcore predict --weights {weights} {folder}/digits"
         )
@@ -213,7 +225,7 @@ def _new_model(seed: int) -> VisionMamba:
 def _write_digits(
     folder: Path, index: NDArray[np.int64], labels: NDArray[np.int64], files: list[bytes]
 ) -> list[Path]:
-    """One picture per held-out digit, named by number and true digit. Those of an earlier run are replaced."""
+    """One picture per held-out digit, named by number and true digit; replaces those of an earlier run."""
     folder.mkdir(exist_ok=True)
     names = []
     for i in index:
@@ -224,7 +236,7 @@ def _write_digits(
 
 
 def _interesting(results: list[Prediction], truth: NDArray[np.int64], rows: int) -> list[int]:
-    """Indices to show, one column for each digit: its wrong answers, the least sure right one, then ordinary ones."""
+    """Indices to show, one column for each digit: wrong answers, the least sure right one, ordinary ones."""
     columns = []
     for digit in range(10):
         mine = [i for i in range(len(truth)) if truth[i] == digit]
@@ -258,13 +270,15 @@ def _print_tables(say: Any, results: list[Prediction], truth: NDArray[np.int64],
         taken = ", ".join(f"{other} ({int((guesses[mine] == other).sum())})" for other in others)
         say(f"  {digit:>5}  {mine.sum():>8}  {right.sum():>5}   {sure[mine].mean():.3f}   {taken}".rstrip())
     wrong = np.flatnonzero(guesses != truth)
-    examples = list(wrong[:8]) + [i for i in range(0, len(truth), max(len(truth) // 6, 1)) if i not in set(wrong[:8])][:6]
+    examples = (
+        list(wrong[:8])
+        + [i for i in range(0, len(truth), max(len(truth) // 6, 1)) if i not in set(wrong[:8])][:6]
+    )
     say("\n  picture                       truth   answer   p      second")
     for i in examples:
         path = os.path.relpath(results[i].image, folder)
         first, second = results[i].top[0], results[i].top[1]
         mark = "" if first[0] == truth[i] else "   wrong"
-        say(f"  {path:<28}  {truth[i]:>5}   {first[1]:>6}   {first[2]:.3f}  {second[1]} ({second[2]:.3f}){mark}")
+        answer = f"{first[1]:>6}   {first[2]:.3f}  {second[1]} ({second[2]:.3f})"
+        say(f"  {path:<28}  {truth[i]:>5}   {answer}{mark}")
     say("")
-
-

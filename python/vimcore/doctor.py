@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vimcore doctor`: what this build is, and whether it computes what it should on this machine.
 
-A small network with random weights goes through every set of CPU kernels, each in a process of its own, and is compared
-with the textbook forward below: NumPy, float64, one token after the other, nothing in common with the C++ core.
+A small network with random weights goes through every set of CPU kernels, each in a process of its own, and
+is compared with the textbook forward below: NumPy, float64, one token after the other, nothing in common with
+the C++ core.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SELF_TEST: dict[str, Any] = {
 }
 
 
-# ---- the reference ---------------------------------------------------------------------------------------------------
+# ---- the reference -----------------------------------------------------------------------------------------
 
 
 def _sigmoid(v: Array) -> Array:
@@ -53,7 +54,7 @@ def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def _direction(x: Array, w: Weights, prefix: str, suffix: str) -> Array:
-    """One direction of the mixer before the gate. x, result: (L, E), in the order in which the direction reads."""
+    """One direction of the mixer before the gate. x, result: (L, E), in the order of reading."""
     log = f"{prefix}A{suffix}_log"
     kernel = w[f"{prefix}conv1d{suffix}.weight"][:, 0]  # (E, K)
     width = kernel.shape[1]
@@ -112,7 +113,7 @@ def _random_weights(config_json: str, rng: np.random.Generator) -> dict[str, NDA
     return weights
 
 
-# ---- the checks ------------------------------------------------------------------------------------------------------
+# ---- the checks --------------------------------------------------------------------------------------------
 
 
 def _worker(folder: str) -> None:
@@ -128,7 +129,12 @@ def _worker(folder: str) -> None:
 def _check_kernels(isa: str, folder: str, expected: Array) -> dict[str, Any]:
     row: dict[str, Any] = {"check": f"kernels {isa}"}
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from vimcore.doctor import _worker; _worker(sys.argv[1])", folder],
+        [
+            sys.executable,
+            "-c",
+            "import sys; from vimcore.doctor import _worker; _worker(sys.argv[1])",
+            folder,
+        ],
         env={**os.environ, "VIMCORE_ISA": isa, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         capture_output=True,
         text=True,
@@ -150,7 +156,11 @@ def _check_kernels(isa: str, folder: str, expected: Array) -> dict[str, Any]:
         return {**row, "status": "failed", "detail": f"error {error:.1e} is above {TOLERANCE:.0e}"}
     if not np.array_equal(one, many):
         return {**row, "status": "failed", "detail": "the number of threads changes the result"}
-    return {**row, "status": "ok", "detail": f"error {error:.1e} (at most {TOLERANCE:.0e}), same bits with 1 and all threads"}
+    return {
+        **row,
+        "status": "ok",
+        "detail": f"error {error:.1e} (at most {TOLERANCE:.0e}), same bits with 1 and all threads",
+    }
 
 
 def _check_png() -> dict[str, Any]:
@@ -159,7 +169,11 @@ def _check_png() -> dict[str, Any]:
         return {**row, "status": "skipped", "detail": "built without libpng"}
     pixels = np.random.default_rng(1).integers(0, 256, (17, 31, 3)).astype(np.uint8)
     same = np.array_equal(_core.decode_image(encode_png(pixels), "self-test"), pixels)
-    return {**row, "status": "ok" if same else "failed", "detail": "same pixels back" if same else "other pixels back"}
+    return {
+        **row,
+        "status": "ok" if same else "failed",
+        "detail": "same pixels back" if same else "other pixels back",
+    }
 
 
 def run_checks() -> list[dict[str, Any]]:
@@ -175,7 +189,9 @@ def run_checks() -> list[dict[str, Any]]:
     for isa in _core.build_info()["isas"]:
         with tempfile.TemporaryDirectory(prefix="vimcore-doctor-") as folder:
             np.save(os.path.join(folder, "images.npy"), images)
-            _core.write_safetensors(os.path.join(folder, "model.safetensors"), weights, pack(config_json, None, None))
+            _core.write_safetensors(
+                os.path.join(folder, "model.safetensors"), weights, pack(config_json, None, None)
+            )
             rows.append(_check_kernels(isa, folder, expected))
     rows.append(_check_png())
     return rows
@@ -212,5 +228,7 @@ def report() -> dict[str, Any]:
         "torch": _version_of("torch"),
     }
     checks = run_checks()
-    verdict = all(row["status"] != "failed" for row in checks) and any(row["status"] == "ok" for row in checks)
+    verdict = all(row["status"] != "failed" for row in checks) and any(
+        row["status"] == "ok" for row in checks
+    )
     return {"ok": verdict, "build": build, "machine": machine, "checks": checks}

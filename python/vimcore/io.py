@@ -19,11 +19,11 @@ from .metadata import CONFIG_KEY, check_labels, default_preprocess, image_size, 
 if TYPE_CHECKING:
     from .nn import VisionMamba
 
-Path = str | os.PathLike[str] if not TYPE_CHECKING else "str | os.PathLike[str]"
+Path = str | os.PathLike[str]
 ROPE_TABLES = ("rope.freqs_cos", "rope.freqs_sin")
 
 
-# ---- position tables -------------------------------------------------------------------------------------------------
+# ---- position tables ---------------------------------------------------------------------------------------
 
 
 def class_rows(class_token: str, patches: int) -> list[int]:
@@ -47,9 +47,9 @@ def resize_pos_embed(
         table: (1, rows * columns + class tokens, D).
         old_grid, new_grid: (rows, columns) of patches.
         class_token: where the class tokens stand, as in the constructor.
-        way: "correct" takes the rows of the class tokens out, resizes the others and puts them back in their new places.
-            "authors" reproduces the published fine-tuning: the first rows are kept as if the class tokens stood there,
-            the rest is resized. Both agree for "none" and "head".
+        way: "correct" takes the rows of the class tokens out, resizes the others and puts them back in their
+            new places. "authors" reproduces the published fine-tuning: the first rows are kept as if the
+            class tokens stood there, the rest is resized. Both agree for "none" and "head".
     """
     if way not in ("correct", "authors"):
         raise ValueError(f"pos_embed: expected 'correct' or 'authors', got {way!r}")
@@ -58,8 +58,9 @@ def resize_pos_embed(
     expected = old_patches + len(old_rows)
     if table.ndim != 3 or table.shape[0] != 1 or table.shape[1] != expected:
         raise ValueError(
-            f"[resize_pos_embed] table: expected (1, {expected}, D) for a {old_grid[0]} x {old_grid[1]} grid and "
-            f"class_token {class_token!r}, got {tuple(table.shape)}"
+            f"[resize_pos_embed] table: expected (1, {expected}, D) "
+            f"for a {old_grid[0]} x {old_grid[1]} grid and class_token {class_token!r}, "
+            f"got {tuple(table.shape)}"
         )
     if way == "authors":
         old_rows = new_rows = list(range(len(old_rows)))
@@ -78,7 +79,7 @@ def resize_pos_embed(
     return resized.to(table.dtype)
 
 
-# ---- vimcore files ---------------------------------------------------------------------------------------------------
+# ---- vimcore files -----------------------------------------------------------------------------------------
 
 
 def save_model(
@@ -91,8 +92,8 @@ def save_model(
 
     Args:
         labels: one name for each class.
-        preprocess: mean, std, resize, crop, interpolation; default: ImageNet evaluation at the model's image size.
-            Networks with neither 1 nor 3 channels have none.
+        preprocess: mean, std, resize, crop, interpolation; default: ImageNet evaluation at the model's image
+            size. Networks with neither 1 nor 3 channels have none.
     """
     config = dict(model.config)
     config_json = _core.config_normalize(json.dumps(config))
@@ -117,7 +118,8 @@ def load_model(
     """The network of a vimcore file, in eval mode.
 
     Args:
-        img_size: other image size than the stored one, pixels; the position table is resized, class tokens left alone.
+        img_size: other image size than the stored one, pixels; the position table is resized, class tokens
+            left alone.
     """
     from .nn import VisionMamba
 
@@ -127,7 +129,8 @@ def load_model(
     stored = dict(config)
     if img_size is not None:
         config["img_size"] = img_size
-    model = VisionMamba(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items()})
+    options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
+    model = VisionMamba(**options)
     state = {key: _tensor(value) for key, value in arrays.items()}
     _fill(model, state, name, old_grid=patch_grid(stored))
     return model.eval().to(device)
@@ -142,7 +145,7 @@ def load_checkpoint(
     head: str = "strict",
     pos_grid: tuple[int, int] | None = None,
 ) -> None:
-    """Loads the authors' weights, ``.pth`` or ``.safetensors``, into ``model``. All or nothing, and every key counts.
+    """Loads the authors' weights, ``.pth`` or ``.safetensors``: every key counts, all or nothing.
 
     Args:
         weights: "model", or "ema" for the averaged weights of a training checkpoint.
@@ -167,14 +170,16 @@ def load_checkpoint(
 def read_checkpoint(path: str, weights: str = "model") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors by key, metadata) of a ``.pth`` or ``.safetensors`` file, on the CPU.
 
-    Pickles pass through torch's weights-only unpickler, to which argparse.Namespace alone is added: the authors store
-    their command line.
+    Pickles pass through torch's weights-only unpickler, to which argparse.Namespace alone is added: the
+    authors store their command line.
     """
     if weights not in ("model", "ema"):
         raise ValueError(f"weights: expected 'model' or 'ema', got {weights!r}")
     if path.endswith(".safetensors"):
         if weights == "ema":
-            raise ValueError(f"{path}: weights='ema' asks for a training checkpoint (.pth); a safetensors file has one set")
+            raise ValueError(
+                f"{path}: weights='ema' asks for a training checkpoint (.pth); a safetensors file has one set"
+            )
         arrays, metadata = _core.read_safetensors(path)
         return {key: _tensor(value) for key, value in arrays.items()}, dict(metadata)
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -188,7 +193,9 @@ def read_checkpoint(path: str, weights: str = "model") -> tuple[dict[str, torch.
         raise ValueError(f"{path}: no averaged weights ('model_ema') among {sorted(map(str, content))[:12]}")
     strange = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
     if strange:
-        raise ValueError(f"{path}: expected tensors under every key, but these hold something else: {strange[:12]}")
+        raise ValueError(
+            f"{path}: expected tensors under every key, but these hold something else: {strange[:12]}"
+        )
     if content and all(str(key).startswith("module.") for key in content):
         content = {str(key)[len("module.") :]: value for key, value in content.items()}
     return dict(content), {}
@@ -223,7 +230,9 @@ def _fill(
             del given["pos_embed"]
     for name, value in given.items():
         if name in wanted and value.shape != wanted[name].shape:
-            faults.append(f"misshapen: {name}: expected {tuple(wanted[name].shape)}, got {tuple(value.shape)}")
+            faults.append(
+                f"misshapen: {name}: expected {tuple(wanted[name].shape)}, got {tuple(value.shape)}"
+            )
         elif name in wanted and not value.is_floating_point():
             faults.append(f"not floating point: {name}: {value.dtype}")
     faults += _rope_faults(state, config)
@@ -254,7 +263,7 @@ def _fit_table(
 
 
 def _rope_faults(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> list[str]:
-    """RoPE tables in a file are optional, but a file whose rotation is not the model's would be silently wrong."""
+    """RoPE tables in a file are optional, but another rotation than the model's would be silently wrong."""
     given = [name for name in ROPE_TABLES if name in state]
     if not given:
         return []
@@ -290,4 +299,4 @@ def rope_tables(config: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return both.cos(), both.sin()
 
 
-__all__ = ["load_checkpoint", "load_model", "resize_pos_embed", "save_model", "image_size"]
+__all__ = ["image_size", "load_checkpoint", "load_model", "resize_pos_embed", "save_model"]

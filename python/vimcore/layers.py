@@ -16,6 +16,11 @@ def trunc_normal(tensor: Tensor, std: float) -> None:
     nn.init.trunc_normal_(tensor, std=std, a=-2.0, b=2.0)
 
 
+def empty(kind: Any, *args: Any, **options: Any) -> Any:
+    """A module whose parameters are not set yet, on torch's default device."""
+    return skip_init(kind, *args, **options, device=torch.get_default_device())
+
+
 def uniform(module: Any, fan_in: int) -> Any:
     """The module, with weight and bias drawn from (-1, 1) / sqrt(fan_in)."""
     for parameter in module.parameters():
@@ -28,7 +33,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chans: int, dim: int, patch_size: int, stride: int) -> None:
         super().__init__()
-        self.proj = skip_init(nn.Conv2d, in_chans, dim, patch_size, stride)
+        self.proj = empty(nn.Conv2d, in_chans, dim, patch_size, stride)
 
 
 class Scale(nn.Module):
@@ -69,20 +74,20 @@ class Mixer(nn.Module):
             self.A_b_log = nn.Parameter(log_state.repeat(inner, 1))
         if own:
             self.D_b = nn.Parameter(torch.ones(inner))
-        self.in_proj = uniform(skip_init(nn.Linear, dim, 2 * inner, bias=False), dim)
+        self.in_proj = uniform(empty(nn.Linear, dim, 2 * inner, bias=False), dim)
         self._add_direction("", inner, rank, state, width)
         if own:
             self._add_direction("_b", inner, rank, state, width)
-        self.out_proj = uniform(skip_init(nn.Linear, inner, dim, bias=False), inner)
+        self.out_proj = uniform(empty(nn.Linear, inner, dim, bias=False), inner)
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(config["depth"])
 
     def _add_direction(self, suffix: str, inner: int, rank: int, state: int, width: int) -> None:
-        conv = skip_init(nn.Conv1d, inner, inner, width, groups=inner, padding=width - 1)
+        conv = empty(nn.Conv1d, inner, inner, width, groups=inner, padding=width - 1)
         self.add_module(f"conv1d{suffix}", uniform(conv, width))
-        x_proj = skip_init(nn.Linear, inner, rank + 2 * state, bias=False)
+        x_proj = empty(nn.Linear, inner, rank + 2 * state, bias=False)
         self.add_module(f"x_proj{suffix}", uniform(x_proj, inner))
-        dt_proj = uniform(skip_init(nn.Linear, rank, inner), rank)
+        dt_proj = uniform(empty(nn.Linear, rank, inner), rank)
         self.add_module(f"dt_proj{suffix}", dt_proj)
         if suffix:  # as published: only the forward direction spreads its time steps
             nn.init.zeros_(dt_proj.bias)

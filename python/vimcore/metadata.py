@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a vimcore file says about itself: architecture, labels, preprocessing. Needs neither torch nor the extension."""
+"""What a vimcore file says about itself: architecture, labels, preprocessing. Needs no torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def patch_grid(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def default_preprocess(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """ImageNet evaluation: short side to size / 0.875, centre crop, ImageNet statistics (0.5 / 0.5 for one channel).
+    """ImageNet evaluation: short side to size / 0.875, centre crop, ImageNet statistics (one channel: 0.5).
 
     None for networks whose images do not come from picture files (neither 1 nor 3 channels).
     """

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from . import _core
 from .functions import Core, Draws, NetworkFunction, Request, describe
-from .layers import Layer, PatchEmbed, Rope, Scale, trunc_normal
+from .layers import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
 
 _PER_TOKEN = ("max", "all")  # without class token: the head sees every token
 
@@ -151,7 +150,7 @@ class VisionMamba(nn.Module):
     def _new_head(self, num_classes: int) -> nn.Module:
         if num_classes == 0:
             return nn.Identity()
-        head = skip_init(nn.Linear, self.embed_dim, num_classes)
+        head = empty(nn.Linear, self.embed_dim, num_classes)
         trunc_normal(head.weight, 0.02)
         nn.init.zeros_(head.bias)
         return head

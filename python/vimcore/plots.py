@@ -44,7 +44,12 @@ def plot_curve(history: History, path: Path) -> None:
     accuracy.plot(epochs, 100 * np.array(history.accuracy), color=BLUE, lw=2, label="training")
     accuracy.plot(epochs, 100 * np.array(history.valid_accuracy), color=ORANGE, lw=2, label="held out")
     best = 100 * history.valid_accuracy[-1]
-    beside: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+    beside: dict[str, Any] = {
+        "xytext": (6, 0),
+        "textcoords": "offset points",
+        "va": "center",
+        "annotation_clip": False,
+    }
     accuracy.annotate(f"{best:.1f} %", (epochs[-1], best), color=ORANGE, weight="bold", **beside)
     accuracy.set_ylabel("right answers, %")
     accuracy.set_ylim(max(100 * min(history.accuracy + history.valid_accuracy) - 5, 0), 101)
@@ -118,9 +123,13 @@ def plot_maps(
         left.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
         over.imshow(image // 2, cmap="gray", vmin=0, vmax=255, interpolation="bicubic")
         top = float(evidence.max())
-        over.imshow(evidence / top if top > 0 else evidence, cmap=HEAT, vmin=0, vmax=1, interpolation="bicubic")
+        over.imshow(
+            evidence / top if top > 0 else evidence, cmap=HEAT, vmin=0, vmax=1, interpolation="bicubic"
+        )
         right = answer[0] == digit
         text = f"{answer[1]}   {100 * answer[2]:.0f} %" if right else f"{answer[1]}, is {digit}"
         left.set_title(text, color=GREEN if right else RED, weight="bold", size=10, loc="left", pad=4)
     figure.suptitle("Where the decision comes from", color=INK, weight="bold", x=0, ha="left", y=1)
+    note = "bright: speaks for the answer, be it ink or the lack of it"
+    figure.text(0, 1 - 0.32 / height, note, color=MUTED, size=9, va="center")
     _save(figure, path)

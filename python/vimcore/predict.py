@@ -34,7 +34,7 @@ class Prediction:
     error: str | None = None
 
     def to_json(self, with_logits: bool = False) -> str:
-        """One line: probabilities with 6 significant digits, logits with 9, which is all that float32 holds."""
+        """One line: probabilities with 6 significant digits, logits with 9, all that float32 holds."""
         if self.error is not None or self.logits is None:
             return json.dumps({"image": self.image, "error": self.error}, ensure_ascii=False)
         top = ", ".join(
@@ -76,14 +76,19 @@ def predict(runtime: Runtime, paths: Iterable[str], topk: int = 5) -> Iterator[P
         raise ValueError(f"[predict] topk: expected at least 1, got {topk}")
     config = runtime.config
     if not config["num_classes"]:
-        raise ValueError("[predict] weights: the network has no head (num_classes=0), so there is nothing to predict")
+        raise ValueError(
+            "[predict] weights: the network has no head (num_classes=0), so there is nothing to predict"
+        )
     if config["class_token"] == "none" and config["pool"] == "all":
-        raise ValueError('[predict] weights: with pool="all" there are logits for every patch, none for the image')
+        raise ValueError(
+            '[predict] weights: with pool="all" there are logits for every patch, none for the image'
+        )
     preprocess = runtime.preprocess
     given = len(preprocess["mean"]) if preprocess else "none that a picture file could fill"
     if preprocess is None or given != config["in_chans"]:
         raise ValueError(
-            f"[predict] weights: the network takes {config['in_chans']} channels, its preprocessing gives {given}"
+            f"[predict] weights: the network takes {config['in_chans']} channels, "
+            f"its preprocessing gives {given}"
         )
     options = json.dumps(preprocess)
     waiting: list[tuple[str, NDArray[np.float32] | str]] = []
@@ -117,9 +122,11 @@ def _classify(
         if isinstance(image, str):
             yield Prediction(path, [], error=image)
             continue
-        values = next(logits)
+        values: NDArray[np.float32] = next(logits)
         if not np.isfinite(values).all():
-            yield Prediction(path, [], error="the network gives values that are not finite; its weights are damaged")
+            yield Prediction(
+                path, [], error="the network gives values that are not finite; its weights are damaged"
+            )
             continue
         p = softmax(values)
         order = np.argsort(-values, kind="stable")[:topk]

@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a decision comes from: integrated gradients, gathered over the patches that the network sees.
 
-Method. f is the logit of the target class minus the mean of all logits. Along the straight path from an even image of the
-same mean colour (which holds no shape at all) to the image, the gradient of f is averaged at `steps` midpoints and
-multiplied by the difference of the two images; by the fundamental theorem of calculus these values add up to the change
-of f, up to the error of the midpoint rule. They are summed over channels and averaged over windows of one patch, because
-single pixels inside a patch are only separated by the first linear layer. What speaks against the class is cut off at 0.
+Method. f is the logit of the target class minus the mean of all logits. Along the straight path from an even
+image of the same mean colour (which holds no shape at all) to the image, the gradient of f is averaged at
+`steps` midpoints and multiplied by the difference of the two images; by the fundamental theorem of calculus
+these values add up to the change of f, up to the error of the midpoint rule. They are summed over channels
+and averaged over windows of one patch, because single pixels inside a patch are only separated by the first
+linear layer. What speaks against the class is cut off at 0.
 
-Why not the plain gradient: it shows how f would change, not what it is made of, and vanishes where the network is sure.
-Why not the states of the scan: they tell what is carried, in both directions and every layer, not what the head reads.
+Why not the plain gradient: it shows how f would change, not what it is made of, and vanishes where the
+network is sure. Why not the states of the scan: they tell what is carried, in both directions and every
+layer, not what the head reads.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
+if TYPE_CHECKING:
+    from .nn import VisionMamba
+
 
 def saliency(
-    model: torch.nn.Module,
+    model: VisionMamba,
     images: torch.Tensor,
     target: int | Sequence[int] | torch.Tensor | None = None,
     *,
@@ -83,7 +89,7 @@ def _target_index(target: int | Sequence[int] | torch.Tensor | None, logits: tor
 
 
 def _patch_mean(evidence: torch.Tensor, patch: int) -> torch.Tensor:
-    """Mean over a Gaussian-like window of about one patch: two box filters of half a patch, the edges repeated."""
+    """Mean over a smooth window of about one patch: two box filters of half a patch, the edges repeated."""
     side = max(math.ceil(patch / 2), 1)
     for _ in range(2):
         left = (side - 1) // 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small training loop for image classification: AdamW, cosine schedule with warm-up, averaged weights, progress bar."""
+"""A small training loop for classification: AdamW, cosine with warm-up, averaged weights, progress bar."""
 
 from __future__ import annotations
 
@@ -37,16 +37,19 @@ class Evaluation:
     logits: torch.Tensor
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay: str = "authors") -> list[dict[str, object]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay: str = "authors"
+) -> list[dict[str, object]]:
     """Two AdamW groups: with decay and without.
 
-    Never decayed: tensors of one dimension, biases, and what ``model.no_weight_decay()`` names (tokens, position table).
-    decay="authors" decays A_log like any matrix, as the published training did; "mamba" exempts A_log and A_b_log.
+    Never decayed: tensors of one dimension, biases, and what ``model.no_weight_decay()`` names (tokens,
+    position table). decay="authors" decays A_log like any matrix, as the published training did; "mamba"
+    exempts A_log and A_b_log.
     """
     if decay not in ("authors", "mamba"):
         raise ValueError(f"decay: expected 'authors' or 'mamba', got {decay!r}")
-    named: Iterable[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    exempt = set(named)
+    named: Callable[[], Iterable[str]] = getattr(model, "no_weight_decay", tuple)
+    exempt = set(named())
     decayed, free = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -73,7 +76,9 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 128) -> Evaluation:
     """Loss and accuracy of ``model`` in eval mode on ``data``; its mode is restored afterwards."""
     images, labels = data
     if len(images) == 0 or len(images) != len(labels):
-        raise ValueError(f"[evaluate] data: expected as many labels as images, got {len(images)} and {len(labels)}")
+        raise ValueError(
+            f"[evaluate] data: expected as many labels as images, got {len(images)} and {len(labels)}"
+        )
     was_training = model.training
     model.eval()
     try:
@@ -104,13 +109,15 @@ def fit(
 ) -> History:
     """Trains ``model`` in place and leaves it in eval mode.
 
-    The same seed gives the same weights bit for bit, whatever the number of threads: shuffling and augmentation draw
-    from a generator of their own, dropout and drop path from torch's, which is seeded here and put back afterwards.
+    The same seed gives the same weights bit for bit, whatever the number of threads: shuffling and
+    augmentation draw from a generator of their own, dropout and drop path from torch's, which is seeded here
+    and put back afterwards.
 
     Args:
         train, valid: images (N, C, H, W) float32 as the network takes them, and labels (N,) int64.
         epochs, warmup: passes over the training images; the first ``warmup`` of them raise the learning rate.
-        ema: decay of a running average of the weights; the average is what is validated and left in the model.
+        ema: decay of a running average of the weights; the average is what is validated and left in the
+            model.
         augment: changes a batch of images, drawing only from the generator it is given.
         decay: "authors" or "mamba", see :func:`parameter_groups`.
         progress: a bar with loss and accuracy on stderr.
@@ -123,7 +130,9 @@ def fit(
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"[fit] epochs and batch_size: expected at least 1, got {epochs} and {batch_size}")
     if len(images) == 0 or len(images) != len(labels):
-        raise ValueError(f"[fit] train: expected as many labels as images, got {len(images)} and {len(labels)}")
+        raise ValueError(
+            f"[fit] train: expected as many labels as images, got {len(images)} and {len(labels)}"
+        )
     if ema is not None and not 0.0 <= ema < 1.0:
         raise ValueError(f"[fit] ema: expected 0 <= ema < 1 or None, got {ema}")
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay, decay), lr=lr)
@@ -155,15 +164,18 @@ def fit(
                 value = loss.item()
                 if not math.isfinite(value):
                     raise FloatingPointError(
-                        f"[fit] the loss is {value} in epoch {epoch + 1}, step {step + 1} of {steps}, at a learning rate "
-                        f"of {rate:.3g}; a lower learning rate or a longer warm-up usually helps"
+                        f"[fit] the loss is {value} in epoch {epoch + 1}, step {step + 1} of {steps}, "
+                        f"at a learning rate of {rate:.3g}; a lower one or a longer warm-up usually helps"
                     )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 if average is not None and ema is not None:
-                    # A young average would mostly hold the initial weights: its decay grows with the steps taken.
-                    torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(ema, (1 + step) / (10 + step)))
+                    # A young average would mostly hold the initial weights: its decay grows with the steps
+                    # taken.
+                    torch._foreach_lerp_(
+                        average, [p.detach() for p in parameters], 1 - min(ema, (1 + step) / (10 + step))
+                    )
                 total += value * len(index)
                 right += int((logits.detach().argmax(1) == target).sum())
                 step += 1
@@ -176,7 +188,9 @@ def fit(
                     result = evaluate(model, valid)
                 history.valid_loss.append(result.loss)
                 history.valid_accuracy.append(result.accuracy)
-            bar.update(epoch + 1, epochs, total / len(images), (history.valid_accuracy or history.accuracy)[-1], 0)
+            bar.update(
+                epoch + 1, epochs, total / len(images), (history.valid_accuracy or history.accuracy)[-1], 0
+            )
     if average is not None:
         with torch.no_grad():
             for parameter, mean in zip(parameters, average):

@@ -52,7 +52,7 @@ def lines(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-# ---- predict ---------------------------------------------------------------------------------------------------------
+# ---- predict -----------------------------------------------------------------------------------------------
 
 
 def test_predict_a_folder(weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +68,8 @@ def test_predict_a_folder(weights: Path, pictures: Path, capsys: pytest.CaptureF
     assert [os.path.basename(line["image"]) for line in bad] == ["bad.png", "empty.JPG"]
     for line in bad:
         assert set(line) == {"image", "error"}
-        assert line["error"] and line["image"] not in line["error"]
+        assert line["error"]
+        assert line["image"] not in line["error"]
         assert f"vimcore: {line['image']}: {line['error']}" in error.splitlines()
 
     runtime = vimcore.Runtime(weights)
@@ -167,7 +168,7 @@ def test_predict_with_networks_that_do_not_classify_pictures(
     assert error.count("\n") == 1
 
 
-# ---- info ------------------------------------------------------------------------------------------------------------
+# ---- info --------------------------------------------------------------------------------------------------
 
 
 def test_info(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +186,7 @@ def test_info(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for part in (
         f"{facts['parameters']:,}",
-        "3 x 4 patches and 1 class token",
+        "3 x 4 patches, class tokens: 1",
         "cat, dog",
         "embed_dim",
         '"middle"',
@@ -215,7 +216,7 @@ def test_info_of_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert error.count("\n") == 1
 
 
-# ---- doctor ----------------------------------------------------------------------------------------------------------
+# ---- doctor ------------------------------------------------------------------------------------------------
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +241,7 @@ def test_doctor_finds_a_wrong_result(
     assert "something is wrong" in text
 
 
-# ---- usage -----------------------------------------------------------------------------------------------------------
+# ---- usage -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The authors' weights to vimcore files: what is inferred, what is assumed and said, what the result computes."""
+"""The authors' weights to vimcore files: what is inferred, assumed and said, and what the result computes."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_settings() -> None:
         parse_setting("stride")
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

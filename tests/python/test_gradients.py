@@ -169,7 +169,7 @@ def configurations(draw: st.DrawFn) -> reference.Config:
     patch = draw(st.integers(1, 3))
     stride = patch if rope else draw(st.integers(1, 3))
     norm = draw(st.sampled_from(["rms", "layer"]))
-    narrowest = 3 if norm == "layer" else 1  # what LayerNorm makes of two numbers is +-1, and all else rounding
+    narrowest = 3 if norm == "layer" else 1  # LayerNorm makes +-1 of two numbers, all else is rounding
     rows, cols = draw(
         st.sampled_from([(1, 1), (1, 2), (2, 2), (3, 2), (2, 5), (3, 3), (1, 17), (8, 8), (5, 13)])
     )

@@ -31,7 +31,7 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> None:
         assert torch.equal(value, right[name]), name
 
 
-# ---- vimcore files ---------------------------------------------------------------------------------------------------
+# ---- vimcore files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(_core.Error):
             load_model(path)
     _core.write_safetensors(str(path), {"x": np.zeros(3, np.float32)}, {})
-    with pytest.raises(ValueError, match="no vimcore.config in the metadata"):
+    with pytest.raises(ValueError, match=r"no vimcore.config in the metadata"):
         load_model(path)
     with pytest.raises((OSError, _core.Error)):
         load_model(tmp_path / "absent.safetensors")
@@ -132,11 +132,11 @@ def test_loading_at_another_size(tmp_path: Path, class_token: str, size: int | t
     assert np.linalg.norm(runtime - logits) <= 1e-5 * np.linalg.norm(logits)
 
 
-# ---- position tables -------------------------------------------------------------------------------------------------
+# ---- position tables ---------------------------------------------------------------------------------------
 
 
 def bicubic(grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(h, w, D) -> (h', w', D) by the textbook formula (a = -0.75, borders repeated), one sample after the other."""
+    """(h, w, D) -> (h', w', D) by the textbook formula (a = -0.75, borders repeated), sample by sample."""
 
     def weight(x: float, a: float = -0.75) -> float:
         x = abs(x)
@@ -203,7 +203,7 @@ def test_bad_tables_are_refused() -> None:
         resize_pos_embed(torch.zeros(1, 10, 4), (3, 3), (4, 4), "tail")
 
 
-# ---- the authors' checkpoints ----------------------------------------------------------------------------------------
+# ---- the authors' checkpoints ------------------------------------------------------------------------------
 
 
 def checkpoint(path: Path, model: vimcore.VisionMamba, **extra: Any) -> Path:
@@ -268,7 +268,7 @@ def test_pickles_run_no_code(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "evil.pth", small(), args=Trap(str(mark)))
     target = small()
     before = {k: v.clone() for k, v in target.state_dict().items()}
-    with pytest.raises(Exception, match="(?i)weights.only|unsupported|unsafe"):
+    with pytest.raises(Exception, match=r"(?i)weights.only|unsupported|unsafe"):
         load_checkpoint(target, path)
     assert not mark.exists()
     for name, value in target.state_dict().items():
@@ -285,7 +285,7 @@ def test_every_fault_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     state["head.bias"] = torch.zeros(5, dtype=torch.int64)
     torch.save({"model": state}, tmp_path / "bad.pth")
     before = {k: v.clone() for k, v in target.state_dict().items()}
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"bad.pth does not fit") as caught:
         load_checkpoint(target, tmp_path / "bad.pth")
     text = str(caught.value)
     for part in (
@@ -347,9 +347,9 @@ def test_rope_tables_are_optional_but_must_be_the_models(tmp_path: Path) -> None
     cos, sin = rope_tables(source.config)
     torch.save({**state, "rope.freqs_cos": cos.float(), "rope.freqs_sin": sin.float()}, tmp_path / "with.pth")
     load_checkpoint(target, tmp_path / "with.pth")
-    with pytest.raises(ValueError, match="different: rope.freqs_cos: not the rotation of rope_grid=5"):
+    with pytest.raises(ValueError, match=r"different: rope.freqs_cos: not the rotation of rope_grid=5"):
         load_checkpoint(small(**{**options, "rope_grid": 5}), tmp_path / "with.pth")
-    with pytest.raises(ValueError, match="unexpected: rope.freqs_cos"):
+    with pytest.raises(ValueError, match=r"unexpected: rope.freqs_cos"):
         load_checkpoint(small(class_token="head"), tmp_path / "with.pth")
 
 
