@@ -21,7 +21,7 @@ FORBIDDEN = {
     "python/src": r"torch|/cpu/|arena\.h|backend\.h",
 }
 # Kernel translation units may not include the standard library: see cpp/cpu/kernels.h.
-KERNEL_HEADERS = {"immintrin.h", "kernels.h", "simd.h"}
+KERNEL_HEADERS = {"immintrin.h", "arm_neon.h", "kernels.h", "simd.h", "simd_math.h"}
 
 
 def check_includes() -> list[str]:
@@ -47,8 +47,8 @@ def check_headers_alone() -> list[str]:
         for header in sorted((root / "cpp/include/vimcore").glob("*.h")):
             source = Path(folder) / "alone.cpp"
             source.write_text(f"#include <vimcore/{header.name}>\n")
-            command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{root}/cpp/include"]
-            done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+            flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{root}/cpp/include"]
+            done = subprocess.run(["g++", *flags, str(source)], capture_output=True, text=True)
             if done.returncode:
                 faults.append(f"{header.name} does not compile alone:\n{done.stderr}")
     return faults

@@ -14,31 +14,47 @@ namespace cpu {
 
 namespace {
 
-constexpr Index norm_rows = 64;       // rows of a forward task
-constexpr Index sum_rows = 256;       // rows of one partial sum of weight gradients
-constexpr Index conv_tokens = 64;     // tokens of a forward task
-constexpr Index conv_channels = 64;   // channels of a backward task
+constexpr Index norm_rows = 64;      // rows of a forward task
+constexpr Index sum_rows = 256;      // rows of one partial sum of weight gradients
+constexpr Index conv_tokens = 64;    // tokens of a forward task
+constexpr Index conv_channels = 64;  // channels of a backward task
 
-template <class T> T* at(const Tensor& tensor, Index offset) { return tensor ? tensor.as<T>() + offset : nullptr; }
+template <class T>
+T* at(const Tensor& tensor, Index offset)
+{
+    return tensor ? tensor.as<T>() + offset : nullptr;
+}
 
-template <class T> void norm_forward(Context& ctx, const NormForward& a)
+template <class T>
+void norm_forward(Context& ctx, const NormForward& a)
 {
     const Index batch = a.out.size(0), len = a.out.size(1), dim = a.out.size(2), blocks = ceil_div(len, norm_rows);
     const Kernels<T>& kernel = kernels<T>();
     parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
         const Index b = task / blocks, row = task % blocks * norm_rows, offset = (b * len + row) * dim;
-        kernel.norm_forward({.h = at<T>(a.h, offset), .residual = at<T>(a.residual, offset), .weight = a.weight.as<T>(),
-                             .bias = a.bias.as<T>(), .residual_out = at<T>(a.residual_out, offset),
-                             .out = at<T>(a.out, offset), .row_scale = a.row_scale ? a.row_scale.as<T>()[b] : T(1),
-                             .eps = static_cast<T>(a.eps), .layer = a.kind == Norm::layer,
-                             .len = std::min(norm_rows, len - row), .dim = dim, .dout = nullptr,
-                             .dresidual_out = nullptr, .dresidual = nullptr, .dh = nullptr, .dweight = nullptr,
+        kernel.norm_forward({.h = at<T>(a.h, offset),
+                             .residual = at<T>(a.residual, offset),
+                             .weight = a.weight.as<T>(),
+                             .bias = a.bias.as<T>(),
+                             .residual_out = at<T>(a.residual_out, offset),
+                             .out = at<T>(a.out, offset),
+                             .row_scale = a.row_scale ? a.row_scale.as<T>()[b] : T(1),
+                             .eps = static_cast<T>(a.eps),
+                             .layer = a.kind == Norm::layer,
+                             .len = std::min(norm_rows, len - row),
+                             .dim = dim,
+                             .dout = nullptr,
+                             .dresidual_out = nullptr,
+                             .dresidual = nullptr,
+                             .dh = nullptr,
+                             .dweight = nullptr,
                              .dbias = nullptr});
     });
 }
 
 // Partial sums of dweight and dbias per block of rows, added up in order of the blocks.
-template <class T> void norm_backward(Context& ctx, const NormBackward& a)
+template <class T>
+void norm_backward(Context& ctx, const NormBackward& a)
 {
     const Index batch = a.x.size(0), len = a.x.size(1), dim = a.x.size(2), blocks = ceil_div(len, sum_rows);
     const Kernels<T>& kernel = kernels<T>();
@@ -48,12 +64,22 @@ template <class T> void norm_backward(Context& ctx, const NormBackward& a)
     parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
         const Index b = task / blocks, row = task % blocks * sum_rows, offset = (b * len + row) * dim;
         T* own = sums + task * 2 * dim;
-        kernel.norm_backward({.h = nullptr, .residual = at<T>(a.x, offset), .weight = a.weight.as<T>(), .bias = nullptr,
-                              .residual_out = nullptr, .out = nullptr,
-                              .row_scale = a.row_scale ? a.row_scale.as<T>()[b] : T(1), .eps = static_cast<T>(a.eps),
-                              .layer = a.kind == Norm::layer, .len = std::min(sum_rows, len - row), .dim = dim,
-                              .dout = at<T>(a.dout, offset), .dresidual_out = at<T>(a.dresidual_out, offset),
-                              .dresidual = at<T>(a.dresidual, offset), .dh = at<T>(a.dh, offset), .dweight = own,
+        kernel.norm_backward({.h = nullptr,
+                              .residual = at<T>(a.x, offset),
+                              .weight = a.weight.as<T>(),
+                              .bias = nullptr,
+                              .residual_out = nullptr,
+                              .out = nullptr,
+                              .row_scale = a.row_scale ? a.row_scale.as<T>()[b] : T(1),
+                              .eps = static_cast<T>(a.eps),
+                              .layer = a.kind == Norm::layer,
+                              .len = std::min(sum_rows, len - row),
+                              .dim = dim,
+                              .dout = at<T>(a.dout, offset),
+                              .dresidual_out = at<T>(a.dresidual_out, offset),
+                              .dresidual = at<T>(a.dresidual, offset),
+                              .dh = at<T>(a.dh, offset),
+                              .dweight = own,
                               .dbias = own + dim});
     });
     for (Index task = 0; task < batch * blocks; task++)
@@ -63,7 +89,8 @@ template <class T> void norm_backward(Context& ctx, const NormBackward& a)
         }
 }
 
-template <class T> ConvArgs<T> conv_args(Context& ctx, const Conv1d& a, const ConvPass& p, Index b)
+template <class T>
+ConvArgs<T> conv_args(Context& ctx, const Conv1d& a, const ConvPass& p, Index b)
 {
     const Index len = a.x.size(1), ldx = a.x.size(2), tokens = p.u.size(1), dim = p.u.size(2);
     const Index width = p.weight.numel() / std::max<Index>(dim, 1);
@@ -84,7 +111,8 @@ template <class T> ConvArgs<T> conv_args(Context& ctx, const Conv1d& a, const Co
     return args;
 }
 
-template <class T> void conv_forward(Context& ctx, const Conv1d& a)
+template <class T>
+void conv_forward(Context& ctx, const Conv1d& a)
 {
     const Kernels<T>& kernel = kernels<T>();
     const Index batch = a.x.size(0), passes = static_cast<Index>(a.passes.size());
@@ -107,7 +135,8 @@ template <class T> void conv_forward(Context& ctx, const Conv1d& a)
 }
 
 // One task per image and channel block, both passes in order; weight gradients are partial sums per image.
-template <class T> void conv_backward(Context& ctx, const Conv1d& a)
+template <class T>
+void conv_backward(Context& ctx, const Conv1d& a)
 {
     const Kernels<T>& kernel = kernels<T>();
     const Index batch = a.x.size(0), len = a.x.size(1), passes = static_cast<Index>(a.passes.size());

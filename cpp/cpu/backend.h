@@ -20,7 +20,8 @@ enum PackKind : int { pack_linear, pack_linear_backward, pack_conv, pack_A_log, 
 inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 inline Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
-template <class F> void dispatch(DType dtype, F&& f)
+template <class F>
+void dispatch(DType dtype, F&& f)
 {
     if (dtype == DType::f32)
         f(float{});
@@ -28,10 +29,15 @@ template <class F> void dispatch(DType dtype, F&& f)
         f(double{});
 }
 
-template <class T> Tensor scratch(Context& ctx, Index count) { return ctx.arena().take({count}, dtype_of<T>); }
+template <class T>
+Tensor scratch(Context& ctx, Index count)
+{
+    return ctx.arena().take({count}, dtype_of<T>);
+}
 
 // The packed form of a weight from the running call's cache, or made anew in the arena without one.
-template <class T, class F> const T* packed(Context& ctx, const Tensor& weight, PackKind kind, Index count, F&& fill)
+template <class T, class F>
+const T* packed(Context& ctx, const Tensor& weight, PackKind kind, Index count, F&& fill)
 {
     if (ctx.cache)
         return static_cast<const T*>(ctx.cache->get(weight.data, kind, sizeof(T) * static_cast<std::size_t>(count),
@@ -42,33 +48,48 @@ template <class T, class F> const T* packed(Context& ctx, const Tensor& weight, 
 }
 
 // y = x W^T + bias (+ y), W packed; dw += dy^T x. Any leading dimensions.
-template <class T> struct Gemm {
-    const T* x; Index ldx;
+template <class T>
+struct Gemm {
+    const T* x;
+    Index ldx;
     const T* packed;
     const T* bias;
-    T* y; Index ldy;
+    T* y;
+    Index ldy;
     Index m, n, k;
     bool add;
 };
-template <class T> struct GemmTn {
-    const T* dy; Index lddy;
-    const T* x; Index ldx;
-    T* dw; Index lddw;
+template <class T>
+struct GemmTn {
+    const T* dy;
+    Index lddy;
+    const T* x;
+    Index ldx;
+    T* dw;
+    Index lddw;
     Index m, n, k;
 };
-template <class T> void run_gemms(Context& ctx, std::span<const Gemm<T>> problems);
-template <class T> void run_gemms_tn(Context& ctx, std::span<const GemmTn<T>> problems);
+template <class T>
+void run_gemms(Context& ctx, std::span<const Gemm<T>> problems);
+template <class T>
+void run_gemms_tn(Context& ctx, std::span<const GemmTn<T>> problems);
 
 // W (n, k) for y = x W^T, or for y = x W when transposed (then W is (k, n)).
-template <class T> const T* packed_linear(Context& ctx, const Tensor& w, PackKind kind, Index n, Index k, bool transposed);
+template <class T>
+const T* packed_linear(Context& ctx, const Tensor& w, PackKind kind, Index n, Index k, bool transposed);
 // (rows, columns) -> (columns, rows)
-template <class T> const T* packed_transpose(Context& ctx, const Tensor& w, PackKind kind, Index rows, Index columns);
+template <class T>
+const T* packed_transpose(Context& ctx, const Tensor& w, PackKind kind, Index rows, Index columns);
 
 class CpuBackend final : public Backend {
 public:
     int default_threads() const override { return core_count(); }
     std::int64_t tile() const override { return 512; }  // keeps the activations of a block in the second-level cache
 
+    void run(Context& ctx, void (*program)(void*), void* context) override
+    {
+        program_run(ctx.threads(), program, context);
+    }
     void norm_forward(Context& ctx, const NormForward& args) override;
     void norm_backward(Context& ctx, const NormBackward& args) override;
     void linear_forward(Context& ctx, std::span<const LinearForward> args) override;

@@ -9,11 +9,12 @@ namespace vimcore::cpu {
 
 namespace {
 
-constexpr Index patch_rows = 64;   // patches of a task
-constexpr Index token_rows = 64;   // tokens of a task
+constexpr Index patch_rows = 64;  // patches of a task
+constexpr Index token_rows = 64;  // tokens of a task
 
 // Calls f(image pixels, patch pixels) for every run of `patch` pixels of patch j of image b.
-template <class T, class F> void for_each_run(const Patches& a, Index b, Index j, F&& f)
+template <class T, class F>
+void for_each_run(const Patches& a, Index b, Index j, F&& f)
 {
     const Index channels = a.images.size(1), height = a.images.size(2), width = a.images.size(3), P = a.patch;
     const Index grid = (width - P) / a.stride + 1, y0 = j / grid * a.stride, x0 = j % grid * a.stride;
@@ -23,7 +24,8 @@ template <class T, class F> void for_each_run(const Patches& a, Index b, Index j
             f(a.images.as<T>() + ((b * channels + c) * height + y0 + y) * width + x0, cols + (c * P + y) * P);
 }
 
-template <class T> void patches_forward(Context& ctx, const Patches& a)
+template <class T>
+void patches_forward(Context& ctx, const Patches& a)
 {
     const Index batch = a.images.size(0), rows = a.cols.size(1), blocks = ceil_div(rows, patch_rows);
     parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
@@ -35,7 +37,8 @@ template <class T> void patches_forward(Context& ctx, const Patches& a)
     });
 }
 
-template <class T> void patches_backward(Context& ctx, const Patches& a)  // patches may overlap: one task per image
+template <class T>
+void patches_backward(Context& ctx, const Patches& a)  // patches may overlap: one task per image
 {
     parallel_for(ctx.threads(), a.images.size(0), [&](Index b) {
         for (Index j = a.begin; j < a.begin + a.cols.size(1); j++)
@@ -53,7 +56,8 @@ Index patch_index(const Tokens& a, Index t)
     return t - (a.position[0] >= 0 && t > a.position[0]) - (a.position[1] >= 0 && t > a.position[1]);
 }
 
-template <class T> void tokens_forward(Context& ctx, const Tokens& a)
+template <class T>
+void tokens_forward(Context& ctx, const Tokens& a)
 {
     const Index batch = a.out.size(0), len = a.out.size(1), dim = a.out.size(2), blocks = ceil_div(len, token_rows);
     parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
@@ -70,7 +74,8 @@ template <class T> void tokens_forward(Context& ctx, const Tokens& a)
     });
 }
 
-template <class T> void tokens_backward(Context& ctx, const Tokens& a)
+template <class T>
+void tokens_backward(Context& ctx, const Tokens& a)
 {
     const Index batch = a.out.size(0), len = a.out.size(1), dim = a.out.size(2);
     parallel_for(ctx.threads(), len, [&](Index t) {  // one task per token: sums over images stay in order
@@ -91,7 +96,8 @@ template <class T> void tokens_backward(Context& ctx, const Tokens& a)
     });
 }
 
-template <class T> void rope(Context& ctx, const Rope& a)
+template <class T>
+void rope(Context& ctx, const Rope& a)
 {
     const Index batch = a.x.size(0), len = a.x.size(1), dim = a.x.size(2);
     const T sign = a.inverse ? T(-1) : T(1);
@@ -107,7 +113,8 @@ template <class T> void rope(Context& ctx, const Rope& a)
     });
 }
 
-template <class T> void readout_forward(Context& ctx, const Readout& a)
+template <class T>
+void readout_forward(Context& ctx, const Readout& a)
 {
     const Index len = a.x.size(1), dim = a.x.size(2);
     parallel_for(ctx.threads(), a.x.size(0), [&](Index b) {
@@ -125,14 +132,16 @@ template <class T> void readout_forward(Context& ctx, const Readout& a)
         for (Index t = 1; t < len; t++)
             for (Index d = 0; d < dim; d++) {
                 const T value = x[t * dim + d];
-                out[d] = a.reduce == Reduce::mean ? out[d] + value : (value > out[d] || value != value ? value : out[d]);
+                out[d] =
+                    a.reduce == Reduce::mean ? out[d] + value : (value > out[d] || value != value ? value : out[d]);
             }
         if (a.reduce == Reduce::mean)
             for (Index d = 0; d < dim; d++) out[d] /= static_cast<T>(len);
     });
 }
 
-template <class T> void readout_backward(Context& ctx, const Readout& a)
+template <class T>
+void readout_backward(Context& ctx, const Readout& a)
 {
     const Index len = a.dx.size(1), dim = a.dx.size(2);
     parallel_for(ctx.threads(), a.dx.size(0), [&](Index b) {
@@ -160,7 +169,8 @@ template <class T> void readout_backward(Context& ctx, const Readout& a)
     });
 }
 
-template <class T> void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
+template <class T>
+void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
 {
     const Index len = out.size(1), dim = out.size(2), blocks = ceil_div(len, token_rows);
     parallel_for(ctx.threads(), out.size(0) * blocks, [&](Index task) {

@@ -16,7 +16,8 @@ struct Cut {
 };
 
 // Enough tasks to balance, few enough that a panel of weights is reused over many rows.
-template <class T> Cut cut_gemm(const Gemm<T>& g, int threads, const Kernels<T>& kernel)
+template <class T>
+Cut cut_gemm(const Gemm<T>& g, int threads, const Kernels<T>& kernel)
 {
     const Index panels = ceil_div(g.n, kernel.nr);
     if (threads <= 1) return {g.m, 1, panels, 1};
@@ -29,7 +30,8 @@ template <class T> Cut cut_gemm(const Gemm<T>& g, int threads, const Kernels<T>&
 
 }  // namespace
 
-template <class T> void run_gemms(Context& ctx, std::span<const Gemm<T>> problems)
+template <class T>
+void run_gemms(Context& ctx, std::span<const Gemm<T>> problems)
 {
     const Kernels<T>& kernel = kernels<T>();
     for (auto rest = problems; !rest.empty(); rest = rest.subspan(std::min(max_problems, rest.size()))) {
@@ -46,15 +48,24 @@ template <class T> void run_gemms(Context& ctx, std::span<const Gemm<T>> problem
             const Gemm<T>& g = group[i];
             const Cut& cut = cuts[i];
             const Index row = task / cut.panel_tasks * cut.rows, part = task % cut.panel_tasks;
-            kernel.gemm({.x = g.x + row * g.ldx, .ldx = g.ldx, .packed = g.packed, .bias = g.bias,
-                         .y = g.y + row * g.ldy, .ldy = g.ldy, .m = std::min(cut.rows, g.m - row), .n = g.n, .k = g.k,
+            kernel.gemm({.x = g.x + row * g.ldx,
+                         .ldx = g.ldx,
+                         .packed = g.packed,
+                         .bias = g.bias,
+                         .y = g.y + row * g.ldy,
+                         .ldy = g.ldy,
+                         .m = std::min(cut.rows, g.m - row),
+                         .n = g.n,
+                         .k = g.k,
                          .panel_begin = part * cut.panels / cut.panel_tasks,
-                         .panel_end = (part + 1) * cut.panels / cut.panel_tasks, .add = g.add});
+                         .panel_end = (part + 1) * cut.panels / cut.panel_tasks,
+                         .add = g.add});
         });
     }
 }
 
-template <class T> void run_gemms_tn(Context& ctx, std::span<const GemmTn<T>> problems)
+template <class T>
+void run_gemms_tn(Context& ctx, std::span<const GemmTn<T>> problems)
 {
     const Kernels<T>& kernel = kernels<T>();
     std::span<const GemmTn<T>> group;
@@ -80,14 +91,23 @@ template <class T> void run_gemms_tn(Context& ctx, std::span<const GemmTn<T>> pr
             std::size_t i = 0;
             while (task >= tasks[i]) task -= tasks[i++];
             const GemmTn<T>& g = group[i];
-            kernel.gemm_tn({.dy = g.dy, .lddy = g.lddy, .x = g.x, .ldx = g.ldx, .dw = g.dw, .lddw = g.lddw, .m = g.m,
-                            .k = g.k, .j_begin = task * width[i], .j_end = std::min(g.n, (task + 1) * width[i]),
+            kernel.gemm_tn({.dy = g.dy,
+                            .lddy = g.lddy,
+                            .x = g.x,
+                            .ldx = g.ldx,
+                            .dw = g.dw,
+                            .lddw = g.lddw,
+                            .m = g.m,
+                            .k = g.k,
+                            .j_begin = task * width[i],
+                            .j_end = std::min(g.n, (task + 1) * width[i]),
                             .scratch = own});
         });
     }
 }
 
-template <class T> const T* packed_linear(Context& ctx, const Tensor& w, PackKind kind, Index n, Index k, bool transposed)
+template <class T>
+const T* packed_linear(Context& ctx, const Tensor& w, PackKind kind, Index n, Index k, bool transposed)
 {
     const Kernels<T>& kernel = kernels<T>();
     return packed<T>(ctx, w, kind, round_up(n, kernel.nr) * k, [&](T* out) {
@@ -95,7 +115,8 @@ template <class T> const T* packed_linear(Context& ctx, const Tensor& w, PackKin
     });
 }
 
-template <class T> const T* packed_transpose(Context& ctx, const Tensor& w, PackKind kind, Index rows, Index columns)
+template <class T>
+const T* packed_transpose(Context& ctx, const Tensor& w, PackKind kind, Index rows, Index columns)
 {
     return packed<T>(ctx, w, kind, rows * columns, [&](T* out) {
         const T* in = w.as<T>();
@@ -107,7 +128,8 @@ template <class T> const T* packed_transpose(Context& ctx, const Tensor& w, Pack
 namespace {
 
 // dbias += sum over rows, in blocks so that long sums stay accurate.
-template <class T> void add_column_sums(const T* dy, Index rows, Index columns, T* dbias)
+template <class T>
+void add_column_sums(const T* dy, Index rows, Index columns, T* dbias)
 {
     constexpr Index block = 256, width = 64;
     for (Index j0 = 0; j0 < columns; j0 += width) {
@@ -121,21 +143,30 @@ template <class T> void add_column_sums(const T* dy, Index rows, Index columns, 
     }
 }
 
-template <class T> void forward(Context& ctx, std::span<const LinearForward> args)
+template <class T>
+void forward(Context& ctx, std::span<const LinearForward> args)
 {
     std::array<Gemm<T>, max_problems> problems;
     std::size_t count = 0;
     Arena::Scope scope(ctx.arena());
     for (const LinearForward& a : args) {
         const Index n = a.weight.size(0), k = a.weight.size(1);
-        problems[count++] = {.x = a.x.as<T>(), .ldx = k, .packed = packed_linear<T>(ctx, a.weight, pack_linear, n, k, false),
-                            .bias = a.bias.as<T>(), .y = a.y.as<T>(), .ldy = n, .m = n ? a.y.numel() / n : 0, .n = n,
-                            .k = k, .add = false};
+        problems[count++] = {.x = a.x.as<T>(),
+                             .ldx = k,
+                             .packed = packed_linear<T>(ctx, a.weight, pack_linear, n, k, false),
+                             .bias = a.bias.as<T>(),
+                             .y = a.y.as<T>(),
+                             .ldy = n,
+                             .m = n ? a.y.numel() / n : 0,
+                             .n = n,
+                             .k = k,
+                             .add = false};
     }
     run_gemms<T>(ctx, std::span(problems.data(), count));
 }
 
-template <class T> void backward(Context& ctx, std::span<const LinearBackward> args)
+template <class T>
+void backward(Context& ctx, std::span<const LinearBackward> args)
 {
     std::array<Gemm<T>, max_problems> inputs;
     std::array<GemmTn<T>, max_problems> weights;
@@ -145,14 +176,28 @@ template <class T> void backward(Context& ctx, std::span<const LinearBackward> a
         const Index n = a.dy.shape[-1], m = n ? a.dy.numel() / n : 0;
         if (a.dx) {
             const Index k = a.weight.size(1);
-            inputs[input_count++] = {.x = a.dy.as<T>(), .ldx = n,
-                              .packed = packed_linear<T>(ctx, a.weight, pack_linear_backward, k, n, true), .bias = nullptr,
-                              .y = a.dx.as<T>(), .ldy = k, .m = m, .n = k, .k = n, .add = a.accumulate_dx};
+            inputs[input_count++] = {.x = a.dy.as<T>(),
+                                     .ldx = n,
+                                     .packed = packed_linear<T>(ctx, a.weight, pack_linear_backward, k, n, true),
+                                     .bias = nullptr,
+                                     .y = a.dx.as<T>(),
+                                     .ldy = k,
+                                     .m = m,
+                                     .n = k,
+                                     .k = n,
+                                     .add = a.accumulate_dx};
         }
         if (a.dweight) {
             const Index k = a.dweight.size(1);
-            weights[weight_count++] = {.dy = a.dy.as<T>(), .lddy = n, .x = a.x.as<T>(), .ldx = k, .dw = a.dweight.as<T>(),
-                               .lddw = k, .m = m, .n = n, .k = k};
+            weights[weight_count++] = {.dy = a.dy.as<T>(),
+                                       .lddy = n,
+                                       .x = a.x.as<T>(),
+                                       .ldx = k,
+                                       .dw = a.dweight.as<T>(),
+                                       .lddw = k,
+                                       .m = m,
+                                       .n = n,
+                                       .k = k};
         }
         if (a.dbias) add_column_sums(a.dy.as<T>(), m, n, a.dbias.as<T>());
     }

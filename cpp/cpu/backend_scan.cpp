@@ -17,19 +17,22 @@ constexpr Index reduce_tokens = 64;      // tokens of a task that adds those up
 constexpr Index max_passes = 2;
 
 // What all tasks of one pass share; pointers are those of image 0.
-template <class T> struct Pass {
+template <class T>
+struct Pass {
     ScanArgs<T> args{};
     Index tokens = 0, q_row = 0, begin = 0, chunks = 0;
 };
 
-template <class T> const T* packed_A(Context& ctx, const Tensor& A_log)
+template <class T>
+const T* packed_A(Context& ctx, const Tensor& A_log)
 {
     const Index dim = A_log.size(0), state = A_log.size(1);
     return packed<T>(ctx, A_log, pack_A_log, dim * state,
                      [&](T* out) { kernels<T>().prepare_A(A_log.as<T>(), dim, state, out); });
 }
 
-template <class T> Pass<T> make_pass(Context& ctx, const Scan& a, const ScanPass& p)
+template <class T>
+Pass<T> make_pass(Context& ctx, const Scan& a, const ScanPass& p)
 {
     const Index inner = a.xz.size(2) / 2, state = p.A_log.size(1), rank = p.dt_weight.size(1);
     Pass<T> pass;
@@ -70,7 +73,8 @@ template <class T> Pass<T> make_pass(Context& ctx, const Scan& a, const ScanPass
 }
 
 // Moves the pointers of a pass to image b and channels [e0, e1).
-template <class T> ScanArgs<T> for_task(const Pass<T>& pass, Index len, Index b, Index e0, Index e1)
+template <class T>
+ScanArgs<T> for_task(const Pass<T>& pass, Index len, Index b, Index e0, Index e1)
 {
     ScanArgs<T> s = pass.args;
     s.u += b * pass.tokens * s.ldu;
@@ -86,7 +90,8 @@ template <class T> ScanArgs<T> for_task(const Pass<T>& pass, Index len, Index b,
     return s;
 }
 
-template <class T> void forward(Context& ctx, const Scan& a)
+template <class T>
+void forward(Context& ctx, const Scan& a)
 {
     const Kernels<T>& kernel = kernels<T>();
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
@@ -106,14 +111,16 @@ template <class T> void forward(Context& ctx, const Scan& a)
 }
 
 // Gradients that one task leaves behind for the sums over channel blocks and over images.
-template <class T> struct Partials {
-    T *ddelta;      // (B, L, E)
-    T *dBC;         // (B, blocks, 2, L, N)
-    T *dA;          // (B, N, E)
+template <class T>
+struct Partials {
+    T* ddelta;      // (B, L, E)
+    T* dBC;         // (B, blocks, 2, L, N)
+    T* dA;          // (B, N, E)
     T *dD, *dbias;  // (B, E)
 };
 
-template <class T> Partials<T> make_partials(Context& ctx, Index batch, Index len, Index dim, Index state, Index blocks)
+template <class T>
+Partials<T> make_partials(Context& ctx, Index batch, Index len, Index dim, Index state, Index blocks)
 {
     return {scratch<T>(ctx, batch * len * dim).template as<T>(),
             scratch<T>(ctx, batch * blocks * 2 * len * state).template as<T>(),
@@ -121,8 +128,9 @@ template <class T> Partials<T> make_partials(Context& ctx, Index batch, Index le
             scratch<T>(ctx, batch * dim).template as<T>()};
 }
 
-template <class T> ScanBackwardArgs<T> backward_args(const ScanArgs<T>& f, const Partials<T>& part, Index len, Index b,
-                                                     Index block, Index blocks, T* own)
+template <class T>
+ScanBackwardArgs<T> backward_args(const ScanArgs<T>& f, const Partials<T>& part, Index len, Index b, Index block,
+                                  Index blocks, T* own)
 {
     ScanBackwardArgs<T> s{};
     s.f = f;
@@ -138,8 +146,9 @@ template <class T> ScanBackwardArgs<T> backward_args(const ScanArgs<T>& f, const
 }
 
 // dB and dC of image b, tokens [t0, t1): sums over channel blocks in order, into rows of stride ld.
-template <class T> void reduce_BC(const Partials<T>& part, Index len, Index state, Index blocks, Index b, Index t0, Index t1,
-                                  T* dB, T* dC, Index ld)
+template <class T>
+void reduce_BC(const Partials<T>& part, Index len, Index state, Index blocks, Index b, Index t0, Index t1, T* dB, T* dC,
+               Index ld)
 {
     for (Index which = 0; which < 2; which++)
         for (Index t = t0; t < t1; t++) {
@@ -151,14 +160,16 @@ template <class T> void reduce_BC(const Partials<T>& part, Index len, Index stat
         }
 }
 
-template <class T> void add_over_images(const T* part, Index batch, Index count, T* sum)
+template <class T>
+void add_over_images(const T* part, Index batch, Index count, T* sum)
 {
     if (!sum) return;
     for (Index b = 0; b < batch; b++)
         for (Index i = 0; i < count; i++) sum[i] += part[b * count + i];
 }
 
-template <class T> void backward(Context& ctx, const Scan& a)
+template <class T>
+void backward(Context& ctx, const Scan& a)
 {
     const Kernels<T>& kernel = kernels<T>();
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
@@ -173,7 +184,9 @@ template <class T> void backward(Context& ctx, const Scan& a)
         pass[p].args.finish = false;
         pass[p].args.h = nullptr;
         part[p] = make_partials<T>(ctx, batch, len, inner, pass[p].args.state, blocks);
-        space = std::max(space, round_up(kernel.scan_backward_scratch(pass[p].args.state, a.chunk, std::min(inner, backward_channels)), 16));
+        space = std::max(space, round_up(kernel.scan_backward_scratch(pass[p].args.state, a.chunk,
+                                                                      std::min(inner, backward_channels)),
+                                         16));
     }
     T* memory = scratch<T>(ctx, space * batch * blocks).template as<T>();
     parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
@@ -181,17 +194,25 @@ template <class T> void backward(Context& ctx, const Scan& a)
         const Index e1 = std::min(inner, e0 + backward_channels);
         const T* dout = a.dout.as<T>() + b * len * inner;
         for (Index p = 0; p < passes; p++) {
-            ScanBackwardArgs<T> s = backward_args(for_task(pass[p], len, b, e0, e1), part[p], len, b, task % blocks, blocks,
-                                                  memory + task * space);
+            ScanBackwardArgs<T> s = backward_args(for_task(pass[p], len, b, e0, e1), part[p], len, b, task % blocks,
+                                                  blocks, memory + task * space);
             s.dout = dout;
             s.lddout = inner;
             s.du = a.passes[static_cast<std::size_t>(p)].du.template as<T>() + b * len * inner;
             s.lddu = inner;
             kernel.scan_backward(s);
         }
-        kernel.gate_backward({.len = len, .e0 = e0, .e1 = e1, .y = a.out.as<T>() + b * len * inner, .ldy = inner,
-                              .z = a.xz.as<T>() + b * len * 2 * inner + inner, .ldz = 2 * inner, .dout = dout,
-                              .lddout = inner, .dz = a.dxz.as<T>() + b * len * 2 * inner + inner, .lddz = 2 * inner,
+        kernel.gate_backward({.len = len,
+                              .e0 = e0,
+                              .e1 = e1,
+                              .y = a.out.as<T>() + b * len * inner,
+                              .ldy = inner,
+                              .z = a.xz.as<T>() + b * len * 2 * inner + inner,
+                              .ldz = 2 * inner,
+                              .dout = dout,
+                              .lddout = inner,
+                              .dz = a.dxz.as<T>() + b * len * 2 * inner + inner,
+                              .lddz = 2 * inner,
                               .scale = static_cast<T>(a.scale)});
     });
 
@@ -212,12 +233,26 @@ template <class T> void backward(Context& ctx, const Scan& a)
     for (Index p = 0; p < passes; p++) {
         const ScanPass& sp = a.passes[static_cast<std::size_t>(p)];
         const Index rank = pass[p].args.rank, row = pass[p].q_row, state = pass[p].args.state;
-        inputs[p] = {.x = part[p].ddelta, .ldx = inner,
-                     .packed = packed_linear<T>(ctx, sp.dt_weight, pack_linear_backward, rank, inner, true), .bias = nullptr,
-                     .y = sp.dq.as<T>(), .ldy = row, .m = batch * len, .n = rank, .k = inner, .add = false};
+        inputs[p] = {.x = part[p].ddelta,
+                     .ldx = inner,
+                     .packed = packed_linear<T>(ctx, sp.dt_weight, pack_linear_backward, rank, inner, true),
+                     .bias = nullptr,
+                     .y = sp.dq.as<T>(),
+                     .ldy = row,
+                     .m = batch * len,
+                     .n = rank,
+                     .k = inner,
+                     .add = false};
         if (sp.ddt_weight)
-            weights[weight_count++] = {.dy = part[p].ddelta, .lddy = inner, .x = sp.q.as<T>(), .ldx = row,
-                                       .dw = sp.ddt_weight.as<T>(), .lddw = rank, .m = batch * len, .n = inner, .k = rank};
+            weights[weight_count++] = {.dy = part[p].ddelta,
+                                       .lddy = inner,
+                                       .x = sp.q.as<T>(),
+                                       .ldx = row,
+                                       .dw = sp.ddt_weight.as<T>(),
+                                       .lddw = rank,
+                                       .m = batch * len,
+                                       .n = inner,
+                                       .k = rank};
         add_over_images(part[p].dD, batch, inner, sp.dD.as<T>());
         add_over_images(part[p].dbias, batch, inner, sp.ddt_bias.as<T>());
         if (!sp.dA_log) continue;
@@ -233,7 +268,8 @@ template <class T> void backward(Context& ctx, const Scan& a)
 
 // ---- textbook arguments --------------------------------------------------------------------------------------------
 
-template <class T> Pass<T> textbook_pass(Context& ctx, const SelectiveScan& a)
+template <class T>
+Pass<T> textbook_pass(Context& ctx, const SelectiveScan& a)
 {
     const Index dim = a.u.size(2), state = a.A.size(1);
     T* A = scratch<T>(ctx, dim * state).template as<T>();
@@ -267,7 +303,8 @@ template <class T> Pass<T> textbook_pass(Context& ctx, const SelectiveScan& a)
     return pass;
 }
 
-template <class T> void textbook_run(Context& ctx, const Pass<T>& pass, Index batch)
+template <class T>
+void textbook_run(Context& ctx, const Pass<T>& pass, Index batch)
 {
     const Index dim = pass.args.dim, blocks = ceil_div(dim, forward_channels);
     parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
@@ -276,13 +313,15 @@ template <class T> void textbook_run(Context& ctx, const Pass<T>& pass, Index ba
     });
 }
 
-template <class T> void textbook_forward(Context& ctx, const SelectiveScan& a)
+template <class T>
+void textbook_forward(Context& ctx, const SelectiveScan& a)
 {
     Arena::Scope scope(ctx.arena());
     textbook_run(ctx, textbook_pass<T>(ctx, a), a.u.size(0));
 }
 
-template <class T> void textbook_backward(Context& ctx, const SelectiveScan& a)
+template <class T>
+void textbook_backward(Context& ctx, const SelectiveScan& a)
 {
     constexpr Index chunk = 64;
     const Kernels<T>& kernel = kernels<T>();
@@ -301,20 +340,30 @@ template <class T> void textbook_backward(Context& ctx, const SelectiveScan& a)
     parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
         const Index b = task / blocks, e0 = task % blocks * backward_channels, offset = b * len * dim;
         const Index e1 = std::min(dim, e0 + backward_channels);
-        ScanBackwardArgs<T> s = backward_args(for_task(pass, len, b, e0, e1), part, len, b, task % blocks, blocks,
-                                              memory + task * space);
+        ScanBackwardArgs<T> s =
+            backward_args(for_task(pass, len, b, e0, e1), part, len, b, task % blocks, blocks, memory + task * space);
         s.dout = a.dout.as<T>() + offset;
         s.du = a.du.as<T>() + offset;
         s.ddelta = a.ddelta.as<T>() + offset;
         s.lddout = s.lddu = s.ldddelta = dim;
         kernel.scan_backward(s);
         if (a.z)
-            kernel.gate_backward({.len = len, .e0 = e0, .e1 = e1, .y = a.out.as<T>() + offset, .ldy = dim,
-                                  .z = a.z.as<T>() + offset, .ldz = dim, .dout = s.dout, .lddout = dim,
-                                  .dz = a.dz.as<T>() + offset, .lddz = dim, .scale = T(1)});
+            kernel.gate_backward({.len = len,
+                                  .e0 = e0,
+                                  .e1 = e1,
+                                  .y = a.out.as<T>() + offset,
+                                  .ldy = dim,
+                                  .z = a.z.as<T>() + offset,
+                                  .ldz = dim,
+                                  .dout = s.dout,
+                                  .lddout = dim,
+                                  .dz = a.dz.as<T>() + offset,
+                                  .lddz = dim,
+                                  .scale = T(1)});
     });
     for (Index b = 0; b < batch; b++)
-        reduce_BC(part, len, state, blocks, b, 0, len, a.dB.as<T>() + b * len * state, a.dC.as<T>() + b * len * state, state);
+        reduce_BC(part, len, state, blocks, b, 0, len, a.dB.as<T>() + b * len * state, a.dC.as<T>() + b * len * state,
+                  state);
     auto overwrite = [&](const T* sums, const Tensor& out) {
         if (!out) return;
         std::fill_n(out.as<T>(), out.numel(), T(0));

@@ -10,9 +10,11 @@
 namespace vimcore::cpu {
 
 // Chosen once, at first use. Throws vimcore::Error when VIMCORE_ISA names a set that is unknown or not available.
-template <class T> const Kernels<T>& kernels();
+template <class T>
+const Kernels<T>& kernels();
 // A given one of isas_available().
-template <class T> const Kernels<T>& kernels(const std::string& isa);
+template <class T>
+const Kernels<T>& kernels(const std::string& isa);
 
 std::string isa_in_use();
 std::vector<std::string> isas_built();      // compiled into this library

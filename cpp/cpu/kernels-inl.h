@@ -18,7 +18,8 @@
 namespace vimcore::cpu {
 namespace VIM_ISA {
 
-template <class T> static const Kernels<T> table = {
+template <class T>
+static const Kernels<T> table = {
     .isa = VIM_NAME(VIM_ISA),
     .lanes = lanes<T>,
     .mr = GemmTile<T>::rows,
@@ -42,7 +43,11 @@ template <class T> static const Kernels<T> table = {
 
 }  // namespace VIM_ISA
 
-template <class T> const Kernels<T>* VIM_JOIN(kernels_, VIM_ISA)() { return &VIM_ISA::table<T>; }
+template <class T>
+const Kernels<T>* VIM_JOIN(kernels_, VIM_ISA)()
+{
+    return &VIM_ISA::table<T>;
+}
 template const Kernels<float>* VIM_JOIN(kernels_, VIM_ISA)<float>();
 template const Kernels<double>* VIM_JOIN(kernels_, VIM_ISA)<double>();
 

@@ -9,17 +9,24 @@ namespace vimcore::cpu {
 using Index = long long;
 
 // Packed right-hand side: panels [ceil(n / nr)][k][nr], zero-padded. transposed: w is (k, n).
-template <class T> struct PackArgs {
-    const T* w; Index ldw; Index n, k; bool transposed;
+template <class T>
+struct PackArgs {
+    const T* w;
+    Index ldw;
+    Index n, k;
+    bool transposed;
     T* out;
 };
 
 // y[i, j] = (add ? y[i, j] : 0) + bias[j] + sum_p x[i, p] w[j, p]. The order of summation over p never depends on m.
-template <class T> struct GemmArgs {
-    const T* x; Index ldx;
+template <class T>
+struct GemmArgs {
+    const T* x;
+    Index ldx;
     const T* packed;
-    const T* bias;          // or null
-    T* y; Index ldy;
+    const T* bias;  // or null
+    T* y;
+    Index ldy;
     Index m, n, k;
     Index panel_begin, panel_end;  // panels of nr columns to compute
     bool add;
@@ -27,19 +34,26 @@ template <class T> struct GemmArgs {
 
 // dw[j, p] += sum_i dy[i, j] x[i, p] for j in [j_begin, j_end), p in [0, k). scratch: gemm_tn_scratch(m, k) elements.
 // Rows are summed in blocks of a fixed length, so the result does not depend on how j is split.
-template <class T> struct GemmTnArgs {
-    const T* dy; Index lddy;
-    const T* x; Index ldx;
-    T* dw; Index lddw;
+template <class T>
+struct GemmTnArgs {
+    const T* dy;
+    Index lddy;
+    const T* x;
+    Index ldx;
+    T* dw;
+    Index lddw;
     Index m, k, j_begin, j_end;
     T* scratch;
 };
 
 // One image, rows [0, len) of width dim. kind_layer false: RMSNorm. Null pointers where ops.h says "or none".
-template <class T> struct NormArgs {
+template <class T>
+struct NormArgs {
     const T *h, *residual, *weight, *bias;
     T *residual_out, *out;
-    T row_scale; T eps; bool layer;
+    T row_scale;
+    T eps;
+    bool layer;
     Index len, dim;
     // backward: x is `residual`; dweight/dbias are (dim), added to in row order
     const T *dout, *dresidual_out;
@@ -48,68 +62,91 @@ template <class T> struct NormArgs {
 
 // One image, one direction, tokens [begin, begin + len) of a sequence of total tokens, channels [e0, e1).
 // weight is (width, dim): transposed. backward adds to dx when add_dx; dweight (width, dim), dbias (dim) are added to.
-template <class T> struct ConvArgs {
-    const T* x; Index ldx;       // row 0 of the sequence
+template <class T>
+struct ConvArgs {
+    const T* x;
+    Index ldx;  // row 0 of the sequence
     const T *weight, *bias;
-    T* u; Index ldu;             // row 0 is token `begin`
+    T* u;
+    Index ldu;  // row 0 is token `begin`
     Index begin, len, total, dim, e0, e1, width;
     bool reverse, silu;
-    const T* du; Index lddu;     // backward, begin 0 and len == total
-    T* dx; Index lddx; bool add_dx;
+    const T* du;
+    Index lddu;  // backward, begin 0 and len == total
+    T* dx;
+    Index lddx;
+    bool add_dx;
     T *dweight, *dbias;
 };
 
 // One image, one direction, len tokens, channels [e0, e1). All row pointers are at the first token of these len.
-template <class T> struct ScanArgs {
+template <class T>
+struct ScanArgs {
     bool reverse;
-    Index len, dim, state, rank;     // E, N, R
+    Index len, dim, state, rank;  // E, N, R
     Index e0, e1;
-    const T* u; Index ldu;
-    const T* dt; Index lddt;         // rank > 0: (len, R) low-rank; rank 0: (len, E) delta before bias and softplus
-    const T* dt_weight;              // (R, E) transposed, or null when rank is 0
-    const T* dt_bias;                // (E) or null
+    const T* u;
+    Index ldu;
+    const T* dt;
+    Index lddt;          // rank > 0: (len, R) low-rank; rank 0: (len, E) delta before bias and softplus
+    const T* dt_weight;  // (R, E) transposed, or null when rank is 0
+    const T* dt_bias;    // (E) or null
     bool softplus;
-    const T* A;                      // (N, E): A * log2(e), transposed
-    const T *B, *C; Index ldb;       // (len, N) rows of stride ldb
-    const T* D;                      // (E) or null
-    T* h;                            // (N, E) state in and out; null: starts at zero, not returned
-    T* y; Index ldy;                 // out
-    bool add;                        // y += instead of y =
-    bool finish;                     // y = scale * y * silu(z)
-    const T* z; Index ldz;           // or null: no gate
+    const T* A;  // (N, E): A * log2(e), transposed
+    const T *B, *C;
+    Index ldb;   // (len, N) rows of stride ldb
+    const T* D;  // (E) or null
+    T* h;        // (N, E) state in and out; null: starts at zero, not returned
+    T* y;
+    Index ldy;    // out
+    bool add;     // y += instead of y =
+    bool finish;  // y = scale * y * silu(z)
+    const T* z;
+    Index ldz;  // or null: no gate
     T scale;
     // states on entry of every chunk of `chunk` tokens, chunk c covering tokens [c chunk, (c+1) chunk) counted from
     // token 0 of the sequence (the first of these len is token `begin`): (chunks, N, E), or null
-    T* checkpoints; Index chunk, begin;
+    T* checkpoints;
+    Index chunk, begin;
 };
 
 // Backward of one direction, one image, channels [e0, e1), the whole sequence (len tokens).
 // gy = dout * scale * silu(z) (or dout * scale without z) is the gradient of y.
-template <class T> struct ScanBackwardArgs {
-    ScanArgs<T> f;                   // f.checkpoints is read; f.y receives y (without gate; added to when f.add)
-    const T* dout; Index lddout;
-    T* du; Index lddu;
-    T* ddelta; Index ldddelta;       // gradient of delta before bias and softplus, (len, E)
-    T *dB, *dC;                      // (len, N) contiguous, overwritten: the sums over channels [e0, e1)
-    T *dA;                           // (N, E): gradient of A (not of A log2 e), overwritten for [e0, e1)
-    T *dD, *dbias;                   // (E) overwritten for [e0, e1), or null
-    T* scratch;                      // scan_backward_scratch(state, chunk, e1 - e0) elements, 64-byte aligned, contents ignored
+template <class T>
+struct ScanBackwardArgs {
+    ScanArgs<T> f;  // f.checkpoints is read; f.y receives y (without gate; added to when f.add)
+    const T* dout;
+    Index lddout;
+    T* du;
+    Index lddu;
+    T* ddelta;
+    Index ldddelta;  // gradient of delta before bias and softplus, (len, E)
+    T *dB, *dC;      // (len, N) contiguous, overwritten: the sums over channels [e0, e1)
+    T* dA;           // (N, E): gradient of A (not of A log2 e), overwritten for [e0, e1)
+    T *dD, *dbias;   // (E) overwritten for [e0, e1), or null
+    T* scratch;      // scan_backward_scratch(state, chunk, e1 - e0) elements, 64-byte aligned, contents ignored
 };
 
 // Gate: with y the ungated sum of directions, dz = dout * scale * y * silu'(z) and y <- scale * y * silu(z).
-template <class T> struct GateBackwardArgs {
+template <class T>
+struct GateBackwardArgs {
     Index len, e0, e1;
-    T* y; Index ldy;
-    const T* z; Index ldz;
-    const T* dout; Index lddout;
-    T* dz; Index lddz;               // or null
+    T* y;
+    Index ldy;
+    const T* z;
+    Index ldz;
+    const T* dout;
+    Index lddout;
+    T* dz;
+    Index lddz;  // or null
     T scale;
 };
 
-template <class T> struct Kernels {
+template <class T>
+struct Kernels {
     const char* isa;
-    Index lanes;                     // elements of a vector: channel ranges are multiples of it, except the last
-    Index mr, nr;                    // register tile of gemm
+    Index lanes;   // elements of a vector: channel ranges are multiples of it, except the last
+    Index mr, nr;  // register tile of gemm
 
     void (*pack)(const PackArgs<T>&);
     void (*gemm)(const GemmArgs<T>&);
@@ -124,14 +161,18 @@ template <class T> struct Kernels {
     Index (*scan_backward_scratch)(Index state, Index chunk, Index channels);
     void (*gate_backward)(const GateBackwardArgs<T>&);
     void (*prepare_A)(const T* A_log, Index dim, Index state, T* out);  // out (N, E) = -exp(A_log) log2(e), transposed
-    T (*fma_peak)(Index rounds);     // busy loop of multiply-adds; returns a value so that it is not removed
-    Index fma_per_round;             // flops of one round
+    T (*fma_peak)(Index rounds);  // busy loop of multiply-adds; returns a value so that it is not removed
+    Index fma_per_round;          // flops of one round
 };
 
 // One per instruction set that was built; null entries where it was not.
-template <class T> const Kernels<T>* kernels_baseline();
-template <class T> const Kernels<T>* kernels_avx2();
-template <class T> const Kernels<T>* kernels_avx512();
-template <class T> const Kernels<T>* kernels_neon();
+template <class T>
+const Kernels<T>* kernels_baseline();
+template <class T>
+const Kernels<T>* kernels_avx2();
+template <class T>
+const Kernels<T>* kernels_avx512();
+template <class T>
+const Kernels<T>* kernels_neon();
 
 }  // namespace vimcore::cpu

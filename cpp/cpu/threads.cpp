@@ -5,6 +5,9 @@
 #include "threads.h"
 
 #include <pthread.h>
+#if defined(VIMCORE_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
@@ -24,8 +27,9 @@
 namespace vimcore::cpu {
 namespace {
 
-std::atomic<bool> forked{false};   // this process is a child without its parent's workers
-std::atomic<int> active{0};        // threads that run loops now
+std::atomic<bool> forked{false};  // this process is a child without its parent's workers
+std::atomic<int> active{0};       // threads that run loops now
+constexpr int max_threads = 1024;
 thread_local bool inside = false;  // this thread is in a loop: an inner loop runs serially
 
 void watch_fork()
@@ -101,19 +105,6 @@ struct Loop {
     }
 };
 
-#if defined(VIMCORE_OPENMP)
-
-void run_team(int threads, std::int64_t count, void (*body)(void*, std::int64_t), void* context)
-{
-    Loop loop;
-    loop.start(count, body, context);
-#pragma omp parallel num_threads(threads)
-    loop.work();
-    if (loop.error) std::rethrow_exception(loop.error);
-}
-
-#else
-
 void pause_cpu()
 {
 #if defined(__x86_64__) || defined(__i386__)
@@ -135,14 +126,11 @@ void wait_changed(std::atomic<std::uint32_t>& value, std::uint32_t old)
     value.wait(old, std::memory_order_acquire);
 }
 
+// A caller's loops and those who help with them: call serve() from each helper.
 class Team {
 public:
-    bool take() { return !taken_.exchange(true, std::memory_order_acquire); }
-    void give_back() { taken_.store(false, std::memory_order_release); }
-
     void run(int threads, std::int64_t count, void (*body)(void*, std::int64_t), void* context)
     {
-        while (static_cast<int>(workers_.size()) < threads - 1) workers_.emplace_back([this] { serve(); });
         loop_.start(count, body, context);
         gate_.store(static_cast<std::uint32_t>(threads - 1) * one_place, std::memory_order_release);
         rounds_.fetch_add(1, std::memory_order_release);
@@ -153,22 +141,10 @@ public:
         if (loop_.error) std::rethrow_exception(std::exchange(loop_.error, nullptr));
     }
 
-    void stop()  // at exit, outside any loop
-    {
-        stopping_.store(true, std::memory_order_release);
-        rounds_.fetch_add(1, std::memory_order_release);
-        rounds_.notify_all();
-        for (std::thread& worker : workers_) worker.join();
-        workers_.clear();
-    }
-
-private:
-    static constexpr std::uint32_t one_place = 1u << 16;  // gate: free places * one_place + workers inside
-
-    void serve()
+    void serve()  // until dismissed
     {
         std::uint32_t seen = 0;
-        while (!stopping_.load(std::memory_order_acquire)) {
+        while (!dismissed_.load(std::memory_order_acquire)) {
             wait_changed(rounds_, seen);
             seen = rounds_.load(std::memory_order_acquire);
             std::uint32_t gate = gate_.load(std::memory_order_relaxed);
@@ -183,19 +159,93 @@ private:
         }
     }
 
-    std::atomic<bool> taken_{false}, stopping_{false};
+    void dismiss()  // outside any loop
+    {
+        dismissed_.store(true, std::memory_order_release);
+        rounds_.fetch_add(1, std::memory_order_release);
+        rounds_.notify_all();
+    }
+
+private:
+    static constexpr std::uint32_t one_place = 1u << 16;  // gate: free places * one_place + helpers inside
+
+    std::atomic<bool> dismissed_{false};
     std::atomic<std::uint32_t> gate_{0}, rounds_{0};
     Loop loop_;
+};
+
+thread_local Team* current_team = nullptr;  // of the program that this thread runs
+
+#if defined(VIMCORE_OPENMP)
+
+// A loop outside any program.
+void run_team(int threads, std::int64_t count, void (*body)(void*, std::int64_t), void* context)
+{
+    Loop loop;
+    loop.start(count, body, context);
+#pragma omp parallel num_threads(threads)
+    loop.work();
+    if (loop.error) std::rethrow_exception(loop.error);
+}
+
+// One parallel region for the whole program. Its loops use our own gate: they never wait for a thread that the system
+// has not scheduled, as OpenMP's barriers do.
+void run_program(int threads, void (*program)(void*), void* context)
+{
+    Team team;
+    std::exception_ptr error;
+#pragma omp parallel num_threads(threads)
+    {
+        if (omp_get_thread_num() == 0) {
+            current_team = &team;
+            try {
+                program(context);
+            } catch (...) {
+                error = std::current_exception();
+            }
+            current_team = nullptr;
+            team.dismiss();
+        } else {
+            team.serve();
+        }
+    }
+    if (error) std::rethrow_exception(error);
+}
+
+#else
+
+// A team with threads of its own.
+class OwnTeam {
+public:
+    bool take() { return !taken_.exchange(true, std::memory_order_acquire); }
+    void give_back() { taken_.store(false, std::memory_order_release); }
+
+    Team& with_helpers(int helpers)
+    {
+        while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back([this] { team_.serve(); });
+        return team_;
+    }
+
+    void stop()  // at exit, outside any loop
+    {
+        team_.dismiss();
+        for (std::thread& worker : workers_) worker.join();
+        workers_.clear();
+    }
+
+private:
+    std::atomic<bool> taken_{false};
+    Team team_;
     std::vector<std::thread> workers_;
 };
 
 constexpr int max_teams = 8;  // concurrent callers with workers; further ones run serially
 
-Team* teams()
+OwnTeam* teams()
 {
     // Never destroyed, so that a forked child cannot touch threads that it does not have.
-    static Team* const all = [] {
-        static Team* const made = new Team[max_teams];
+    static OwnTeam* const all = [] {
+        static OwnTeam* const made = new OwnTeam[max_teams];
         std::atexit([] {
             if (forked) return;
             for (int i = 0; i < max_teams; i++)
@@ -209,21 +259,39 @@ Team* teams()
 void run_team(int threads, std::int64_t count, void (*body)(void*, std::int64_t), void* context)
 {
     thread_local int favourite = 0;  // a caller finds its warm workers again
-    Team* const all = teams();
+    OwnTeam* const all = teams();
     for (int tried = 0; tried < max_teams; tried++) {
-        Team& team = all[(favourite + tried) % max_teams];
+        OwnTeam& team = all[(favourite + tried) % max_teams];
         if (!team.take()) continue;
         favourite = (favourite + tried) % max_teams;
         struct Returned {
-            Team& team;
+            OwnTeam& team;
             ~Returned() { team.give_back(); }
         } returned{team};
-        return team.run(threads, count, body, context);
+        return team.with_helpers(threads - 1).run(threads, count, body, context);
     }
     run_serially(count, body, context);
 }
 
 #endif
+
+// How many of the wanted threads a caller may use now: concurrent callers share the cores.
+class Share {
+public:
+    explicit Share(int wanted) : wanted_(wanted)
+    {
+        static const int cores = core_count();
+        threads = std::min(wanted, std::max(cores, wanted) - active.fetch_add(wanted, std::memory_order_relaxed));
+    }
+    ~Share() { active.fetch_sub(wanted_, std::memory_order_relaxed); }
+    Share(const Share&) = delete;
+    Share& operator=(const Share&) = delete;
+
+    int threads;
+
+private:
+    int wanted_;
+};
 
 }  // namespace
 
@@ -245,19 +313,25 @@ int core_count()
 
 void parallel_run(int threads, std::int64_t count, void (*body)(void* context, std::int64_t index), void* context)
 {
-    threads = static_cast<int>(std::min<std::int64_t>({threads, count, 1024}));
+    threads = static_cast<int>(std::min<std::int64_t>({threads, count, max_threads}));
     if (threads <= 1 || inside || forked.load(std::memory_order_relaxed)) return run_serially(count, body, context);
+    if (current_team) return current_team->run(threads, count, body, context);
     watch_fork();
-    // Concurrent callers share the cores: each takes what the others left.
-    static const int cores = core_count();
-    const int wanted = threads, free = std::max(cores, wanted) - active.fetch_add(wanted, std::memory_order_relaxed);
-    threads = std::min(wanted, free);
-    struct Done {
-        int threads;
-        ~Done() { active.fetch_sub(threads, std::memory_order_relaxed); }
-    } done{wanted};
-    if (threads <= 1) return run_serially(count, body, context);
-    run_team(threads, count, body, context);
+    const Share share(threads);
+    if (share.threads <= 1) return run_serially(count, body, context);
+    run_team(share.threads, count, body, context);
+}
+
+void program_run(int threads, void (*program)(void* context), void* context)
+{
+    threads = std::min(threads, max_threads);
+    if (threads <= 1 || inside || current_team || forked.load(std::memory_order_relaxed)) return program(context);
+#if defined(VIMCORE_OPENMP)
+    watch_fork();
+    const Share share(threads);
+    if (share.threads > 1) return run_program(share.threads, program, context);
+#endif
+    program(context);
 }
 
 }  // namespace vimcore::cpu

@@ -27,7 +27,7 @@ public:
         std::size_t block_, used_;
     };
 
-    std::size_t bytes() const;          // reserved now
+    std::size_t bytes() const;                                // reserved now
     std::size_t allocations() const { return allocations_; }  // since construction; constant after warm-up
 
 private:

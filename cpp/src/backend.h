@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <span>
+#include <type_traits>
 
 #include "vimcore/ops.h"
 
@@ -15,6 +16,9 @@ public:
 
     virtual int default_threads() const = 0;
     virtual std::int64_t tile() const = 0;  // tokens per operator call that suit its caches
+
+    // Runs `program`, a sequence of operator calls that belong together.
+    virtual void run(Context& ctx, void (*program)(void* context), void* context) = 0;
 
     virtual void norm_forward(Context& ctx, const NormForward& args) = 0;
     virtual void norm_backward(Context& ctx, const NormBackward& args) = 0;
@@ -35,6 +39,12 @@ public:
     virtual void readout_backward(Context& ctx, const Readout& args) = 0;
     virtual void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale) = 0;
 };
+
+template <class F>
+void run_together(Context& ctx, F&& program)
+{
+    ctx.backend().run(ctx, [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); }, &program);
+}
 
 Backend& cpu_backend();
 Backend& cuda_backend();  // throws vimcore::Error where the build or the machine has no CUDA

@@ -10,7 +10,8 @@ namespace vimcore {
 namespace {
 
 // dlogits -> gradient of the normalised tokens, which are computed again.
-void head_backward(const Network& net, const Tensor& tokens, const Tensor& dlogits, const Tensor& dtokens, Params& dparams)
+void head_backward(const Network& net, const Tensor& tokens, const Tensor& dlogits, const Tensor& dtokens,
+                   Params& dparams)
 {
     Arena::Scope scope(net.ctx.arena());
     const Config& c = net.config;
@@ -20,8 +21,12 @@ void head_backward(const Network& net, const Tensor& tokens, const Tensor& dlogi
             std::memcpy(dx.data, dy.data, dx.bytes());
             return;
         }
-        const LinearBackward args{.x = x, .weight = net.params.head_weight, .dy = dy, .dx = dx,
-                                  .dweight = dparams.head_weight, .dbias = dparams.head_bias};
+        const LinearBackward args{.x = x,
+                                  .weight = net.params.head_weight,
+                                  .dy = dy,
+                                  .dx = dx,
+                                  .dweight = dparams.head_weight,
+                                  .dbias = dparams.head_bias};
         linear_backward(net.ctx, {&args, 1});
     };
     Readout readout = net.readout();
@@ -41,7 +46,8 @@ void head_backward(const Network& net, const Tensor& tokens, const Tensor& dlogi
         readout.x = tokens;
         if (c.num_classes > 0) {
             readout.x = net.take(shape);
-            const LinearForward args{.x = tokens, .weight = net.params.head_weight, .bias = net.params.head_bias, .y = readout.x};
+            const LinearForward args{
+                .x = tokens, .weight = net.params.head_weight, .bias = net.params.head_bias, .y = readout.x};
             linear_forward(net.ctx, {&args, 1});
         }
         readout.dout = dlogits;
@@ -66,11 +72,16 @@ void embed_backward(const Network& net, const Tensor& images, const Tensor& dh, 
     net.for_each_patch_block([&](std::int64_t b, std::int64_t begin, std::int64_t count) {
         Arena::Scope block(net.ctx.arena());
         const Tensor cols = net.take({1, count, weight.size(1)}), x = cols.view({count, weight.size(1)});
-        Patches patches{.images = images.slice(b, b + 1), .patch = c.patch_size, .stride = c.stride, .begin = begin, .cols = cols};
+        Patches patches{
+            .images = images.slice(b, b + 1), .patch = c.patch_size, .stride = c.stride, .begin = begin, .cols = cols};
         patches_forward(net.ctx, patches);
         const Tensor dx = dimages ? net.take(x.shape) : Tensor{};
-        const LinearBackward args{.x = x, .weight = weight, .dy = dpatches[b].slice(begin, begin + count), .dx = dx,
-                                  .dweight = dparams.patch_weight.view(weight.shape), .dbias = dparams.patch_bias};
+        const LinearBackward args{.x = x,
+                                  .weight = weight,
+                                  .dy = dpatches[b].slice(begin, begin + count),
+                                  .dx = dx,
+                                  .dweight = dparams.patch_weight.view(weight.shape),
+                                  .dbias = dparams.patch_bias};
         linear_backward(net.ctx, {&args, 1});
         if (!dimages) return;
         patches.images = dimages.slice(b, b + 1);
@@ -79,14 +90,12 @@ void embed_backward(const Network& net, const Tensor& images, const Tensor& dh, 
     });
 }
 
-}  // namespace
-
-void backward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Saved& saved,
-              const Outputs& gradients, Params& dparams, const Tensor& dimages, const Draws& draws)
+void run(const Network& net, const Tensor& images, const Saved& saved, const Outputs& gradients, Params& dparams,
+         const Tensor& dimages)
 {
-    const Network net(ctx, config, params, images, draws);
-    dparams.blocks.resize(static_cast<std::size_t>(config.depth));
-    if (net.batch == 0) return;
+    Context& ctx = net.ctx;
+    const Config& config = net.config;
+    const Params& params = net.params;
     Arena::Scope scope(ctx.arena());
     const std::int64_t step = net.layers_per_step();
     const Tensor dh = net.take(net.sequence()), dresidual = net.take(net.sequence());
@@ -96,15 +105,29 @@ void backward(Context& ctx, const Config& config, const Params& params, const Te
         std::memset(dtokens.data, 0, dtokens.bytes());
         if (gradients.logits) {
             const Tensor tokens = net.take(net.sequence());
-            norm_forward(ctx, {.h = {}, .row_scale = {}, .residual = saved.residual, .weight = params.norm_weight,
-                               .bias = params.norm_bias, .kind = config.norm, .eps = config.norm_eps, .residual_out = {},
+            norm_forward(ctx, {.h = {},
+                               .row_scale = {},
+                               .residual = saved.residual,
+                               .weight = params.norm_weight,
+                               .bias = params.norm_bias,
+                               .kind = config.norm,
+                               .eps = config.norm_eps,
+                               .residual_out = {},
                                .out = tokens});
             head_backward(net, tokens, gradients.logits, dtokens, dparams);
         }
         if (gradients.tokens) add(ctx, dtokens, gradients.tokens, dtokens);
-        norm_backward(ctx, {.x = saved.residual, .row_scale = net.drop_path(config.depth - 1), .weight = params.norm_weight,
-                            .kind = config.norm, .eps = config.norm_eps, .dout = dtokens, .dresidual_out = {},
-                            .dresidual = dresidual, .dh = dh, .dweight = dparams.norm_weight, .dbias = dparams.norm_bias});
+        norm_backward(ctx, {.x = saved.residual,
+                            .row_scale = net.drop_path(config.depth - 1),
+                            .weight = params.norm_weight,
+                            .kind = config.norm,
+                            .eps = config.norm_eps,
+                            .dout = dtokens,
+                            .dresidual_out = {},
+                            .dresidual = dresidual,
+                            .dh = dh,
+                            .dweight = dparams.norm_weight,
+                            .dbias = dparams.norm_bias});
     }
 
     Tensor pair_dh, pair_dresidual;  // of the second layer of a pair
@@ -124,11 +147,17 @@ void backward(Context& ctx, const Config& config, const Params& params, const Te
             const Tensor scale = net.drop_path(layer + k - 1);
             const Tensor own_dh = k == 1 ? pair_dh : dh, own_dresidual = k == 1 ? pair_dresidual : dresidual;
             net.for_each_group([&](std::int64_t begin, std::int64_t end) {
-                const Block block{.h = {}, .row_scale = scale.slice(begin, end), .residual = {},
-                                  .reverse = net.reverse(layer + k), .residual_out = {}, .out = {}};
+                const Block block{.h = {},
+                                  .row_scale = scale.slice(begin, end),
+                                  .residual = {},
+                                  .reverse = net.reverse(layer + k),
+                                  .residual_out = {},
+                                  .out = {}};
                 block_backward(ctx, config, params.blocks[i], block, net.group(saved.blocks[i], begin, end),
-                               {.dout = dh.slice(begin, end), .dresidual_out = dresidual.slice(begin, end),
-                                .dresidual = own_dresidual.slice(begin, end), .dh = own_dh.slice(begin, end)},
+                               {.dout = dh.slice(begin, end),
+                                .dresidual_out = dresidual.slice(begin, end),
+                                .dresidual = own_dresidual.slice(begin, end),
+                                .dh = own_dh.slice(begin, end)},
                                dparams.blocks[i]);
             });
         }
@@ -142,6 +171,16 @@ void backward(Context& ctx, const Config& config, const Params& params, const Te
         }
     }
     embed_backward(net, images, dh, dparams, dimages);
+}
+
+}  // namespace
+
+void backward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Saved& saved,
+              const Outputs& gradients, Params& dparams, const Tensor& dimages, const Draws& draws)
+{
+    const Network net(ctx, config, params, images, draws);
+    dparams.blocks.resize(static_cast<std::size_t>(config.depth));
+    if (net.batch > 0) run_together(ctx, [&] { run(net, images, saved, gradients, dparams, dimages); });
 }
 
 }  // namespace vimcore

@@ -50,7 +50,8 @@ struct Sizes {
 
 Sizes sizes(const Config& config, const Tensor& x)
 {
-    return {x.size(0), x.size(1), config.embed_dim, config.inner(), config.d_state, config.rank() + 2 * config.d_state, x.dtype};
+    return {x.size(0), x.size(1), config.embed_dim, config.inner(), config.d_state, config.rank() + 2 * config.d_state,
+            x.dtype};
 }
 
 // gamma folded into out_proj: h gamma = s (gamma W)^T.
@@ -71,7 +72,10 @@ Tensor scaled_out_proj(Context& ctx, const BlockParams& p)
 // A scratch weight is not in the cache of packed weights.
 class WithoutCache {
 public:
-    explicit WithoutCache(Context& ctx, bool apply) : ctx_(ctx), cache_(ctx.cache) { if (apply) ctx.cache = nullptr; }
+    explicit WithoutCache(Context& ctx, bool apply) : ctx_(ctx), cache_(ctx.cache)
+    {
+        if (apply) ctx.cache = nullptr;
+    }
     ~WithoutCache() { ctx_.cache = cache_; }
 
 private:
@@ -99,9 +103,16 @@ class Forward {
 public:
     Forward(Context& ctx, const Config& config, const BlockParams& params, const Block& block, BlockSaved* saved,
             std::int64_t tile)
-        : ctx_(ctx), config_(config), params_(params), block_(block), saved_(saved), s_(sizes(config, block.out)),
-          tile_(std::min(tile, s_.len)), tiles_((s_.len + tile_ - 1) / tile_),
-          routes_(routes(config, params, block.reverse, nullptr)), out_proj_(scaled_out_proj(ctx, params))
+        : ctx_(ctx),
+          config_(config),
+          params_(params),
+          block_(block),
+          saved_(saved),
+          s_(sizes(config, block.out)),
+          tile_(std::min(tile, s_.len)),
+          tiles_((s_.len + tile_ - 1) / tile_),
+          routes_(routes(config, params, block.reverse, nullptr)),
+          out_proj_(scaled_out_proj(ctx, params))
     {
         xz_ = saved ? saved->xz : take({s_.batch, s_.len, 2 * s_.inner});
         y_ = take({s_.batch, s_.len, s_.inner});
@@ -131,8 +142,8 @@ private:
         std::int64_t tile[2];
         for (int p = 0; p < routes_.count; p++) tile[p] = routes_.route[p].reverse ? tiles_ - 1 - i : i;
         const bool two = routes_.count == 2, same = two && tile[0] == tile[1];
-        const bool first_visit = !two || 2 * i < tiles_;           // nobody was here before
-        const bool last_visit = !two || same || 2 * i >= tiles_;   // the other direction was
+        const bool first_visit = !two || 2 * i < tiles_;          // nobody was here before
+        const bool last_visit = !two || same || 2 * i >= tiles_;  // the other direction was
         const int places = same ? 1 : routes_.count;
 
         for (int p = 0; first_visit && p < places; p++) project_in(image, tile[p]);
@@ -147,12 +158,19 @@ private:
             u[p] = take({batch, t1 - t0, s_.inner});
             q[p] = saved_ ? rows(saved_->q[p], whole, image, t0, t1) : take({batch, t1 - t0, s_.q});
             const bool reverse = routes_.projections == 1 && two ? false : routes_.route[p].reverse;
-            conv[p] = {.reverse = reverse, .weight = w.conv_weight, .bias = w.conv_bias, .begin = t0, .u = u[p], .du = {},
-                       .dweight = {}, .dbias = {}};
+            conv[p] = {.reverse = reverse,
+                       .weight = w.conv_weight,
+                       .bias = w.conv_bias,
+                       .begin = t0,
+                       .u = u[p],
+                       .du = {},
+                       .dweight = {},
+                       .dbias = {}};
             x_proj[p] = {.x = u[p], .weight = w.x_proj, .bias = {}, .y = q[p]};
         }
         const auto count = static_cast<std::size_t>(routes_.projections);
-        conv1d_forward(ctx_, {.x = rows(xz_, whole, image, 0, s_.len), .passes = {conv, count}, .silu = true, .dx = {}});
+        conv1d_forward(ctx_,
+                       {.x = rows(xz_, whole, image, 0, s_.len), .passes = {conv, count}, .silu = true, .dx = {}});
         linear_forward(ctx_, {x_proj, count});
 
         ScanPass scan[2];
@@ -162,20 +180,39 @@ private:
             Tensor checkpoints;
             if (saved_ && saved_->checkpoints)
                 checkpoints = whole ? saved_->checkpoints[p] : saved_->checkpoints[p].slice(image, image + 1);
-            scan[p] = {.reverse = routes_.route[p].reverse, .u = u[source], .q = q[source], .A_log = w.A_log, .D = w.D,
-                       .dt_weight = w.dt_weight, .dt_bias = w.dt_bias, .begin = tile[p] * tile_,
-                       .state = states ? states[p] : Tensor{}, .add = last_visit && p > 0, .finish = last_visit, .checkpoints = checkpoints,
-                       .du = {}, .dq = {}, .dA_log = {}, .dD = {}, .ddt_weight = {}, .ddt_bias = {}};
+            scan[p] = {.reverse = routes_.route[p].reverse,
+                       .u = u[source],
+                       .q = q[source],
+                       .A_log = w.A_log,
+                       .D = w.D,
+                       .dt_weight = w.dt_weight,
+                       .dt_bias = w.dt_bias,
+                       .begin = tile[p] * tile_,
+                       .state = states ? states[p] : Tensor{},
+                       .add = last_visit && p > 0,
+                       .finish = last_visit,
+                       .checkpoints = checkpoints,
+                       .du = {},
+                       .dq = {},
+                       .dA_log = {},
+                       .dD = {},
+                       .ddt_weight = {},
+                       .ddt_bias = {}};
             if (two && same) scan[p].finish = p == 1;
             if (two && !same) scan[p].add = last_visit;
         }
-        scan_forward(ctx_, {.xz = rows(xz_, whole, image, 0, s_.len), .passes = {scan, static_cast<std::size_t>(routes_.count)},
-                            .scale = config_.direction_scale(), .chunk = saved_ ? saved_->chunk : 0,
-                            .out = rows(y_, whole, image, 0, s_.len), .dout = {}, .dxz = {}});
+        scan_forward(ctx_, {.xz = rows(xz_, whole, image, 0, s_.len),
+                            .passes = {scan, static_cast<std::size_t>(routes_.count)},
+                            .scale = config_.direction_scale(),
+                            .chunk = saved_ ? saved_->chunk : 0,
+                            .out = rows(y_, whole, image, 0, s_.len),
+                            .dout = {},
+                            .dxz = {}});
 
         for (int p = 0; last_visit && p < places; p++) {
             const std::int64_t t0 = tile[p] * tile_, t1 = std::min(s_.len, t0 + tile_);
-            out_projection(ctx_, params_, out_proj_, rows(y_, whole, image, t0, t1), rows(block_.out, whole, image, t0, t1));
+            out_projection(ctx_, params_, out_proj_, rows(y_, whole, image, t0, t1),
+                           rows(block_.out, whole, image, t0, t1));
         }
     }
 
@@ -187,10 +224,15 @@ private:
         const std::int64_t t0 = tile * tile_, t1 = std::min(s_.len, t0 + tile_);
         const Tensor v = take({whole ? s_.batch : 1, t1 - t0, s_.dim});
         const Tensor scale = whole || !block_.row_scale ? block_.row_scale : block_.row_scale.slice(image, image + 1);
-        norm_forward(ctx_, {.h = rows(block_.h, whole, image, t0, t1), .row_scale = scale,
-                            .residual = rows(block_.residual, whole, image, t0, t1), .weight = params_.norm_weight,
-                            .bias = params_.norm_bias, .kind = config_.norm, .eps = config_.norm_eps,
-                            .residual_out = rows(block_.residual_out, whole, image, t0, t1), .out = v});
+        norm_forward(ctx_, {.h = rows(block_.h, whole, image, t0, t1),
+                            .row_scale = scale,
+                            .residual = rows(block_.residual, whole, image, t0, t1),
+                            .weight = params_.norm_weight,
+                            .bias = params_.norm_bias,
+                            .kind = config_.norm,
+                            .eps = config_.norm_eps,
+                            .residual_out = rows(block_.residual_out, whole, image, t0, t1),
+                            .out = v});
         const LinearForward args{.x = v, .weight = params_.in_proj, .bias = {}, .y = rows(xz_, whole, image, t0, t1)};
         linear_forward(ctx_, {&args, 1});
     }
@@ -214,8 +256,11 @@ void block_forward(Context& ctx, const Config& config, const BlockParams& params
     Arena::Scope scope(ctx.arena());
     // A causal convolution feeds both directions of "ssm", so its reverse scan cannot start at the far end.
     const std::int64_t len = block.out.size(1);
-    const std::int64_t tile = config.directions == Directions::ssm ? len : ctx.tile > 0 ? ctx.tile : ctx.backend().tile();
-    Forward(ctx, config, params, block, saved, (tile + 63) / 64 * 64).run();  // whole chunks of checkpoints
+    const std::int64_t tile = config.directions == Directions::ssm ? len
+                              : ctx.tile > 0                       ? ctx.tile
+                                                                   : ctx.backend().tile();
+    const std::int64_t whole_chunks = (tile + 63) / 64 * 64;
+    run_together(ctx, [&] { Forward(ctx, config, params, block, saved, whole_chunks).run(); });
 }
 
 void block_backward(Context& ctx, const Config& config, const BlockParams& params, const Block& block,
@@ -242,9 +287,14 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
     ConvPass conv[2];
     for (std::size_t p = 0; p < projections; p++) {
         const Route& route = r.route[p];
-        conv[p] = {.reverse = passes == projections && route.reverse, .weight = route.weights.conv_weight,
-                   .bias = route.weights.conv_bias, .begin = 0, .u = take(sequence), .du = take(sequence),
-                   .dweight = route.gradients->conv_weight, .dbias = route.gradients->conv_bias};
+        conv[p] = {.reverse = passes == projections && route.reverse,
+                   .weight = route.weights.conv_weight,
+                   .bias = route.weights.conv_bias,
+                   .begin = 0,
+                   .u = take(sequence),
+                   .du = take(sequence),
+                   .dweight = route.gradients->conv_weight,
+                   .dbias = route.gradients->conv_bias};
     }
     conv1d_forward(ctx, {.x = saved.xz, .passes = {conv, projections}, .silu = true, .dx = {}});
     ScanPass scan[2];
@@ -252,22 +302,44 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
         const std::size_t source = std::min(p, projections - 1);
         const DirectionParams& w = r.route[p].weights;
         const DirectionParams& d = *r.route[passes == projections ? p : 0].gradients;
-        scan[p] = {.reverse = r.route[p].reverse, .u = conv[source].u, .q = saved.q[static_cast<std::int64_t>(source)],
-                   .A_log = w.A_log, .D = w.D, .dt_weight = w.dt_weight, .dt_bias = w.dt_bias, .begin = 0, .state = {},
-                   .add = false, .finish = true, .checkpoints = saved.checkpoints[static_cast<std::int64_t>(p)],
-                   .du = p == source ? conv[p].du : take(sequence), .dq = take({s.batch, s.len, s.q}),
-                   .dA_log = r.route[p].gradients->A_log, .dD = d.D, .ddt_weight = d.dt_weight, .ddt_bias = d.dt_bias};
+        scan[p] = {.reverse = r.route[p].reverse,
+                   .u = conv[source].u,
+                   .q = saved.q[static_cast<std::int64_t>(source)],
+                   .A_log = w.A_log,
+                   .D = w.D,
+                   .dt_weight = w.dt_weight,
+                   .dt_bias = w.dt_bias,
+                   .begin = 0,
+                   .state = {},
+                   .add = false,
+                   .finish = true,
+                   .checkpoints = saved.checkpoints[static_cast<std::int64_t>(p)],
+                   .du = p == source ? conv[p].du : take(sequence),
+                   .dq = take({s.batch, s.len, s.q}),
+                   .dA_log = r.route[p].gradients->A_log,
+                   .dD = d.D,
+                   .ddt_weight = d.dt_weight,
+                   .ddt_bias = d.dt_bias};
     }
-    scan_backward(ctx, {.xz = saved.xz, .passes = {scan, passes}, .scale = config.direction_scale(), .chunk = saved.chunk,
-                        .out = y, .dout = dy, .dxz = dxz});
+    scan_backward(ctx, {.xz = saved.xz,
+                        .passes = {scan, passes},
+                        .scale = config.direction_scale(),
+                        .chunk = saved.chunk,
+                        .out = y,
+                        .dout = dy,
+                        .dxz = dxz});
     if (passes > projections) {  // both scans read the same u and q
         add(ctx, scan[0].du, scan[1].du, scan[0].du);
         add(ctx, scan[0].dq, scan[1].dq, scan[0].dq);
     }
 
     // out_proj's own gradient, now that its input is known again
-    const LinearBackward out_grad{.x = y, .weight = {}, .dy = g.dout, .dx = {},
-                                  .dweight = params.gamma ? take(params.out_proj.shape) : dparams.out_proj, .dbias = {}};
+    const LinearBackward out_grad{.x = y,
+                                  .weight = {},
+                                  .dy = g.dout,
+                                  .dx = {},
+                                  .dweight = params.gamma ? take(params.out_proj.shape) : dparams.out_proj,
+                                  .dbias = {}};
     if (params.gamma) std::memset(out_grad.dweight.data, 0, out_grad.dweight.bytes());
     if (out_grad.dweight) linear_backward(ctx, {&out_grad, 1});
     if (params.gamma) {
@@ -289,20 +361,41 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
     // x_proj, convolution
     LinearBackward x_proj[2];
     for (std::size_t p = 0; p < projections; p++)
-        x_proj[p] = {.x = conv[p].u, .weight = r.route[p].weights.x_proj, .dy = scan[p].dq, .dx = conv[p].du,
-                     .accumulate_dx = true, .dweight = r.route[p].gradients->x_proj, .dbias = {}};
+        x_proj[p] = {.x = conv[p].u,
+                     .weight = r.route[p].weights.x_proj,
+                     .dy = scan[p].dq,
+                     .dx = conv[p].du,
+                     .accumulate_dx = true,
+                     .dweight = r.route[p].gradients->x_proj,
+                     .dbias = {}};
     linear_backward(ctx, {x_proj, projections});
     conv1d_backward(ctx, {.x = saved.xz, .passes = {conv, projections}, .silu = true, .dx = dxz});
 
     // in_proj and norm; the norm's output is computed again
     const Tensor v = take(saved.residual.shape), dv = take(saved.residual.shape);
-    norm_forward(ctx, {.h = {}, .row_scale = {}, .residual = saved.residual, .weight = params.norm_weight,
-                       .bias = params.norm_bias, .kind = config.norm, .eps = config.norm_eps, .residual_out = {}, .out = v});
-    const LinearBackward in_proj{.x = v, .weight = params.in_proj, .dy = dxz, .dx = dv, .dweight = dparams.in_proj, .dbias = {}};
+    norm_forward(ctx, {.h = {},
+                       .row_scale = {},
+                       .residual = saved.residual,
+                       .weight = params.norm_weight,
+                       .bias = params.norm_bias,
+                       .kind = config.norm,
+                       .eps = config.norm_eps,
+                       .residual_out = {},
+                       .out = v});
+    const LinearBackward in_proj{
+        .x = v, .weight = params.in_proj, .dy = dxz, .dx = dv, .dweight = dparams.in_proj, .dbias = {}};
     linear_backward(ctx, {&in_proj, 1});
-    norm_backward(ctx, {.x = saved.residual, .row_scale = block.row_scale, .weight = params.norm_weight, .kind = config.norm,
-                        .eps = config.norm_eps, .dout = dv, .dresidual_out = g.dresidual_out, .dresidual = g.dresidual,
-                        .dh = g.dh, .dweight = dparams.norm_weight, .dbias = dparams.norm_bias});
+    norm_backward(ctx, {.x = saved.residual,
+                        .row_scale = block.row_scale,
+                        .weight = params.norm_weight,
+                        .kind = config.norm,
+                        .eps = config.norm_eps,
+                        .dout = dv,
+                        .dresidual_out = g.dresidual_out,
+                        .dresidual = g.dresidual,
+                        .dh = g.dh,
+                        .dweight = dparams.norm_weight,
+                        .dbias = dparams.norm_bias});
 }
 
 }  // namespace vimcore

@@ -38,7 +38,8 @@ BuildInfo build_info()
 
 double fma_peak(int threads)
 {
-    if (threads < 1) throw std::invalid_argument("[fma_peak] threads: expected 1 or more, got " + std::to_string(threads));
+    if (threads < 1)
+        throw std::invalid_argument("[fma_peak] threads: expected 1 or more, got " + std::to_string(threads));
     using Clock = std::chrono::steady_clock;
     const auto& kernel = cpu::kernels<float>();
     constexpr cpu::Index rounds = 200000;
@@ -47,7 +48,8 @@ double fma_peak(int threads)
         const auto start = Clock::now();
         cpu::parallel_for(threads, threads, [&](std::int64_t) { kernel.fma_peak(rounds); });
         const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-        best = std::max(best, static_cast<double>(threads) * static_cast<double>(rounds * kernel.fma_per_round) / seconds);
+        best =
+            std::max(best, static_cast<double>(threads) * static_cast<double>(rounds * kernel.fma_per_round) / seconds);
     }
     return best * 1e-9;
 }

@@ -23,7 +23,8 @@ Context::~Context() = default;
 
 void Context::set_threads(int threads)
 {
-    if (threads < 0) throw std::invalid_argument("[context] threads: expected 0 or more, got " + std::to_string(threads));
+    if (threads < 0)
+        throw std::invalid_argument("[context] threads: expected 0 or more, got " + std::to_string(threads));
     threads_ = threads == 0 ? backend_->default_threads() : threads;
 }
 

@@ -15,7 +15,8 @@ std::int64_t Saved::bytes_per_block(const Config& c, Memory memory, std::int64_t
     const std::int64_t n = c.two_directions() ? 2 : 1, projections = c.directions == Directions::ssm_conv ? 2 : 1;
     const std::int64_t chunks = (c.tokens() + chunk(memory) - 1) / chunk(memory);
     const std::int64_t per_token = c.embed_dim + 2 * c.inner() + projections * (c.rank() + 2 * c.d_state);
-    return batch * (c.tokens() * per_token + n * chunks * c.d_state * c.inner()) * static_cast<std::int64_t>(size_of(dtype));
+    return batch * (c.tokens() * per_token + n * chunks * c.d_state * c.inner()) *
+           static_cast<std::int64_t>(size_of(dtype));
 }
 
 void Saved::prepare(const Config& c, std::int64_t images, DType dtype)
@@ -58,9 +59,14 @@ void embed(const Network& net, const Tensor& images, const Tensor& h)
     net.for_each_patch_block([&](std::int64_t b, std::int64_t begin, std::int64_t count) {
         Arena::Scope block(net.ctx.arena());
         const Tensor cols = net.take({1, count, weight.size(1)});
-        patches_forward(net.ctx, {.images = images.slice(b, b + 1), .patch = c.patch_size, .stride = c.stride,
-                                  .begin = begin, .cols = cols});
-        const LinearForward args{.x = cols.view({count, weight.size(1)}), .weight = weight, .bias = net.params.patch_bias,
+        patches_forward(net.ctx, {.images = images.slice(b, b + 1),
+                                  .patch = c.patch_size,
+                                  .stride = c.stride,
+                                  .begin = begin,
+                                  .cols = cols});
+        const LinearForward args{.x = cols.view({count, weight.size(1)}),
+                                 .weight = weight,
+                                 .bias = net.params.patch_bias,
                                  .y = patches[b].slice(begin, begin + count)};
         linear_forward(net.ctx, {&args, 1});
     });
@@ -89,9 +95,12 @@ Stream run_layers(const Network& net, std::int64_t first, Stream in, Saved* save
         net.for_each_group([&](std::int64_t begin, std::int64_t end) {
             BlockSaved part;
             if (saved) part = net.group(saved->blocks[i], begin, end);
-            const Block block{.h = in.h.slice(begin, end), .row_scale = scale.slice(begin, end),
-                              .residual = in.residual.slice(begin, end), .reverse = net.reverse(layer),
-                              .residual_out = residual(k).slice(begin, end), .out = out[k].slice(begin, end)};
+            const Block block{.h = in.h.slice(begin, end),
+                              .row_scale = scale.slice(begin, end),
+                              .residual = in.residual.slice(begin, end),
+                              .reverse = net.reverse(layer),
+                              .residual_out = residual(k).slice(begin, end),
+                              .out = out[k].slice(begin, end)};
             block_forward(net.ctx, net.config, net.params.blocks[i], block, saved ? &part : nullptr);
         });
     }
@@ -129,21 +138,19 @@ void head(const Network& net, const Tensor& tokens, const Tensor& logits)
     }
 }
 
-}  // namespace
-
-void forward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Outputs& out,
-             Saved* saved, const Draws& draws)
+void run(const Network& net, const Tensor& images, const Outputs& out, Saved* saved)
 {
-    const Network net(ctx, config, params, images, draws);
-    if (saved) saved->prepare(config, net.batch, net.dtype);
-    if (net.batch == 0) return;
+    Context& ctx = net.ctx;
+    const Config& config = net.config;
+    const Params& params = net.params;
     Arena::Scope scope(ctx.arena());
     const std::int64_t step = net.layers_per_step();
     Stream stream{net.take(net.sequence()), {}};
     embed(net, images, stream.h);
 
     // A single layer writes its output over its input; a pair needs both outputs until they are added.
-    const Tensor outs[2] = {step == 2 ? net.take(net.sequence()) : stream.h, step == 2 ? net.take(net.sequence()) : Tensor{}};
+    const Tensor outs[2] = {step == 2 ? net.take(net.sequence()) : stream.h,
+                            step == 2 ? net.take(net.sequence()) : Tensor{}};
     Tensor residuals[3];  // of the step's layers where nothing is saved; of a pair, the sum
     for (std::int64_t k = 0; k < step && (!saved || config.rope_residual); k++) residuals[k] = net.take(net.sequence());
     if (step == 2) residuals[2] = net.take(net.sequence());
@@ -171,10 +178,26 @@ void forward(Context& ctx, const Config& config, const Params& params, const Ten
     if (!out.tokens && !out.logits && !saved) return;
 
     const Tensor tokens = out.tokens ? out.tokens : net.take(net.sequence());
-    norm_forward(ctx, {.h = stream.h, .row_scale = net.drop_path(config.depth - 1), .residual = stream.residual,
-                       .weight = params.norm_weight, .bias = params.norm_bias, .kind = config.norm, .eps = config.norm_eps,
-                       .residual_out = saved ? saved->residual : Tensor{}, .out = tokens});
+    norm_forward(ctx, {.h = stream.h,
+                       .row_scale = net.drop_path(config.depth - 1),
+                       .residual = stream.residual,
+                       .weight = params.norm_weight,
+                       .bias = params.norm_bias,
+                       .kind = config.norm,
+                       .eps = config.norm_eps,
+                       .residual_out = saved ? saved->residual : Tensor{},
+                       .out = tokens});
     if (out.logits) head(net, tokens, out.logits);
+}
+
+}  // namespace
+
+void forward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Outputs& out,
+             Saved* saved, const Draws& draws)
+{
+    const Network net(ctx, config, params, images, draws);
+    if (saved) saved->prepare(config, net.batch, net.dtype);
+    if (net.batch > 0) run_together(ctx, [&] { run(net, images, out, saved); });
 }
 
 }  // namespace vimcore

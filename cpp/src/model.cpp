@@ -62,14 +62,16 @@ void cubic_taps(double fraction, double (&weight)[4])
 }
 
 // A (rows, columns) grid of width-D vectors to another grid; positions outside repeat the border.
-std::vector<float> resize_grid(const std::vector<float>& in, std::int64_t rows, std::int64_t columns, std::int64_t new_rows,
-                               std::int64_t new_columns, std::int64_t D)
+std::vector<float> resize_grid(const std::vector<float>& in, std::int64_t rows, std::int64_t columns,
+                               std::int64_t new_rows, std::int64_t new_columns, std::int64_t D)
 {
     std::vector<float> out(static_cast<std::size_t>(new_rows * new_columns * D));
     for (std::int64_t y = 0; y < new_rows; y++)
         for (std::int64_t x = 0; x < new_columns; x++) {
-            const double sy = (static_cast<double>(y) + 0.5) * static_cast<double>(rows) / static_cast<double>(new_rows) - 0.5;
-            const double sx = (static_cast<double>(x) + 0.5) * static_cast<double>(columns) / static_cast<double>(new_columns) - 0.5;
+            const double sy =
+                (static_cast<double>(y) + 0.5) * static_cast<double>(rows) / static_cast<double>(new_rows) - 0.5;
+            const double sx =
+                (static_cast<double>(x) + 0.5) * static_cast<double>(columns) / static_cast<double>(new_columns) - 0.5;
             const double y0 = std::floor(sy), x0 = std::floor(sx);
             double wy[4], wx[4];
             cubic_taps(sy - y0, wy);
@@ -79,8 +81,10 @@ std::vector<float> resize_grid(const std::vector<float>& in, std::int64_t rows, 
                 double sum = 0;
                 for (int i = 0; i < 4; i++)
                     for (int j = 0; j < 4; j++) {
-                        const std::int64_t r = std::clamp<std::int64_t>(static_cast<std::int64_t>(y0) - 1 + i, 0, rows - 1);
-                        const std::int64_t c = std::clamp<std::int64_t>(static_cast<std::int64_t>(x0) - 1 + j, 0, columns - 1);
+                        const std::int64_t r =
+                            std::clamp<std::int64_t>(static_cast<std::int64_t>(y0) - 1 + i, 0, rows - 1);
+                        const std::int64_t c =
+                            std::clamp<std::int64_t>(static_cast<std::int64_t>(x0) - 1 + j, 0, columns - 1);
                         sum += wy[i] * wx[j] * in[static_cast<std::size_t>((r * columns + c) * D + d)];
                     }
                 to[d] = static_cast<float>(sum);
@@ -124,11 +128,13 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device)
 std::shared_ptr<const Model> Model::load(const std::string& path, Device device, std::int64_t img_height,
                                          std::int64_t img_width)
 {
-    if (device.type != Device::Type::cpu) throw Error("[load] " + to_string(device) + ": this build of vimcore has no CUDA backend");
+    if (device.type != Device::Type::cpu)
+        throw Error("[load] " + to_string(device) + ": this build of vimcore has no CUDA backend");
     const SafetensorsFile file = SafetensorsFile::open(path);
     const auto found = file.metadata().find("vimcore.config");
     if (found == file.metadata().end())
-        throw Error("[load] " + path + ": no vimcore.config in the metadata; `vimcore convert` makes a vimcore file from bare weights");
+        throw Error("[load] " + path +
+                    ": no vimcore.config in the metadata; `vimcore convert` makes a vimcore file from bare weights");
 
     auto model = std::make_shared<Model>();
     Config stored;

@@ -9,15 +9,21 @@
 namespace vimcore {
 
 Network::Network(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Draws& draws)
-    : ctx(ctx), config(config), params(params), draws(draws), dtype(images.dtype),
-      batch(images.shape.rank() == 4 ? images.size(0) : 0), len(config.tokens()), dim(config.embed_dim),
+    : ctx(ctx),
+      config(config),
+      params(params),
+      draws(draws),
+      dtype(images.dtype),
+      batch(images.shape.rank() == 4 ? images.size(0) : 0),
+      len(config.tokens()),
+      dim(config.embed_dim),
       outer_cache(ctx.cache)
 {
     const Shape expected{batch, config.in_chans, config.img_height, config.img_width};
     if (!(images.shape == expected))
         throw std::invalid_argument("[forward] images: expected (B, " + std::to_string(config.in_chans) + ", " +
-                                    std::to_string(config.img_height) + ", " + std::to_string(config.img_width) + "), got " +
-                                    describe(images));
+                                    std::to_string(config.img_height) + ", " + std::to_string(config.img_width) +
+                                    "), got " + describe(images));
     if (static_cast<std::int64_t>(params.blocks.size()) != config.depth)
         throw std::invalid_argument("[forward] params: expected " + std::to_string(config.depth) + " blocks, got " +
                                     std::to_string(params.blocks.size()));
@@ -25,8 +31,8 @@ Network::Network(Context& ctx, const Config& config, const Params& params, const
         throw std::invalid_argument("[forward] images: expected " + std::string(name_of(params.patch_weight.dtype)) +
                                     " as the parameters, got " + describe(images));
     if (draws.drop_path && !(draws.drop_path.shape == Shape{config.depth, batch}))
-        throw std::invalid_argument("[forward] drop_path: expected " + to_string(Shape{config.depth, batch}) + ", got " +
-                                    describe(draws.drop_path));
+        throw std::invalid_argument("[forward] drop_path: expected " + to_string(Shape{config.depth, batch}) +
+                                    ", got " + describe(draws.drop_path));
     if (draws.flip && config.directions != Directions::sequence)
         throw std::invalid_argument("[forward] flip: only Directions::sequence runs sequences backwards");
     ctx.cache = params.cache.get();
@@ -43,7 +49,9 @@ BlockSaved Network::group(const BlockSaved& saved, std::int64_t begin, std::int6
     // q and checkpoints lie group by group, so that each group is a contiguous tensor.
     auto piece = [&](const Tensor& tensor) {
         const std::int64_t n = tensor.size(0), row = tensor.numel() / std::max<std::int64_t>(batch, 1);
-        return tensor.view({batch, row}).slice(begin, end).view({n, end - begin, tensor.size(2), row / (n * tensor.size(2))});
+        return tensor.view({batch, row})
+            .slice(begin, end)
+            .view({n, end - begin, tensor.size(2), row / (n * tensor.size(2))});
     };
     BlockSaved part;
     part.chunk = saved.chunk;
@@ -65,7 +73,7 @@ Tokens Network::tokens(const Tensor& patches, const Tensor& out) const
     t.class_token[0] = params.class_token;
     t.class_token[1] = params.class_token_tail;
     t.position[0] = config.class_token == ClassToken::random && draws.class_position >= 0 ? draws.class_position
-                                                                                         : config.class_position();
+                                                                                          : config.class_position();
     if (config.class_token == ClassToken::double_) t.position[1] = len - 1;
     return t;
 }
@@ -94,8 +102,10 @@ Tensor Network::patch_weight() const
 
 namespace {
 
-// Angles of the grid, coordinates rescaled to the pre-training grid: cos in the first half of the rows, sin in the second.
-template <class T> void fill_rope(const Config& c, T* table)
+// Angles of the grid, coordinates rescaled to the pre-training grid: cos in the first half of the rows, sin in the
+// second.
+template <class T>
+void fill_rope(const Config& c, T* table)
 {
     const std::int64_t D = c.embed_dim, half = D / 2, height = c.grid_height(), width = c.grid_width();
     for (std::int64_t y = 0; y < height; y++)
@@ -103,7 +113,8 @@ template <class T> void fill_rope(const Config& c, T* table)
             for (std::int64_t d = 0; d < D; d++) {
                 const double at = d < half ? static_cast<double>(y) / static_cast<double>(height)
                                            : static_cast<double>(x) / static_cast<double>(width);
-                const double frequency = std::pow(10000.0, -2.0 * static_cast<double>(d % half / 2) / static_cast<double>(half));
+                const double frequency =
+                    std::pow(10000.0, -2.0 * static_cast<double>(d % half / 2) / static_cast<double>(half));
                 const double angle = at * static_cast<double>(c.rope_grid) * frequency;
                 const std::int64_t i = (y * width + x) * D + d;
                 table[i] = static_cast<T>(std::cos(angle));
@@ -121,13 +132,15 @@ void Network::rotate(const Tensor& x, bool inverse) const
     auto table = [&](auto zero) {
         using T = decltype(zero);
         if (ctx.cache)
-            return const_cast<void*>(ctx.cache->get(&config.rope_grid, kind, sizeof(T) * static_cast<std::size_t>(count),
+            return const_cast<void*>(ctx.cache->get(&config.rope_grid, kind,
+                                                    sizeof(T) * static_cast<std::size_t>(count),
                                                     [&](void* out) { fill_rope(config, static_cast<T*>(out)); }));
         Tensor own = take({count});
         fill_rope(config, own.as<T>());
         return own.data;
     };
-    Tensor both{dtype == DType::f32 ? table(float{}) : table(double{}), {2, config.patches(), dim}, dtype, ctx.device()};
+    Tensor both{
+        dtype == DType::f32 ? table(float{}) : table(double{}), {2, config.patches(), dim}, dtype, ctx.device()};
     vimcore::rope(ctx, {.x = x, .cos = both[0], .sin = both[1], .skip = len - config.patches(), .inverse = inverse});
 }
 

@@ -15,8 +15,7 @@ class Check {
 public:
     Check(Context& ctx, const char* op, const char* name, const Tensor& first) : ctx_(ctx), op_(op), dtype_(first.dtype)
     {
-        if (dtype_ != DType::f32 && dtype_ != DType::f64)
-            fail(name, "expected f32 or f64, got " + describe(first));
+        if (dtype_ != DType::f32 && dtype_ != DType::f64) fail(name, "expected f32 or f64, got " + describe(first));
     }
 
     [[noreturn]] void fail(const char* name, const std::string& what) const
@@ -72,7 +71,9 @@ void norm_forward(Context& ctx, const NormForward& a)
     const Shape x = a.out.shape, vector{x[2]};
     if (!a.h && !a.residual) check.fail("h", "expected h or residual, got neither");
     check.optional("h", a.h, x).optional("residual", a.residual, x).optional("residual_out", a.residual_out, x);
-    check.optional("row_scale", a.row_scale, {x[0]}).required("weight", a.weight, vector).optional("bias", a.bias, vector);
+    check.optional("row_scale", a.row_scale, {x[0]})
+        .required("weight", a.weight, vector)
+        .optional("bias", a.bias, vector);
     if (x.numel()) ctx.backend().norm_forward(ctx, a);
 }
 
@@ -83,7 +84,9 @@ void norm_backward(Context& ctx, const NormBackward& a)
     const Shape x = a.x.shape, vector{x[2]};
     check.required("dout", a.dout, x).required("dresidual", a.dresidual, x).optional("dh", a.dh, x);
     check.optional("dresidual_out", a.dresidual_out, x).optional("row_scale", a.row_scale, {x[0]});
-    check.required("weight", a.weight, vector).optional("dweight", a.dweight, vector).optional("dbias", a.dbias, vector);
+    check.required("weight", a.weight, vector)
+        .optional("dweight", a.dweight, vector)
+        .optional("dbias", a.dbias, vector);
     if (x.numel()) ctx.backend().norm_backward(ctx, a);
 }
 
@@ -134,7 +137,8 @@ void check_conv(Context& ctx, const Conv1d& a, bool backward)
         check.positive("weight", width);
         check.required("weight", p.weight, p.weight.shape.rank() == 3 ? Shape{dim, 1, width} : Shape{dim, width});
         check.optional("bias", p.bias, {dim}).required("u", p.u, {batch, tokens, dim});
-        if (dim > a.x.size(2)) check.fail("x", "expected at least " + std::to_string(dim) + " columns, got " + describe(a.x));
+        if (dim > a.x.size(2))
+            check.fail("x", "expected at least " + std::to_string(dim) + " columns, got " + describe(a.x));
         if (p.begin < 0 || p.begin + tokens > len) check.fail("u", "tokens reach beyond x, " + describe(a.x));
         if (!backward) continue;
         if (tokens != len) check.fail("du", "backward takes the whole sequence of " + std::to_string(len) + " tokens");
@@ -203,7 +207,8 @@ void check_patches(Context& ctx, const Patches& a)
     check.positive("stride", a.stride);
     const std::int64_t height = a.images.size(2), width = a.images.size(3);
     if (height < a.patch || width < a.patch)
-        check.fail("images", "expected at least " + std::to_string(a.patch) + " pixels a side, got " + describe(a.images));
+        check.fail("images",
+                   "expected at least " + std::to_string(a.patch) + " pixels a side, got " + describe(a.images));
     const std::int64_t total = ((height - a.patch) / a.stride + 1) * ((width - a.patch) / a.stride + 1);
     check.required("images", a.images, a.images.shape);
     check.required("cols", a.cols, {a.images.size(0), a.cols.size(1), a.images.size(1) * a.patch * a.patch});

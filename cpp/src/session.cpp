@@ -11,7 +11,8 @@ Session::Session(std::shared_ptr<const Model> model, SessionOptions options)
 {
     if (!model_) throw std::invalid_argument("[session] model: expected a loaded model, got none");
     if (options_.max_batch < 1)
-        throw std::invalid_argument("[session] max_batch: expected at least 1, got " + std::to_string(options_.max_batch));
+        throw std::invalid_argument("[session] max_batch: expected at least 1, got " +
+                                    std::to_string(options_.max_batch));
 }
 
 std::int64_t Session::outputs() const
@@ -31,13 +32,16 @@ std::vector<float> Session::run(const float* images, std::int64_t batch)
 namespace {
 
 // Calls f(first image, images in the group, tensor of the group) for groups of at most max_batch images.
-template <class F> void for_each_batch(const Config& c, const float* images, std::int64_t batch, std::int64_t max_batch, F&& f)
+template <class F>
+void for_each_batch(const Config& c, const float* images, std::int64_t batch, std::int64_t max_batch, F&& f)
 {
     if (batch < 0) throw std::invalid_argument("[session] batch: expected 0 or more, got " + std::to_string(batch));
     const Shape image{c.in_chans, c.img_height, c.img_width};
     for (std::int64_t b = 0; b < batch; b += max_batch) {
         const std::int64_t count = std::min(max_batch, batch - b);
-        f(b, count, Tensor{const_cast<float*>(images) + b * image.numel(), {count, image[0], image[1], image[2]}, DType::f32, {}});
+        f(b, count,
+          Tensor{
+              const_cast<float*>(images) + b * image.numel(), {count, image[0], image[1], image[2]}, DType::f32, {}});
     }
 }
 

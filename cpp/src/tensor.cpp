@@ -15,17 +15,21 @@ std::size_t size_of(DType dtype)
     switch (dtype) {
         case DType::f64:
         case DType::i64:
-        case DType::u64: return 8;
+        case DType::u64:
+            return 8;
         case DType::f32:
         case DType::i32:
-        case DType::u32: return 4;
+        case DType::u32:
+            return 4;
         case DType::f16:
         case DType::bf16:
         case DType::i16:
-        case DType::u16: return 2;
+        case DType::u16:
+            return 2;
         case DType::i8:
         case DType::u8:
-        case DType::boolean: return 1;
+        case DType::boolean:
+            return 1;
     }
     return 1;
 }
@@ -47,7 +51,8 @@ Shape::Shape(std::initializer_list<std::int64_t> sizes) : Shape(sizes.begin(), s
 Shape::Shape(const std::int64_t* sizes, int rank) : rank_(rank)
 {
     if (rank < 0 || rank > max_rank)
-        throw std::invalid_argument("[shape] rank " + std::to_string(rank) + " is not in 0.." + std::to_string(max_rank));
+        throw std::invalid_argument("[shape] rank " + std::to_string(rank) + " is not in 0.." +
+                                    std::to_string(max_rank));
     for (int i = 0; i < rank; i++) {
         if (sizes[i] < 0) throw std::invalid_argument("[shape] negative size " + std::to_string(sizes[i]));
         sizes_[i] = sizes[i];
@@ -110,7 +115,8 @@ Tensor Tensor::view(const Shape& other) const
 {
     if (!data) return {};
     if (other.numel() != numel())
-        throw std::invalid_argument("[view] " + to_string(shape) + " does not have the elements of " + to_string(other));
+        throw std::invalid_argument("[view] " + to_string(shape) + " does not have the elements of " +
+                                    to_string(other));
     Tensor result = *this;
     result.shape = other;
     return result;

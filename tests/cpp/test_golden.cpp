@@ -53,7 +53,8 @@ Config config_of(const std::map<std::string, std::string>& m)
     return c;
 }
 
-template <class T> std::vector<T> values(const Tensor& tensor)
+template <class T>
+std::vector<T> values(const Tensor& tensor)
 {
     std::vector<T> out(static_cast<std::size_t>(tensor.numel()));
     for (std::size_t i = 0; i < out.size(); i++) {
@@ -71,7 +72,8 @@ template <class T> std::vector<T> values(const Tensor& tensor)
 }
 
 // |a - b| / |b|
-template <class T> double relative(const std::vector<T>& a, const Tensor& golden)
+template <class T>
+double relative(const std::vector<T>& a, const Tensor& golden)
 {
     const std::vector<double> b = values<double>(golden);
     double difference = 0, norm = 0;
@@ -82,7 +84,8 @@ template <class T> double relative(const std::vector<T>& a, const Tensor& golden
     return std::sqrt(difference / std::max(norm, 1e-300));
 }
 
-template <class T> void run(const std::string& path, Memory memory, std::int64_t tile, double logits_tol, double grad_tol)
+template <class T>
+void run(const std::string& path, Memory memory, std::int64_t tile, double logits_tol, double grad_tol)
 {
     const SafetensorsFile file = SafetensorsFile::open(path);
     const Config config = config_of(file.metadata());
@@ -100,7 +103,8 @@ template <class T> void run(const std::string& path, Memory memory, std::int64_t
         tensor = {grads[name].data(), shape, dtype_of<T>, {}};
     });
     params.changed();
-    std::vector<T> images = values<T>(*file.find("input")), probe = values<T>(*file.find("probe")), logits(probe.size());
+    std::vector<T> images = values<T>(*file.find("input")), probe = values<T>(*file.find("probe")),
+                   logits(probe.size());
     std::vector<T> again(probe.size()), dimages(images.size());
     const Tensor x{images.data(), file.find("input")->shape, dtype_of<T>, {}};
     Context ctx(Device::cpu(), 2);
@@ -125,9 +129,8 @@ template <class T> void run(const std::string& path, Memory memory, std::int64_t
         if (!(e <= worst)) worst = e, where = name;
     }
     CHECK_CLOSE(worst, 0, grad_tol);
-    std::printf("%-60s %s %s tile %3d: logits %.1e, worst gradient %.1e (%s)\n", path.c_str(),
-                name_of(dtype_of<T>), memory == Memory::lean ? "lean" : "fast", static_cast<int>(tile), error, worst,
-                where.c_str());
+    std::printf("%-60s %s %s tile %3d: logits %.1e, worst gradient %.1e (%s)\n", path.c_str(), name_of(dtype_of<T>),
+                memory == Memory::lean ? "lean" : "fast", static_cast<int>(tile), error, worst, where.c_str());
 }
 
 }  // namespace

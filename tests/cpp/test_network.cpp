@@ -187,10 +187,13 @@ void test_bad_arguments()
     std::vector<float> images(static_cast<std::size_t>(3 * 40 * 57)), logits(5);
     Outputs out;
     out.logits = {logits.data(), {1, 5}, DType::f32, {}};
-    CHECK_THROWS(forward(ctx, c, weights.params, {images.data(), {1, 3, 40, 57}, DType::f32, {}}, out), std::invalid_argument);
-    CHECK_THROWS(forward(ctx, c, weights.params, {images.data(), {1, 3, 40, 28}, DType::f64, {}}, out), std::invalid_argument);
+    CHECK_THROWS(forward(ctx, c, weights.params, {images.data(), {1, 3, 40, 57}, DType::f32, {}}, out),
+                 std::invalid_argument);
+    CHECK_THROWS(forward(ctx, c, weights.params, {images.data(), {1, 3, 40, 28}, DType::f64, {}}, out),
+                 std::invalid_argument);
     out.logits.shape = {1, 4};
-    CHECK_THROWS(forward(ctx, c, weights.params, {images.data(), {1, 3, 40, 56}, DType::f32, {}}, out), std::invalid_argument);
+    CHECK_THROWS(forward(ctx, c, weights.params, {images.data(), {1, 3, 40, 56}, DType::f32, {}}, out),
+                 std::invalid_argument);
     out.logits.shape = {1, 5};
     Params empty;
     CHECK_THROWS(forward(ctx, c, empty, {images.data(), {1, 3, 40, 56}, DType::f32, {}}, out), std::invalid_argument);

@@ -37,17 +37,17 @@ struct Config {
     std::int64_t grid_height() const { return (img_height - patch_size) / stride + 1; }
     std::int64_t grid_width() const { return (img_width - patch_size) / stride + 1; }
     std::int64_t patches() const { return grid_height() * grid_width(); }
-    std::int64_t class_tokens() const;                 // 0, 1 or 2
+    std::int64_t class_tokens() const;  // 0, 1 or 2
     std::int64_t tokens() const { return patches() + class_tokens(); }
-    std::int64_t class_position() const;               // index of the (first) class token in eval, -1 without
+    std::int64_t class_position() const;  // index of the (first) class token in eval, -1 without
     bool two_directions() const { return directions == Directions::ssm || directions == Directions::ssm_conv; }
-    double direction_scale() const;                    // 0.5 or 1
+    double direction_scale() const;  // 0.5 or 1
 
     void validate() const;       // std::invalid_argument names the option and its value
     std::int64_t flops() const;  // multiply-adds of one image, scan included
 
-    std::string to_json() const;                       // keys as in the Python constructor
-    static Config from_json(std::string_view text);    // unknown keys and wrong types are errors
+    std::string to_json() const;                     // keys as in the Python constructor
+    static Config from_json(std::string_view text);  // unknown keys and wrong types are errors
 };
 
 }  // namespace vimcore

@@ -24,12 +24,12 @@ public:
     int threads() const { return threads_; }
     void set_threads(int threads);
 
-    Arena& arena() { return *arena_; }        // scratch of the running call
+    Arena& arena() { return *arena_; }  // scratch of the running call
     Backend& backend() { return *backend_; }
-    WeightCache* cache = nullptr;             // packed weights of the running call, or none
+    WeightCache* cache = nullptr;  // packed weights of the running call, or none
 
     // Tokens that one operator call works on at most. Results do not depend on it.
-    std::int64_t tile = 0;                    // 0: chosen by the backend
+    std::int64_t tile = 0;  // 0: chosen by the backend
 
 private:
     Device device_;

@@ -13,8 +13,8 @@ struct Image {  // 8-bit RGB, row-major, (height, width, 3)
     std::vector<std::uint8_t> pixels;
 };
 
-struct Preprocess {  // names and JSON of the metadata key vimcore.preprocess
-    std::int64_t resize = 256;                       // short side, bicubic; 0: no resize
+struct Preprocess {                                    // names and JSON of the metadata key vimcore.preprocess
+    std::int64_t resize = 256;                         // short side, bicubic; 0: no resize
     std::int64_t crop_height = 224, crop_width = 224;  // centre crop
     std::vector<double> mean{0.485, 0.456, 0.406}, std{0.229, 0.224, 0.225};  // 3 values, or 1: luminance only
 

@@ -43,12 +43,12 @@ struct Saved {
 
 // One Vim block on its own (paper, algorithm 1). The addition residual_out + out is left to the next block's norm.
 struct Block {
-    Tensor h;             // (B, L, D) or none
-    Tensor row_scale;     // (B) drop-path factor of h, or none
-    Tensor residual;      // (B, L, D) or none; h or residual is given
-    bool reverse = false; // one direction only: from the last token to the first
-    Tensor residual_out;  // (B, L, D): residual + row_scale h; may be the memory of residual
-    Tensor out;           // (B, L, D) mixer output; may be the memory of h
+    Tensor h;              // (B, L, D) or none
+    Tensor row_scale;      // (B) drop-path factor of h, or none
+    Tensor residual;       // (B, L, D) or none; h or residual is given
+    bool reverse = false;  // one direction only: from the last token to the first
+    Tensor residual_out;   // (B, L, D): residual + row_scale h; may be the memory of residual
+    Tensor out;            // (B, L, D) mixer output; may be the memory of h
 };
 struct BlockGradients {
     Tensor dout;           // (B, L, D)
@@ -56,24 +56,25 @@ struct BlockGradients {
     Tensor dresidual;      // (B, L, D) overwritten; may be the memory of dresidual_out
     Tensor dh;             // (B, L, D) overwritten, or none; may be the memory of dout
 };
-void block_forward(Context& ctx, const Config& config, const BlockParams& params, const Block& block, BlockSaved* saved);
+void block_forward(Context& ctx, const Config& config, const BlockParams& params, const Block& block,
+                   BlockSaved* saved);
 void block_backward(Context& ctx, const Config& config, const BlockParams& params, const Block& block,
                     const BlockSaved& saved, const BlockGradients& gradients, BlockParams& dparams);
 
 // The random draws of one training forward; the caller makes them.
 struct Draws {
-    Tensor drop_path;                 // (depth, B): factor of the mixer output of each layer, 0 or 1 / keep; or none
-    Tensor mask;                      // (B, L, D): dropout factors after the position table, or none
-    bool flip = false;                // Directions::sequence: run this batch from the last token to the first
-    std::int64_t class_position = -1; // ClassToken::random: where the token stands; -1: at the head
+    Tensor drop_path;                  // (depth, B): factor of the mixer output of each layer, 0 or 1 / keep; or none
+    Tensor mask;                       // (B, L, D): dropout factors after the position table, or none
+    bool flip = false;                 // Directions::sequence: run this batch from the last token to the first
+    std::int64_t class_position = -1;  // ClassToken::random: where the token stands; -1: at the head
 };
 
 // Outputs that the caller wants; none tensors are not computed.
 struct Outputs {
-    Tensor logits;                           // (B, classes), or (B, L, classes) for Pool::all, or features if no head
-    Tensor tokens;                           // (B, L, D) normalised
-    std::vector<std::int64_t> layers;        // intermediate layers, ascending
-    std::vector<Tensor> intermediates;       // (B, L, D) each: h + r after that layer, class tokens included
+    Tensor logits;                      // (B, classes), or (B, L, classes) for Pool::all, or features if no head
+    Tensor tokens;                      // (B, L, D) normalised
+    std::vector<std::int64_t> layers;   // intermediate layers, ascending
+    std::vector<Tensor> intermediates;  // (B, L, D) each: h + r after that layer, class tokens included
 };
 
 // images: (B, C, H, W). saved == nullptr is inference and gives the same numbers.
@@ -112,10 +113,10 @@ struct SessionOptions {
 class Session {
 public:
     explicit Session(std::shared_ptr<const Model> model, SessionOptions options = {});
-    std::vector<float> run(const float* images, std::int64_t batch);              // (batch, C, H, W) -> logits
+    std::vector<float> run(const float* images, std::int64_t batch);  // (batch, C, H, W) -> logits
     void run(const float* images, std::int64_t batch, float* logits);
-    void features(const float* images, std::int64_t batch, float* tokens);        // (batch, L, D)
-    std::int64_t outputs() const;                                                 // floats per image of run()
+    void features(const float* images, std::int64_t batch, float* tokens);  // (batch, L, D)
+    std::int64_t outputs() const;                                           // floats per image of run()
 
 private:
     std::shared_ptr<const Model> model_;

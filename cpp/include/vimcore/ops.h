@@ -30,16 +30,16 @@ void norm_forward(Context& ctx, const NormForward& args);
 
 // Statistics are recomputed from x.
 struct NormBackward {
-    Tensor x;                 // (B, L, D) the forward's residual_out
-    Tensor row_scale;         // (B) or none
-    Tensor weight;            // (D)
+    Tensor x;          // (B, L, D) the forward's residual_out
+    Tensor row_scale;  // (B) or none
+    Tensor weight;     // (D)
     Norm kind = Norm::rms;
     double eps = 1e-5;
-    Tensor dout;              // (B, L, D)
-    Tensor dresidual_out;     // (B, L, D) gradient that arrives on residual_out, or none
-    Tensor dresidual;         // (B, L, D) out, may be the memory of dresidual_out
-    Tensor dh;                // (B, L, D) out: row_scale[b] * dresidual, or none
-    Tensor dweight, dbias;    // (D) added to, or none
+    Tensor dout;            // (B, L, D)
+    Tensor dresidual_out;   // (B, L, D) gradient that arrives on residual_out, or none
+    Tensor dresidual;       // (B, L, D) out, may be the memory of dresidual_out
+    Tensor dh;              // (B, L, D) out: row_scale[b] * dresidual, or none
+    Tensor dweight, dbias;  // (D) added to, or none
 };
 void norm_backward(Context& ctx, const NormBackward& args);
 
@@ -54,13 +54,13 @@ struct LinearForward {
 void linear_forward(Context& ctx, std::span<const LinearForward> args);
 
 struct LinearBackward {
-    Tensor x;           // (..., K), needed for dweight
-    Tensor weight;      // (N, K), needed for dx
-    Tensor dy;          // (..., N)
-    Tensor dx;          // (..., K) overwritten, or none
+    Tensor x;                    // (..., K), needed for dweight
+    Tensor weight;               // (N, K), needed for dx
+    Tensor dy;                   // (..., N)
+    Tensor dx;                   // (..., K) overwritten, or none
     bool accumulate_dx = false;  // add to dx instead
-    Tensor dweight;     // (N, K) added to, or none
-    Tensor dbias;       // (N) added to, or none
+    Tensor dweight;              // (N, K) added to, or none
+    Tensor dbias;                // (N) added to, or none
 };
 void linear_backward(Context& ctx, std::span<const LinearBackward> args);
 
@@ -69,18 +69,18 @@ void linear_backward(Context& ctx, std::span<const LinearBackward> args);
 // x is the first E columns of rows of `stride` elements, so that it can be half of in_proj's output.
 struct ConvPass {
     bool reverse = false;
-    Tensor weight;              // (E, 1, K) or (E, K)
-    Tensor bias;                // (E) or none
-    std::int64_t begin = 0;     // first token of u within x
-    Tensor u;                   // (B, T, E) out
-    Tensor du;                  // backward: (B, T, E), T = L
-    Tensor dweight, dbias;      // backward: added to, or none
+    Tensor weight;           // (E, 1, K) or (E, K)
+    Tensor bias;             // (E) or none
+    std::int64_t begin = 0;  // first token of u within x
+    Tensor u;                // (B, T, E) out
+    Tensor du;               // backward: (B, T, E), T = L
+    Tensor dweight, dbias;   // backward: added to, or none
 };
 struct Conv1d {
-    Tensor x;                    // (B, L, stride), stride >= E
+    Tensor x;  // (B, L, stride), stride >= E
     std::span<const ConvPass> passes;
     bool silu = true;
-    Tensor dx;                   // backward: (B, L, stride), first E columns overwritten
+    Tensor dx;  // backward: (B, L, stride), first E columns overwritten
 };
 void conv1d_forward(Context& ctx, const Conv1d& args);
 void conv1d_backward(Context& ctx, const Conv1d& args);
@@ -90,42 +90,42 @@ void conv1d_backward(Context& ctx, const Conv1d& args);
 // out = scale (y_forward + y_reverse) silu(z), where q = [dt (R) | B (N) | C (N)] and A = -exp(A_log).
 struct ScanPass {
     bool reverse = false;
-    Tensor u;                       // (B, T, E)
-    Tensor q;                       // (B, T, R + 2N)
-    Tensor A_log;                   // (E, N)
-    Tensor D;                       // (E)
-    Tensor dt_weight;               // (E, R)
-    Tensor dt_bias;                 // (E)
-    std::int64_t begin = 0;         // first of the T tokens within the sequence
-    Tensor state;                   // (B, N, E) in and out: state before / after these tokens, or none (starts at zero)
-    bool add = false;               // add to what `out` holds (the other direction's y)
-    bool finish = true;             // apply scale and gate to the sum
-    Tensor checkpoints;             // (B, chunks, N, E) states on entry of every chunk, or none
+    Tensor u;                // (B, T, E)
+    Tensor q;                // (B, T, R + 2N)
+    Tensor A_log;            // (E, N)
+    Tensor D;                // (E)
+    Tensor dt_weight;        // (E, R)
+    Tensor dt_bias;          // (E)
+    std::int64_t begin = 0;  // first of the T tokens within the sequence
+    Tensor state;            // (B, N, E) in and out: state before / after these tokens, or none (starts at zero)
+    bool add = false;        // add to what `out` holds (the other direction's y)
+    bool finish = true;      // apply scale and gate to the sum
+    Tensor checkpoints;      // (B, chunks, N, E) states on entry of every chunk, or none
     // backward, T = L:
-    Tensor du, dq;                  // like u and q, out
+    Tensor du, dq;                            // like u and q, out
     Tensor dA_log, dD, ddt_weight, ddt_bias;  // added to
 };
 struct Scan {
-    Tensor xz;                      // (B, L, 2E), z in the second half
+    Tensor xz;  // (B, L, 2E), z in the second half
     std::span<const ScanPass> passes;
     double scale = 1.0;
-    std::int64_t chunk = 0;         // tokens between checkpoints
-    Tensor out;                     // (B, L, E); in backward the recomputed output, written
+    std::int64_t chunk = 0;  // tokens between checkpoints
+    Tensor out;              // (B, L, E); in backward the recomputed output, written
     // backward:
-    Tensor dout;                    // (B, L, E)
-    Tensor dxz;                     // (B, L, 2E), second half written with dz
+    Tensor dout;  // (B, L, E)
+    Tensor dxz;   // (B, L, 2E), second half written with dz
 };
 void scan_forward(Context& ctx, const Scan& args);
 void scan_backward(Context& ctx, const Scan& args);
 
 // ---- the scan on its own, textbook arguments -----------------------------------------------------------------------
 struct SelectiveScan {
-    Tensor u, delta;              // (B, L, E)
-    Tensor A;                     // (E, N)
-    Tensor Bm, Cm;                // (B, L, N)
-    Tensor D, z, delta_bias;      // (E), (B, L, E), (E), each or none
+    Tensor u, delta;          // (B, L, E)
+    Tensor A;                 // (E, N)
+    Tensor Bm, Cm;            // (B, L, N)
+    Tensor D, z, delta_bias;  // (E), (B, L, E), (E), each or none
     bool delta_softplus = false, reverse = false;
-    Tensor out;                   // (B, L, E)
+    Tensor out;  // (B, L, E)
     // backward; each gradient as its input, overwritten, or none where the input is:
     Tensor dout, du, ddelta, dA, dB, dC, dD, dz, ddelta_bias;
 };
@@ -135,31 +135,33 @@ void selective_scan_backward(Context& ctx, const SelectiveScan& args);
 // ---- embedding, RoPE, read-out -------------------------------------------------------------------------------------
 // Rows of patches: cols[b, gy*gw + gx] = image[b, :, gy*stride : +P, gx*stride : +P], flattened (C, P, P).
 struct Patches {
-    Tensor images;                    // (B, C, H, W)
+    Tensor images;  // (B, C, H, W)
     std::int64_t patch = 16, stride = 16;
-    std::int64_t begin = 0;           // first patch row of cols
-    Tensor cols;                      // (B, J', C P P)
+    std::int64_t begin = 0;  // first patch row of cols
+    Tensor cols;             // (B, J', C P P)
 };
 void patches_forward(Context& ctx, const Patches& args);   // images -> cols
 void patches_backward(Context& ctx, const Patches& args);  // cols -> adds to images (a gradient)
 
-// out[b, t] = src[b, t - offset(t)] or a class token, + pos[t], times mask. positions: where class tokens stand, ascending.
+// out[b, t] = src[b, t - offset(t)] or a class token, + pos[t], times mask. positions: where class tokens stand,
+// ascending.
 struct Tokens {
-    Tensor patches;                   // (B, J, D)
-    Tensor class_token[2];            // (1, 1, D) or none
+    Tensor patches;         // (B, J, D)
+    Tensor class_token[2];  // (1, 1, D) or none
     std::int64_t position[2] = {-1, -1};
-    Tensor pos_embed;                 // (1, L, D) or none
-    Tensor mask;                      // (B, L, D) dropout factors, or none
-    Tensor out;                       // (B, L, D)
+    Tensor pos_embed;                    // (1, L, D) or none
+    Tensor mask;                         // (B, L, D) dropout factors, or none
+    Tensor out;                          // (B, L, D)
     Tensor dclass_token[2], dpos_embed;  // backward: added to, or none; reads `out` as d(out), overwrites `patches`
 };
 void tokens_forward(Context& ctx, const Tokens& args);
 void tokens_backward(Context& ctx, const Tokens& args);
 
-// Adjacent pairs (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin); inverse: the transpose. In place. skip leading tokens pass.
+// Adjacent pairs (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin); inverse: the transpose. In place. skip leading tokens
+// pass.
 struct Rope {
-    Tensor x;          // (B, L, D)
-    Tensor cos, sin;   // (L - skip, D)
+    Tensor x;         // (B, L, D)
+    Tensor cos, sin;  // (L - skip, D)
     std::int64_t skip = 0;
     bool inverse = false;
 };

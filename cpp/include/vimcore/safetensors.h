@@ -21,7 +21,10 @@ public:
     static SafetensorsFile parse(const void* bytes, std::size_t size, const std::string& name = "<memory>");
 
     const std::map<std::string, std::string>& metadata() const { return metadata_; }
-    const std::vector<std::pair<std::string, Tensor>>& tensors() const { return tensors_; }  // file order; may be misaligned
+    const std::vector<std::pair<std::string, Tensor>>& tensors() const
+    {
+        return tensors_;
+    }  // file order; may be misaligned
     const Tensor* find(const std::string& name) const;
 
 private:

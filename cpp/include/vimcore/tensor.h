@@ -15,9 +15,12 @@ enum class DType : std::uint8_t { f32, f64, f16, bf16, i64, i32, i16, i8, u64, u
 std::size_t size_of(DType dtype);
 const char* name_of(DType dtype);
 
-template <class T> inline constexpr DType dtype_of = DType::u8;
-template <> inline constexpr DType dtype_of<float> = DType::f32;
-template <> inline constexpr DType dtype_of<double> = DType::f64;
+template <class T>
+inline constexpr DType dtype_of = DType::u8;
+template <>
+inline constexpr DType dtype_of<float> = DType::f32;
+template <>
+inline constexpr DType dtype_of<double> = DType::f64;
 
 struct Device {
     enum class Type : std::uint8_t { cpu, cuda };
@@ -63,7 +66,11 @@ struct Tensor {
     std::int64_t size(int axis) const { return shape[axis]; }
     std::int64_t numel() const { return shape.numel(); }
     std::size_t bytes() const { return static_cast<std::size_t>(numel()) * size_of(dtype); }
-    template <class T> T* as() const { return static_cast<T*>(data); }
+    template <class T>
+    T* as() const
+    {
+        return static_cast<T*>(data);
+    }
 
     Tensor slice(std::int64_t begin, std::int64_t end) const;  // along the first axis
     Tensor operator[](std::int64_t index) const;               // drops the first axis
@@ -77,7 +84,11 @@ public:
     Buffer() = default;
     explicit Buffer(std::size_t bytes, Device device = Device::cpu());
     Buffer(Buffer&& other) noexcept { swap(other); }
-    Buffer& operator=(Buffer&& other) noexcept { swap(other); return *this; }
+    Buffer& operator=(Buffer&& other) noexcept
+    {
+        swap(other);
+        return *this;
+    }
     ~Buffer();
 
     void* data() const { return data_; }
