@@ -1,4 +1,4 @@
-"""Checks of the source tree itself: who includes whom, headers that stand alone, paths that the documents name."""
+"""Checks of the source tree: who includes whom, headers that stand alone, paths that the documents name."""
 
 from __future__ import annotations
 
