@@ -7,7 +7,7 @@ venv=${VIMCORE_VENV:-.venv}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 python="$venv/bin/python"
 "$python" -m pip install --quiet --upgrade pip
-"$python" -m pip install --quiet --constraint tests/constraints.txt '.[test]' cmake ninja
+"$python" -m pip install --quiet --constraint tests/constraints.txt '.[test,bench]' cmake ninja
 PATH="$PWD/$venv/bin:$PATH"
 [ "${venv#/}" = "$venv" ] || PATH="$venv/bin:$PATH"
 

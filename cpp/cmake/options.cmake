@@ -1,5 +1,6 @@
 # Options, kernel translation units and image libraries.
 option(VIMCORE_TESTS "Build the C++ tests" ${PROJECT_IS_TOP_LEVEL})
+option(VIMCORE_BENCH "Build the micro-benchmarks" OFF)
 option(VIMCORE_OPENMP "Threads through OpenMP (shares torch's runtime) instead of the built-in pool" OFF)
 option(VIMCORE_IMAGES "Read JPEG and PNG where libjpeg and libpng are found" ON)
 set(VIMCORE_SANITIZE "" CACHE STRING "asan or tsan")

@@ -4,12 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import reference
 import torch
 import vimcore
 from golden import relative
 from torch import Tensor
+
+SMALL = reference.Config(img_size=(8, 12), patch_size=4, num_classes=3, embed_dim=16, depth=2, d_state=5)
+
+
+def small(**options: Any) -> reference.Config:
+    """SMALL with other options."""
+    return reference.Config(**{**SMALL.arguments(), **options})
 
 
 def build(

@@ -83,10 +83,6 @@ def test_vim_in_plain_torch_is_vim() -> None:
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
 def test_exported_peers_compute_the_same(name: str) -> None:
-    pytest.importorskip(name)
-    if name == "onnxruntime":
-        pytest.importorskip("onnx")
-        pytest.importorskip("onnxscript")
     deit, images = load("deit"), torch.randn(2, 3, 32, 32)
     model = deit.DeiT(32, patch_size=8, width=24, heads=3, depth=2, num_classes=5).eval()
     with bench._quiet():
@@ -107,9 +103,10 @@ def test_floor_of_vim_tiny() -> None:
 @pytest.mark.parametrize("mode", [(), ("--train",)])
 def test_report(mode: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "report.json"
-    options = ("--sizes", "32", "--batch", "1,2", "--pairs", "2", "--threads", "1", "--sample", "0.01")
+    options = ["--sizes", "32", "--batch", "1,2", "--pairs", "2", "--threads", "1", "--sample", "0.01"]
+    options += ["--peers", "torch,openvino", "--peers-dir", str(PEERS), "--json", str(file)]
     before = torch.get_num_threads()
-    assert bench.main(parsed(*options, "--peers", "torch,openvino", "--json", str(file), *mode)) == 0
+    assert bench.main(parsed(*options, *mode)) == 0
     assert torch.get_num_threads() == before
     report = json.loads(file.read_text())
     assert {"date", "machine", "versions", "build", "threads", "rows", "skipped"} <= set(report)

@@ -13,14 +13,10 @@ import pytest
 import torch
 import vimcore
 from torch import nn
-from vimcore import _core
+from vimcore import _core, demo
 from vimcore.cli import main
 from vimcore.data import encode_png, load_digits, split_digits
 from vimcore.train import cosine_lr, evaluate, fit, parameter_groups
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("tqdm")
-demo = pytest.importorskip("vimcore.demo")
 
 
 @pytest.fixture(scope="module")
