@@ -90,6 +90,10 @@ public:
     {
         program_run(ctx.threads(), program, context);
     }
+    void run_workers(Context& ctx, int count, void (*body)(void*, int), void* context) override
+    {
+        parallel_for(ctx.threads(), count, [&](std::int64_t index) { body(context, static_cast<int>(index)); });
+    }
     void norm_forward(Context& ctx, const NormForward& args) override;
     void norm_backward(Context& ctx, const NormBackward& args) override;
     void linear_forward(Context& ctx, std::span<const LinearForward> args) override;

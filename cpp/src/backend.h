@@ -20,6 +20,9 @@ public:
     // Runs `program`, a sequence of operator calls that belong together.
     virtual void run(Context& ctx, void (*program)(void* context), void* context) = 0;
 
+    // Calls body(context, i) for i in [0, count), side by side where that pays.
+    virtual void run_workers(Context& ctx, int count, void (*body)(void* context, int index), void* context) = 0;
+
     virtual void norm_forward(Context& ctx, const NormForward& args) = 0;
     virtual void norm_backward(Context& ctx, const NormBackward& args) = 0;
     virtual void linear_forward(Context& ctx, std::span<const LinearForward> args) = 0;

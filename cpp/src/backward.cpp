@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "group_gradients.h"
 #include "network.h"
 
 namespace vimcore {
@@ -90,6 +91,46 @@ void embed_backward(const Network& net, const Tensor& images, const Tensor& dh, 
     });
 }
 
+// f(context, begin, end, gradients) for groups of images: side by side, one thread each, as far as they divide evenly,
+// the others on all threads. Gradients are summed per group and then in the order of the groups, however they ran.
+template <class F>
+void for_each_group(const Network& net, BlockParams& dblock, F&& f)
+{
+    const std::int64_t size = net.images_per_group(), groups = (net.batch + size - 1) / size;
+    if (groups == 1) return f(net.ctx, 0, net.batch, dblock);
+    Arena::Scope scope(net.ctx.arena());
+    const int slots = static_cast<int>(std::min<std::int64_t>(net.ctx.threads(), groups));
+    const GroupGradients parts(net.ctx, dblock, slots);
+    for (int slot = 0; slot < slots; slot++) net.ctx.worker(slot);  // made before going parallel
+    struct Work {
+        const Network& net;
+        const GroupGradients& parts;
+        F& f;
+        std::int64_t first, size;
+
+        void run(Context& own, int slot) const
+        {
+            const std::int64_t begin = (first + slot) * size;
+            BlockParams part = parts.start(slot);
+            f(own, begin, std::min(net.batch, begin + size), part);
+        }
+    } work{net, parts, f, 0, size};
+    for (; work.first < groups; work.first += slots) {
+        const int count = static_cast<int>(std::min<std::int64_t>(slots, groups - work.first));
+        if (count == slots && slots > 1)
+            net.ctx.backend().run_workers(
+                net.ctx, count,
+                [](void* context, int slot) {
+                    const Work& w = *static_cast<Work*>(context);
+                    w.run(w.net.ctx.worker(slot), slot);
+                },
+                &work);
+        else
+            for (int slot = 0; slot < count; slot++) work.run(net.ctx, slot);
+        parts.finish(count);
+    }
+}
+
 void run(const Network& net, const Tensor& images, const Saved& saved, const Outputs& gradients, Params& dparams,
          const Tensor& dimages)
 {
@@ -146,20 +187,21 @@ void run(const Network& net, const Tensor& images, const Saved& saved, const Out
             const auto i = static_cast<std::size_t>(layer + k);
             const Tensor scale = net.drop_path(layer + k - 1);
             const Tensor own_dh = k == 1 ? pair_dh : dh, own_dresidual = k == 1 ? pair_dresidual : dresidual;
-            net.for_each_group([&](std::int64_t begin, std::int64_t end) {
-                const Block block{.h = {},
-                                  .row_scale = scale.slice(begin, end),
-                                  .residual = {},
-                                  .reverse = net.reverse(layer + k),
-                                  .residual_out = {},
-                                  .out = {}};
-                block_backward(ctx, config, params.blocks[i], block, net.group(saved.blocks[i], begin, end),
-                               {.dout = dh.slice(begin, end),
-                                .dresidual_out = dresidual.slice(begin, end),
-                                .dresidual = own_dresidual.slice(begin, end),
-                                .dh = own_dh.slice(begin, end)},
-                               dparams.blocks[i]);
-            });
+            for_each_group(
+                net, dparams.blocks[i], [&](Context& own, std::int64_t begin, std::int64_t end, BlockParams& dblock) {
+                    const Block block{.h = {},
+                                      .row_scale = scale.slice(begin, end),
+                                      .residual = {},
+                                      .reverse = net.reverse(layer + k),
+                                      .residual_out = {},
+                                      .out = {}};
+                    block_backward(own, config, params.blocks[i], block, net.group(saved.blocks[i], begin, end),
+                                   {.dout = dh.slice(begin, end),
+                                    .dresidual_out = dresidual.slice(begin, end),
+                                    .dresidual = own_dresidual.slice(begin, end),
+                                    .dh = own_dh.slice(begin, end)},
+                                   dblock);
+                });
         }
         if (step == 2) {
             add(ctx, dh, pair_dh, dh);

@@ -21,6 +21,15 @@ Context::Context(Context&&) noexcept = default;
 Context& Context::operator=(Context&&) noexcept = default;
 Context::~Context() = default;
 
+Context& Context::worker(int index)
+{
+    while (static_cast<int>(workers_.size()) <= index) workers_.push_back(std::make_unique<Context>(device_, 1));
+    Context& worker = *workers_[static_cast<std::size_t>(index)];
+    worker.cache = cache;
+    worker.tile = tile;
+    return worker;
+}
+
 void Context::set_threads(int threads)
 {
     if (threads < 0)

@@ -92,7 +92,7 @@ Stream run_layers(const Network& net, std::int64_t first, Stream in, Saved* save
         const std::int64_t layer = first + k;
         const auto i = static_cast<std::size_t>(layer);
         const Tensor scale = net.drop_path(layer - 1);
-        net.for_each_group([&](std::int64_t begin, std::int64_t end) {
+        net.for_each_group(saved != nullptr, [&](Context& ctx, std::int64_t begin, std::int64_t end) {
             BlockSaved part;
             if (saved) part = net.group(saved->blocks[i], begin, end);
             const Block block{.h = in.h.slice(begin, end),
@@ -101,7 +101,7 @@ Stream run_layers(const Network& net, std::int64_t first, Stream in, Saved* save
                               .reverse = net.reverse(layer),
                               .residual_out = residual(k).slice(begin, end),
                               .out = out[k].slice(begin, end)};
-            block_forward(net.ctx, net.config, net.params.blocks[i], block, saved ? &part : nullptr);
+            block_forward(ctx, net.config, net.params.blocks[i], block, saved ? &part : nullptr);
         });
     }
     if (count == 1) return {out[0], residual(0)};

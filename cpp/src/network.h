@@ -2,6 +2,9 @@
 // Shared by the forward and the backward pass of the network: sizes, tables, cuts.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
+
 #include "arena.h"
 #include "backend.h"
 #include "vimcore/model.h"
@@ -38,10 +41,19 @@ struct Network {
 
     // Images that run through a block together, so that their activations stay in the cache.
     std::int64_t images_per_group() const;
+
+    // f(context, begin, end) for groups of images. As many as divide evenly run side by side, each on one thread, which
+    // keeps an image's activations in one core's cache; what is left runs on all threads. Where nothing is saved for
+    // backward, groups may be smaller than usual.
     template <class F>
-    void for_each_group(F&& f) const
+    void for_each_group(bool saved, F&& f) const
     {
-        for (std::int64_t b = 0; b < batch; b += images_per_group()) f(b, std::min(batch, b + images_per_group()));
+        const std::int64_t threads = ctx.threads();
+        std::int64_t size = images_per_group();
+        if (!saved) size = std::clamp<std::int64_t>(batch / threads, 1, size);
+        const std::int64_t apart = threads > 1 ? batch / size / threads * threads * size : 0;
+        if (apart > 0) run_apart(apart, size, f);
+        groups_in_order(apart, size, f);
     }
     // What the images [begin, end) of one group saved.
     BlockSaved group(const BlockSaved& saved, std::int64_t begin, std::int64_t end) const;
@@ -60,6 +72,33 @@ struct Network {
     }
 
 private:
+    template <class F>
+    void groups_in_order(std::int64_t first, std::int64_t size, F& f) const
+    {
+        for (std::int64_t b = first; b < batch; b += size) f(ctx, b, std::min(batch, b + size));
+    }
+
+    // Groups [0, end) of `size` images; a worker takes the next group when it is done with one.
+    template <class F>
+    void run_apart(std::int64_t end, std::int64_t size, F& f) const
+    {
+        struct Work {
+            const Network& net;
+            F& f;
+            std::int64_t end, size;
+            std::atomic<std::int64_t> next;
+        } work{*this, f, end, size, 0};
+        for (int i = 0; i < ctx.threads(); i++) ctx.worker(i);  // made before going parallel
+        ctx.backend().run_workers(
+            ctx, ctx.threads(),
+            [](void* context, int index) {
+                Work& w = *static_cast<Work*>(context);
+                for (std::int64_t b; (b = w.next.fetch_add(w.size)) < w.end;)
+                    w.f(w.net.ctx.worker(index), b, b + w.size);
+            },
+            &work);
+    }
+
     WeightCache* outer_cache;
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "vimcore/tensor.h"
 
@@ -24,6 +25,8 @@ public:
     int threads() const { return threads_; }
     void set_threads(int threads);
 
+    // The index-th of some single-threaded contexts for parallel work on parts of a batch; made at first use.
+    Context& worker(int index);
     Arena& arena() { return *arena_; }  // scratch of the running call
     Backend& backend() { return *backend_; }
     WeightCache* cache = nullptr;  // packed weights of the running call, or none
@@ -36,6 +39,7 @@ private:
     int threads_;
     Backend* backend_;
     std::unique_ptr<Arena> arena_;
+    std::vector<std::unique_ptr<Context>> workers_;
 };
 
 }  // namespace vimcore
