@@ -14,9 +14,9 @@ namespace cpu {
 
 namespace {
 
-constexpr Index norm_rows = 64;      // rows of a forward task
+constexpr Index norm_rows = 16;      // rows of a forward task
 constexpr Index sum_rows = 256;      // rows of one partial sum of weight gradients
-constexpr Index conv_tokens = 64;    // tokens of a forward task
+constexpr Index conv_tokens = 32;    // tokens of a forward task
 constexpr Index conv_channels = 64;  // channels of a backward task
 
 template <class T>

@@ -73,32 +73,46 @@ void run_serially(std::int64_t count, void (*body)(void*, std::int64_t), void* c
     for (std::int64_t i = 0; i < count; i++) body(context, i);
 }
 
-// One loop: indices are claimed one by one by whoever is free. The first exception ends the loop.
+// One loop. Every thread has a part of the indices, the same part of the same range each time, so that what it wrote in
+// one loop is in its cache in the next; a thread that is done with its own part helps with the others'. Indices are
+// claimed one by one. The first exception ends the loop.
 struct Loop {
-    std::int64_t count = 0;
+    static constexpr int max_parts = 64;
+    struct alignas(64) Part {
+        std::atomic<std::int64_t> next{0};
+        std::int64_t end = 0;
+    };
+    Part parts[max_parts];
+    int part_count = 0;
     void (*body)(void*, std::int64_t) = nullptr;
     void* context = nullptr;
-    std::atomic<std::int64_t> next{0};
     std::atomic<bool> failed{false};
     std::exception_ptr error;
 
-    void start(std::int64_t indices, void (*function)(void*, std::int64_t), void* argument)
+    void start(int threads, std::int64_t count, void (*function)(void*, std::int64_t), void* argument)
     {
-        count = indices;
+        part_count = std::min(threads, max_parts);
+        for (int k = 0; k < part_count; k++) {
+            parts[k].next.store(count * k / part_count, std::memory_order_relaxed);
+            parts[k].end = count * (k + 1) / part_count;
+        }
         body = function;
         context = argument;
-        next.store(0, std::memory_order_relaxed);
         failed.store(false, std::memory_order_relaxed);
         error = nullptr;
     }
-    void work() noexcept
+    void work(int thread) noexcept
     {
         const FlushSubnormals flush;
         const bool outer = std::exchange(inside, true);
         try {
-            for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, i);
+            for (int k = 0; k < part_count; k++) {
+                Part& part = parts[(thread + k) % part_count];
+                for (std::int64_t i; (i = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end;)
+                    body(context, i);
+            }
         } catch (...) {
-            next.store(count, std::memory_order_relaxed);
+            for (int k = 0; k < part_count; k++) parts[k].next.store(parts[k].end, std::memory_order_relaxed);
             if (!failed.exchange(true, std::memory_order_relaxed)) error = std::current_exception();
         }
         inside = outer;
@@ -131,17 +145,17 @@ class Team {
 public:
     void run(int threads, std::int64_t count, void (*body)(void*, std::int64_t), void* context)
     {
-        loop_.start(count, body, context);
+        loop_.start(threads, count, body, context);
         gate_.store(static_cast<std::uint32_t>(threads - 1) * one_place, std::memory_order_release);
         rounds_.fetch_add(1, std::memory_order_release);
         rounds_.notify_all();
-        loop_.work();
+        loop_.work(0);
         std::uint32_t gate = gate_.fetch_and(one_place - 1, std::memory_order_acquire) & (one_place - 1);
         for (; gate != 0; gate = gate_.load(std::memory_order_acquire)) wait_changed(gate_, gate);
         if (loop_.error) std::rethrow_exception(std::exchange(loop_.error, nullptr));
     }
 
-    void serve()  // until dismissed
+    void serve(int thread)  // until dismissed; thread: 1, 2, ...
     {
         std::uint32_t seen = 0;
         while (!dismissed_.load(std::memory_order_acquire)) {
@@ -153,7 +167,7 @@ public:
                                                 std::memory_order_relaxed)) {
             }
             if (gate < one_place) continue;
-            loop_.work();
+            loop_.work(thread);
             gate_.fetch_sub(1, std::memory_order_release);
             gate_.notify_one();
         }
@@ -182,9 +196,9 @@ thread_local Team* current_team = nullptr;  // of the program that this thread r
 void run_team(int threads, std::int64_t count, void (*body)(void*, std::int64_t), void* context)
 {
     Loop loop;
-    loop.start(count, body, context);
+    loop.start(threads, count, body, context);
 #pragma omp parallel num_threads(threads)
-    loop.work();
+    loop.work(omp_get_thread_num());
     if (loop.error) std::rethrow_exception(loop.error);
 }
 
@@ -206,7 +220,7 @@ void run_program(int threads, void (*program)(void*), void* context)
             current_team = nullptr;
             team.dismiss();
         } else {
-            team.serve();
+            team.serve(omp_get_thread_num());
         }
     }
     if (error) std::rethrow_exception(error);
@@ -222,7 +236,8 @@ public:
 
     Team& with_helpers(int helpers)
     {
-        while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back([this] { team_.serve(); });
+        while (static_cast<int>(workers_.size()) < helpers)
+            workers_.emplace_back([this, thread = static_cast<int>(workers_.size()) + 1] { team_.serve(thread); });
         return team_;
     }
 
