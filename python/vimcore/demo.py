@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from . import _core
+from . import _core, images
 from .data import encode_png, load_digits, split_digits
 from .io import save_model
 from .nn import VisionMamba
@@ -71,7 +71,7 @@ def picture(digit: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def network_input(pictures: list[bytes]) -> torch.Tensor:
     """PNG files to (B, 1, 32, 32) float32, as `vimcore predict` does it."""
     options = json.dumps(PREPROCESS)
-    return torch.from_numpy(np.stack([_core.preprocess_image(data, "digit", options) for data in pictures]))
+    return torch.from_numpy(np.stack([images.network_input(data, "digit", options) for data in pictures]))
 
 
 def jiggle(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

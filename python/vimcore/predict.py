@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from .images import network_input
 from .runtime import Runtime
 
 SUFFIXES = (".jpeg", ".jpg", ".pgm", ".png", ".ppm")
@@ -105,8 +106,7 @@ def _load(path: str, options: str) -> NDArray[np.float32] | str:
     try:
         with open(path, "rb") as file:
             data = file.read()
-        image: NDArray[np.float32] = _core.preprocess_image(data, path, options)
-        return image
+        return network_input(data, path, options)
     except OSError as error:
         return error.strerror or str(error)
     except (_core.Error, ValueError, MemoryError) as error:

@@ -15,7 +15,7 @@ import numpy as np
 import PIL
 import pytest
 from PIL import Image
-from vimcore import _core
+from vimcore import _core, images
 
 build = getattr(_core, "build_info", dict)()
 needs_jpeg = pytest.mark.skipif(build.get("jpeg") is False, reason="built without libjpeg")
@@ -402,3 +402,28 @@ def test_preprocess_of_a_very_long_image() -> None:
 def test_preprocess_options_are_checked(text: str, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         _core.preprocess_image(encode(Image.fromarray(picture(4, 4)), "PPM"), "a.ppm", text)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "RGBA", "LA", "1"])
+def test_pillow_stands_in(mode: str) -> None:
+    """A build without libpng gives the same input through Pillow."""
+    rng = np.random.default_rng(3)
+    image = Image.fromarray(rng.integers(0, 256, (40, 52, 3), dtype=np.uint8)).convert(mode)
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    pixels = images.decode_with_pillow(data.getvalue(), "test")
+    assert np.array_equal(pixels, _core.decode_image(data.getvalue(), "test"))
+    options = _core.preprocess_default()
+    ours = _core.preprocess_image(data.getvalue(), "test", options)
+    assert np.array_equal(_core.preprocess_pixels(pixels, options), ours)
+    assert np.array_equal(images.network_input(data.getvalue(), "test", options), ours)
+
+
+def test_pillow_refuses_what_the_core_refuses() -> None:
+    data = io.BytesIO()
+    Image.new("CMYK", (8, 8)).save(data, "JPEG")
+    with pytest.raises(_core.Error, match="test: expected 8-bit grey or RGB, got mode CMYK"):
+        images.decode_with_pillow(data.getvalue(), "test")
+    for bad in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", data.getvalue()[: len(data.getvalue()) // 2]):
+        with pytest.raises(_core.Error, match=r"\[decode_image\] test: "):
+            images.decode_with_pillow(bad, "test")
