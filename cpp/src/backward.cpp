@@ -99,7 +99,7 @@ void for_each_group(const Network& net, BlockParams& dblock, F&& f)
     const std::int64_t size = net.images_per_group(), groups = (net.batch + size - 1) / size;
     if (groups == 1) return f(net.ctx, 0, net.batch, dblock);
     Arena::Scope scope(net.ctx.arena());
-    const int slots = static_cast<int>(std::min<std::int64_t>(net.ctx.threads(), groups));
+    const int slots = static_cast<int>(net.may_run_apart() ? std::min<std::int64_t>(net.ctx.threads(), groups) : 1);
     const GroupGradients parts(net.ctx, dblock, slots);
     for (int slot = 0; slot < slots; slot++) net.ctx.worker(slot);  // made before going parallel
     struct Work {

@@ -42,6 +42,9 @@ struct Network {
     // Images that run through a block together, so that their activations stay in the cache.
     std::int64_t images_per_group() const;
 
+    // Side by side means scratch memory for every thread; very long sequences run one after the other instead.
+    bool may_run_apart() const { return ctx.threads() > 1 && len <= 8192; }
+
     // f(context, begin, end) for groups of images. As many as divide evenly run side by side, each on one thread, which
     // keeps an image's activations in one core's cache; what is left runs on all threads. Where nothing is saved for
     // backward, groups may be smaller than usual.
@@ -51,7 +54,7 @@ struct Network {
         const std::int64_t threads = ctx.threads();
         std::int64_t size = images_per_group();
         if (!saved) size = std::clamp<std::int64_t>(batch / threads, 1, size);
-        const std::int64_t apart = threads > 1 ? batch / size / threads * threads * size : 0;
+        const std::int64_t apart = may_run_apart() ? batch / size / threads * threads * size : 0;
         if (apart > 0) run_apart(apart, size, f);
         groups_in_order(apart, size, f);
     }
