@@ -119,6 +119,8 @@ void scan_forward(Context& ctx, const Scan& args);
 void scan_backward(Context& ctx, const Scan& args);
 
 // ---- the scan on its own, textbook arguments -----------------------------------------------------------------------
+// A is meant to be negative. Where delta A log2(e) exceeds 127 the state has no float32 value, and what comes out is
+// unspecified (inf or a finite number, by instruction set).
 struct SelectiveScan {
     Tensor u, delta;          // (B, L, E)
     Tensor A;                 // (E, N)
