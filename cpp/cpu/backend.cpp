@@ -2,11 +2,18 @@
 // Normalisation and convolution on the CPU.
 #include "backend.h"
 
+#include <sys/mman.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "vimcore/error.h"
+
 namespace vimcore {
 
 Backend& cpu_backend()
 {
-    static cpu::CpuBackend backend;
+    static auto& backend = *new cpu::CpuBackend;  // never destroyed: memory may be given back at any time
     return backend;
 }
 
@@ -184,6 +191,47 @@ void conv_backward(Context& ctx, const Conv1d& a)
 }
 
 }  // namespace
+
+void* CpuBackend::allocate(std::size_t bytes, int)
+{
+    // Large blocks in huge pages: a small page costs microseconds at its first use, and a TLB entry ever after.
+    constexpr std::size_t huge = std::size_t{2} << 20;
+    const std::size_t alignment = bytes < huge ? 64 : huge;
+    void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    if (!memory) throw OutOfMemory("[buffer] out of memory: " + std::to_string(bytes) + " bytes");
+#ifdef MADV_HUGEPAGE
+    if (alignment == huge) (void)::madvise(memory, bytes, MADV_HUGEPAGE);  // only advice
+#endif
+    return memory;
+}
+
+void CpuBackend::copy(Context&, const Tensor& from, const Tensor& to)
+{
+    if (from.dtype != to.dtype)
+        throw std::invalid_argument("[copy] to: expected " + describe(from) + ", got " + describe(to));
+    std::memcpy(to.data, from.data, to.bytes());
+}
+
+void CpuBackend::scale_rows(Context&, const Tensor& matrix, const Tensor& factor, const Tensor& out)
+{
+    dispatch(out.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const Index columns = matrix.size(1);
+        for (Index i = 0; i < matrix.numel(); i++) out.as<T>()[i] = matrix.as<T>()[i] * factor.as<T>()[i / columns];
+    });
+}
+
+void CpuBackend::change_stream(Context&, void*, void*)
+{
+    throw std::invalid_argument("[context] stream: the cpu has none");
+}
+
+std::shared_ptr<void> CpuBackend::record(Context&, void (*)(void*), void*)
+{
+    throw std::invalid_argument("[context] record: the cpu has no streams to record");
+}
+
+void CpuBackend::replay(Context&, void*) { throw std::invalid_argument("[context] replay: the cpu has no streams"); }
 
 void CpuBackend::norm_forward(Context& ctx, const NormForward& args)
 {

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <span>
 
 #include "../src/arena.h"
@@ -40,7 +42,7 @@ template <class T, class F>
 const T* packed(Context& ctx, const Tensor& weight, PackKind kind, Index count, F&& fill)
 {
     if (ctx.cache)
-        return static_cast<const T*>(ctx.cache->get(weight.data, kind, sizeof(T) * static_cast<std::size_t>(count),
+        return static_cast<const T*>(ctx.cache->get(ctx, weight.data, kind, sizeof(T) * static_cast<std::size_t>(count),
                                                     [&](void* out) { fill(static_cast<T*>(out)); }));
     T* out = scratch<T>(ctx, count).template as<T>();
     fill(out);
@@ -94,6 +96,20 @@ public:
     {
         parallel_for(ctx.threads(), count, [&](std::int64_t index) { body(context, static_cast<int>(index)); });
     }
+    void* allocate(std::size_t bytes, int device) override;
+    void release(void* memory, int) noexcept override { std::free(memory); }
+    void upload(Context&, const void* host, const Tensor& to) override { std::memcpy(to.data, host, to.bytes()); }
+    void download(Context&, const Tensor& from, void* host) override { std::memcpy(host, from.data, from.bytes()); }
+    void copy(Context& ctx, const Tensor& from, const Tensor& to) override;
+    void fill_zero(Context&, const Tensor& tensor) override { std::memset(tensor.data, 0, tensor.bytes()); }
+    void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out) override;
+    void change_stream(Context& ctx, void* from, void* to) override;
+    std::shared_ptr<void> mark(Context&) override { return nullptr; }
+    void await(Context&, void*) override {}
+    bool recording(Context&) override { return false; }
+    std::shared_ptr<void> make_stream(int) override { return nullptr; }
+    std::shared_ptr<void> record(Context& ctx, void (*program)(void*), void* context) override;
+    void replay(Context& ctx, void* recording) override;
     void norm_forward(Context& ctx, const NormForward& args) override;
     void norm_backward(Context& ctx, const NormBackward& args) override;
     void linear_forward(Context& ctx, std::span<const LinearForward> args) override;

@@ -23,12 +23,21 @@ Tensor Arena::take(const Shape& shape, DType dtype)
     return tensor;
 }
 
+void Arena::reserve(std::size_t bytes)
+{
+    if (depth_ > 0 || held_ || this->bytes() >= bytes) return;
+    blocks_.clear();
+    block_ = used_ = 0;
+    blocks_.emplace_back(bytes, device_);
+    allocations_++;
+}
+
 Arena::Scope::~Scope()
 {
     arena_.block_ = block_;
     arena_.used_ = used_;
     // The outermost scope joins the pieces that a new shape left behind, so that the next call finds one block.
-    if (--arena_.depth_ == 0 && arena_.blocks_.size() > 1) {
+    if (--arena_.depth_ == 0 && arena_.blocks_.size() > 1 && !arena_.held_) {
         std::size_t total = arena_.bytes();
         arena_.blocks_.clear();
         arena_.block_ = arena_.used_ = 0;

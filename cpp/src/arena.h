@@ -13,6 +13,7 @@ public:
     explicit Arena(Device device) : device_(device) {}
 
     Tensor take(const Shape& shape, DType dtype);
+    void reserve(std::size_t bytes);  // one block of at least that size; while nothing is taken
 
     // Gives back at the end of a block what was taken inside it.
     class Scope {
@@ -27,6 +28,8 @@ public:
         std::size_t block_, used_;
     };
 
+    void hold(bool hold) { held_ = hold; }  // while held, no block is given back or joined with others
+
     std::size_t bytes() const;                                // reserved now
     std::size_t allocations() const { return allocations_; }  // since construction; constant after warm-up
 
@@ -35,6 +38,7 @@ private:
     std::vector<Buffer> blocks_;
     std::size_t block_ = 0, used_ = 0, allocations_ = 0;
     int depth_ = 0;
+    bool held_ = false;
 };
 
 }  // namespace vimcore

@@ -23,6 +23,27 @@ public:
     // Calls body(context, i) for i in [0, count), side by side where that pays.
     virtual void run_workers(Context& ctx, int count, void (*body)(void* context, int index), void* context) = 0;
 
+    // Memory of the device, and copies within it and to and from the host. upload and download have finished with the
+    // host's memory when they return.
+    virtual void* allocate(std::size_t bytes, int device) = 0;  // throws vimcore::Error
+    virtual void release(void* memory, int device) noexcept = 0;
+    virtual void upload(Context& ctx, const void* host, const Tensor& to) = 0;
+    virtual void download(Context& ctx, const Tensor& from, void* host) = 0;
+    virtual void copy(Context& ctx, const Tensor& from, const Tensor& to) = 0;  // converts between float types
+    virtual void fill_zero(Context& ctx, const Tensor& tensor) = 0;
+    // out[i, :] = factor[i] matrix[i, :], of parameters
+    virtual void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out) = 0;
+    // Makes work on stream `to` wait for what was queued on `from`.
+    virtual void change_stream(Context& ctx, void* from, void* to) = 0;
+    // A mark behind what is queued on the context's stream, for another stream to wait for; none where calls complete.
+    virtual std::shared_ptr<void> mark(Context& ctx) = 0;
+    virtual void await(Context& ctx, void* mark) = 0;
+    virtual bool recording(Context& ctx) = 0;  // what is queued now is recorded, by us or by the caller
+    virtual std::shared_ptr<void> make_stream(int device) = 0;  // none on the CPU
+    // What `program` queues on the context's stream, recorded instead of run; replay queues it again.
+    virtual std::shared_ptr<void> record(Context& ctx, void (*program)(void* context), void* context) = 0;
+    virtual void replay(Context& ctx, void* recording) = 0;
+
     virtual void norm_forward(Context& ctx, const NormForward& args) = 0;
     virtual void norm_backward(Context& ctx, const NormBackward& args) = 0;
     virtual void linear_forward(Context& ctx, std::span<const LinearForward> args) = 0;
@@ -51,5 +72,7 @@ void run_together(Context& ctx, F&& program)
 
 Backend& cpu_backend();
 Backend& cuda_backend();  // throws vimcore::Error where the build or the machine has no CUDA
+
+inline Backend& backend_of(Device device) { return device.type == Device::Type::cpu ? cpu_backend() : cuda_backend(); }
 
 }  // namespace vimcore

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The whole network, backward: forward.cpp read from the end.
 #include <algorithm>
-#include <cstring>
 
 #include "group_gradients.h"
 #include "network.h"
@@ -19,7 +18,7 @@ void head_backward(const Network& net, const Tensor& tokens, const Tensor& dlogi
     const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
     auto apply = [&](const Tensor& x, const Tensor& dy, const Tensor& dx) {
         if (c.num_classes == 0) {
-            std::memcpy(dx.data, dy.data, dx.bytes());
+            net.ctx.backend().copy(net.ctx, dy, dx);
             return;
         }
         const LinearBackward args{.x = x,
@@ -69,23 +68,23 @@ void embed_backward(const Network& net, const Tensor& images, const Tensor& dh, 
     tokens.dpos_embed = dparams.pos_embed;
     tokens_backward(net.ctx, tokens);
     if (!dparams.patch_weight && !dparams.patch_bias && !dimages) return;
-    if (dimages) std::memset(dimages.data, 0, dimages.bytes());
-    net.for_each_patch_block([&](std::int64_t b, std::int64_t begin, std::int64_t count) {
+    if (dimages) net.ctx.backend().fill_zero(net.ctx, dimages);
+    net.for_each_patch_block([&](std::int64_t b, std::int64_t n, std::int64_t begin, std::int64_t count) {
         Arena::Scope block(net.ctx.arena());
-        const Tensor cols = net.take({1, count, weight.size(1)}), x = cols.view({count, weight.size(1)});
+        const Tensor cols = net.take({n, count, weight.size(1)}), x = cols.view({n * count, weight.size(1)});
         Patches patches{
-            .images = images.slice(b, b + 1), .patch = c.patch_size, .stride = c.stride, .begin = begin, .cols = cols};
+            .images = images.slice(b, b + n), .patch = c.patch_size, .stride = c.stride, .begin = begin, .cols = cols};
         patches_forward(net.ctx, patches);
         const Tensor dx = dimages ? net.take(x.shape) : Tensor{};
         const LinearBackward args{.x = x,
                                   .weight = weight,
-                                  .dy = dpatches[b].slice(begin, begin + count),
+                                  .dy = net.patch_rows(dpatches, b, n, begin, count),
                                   .dx = dx,
                                   .dweight = dparams.patch_weight.view(weight.shape),
                                   .dbias = dparams.patch_bias};
         linear_backward(net.ctx, {&args, 1});
         if (!dimages) return;
-        patches.images = dimages.slice(b, b + 1);
+        patches.images = dimages.slice(b, b + n);
         patches.cols = dx.view(cols.shape);
         patches_backward(net.ctx, patches);
     });
@@ -139,11 +138,11 @@ void run(const Network& net, const Tensor& images, const Saved& saved, const Out
     const Params& params = net.params;
     Arena::Scope scope(ctx.arena());
     const std::int64_t step = net.layers_per_step();
-    const Tensor dh = net.take(net.sequence()), dresidual = net.take(net.sequence());
+    const Tensor dh = net.take(net.sequence()), dresidual = net.take_wide(net.sequence());
     {
         Arena::Scope inner(ctx.arena());
         const Tensor dtokens = net.take(net.sequence());
-        std::memset(dtokens.data, 0, dtokens.bytes());
+        ctx.backend().fill_zero(ctx, dtokens);
         if (gradients.logits) {
             const Tensor tokens = net.take(net.sequence());
             norm_forward(ctx, {.h = {},
@@ -174,7 +173,7 @@ void run(const Network& net, const Tensor& images, const Saved& saved, const Out
     Tensor pair_dh, pair_dresidual;  // of the second layer of a pair
     if (step == 2) {
         pair_dh = net.take(net.sequence());
-        pair_dresidual = net.take(net.sequence());
+        pair_dresidual = net.take_wide(net.sequence());
     }
     std::size_t wanted = gradients.layers.size();
     for (std::int64_t layer = config.depth - step; layer >= 0; layer -= step) {

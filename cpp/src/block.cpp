@@ -3,7 +3,6 @@
 // Long sequences run in tiles that fit the cache: the forward direction starts at the first tile, the reverse one at
 // the last, and where the second of them comes to a tile, the tile's output is finished.
 #include <algorithm>
-#include <cstring>
 
 #include "arena.h"
 #include "backend.h"
@@ -45,7 +44,7 @@ Routes routes(const Config& config, const BlockParams& params, bool reverse, Blo
 
 struct Sizes {
     std::int64_t batch, len, dim, inner, state, q;
-    DType dtype;
+    DType dtype;  // of activations
 };
 
 Sizes sizes(const Config& config, const Tensor& x)
@@ -58,14 +57,8 @@ Sizes sizes(const Config& config, const Tensor& x)
 Tensor scaled_out_proj(Context& ctx, const BlockParams& p)
 {
     if (!p.gamma) return p.out_proj;
-    Tensor scaled = ctx.arena().take(p.out_proj.shape, p.out_proj.dtype);
-    auto fill = [&](auto zero) {
-        using T = decltype(zero);
-        const std::int64_t columns = p.out_proj.size(1);
-        for (std::int64_t i = 0; i < scaled.numel(); i++)
-            scaled.as<T>()[i] = p.out_proj.as<T>()[i] * p.gamma.as<T>()[i / columns];
-    };
-    scaled.dtype == DType::f32 ? fill(float{}) : fill(double{});
+    const Tensor scaled = ctx.arena().take(p.out_proj.shape, p.out_proj.dtype);
+    ctx.backend().scale_rows(ctx, p.out_proj, p.gamma, scaled);
     return scaled;
 }
 
@@ -108,7 +101,7 @@ public:
           params_(params),
           block_(block),
           saved_(saved),
-          s_(sizes(config, block.out)),
+          s_(sizes(config, block.h ? block.h : block.residual)),
           tile_(std::min(tile, s_.len)),
           tiles_((s_.len + tile_ - 1) / tile_),
           routes_(routes(config, params, block.reverse, nullptr)),
@@ -124,9 +117,9 @@ public:
             step(0, 0, {});
             return;
         }
-        Tensor states = take({routes_.count, 1, s_.state, s_.inner});
+        const Tensor states = ctx_.arena().take({routes_.count, 1, s_.state, s_.inner}, wide(s_.dtype));
         for (std::int64_t image = 0; image < s_.batch; image++) {
-            std::memset(states.data, 0, states.bytes());
+            ctx_.backend().fill_zero(ctx_, states);
             for (std::int64_t i = 0; i < tiles_; i++) step(image, i, states);
         }
     }
@@ -148,25 +141,33 @@ private:
 
         for (int p = 0; first_visit && p < places; p++) project_in(image, tile[p]);
 
-        Tensor u[2], q[2];
+        Tensor u_of[2], q_of[2], u,
+            q;  // u, q: of all projections side by side: equal distances let a backend batch their products
         ConvPass conv[2];
         LinearForward x_proj[2];
+        const std::int64_t batch = whole ? s_.batch : 1;
+        u = take({routes_.projections, batch * tile_, s_.inner});
+        if (!saved_) q = take({routes_.projections, batch * tile_, s_.q});
+        auto part = [&](const Tensor& all, int p) {
+            const Range range = tokens_of(p, tile[p]);
+            const std::int64_t count = range.end - range.begin;
+            return all[p].slice(0, batch * count).view({batch, count, all.size(2)});
+        };
         for (int p = 0; p < routes_.projections; p++) {
             const DirectionParams& w = routes_.route[p].weights;
-            const std::int64_t t0 = tile[p] * tile_, t1 = std::min(s_.len, t0 + tile_);
-            const std::int64_t batch = whole ? s_.batch : 1;
-            u[p] = take({batch, t1 - t0, s_.inner});
-            q[p] = saved_ ? rows(saved_->q[p], whole, image, t0, t1) : take({batch, t1 - t0, s_.q});
+            const auto [t0, t1] = tokens_of(p, tile[p]);
+            q_of[p] = saved_ ? rows(saved_->q[p], whole, image, t0, t1) : part(q, p);
+            u_of[p] = part(u, p);
             const bool reverse = routes_.projections == 1 && two ? false : routes_.route[p].reverse;
             conv[p] = {.reverse = reverse,
                        .weight = w.conv_weight,
                        .bias = w.conv_bias,
                        .begin = t0,
-                       .u = u[p],
+                       .u = u_of[p],
                        .du = {},
                        .dweight = {},
                        .dbias = {}};
-            x_proj[p] = {.x = u[p], .weight = w.x_proj, .bias = {}, .y = q[p]};
+            x_proj[p] = {.x = u_of[p], .weight = w.x_proj, .bias = {}, .y = q_of[p]};
         }
         const auto count = static_cast<std::size_t>(routes_.projections);
         conv1d_forward(ctx_,
@@ -181,13 +182,13 @@ private:
             if (saved_ && saved_->checkpoints)
                 checkpoints = whole ? saved_->checkpoints[p] : saved_->checkpoints[p].slice(image, image + 1);
             scan[p] = {.reverse = routes_.route[p].reverse,
-                       .u = u[source],
-                       .q = q[source],
+                       .u = u_of[source],
+                       .q = q_of[source],
                        .A_log = w.A_log,
                        .D = w.D,
                        .dt_weight = w.dt_weight,
                        .dt_bias = w.dt_bias,
-                       .begin = tile[p] * tile_,
+                       .begin = tokens_of(p, tile[p]).begin,
                        .state = states ? states[p] : Tensor{},
                        .add = last_visit && p > 0,
                        .finish = last_visit,
@@ -209,11 +210,29 @@ private:
                             .dout = {},
                             .dxz = {}});
 
+        if (block_.only >= 0) {
+            const Tensor y = take({s_.batch, s_.inner});
+            readout_forward(
+                ctx_, {.reduce = Reduce::select, .index = {block_.only, -1}, .x = y_, .out = y, .dout = {}, .dx = {}});
+            out_projection(ctx_, params_, out_proj_, y, block_.out.view({s_.batch, s_.dim}));
+            return;
+        }
         for (int p = 0; last_visit && p < places; p++) {
             const std::int64_t t0 = tile[p] * tile_, t1 = std::min(s_.len, t0 + tile_);
             out_projection(ctx_, params_, out_proj_, rows(y_, whole, image, t0, t1),
                            rows(block_.out, whole, image, t0, t1));
         }
+    }
+
+    struct Range {
+        std::int64_t begin, end;
+    };
+    // The tokens of a tile that a direction needs: where one output is wanted, none beyond it.
+    Range tokens_of(int p, std::int64_t tile) const
+    {
+        const std::int64_t begin = tile * tile_, end = std::min(s_.len, begin + tile_);
+        if (block_.only < 0) return {begin, end};
+        return routes_.route[p].reverse ? Range{block_.only, end} : Range{begin, block_.only + 1};
     }
 
     // Norm and in_proj of one tile.
@@ -248,23 +267,29 @@ private:
     Tensor out_proj_, xz_, y_;
 };
 
+constexpr std::int64_t whole_sequence = std::int64_t{1} << 40;
+
 // Tokens of a tile, whole chunks of checkpoints. An even cut was measured and is no faster than a short last tile.
-std::int64_t tile_length(Context& ctx, const Config& config, std::int64_t len)
+std::int64_t tile_length(Context& ctx, const Config& config)
 {
     // A causal convolution feeds both directions of "ssm", so its reverse scan cannot start at the far end.
-    const std::int64_t tile = config.directions == Directions::ssm ? len
-                              : ctx.tile > 0                       ? ctx.tile
-                                                                   : ctx.backend().tile();
-    return (tile + 63) / 64 * 64;
+    if (config.directions == Directions::ssm) return whole_sequence;
+    return ((ctx.tile > 0 ? ctx.tile : ctx.backend().tile()) + 63) / 64 * 64;
 }
 
 }  // namespace
+
+bool block_may_stop_early(Context& ctx, const Config& config)
+{
+    return config.directions != Directions::ssm && config.directions != Directions::block &&
+           config.tokens() <= tile_length(ctx, config);
+}
 
 void block_forward(Context& ctx, const Config& config, const BlockParams& params, const Block& block, BlockSaved* saved)
 {
     if (block.out.numel() == 0) return;
     Arena::Scope scope(ctx.arena());
-    const std::int64_t tile = tile_length(ctx, config, block.out.size(1));
+    const std::int64_t tile = tile_length(ctx, config);
     run_together(ctx, [&] { Forward(ctx, config, params, block, saved, tile).run(); });
 }
 
@@ -273,7 +298,7 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
 {
     if (saved.residual.numel() == 0) return;
     Arena::Scope scope(ctx.arena());
-    const Sizes s = sizes(config, saved.residual);
+    const Sizes s = sizes(config, saved.xz);
     const Routes r = routes(config, params, block.reverse, &dparams);
     const auto passes = static_cast<std::size_t>(r.count), projections = static_cast<std::size_t>(r.projections);
     auto take = [&](const Shape& shape) { return ctx.arena().take(shape, s.dtype); };
@@ -345,7 +370,7 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
                                   .dx = {},
                                   .dweight = params.gamma ? take(params.out_proj.shape) : dparams.out_proj,
                                   .dbias = {}};
-    if (params.gamma) std::memset(out_grad.dweight.data, 0, out_grad.dweight.bytes());
+    if (params.gamma) ctx.backend().fill_zero(ctx, out_grad.dweight);
     if (out_grad.dweight) linear_backward(ctx, {&out_grad, 1});
     if (params.gamma) {
         auto split = [&](auto zero) {  // d(gamma W) into dW and dgamma

@@ -9,10 +9,7 @@
 namespace vimcore {
 
 Context::Context(Device device, int threads)
-    : device_(device),
-      threads_(1),
-      backend_(device.type == Device::Type::cpu ? &cpu_backend() : &cuda_backend()),
-      arena_(std::make_unique<Arena>(device))
+    : device_(device), threads_(1), backend_(&backend_of(device)), arena_(std::make_unique<Arena>(device))
 {
     set_threads(threads);
 }
@@ -29,6 +26,15 @@ Context& Context::worker(int index)
     worker.tile = tile;
     return worker;
 }
+
+void Context::set_stream(void* stream)
+{
+    if (stream == stream_) return;
+    backend_->change_stream(*this, stream_, stream);
+    stream_ = stream;
+}
+
+void Context::hold_memory(bool hold) { arena_->hold(hold); }
 
 void Context::set_threads(int threads)
 {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The whole network, forward: patches, class tokens and positions, blocks, final norm, read-out, head.
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 
 #include "network.h"
@@ -14,37 +13,38 @@ std::int64_t Saved::bytes_per_block(const Config& c, Memory memory, std::int64_t
 {
     const std::int64_t n = c.two_directions() ? 2 : 1, projections = c.directions == Directions::ssm_conv ? 2 : 1;
     const std::int64_t chunks = (c.tokens() + chunk(memory) - 1) / chunk(memory);
-    const std::int64_t per_token = c.embed_dim + 2 * c.inner() + projections * (c.rank() + 2 * c.d_state);
-    return batch * (c.tokens() * per_token + n * chunks * c.d_state * c.inner()) *
-           static_cast<std::int64_t>(size_of(dtype));
+    const std::int64_t per_token = 2 * c.inner() + projections * (c.rank() + 2 * c.d_state);
+    const std::int64_t wide_elements = c.tokens() * c.embed_dim + n * chunks * c.d_state * c.inner();
+    return batch * (c.tokens() * per_token * static_cast<std::int64_t>(size_of(dtype)) +
+                    wide_elements * static_cast<std::int64_t>(size_of(wide(dtype))));
 }
 
-void Saved::prepare(const Config& c, std::int64_t images, DType dtype)
+void Saved::prepare(const Config& c, std::int64_t images, DType dtype, Device device)
 {
     batch = images;
     const std::int64_t n = c.two_directions() ? 2 : 1, projections = c.directions == Directions::ssm_conv ? 2 : 1;
     const std::int64_t len = c.tokens(), chunks = (len + chunk(memory) - 1) / chunk(memory);
     auto lay_out = [&](char* base) {
         std::size_t used = 0;
-        auto place = [&](const Shape& shape) {
-            Tensor tensor{base + used, shape, dtype, Device::cpu()};
+        auto place = [&](const Shape& shape, DType type) {
+            Tensor tensor{base + used, shape, type, device};
             used += (tensor.bytes() + 63) / 64 * 64;
             return tensor;
         };
         blocks.resize(static_cast<std::size_t>(c.depth));
         for (BlockSaved& block : blocks) {
             block.chunk = chunk(memory);
-            block.residual = place({batch, len, c.embed_dim});
-            block.xz = place({batch, len, 2 * c.inner()});
-            block.q = place({projections, batch, len, c.rank() + 2 * c.d_state});
-            block.checkpoints = place({n, batch, chunks, c.d_state, c.inner()});
+            block.residual = place({batch, len, c.embed_dim}, wide(dtype));
+            block.xz = place({batch, len, 2 * c.inner()}, dtype);
+            block.q = place({projections, batch, len, c.rank() + 2 * c.d_state}, dtype);
+            block.checkpoints = place({n, batch, chunks, c.d_state, c.inner()}, wide(dtype));
         }
-        residual = place({batch, len, c.embed_dim});
+        residual = place({batch, len, c.embed_dim}, wide(dtype));
         return used;
     };
     const std::size_t needed = lay_out(static_cast<char*>(storage.data()));
-    if (needed <= storage.bytes()) return;
-    storage = Buffer(needed);
+    if (needed <= storage.bytes() && storage.device() == device) return;
+    storage = Buffer(needed, device);
     lay_out(static_cast<char*>(storage.data()));
 }
 
@@ -56,24 +56,22 @@ void embed(const Network& net, const Tensor& images, const Tensor& h)
     Arena::Scope scope(net.ctx.arena());
     const Config& c = net.config;
     const Tensor patches = net.take({net.batch, c.patches(), net.dim}), weight = net.patch_weight();
-    net.for_each_patch_block([&](std::int64_t b, std::int64_t begin, std::int64_t count) {
+    net.for_each_patch_block([&](std::int64_t b, std::int64_t n, std::int64_t begin, std::int64_t count) {
         Arena::Scope block(net.ctx.arena());
-        const Tensor cols = net.take({1, count, weight.size(1)});
-        patches_forward(net.ctx, {.images = images.slice(b, b + 1),
+        const Tensor cols = net.take({n, count, weight.size(1)});
+        patches_forward(net.ctx, {.images = images.slice(b, b + n),
                                   .patch = c.patch_size,
                                   .stride = c.stride,
                                   .begin = begin,
                                   .cols = cols});
-        const LinearForward args{.x = cols.view({count, weight.size(1)}),
+        const LinearForward args{.x = cols.view({n * count, weight.size(1)}),
                                  .weight = weight,
                                  .bias = net.params.patch_bias,
-                                 .y = patches[b].slice(begin, begin + count)};
+                                 .y = net.patch_rows(patches, b, n, begin, count)};
         linear_forward(net.ctx, {&args, 1});
     });
     tokens_forward(net.ctx, net.tokens(patches, h));
 }
-
-void copy(const Tensor& from, const Tensor& to) { std::memcpy(to.data, from.data, to.bytes()); }
 
 // The residual stream: h, the last mixer output, and residual, none before the first block.
 struct Stream {
@@ -82,7 +80,7 @@ struct Stream {
 
 // One layer, or a forward and a reverse one on the same input.
 Stream run_layers(const Network& net, std::int64_t first, Stream in, Saved* saved, const Tensor (&out)[2],
-                  const Tensor (&residual_out)[3])
+                  const Tensor (&residual_out)[3], std::int64_t only = -1)
 {
     const std::int64_t count = net.layers_per_step();
     auto residual = [&](std::int64_t k) {
@@ -100,7 +98,8 @@ Stream run_layers(const Network& net, std::int64_t first, Stream in, Saved* save
                               .residual = in.residual.slice(begin, end),
                               .reverse = net.reverse(layer),
                               .residual_out = residual(k).slice(begin, end),
-                              .out = out[k].slice(begin, end)};
+                              .out = out[k].slice(begin, end),
+                              .only = only};
             block_forward(ctx, net.config, net.params.blocks[i], block, saved ? &part : nullptr);
         });
     }
@@ -110,16 +109,18 @@ Stream run_layers(const Network& net, std::int64_t first, Stream in, Saved* save
     return {in.h, residual_out[2]};
 }
 
+void classify(const Network& net, const Tensor& x, const Tensor& y)
+{
+    if (net.config.num_classes == 0) return net.ctx.backend().copy(net.ctx, x, y);
+    const LinearForward args{.x = x, .weight = net.params.head_weight, .bias = net.params.head_bias, .y = y};
+    linear_forward(net.ctx, {&args, 1});
+}
+
 void head(const Network& net, const Tensor& tokens, const Tensor& logits)
 {
     Arena::Scope scope(net.ctx.arena());
     const Config& c = net.config;
     const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
-    auto apply = [&](const Tensor& x, const Tensor& y) {
-        if (c.num_classes == 0) return copy(x, y);
-        const LinearForward args{.x = x, .weight = net.params.head_weight, .bias = net.params.head_bias, .y = y};
-        linear_forward(net.ctx, {&args, 1});
-    };
     const std::int64_t outputs = c.num_classes > 0 ? c.num_classes : net.dim;
     Readout readout = net.readout();
     if (!per_token) {
@@ -127,15 +128,24 @@ void head(const Network& net, const Tensor& tokens, const Tensor& logits)
         readout.x = tokens;
         readout.out = row;
         readout_forward(net.ctx, readout);
-        apply(row, logits);
+        classify(net, row, logits);
     } else if (c.pool == Pool::all) {
-        apply(tokens, logits);
+        classify(net, tokens, logits);
     } else {
         readout.x = net.take({net.batch, net.len, outputs});
         readout.out = logits;
-        apply(tokens, readout.x);
+        classify(net, tokens, readout.x);
         readout_forward(net.ctx, readout);
     }
+}
+
+// The one token of the last layer that reaches the outputs, or -1 where all do.
+std::int64_t last_token(const Network& net, const Outputs& out, const Saved* saved)
+{
+    const Readout readout = net.readout();
+    const bool all = saved || out.tokens || !out.logits || !out.layers.empty() || readout.reduce != Reduce::select ||
+                     readout.index[1] >= 0 || !block_may_stop_early(net.ctx, net.config);
+    return all ? -1 : readout.index[0];
 }
 
 void run(const Network& net, const Tensor& images, const Outputs& out, Saved* saved)
@@ -152,19 +162,33 @@ void run(const Network& net, const Tensor& images, const Outputs& out, Saved* sa
     const Tensor outs[2] = {step == 2 ? net.take(net.sequence()) : stream.h,
                             step == 2 ? net.take(net.sequence()) : Tensor{}};
     Tensor residuals[3];  // of the step's layers where nothing is saved; of a pair, the sum
-    for (std::int64_t k = 0; k < step && (!saved || config.rope_residual); k++) residuals[k] = net.take(net.sequence());
-    if (step == 2) residuals[2] = net.take(net.sequence());
+    for (std::int64_t k = 0; k < step && (!saved || config.rope_residual); k++)
+        residuals[k] = net.take_wide(net.sequence());
+    if (step == 2) residuals[2] = net.take_wide(net.sequence());
     std::size_t wanted = 0;
+    const std::int64_t only = last_token(net, out, saved);
     for (std::int64_t layer = 0; layer < config.depth; layer += step) {
         if (config.rope) {
             net.rotate(stream.h, false);
             if (config.rope_residual && stream.residual) {
                 if (saved && step == 1) {  // what was saved stays as it is
-                    copy(stream.residual, residuals[0]);
+                    ctx.backend().copy(ctx, stream.residual, residuals[0]);
                     stream.residual = residuals[0];
                 }
                 net.rotate(stream.residual, false);
             }
+        }
+        if (only >= 0 && layer == config.depth - 1) {
+            stream = run_layers(net, layer, stream, nullptr, {net.take({net.batch, 1, net.dim}), {}}, residuals, only);
+            const Tensor row = net.take_wide({net.batch, net.dim});
+            readout_forward(ctx, {.reduce = Reduce::select,
+                                  .index = {only, -1},
+                                  .x = stream.residual,
+                                  .out = row,
+                                  .dout = {},
+                                  .dx = {}});
+            stream.residual = row.view({net.batch, 1, net.dim});
+            break;
         }
         stream = run_layers(net, layer, stream, saved, outs, residuals);
         for (; wanted < out.layers.size() && out.layers[wanted] <= layer + step - 1; wanted++) {
@@ -177,7 +201,7 @@ void run(const Network& net, const Tensor& images, const Outputs& out, Saved* sa
     }
     if (!out.tokens && !out.logits && !saved) return;
 
-    const Tensor tokens = out.tokens ? out.tokens : net.take(net.sequence());
+    const Tensor tokens = out.tokens ? out.tokens : net.take(stream.h.shape);
     norm_forward(ctx, {.h = stream.h,
                        .row_scale = net.drop_path(config.depth - 1),
                        .residual = stream.residual,
@@ -187,7 +211,10 @@ void run(const Network& net, const Tensor& images, const Outputs& out, Saved* sa
                        .eps = config.norm_eps,
                        .residual_out = saved ? saved->residual : Tensor{},
                        .out = tokens});
-    if (out.logits) head(net, tokens, out.logits);
+    if (only >= 0)
+        classify(net, tokens.view({net.batch, net.dim}), out.logits);
+    else if (out.logits)
+        head(net, tokens, out.logits);
 }
 
 }  // namespace
@@ -196,7 +223,7 @@ void forward(Context& ctx, const Config& config, const Params& params, const Ten
              Saved* saved, const Draws& draws)
 {
     const Network net(ctx, config, params, images, draws);
-    if (saved) saved->prepare(config, net.batch, net.dtype);
+    if (saved) saved->prepare(config, net.batch, net.dtype, ctx.device());
     if (net.batch > 0) run_together(ctx, [&] { run(net, images, out, saved); });
 }
 

@@ -5,8 +5,10 @@
 #include <cstring>
 #include <set>
 
+#include "backend.h"
 #include "vimcore/error.h"
 #include "vimcore/model.h"
+#include "vimcore/plan.h"
 #include "vimcore/safetensors.h"
 
 namespace vimcore {
@@ -30,11 +32,13 @@ float from_half(std::uint16_t bits)
 // Any float type, aligned or not, to float32.
 void to_float(const Tensor& from, float* out)
 {
+    if (from.dtype == DType::f32) {
+        if (from.numel() > 0) std::memcpy(out, from.data, from.bytes());
+        return;
+    }
     const auto* bytes = static_cast<const unsigned char*>(from.data);
     for (std::int64_t i = 0; i < from.numel(); i++) {
-        if (from.dtype == DType::f32) {
-            std::memcpy(out + i, bytes + 4 * i, 4);
-        } else if (from.dtype == DType::f64) {
+        if (from.dtype == DType::f64) {
             double value;
             std::memcpy(&value, bytes + 8 * i, 8);
             out[i] = static_cast<float>(value);
@@ -128,8 +132,7 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device)
 std::shared_ptr<const Model> Model::load(const std::string& path, Device device, std::int64_t img_height,
                                          std::int64_t img_width)
 {
-    if (device.type != Device::Type::cpu)
-        throw Error("[load] " + to_string(device) + ": this build of vimcore has no CUDA backend");
+    Context ctx(device);
     const SafetensorsFile file = SafetensorsFile::open(path);
     const auto found = file.metadata().find("vimcore.config");
     if (found == file.metadata().end())
@@ -144,6 +147,7 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device,
     } catch (const std::invalid_argument& error) {
         throw Error("[load] " + path + ": vimcore.config: " + error.what());
     }
+    model->device_ = device;
     model->metadata_ = file.metadata();
     model->config_ = stored;
     if (img_height > 0) model->config_.img_height = img_height;
@@ -153,7 +157,6 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device,
     std::set<std::string> expected{"rope.freqs_cos", "rope.freqs_sin"};
     std::string faults;
     Params as_stored;
-    std::vector<std::pair<std::string, std::vector<float>>> values;
     for_each_param(stored, as_stored, [&](const std::string& name, Tensor&, const Shape& shape) {
         expected.insert(name);
         const Tensor* tensor = file.find(name);
@@ -163,26 +166,42 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device,
             faults += "\n  misshapen " + name + ": expected " + to_string(shape) + ", got " + to_string(tensor->shape);
         } else if (tensor->dtype > DType::bf16) {
             faults += "\n  " + name + ": expected a float type, got " + name_of(tensor->dtype);
-        } else {
-            std::vector<float> value(static_cast<std::size_t>(shape.numel()));
-            to_float(*tensor, value.data());
-            values.emplace_back(name, std::move(value));
         }
     });
     for (const auto& [name, tensor] : file.tensors())
         if (!expected.count(name)) faults += "\n  unexpected " + name + " " + to_string(tensor.shape);
     if (!faults.empty()) throw Error("[load] " + path + ": the tensors do not fit vimcore.config:" + faults);
 
-    std::size_t next = 0;
-    for_each_param(model->config_, model->params_, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
-        std::vector<float>& value = values[next++].second;
-        if (name == "pos_embed" && (stored.grid_height() != model->config_.grid_height() ||
-                                    stored.grid_width() != model->config_.grid_width()))
-            value = resize_positions(value, stored, model->config_);
-        model->storage_.emplace_back(value.size() * sizeof(float));
-        std::copy(value.begin(), value.end(), static_cast<float*>(model->storage_.back().data()));
-        tensor = {model->storage_.back().data(), shape, DType::f32, device};
+    // All weights in one block of memory, each on a multiple of 64 bytes; for another device, by way of a copy here.
+    const auto room = [](const Shape& shape) { return (shape.numel() + 15) / 16 * 16; };
+    std::int64_t size = 0;
+    for_each_param(model->config_, model->params_, [&](const std::string&, Tensor& tensor, const Shape& shape) {
+        tensor = {nullptr, shape, DType::f32, device};
+        size += room(shape);
     });
+    if (device == Device::cpu()) require_memory("load", path, weight_bytes(model->config_));
+    model->storage_.emplace_back(static_cast<std::size_t>(size) * sizeof(float), device);
+    auto* const base = static_cast<float*>(model->storage_.back().data());
+    const bool here = device == Device::cpu();
+    const Buffer staging(here ? 0 : model->storage_.back().bytes());
+    float* const host = here ? base : static_cast<float*>(staging.data());
+    const bool resized =
+        stored.grid_height() != model->config_.grid_height() || stored.grid_width() != model->config_.grid_width();
+    std::int64_t at = 0;
+    for_each_param(model->config_, model->params_, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
+        const Tensor& from = *file.find(name);
+        if (name == "pos_embed" && resized) {
+            std::vector<float> table(static_cast<std::size_t>(from.numel()));
+            to_float(from, table.data());
+            table = resize_positions(table, stored, model->config_);
+            std::copy(table.begin(), table.end(), host + at);
+        } else {
+            to_float(from, host + at);
+        }
+        tensor.data = base + at;
+        at += room(shape);
+    });
+    if (!here) ctx.backend().upload(ctx, host, {base, {size}, DType::f32, device});
     model->params_.changed();
     return model;
 }

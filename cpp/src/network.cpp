@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <stdexcept>
+#include <vector>
 
 #include "weight_cache.h"
 
@@ -27,7 +28,7 @@ Network::Network(Context& ctx, const Config& config, const Params& params, const
     if (static_cast<std::int64_t>(params.blocks.size()) != config.depth)
         throw std::invalid_argument("[forward] params: expected " + std::to_string(config.depth) + " blocks, got " +
                                     std::to_string(params.blocks.size()));
-    if (params.patch_weight.dtype != dtype)
+    if (params.patch_weight.dtype != wide(dtype))
         throw std::invalid_argument("[forward] images: expected " + std::string(name_of(params.patch_weight.dtype)) +
                                     " as the parameters, got " + describe(images));
     if (draws.drop_path && !(draws.drop_path.shape == Shape{config.depth, batch}))
@@ -129,18 +130,20 @@ void Network::rotate(const Tensor& x, bool inverse) const
     const std::int64_t count = 2 * config.patches() * dim;
     Arena::Scope scope(ctx.arena());
     constexpr int kind = 1000;  // beyond the kinds of the backends
-    auto table = [&](auto zero) {
-        using T = decltype(zero);
-        if (ctx.cache)
-            return const_cast<void*>(ctx.cache->get(&config.rope_grid, kind,
-                                                    sizeof(T) * static_cast<std::size_t>(count),
-                                                    [&](void* out) { fill_rope(config, static_cast<T*>(out)); }));
-        Tensor own = take({count});
-        fill_rope(config, own.as<T>());
-        return own.data;
+    Tensor both{nullptr, {2, config.patches(), dim}, wide(dtype), ctx.device()};
+    auto fill = [&](void* out) {
+        both.data = out;
+        auto upload = [&](auto zero) {
+            std::vector<decltype(zero)> host(static_cast<std::size_t>(count));
+            fill_rope(config, host.data());
+            ctx.backend().upload(ctx, host.data(), both);
+        };
+        both.dtype == DType::f32 ? upload(float{}) : upload(double{});
     };
-    Tensor both{
-        dtype == DType::f32 ? table(float{}) : table(double{}), {2, config.patches(), dim}, dtype, ctx.device()};
+    if (ctx.cache)
+        both.data = const_cast<void*>(ctx.cache->get(ctx, &config.rope_grid, kind, both.bytes(), fill));
+    else
+        fill(take_wide({count}).data);
     vimcore::rope(ctx, {.x = x, .cos = both[0], .sin = both[1], .skip = len - config.patches(), .inverse = inverse});
 }
 

@@ -11,6 +11,9 @@
 
 namespace vimcore {
 
+// Whether block_forward can compute one token's output alone (Block::only).
+bool block_may_stop_early(Context& ctx, const Config& config);
+
 struct Network {
     Network(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Draws& draws);
     ~Network() { ctx.cache = outer_cache; }
@@ -21,10 +24,11 @@ struct Network {
     const Config& config;
     const Params& params;
     const Draws& draws;
-    DType dtype;
+    DType dtype;  // of activations; parameters and the residual stream have wide(dtype)
     std::int64_t batch, len, dim;
 
     Tensor take(const Shape& shape) const { return ctx.arena().take(shape, dtype); }
+    Tensor take_wide(const Shape& shape) const { return ctx.arena().take(shape, wide(dtype)); }
     Shape sequence() const { return {batch, len, dim}; }
 
     // Layers that share one input: one, or a forward and a reverse one ("block").
@@ -65,13 +69,24 @@ struct Network {
     Readout readout() const;                           // of normalised tokens, or of logits for Pool::max
     void rotate(const Tensor& x, bool inverse) const;  // RoPE
     Tensor patch_weight() const;                       // (D, C P P)
-    // Calls f(image, first patch, count): pieces of the patch matrix that fit the cache.
+    // Rows of (B, J, D), whole images or a part of one, as a matrix.
+    Tensor patch_rows(const Tensor& patches, std::int64_t b, std::int64_t images, std::int64_t begin,
+                      std::int64_t count) const
+    {
+        return images == 1 ? patches[b].slice(begin, begin + count)
+                           : patches.slice(b, b + images).view({images * count, dim});
+    }
+    // Calls f(first image, images, first patch, patches of each): pieces of the patch matrix that suit the backend,
+    // whole images or a part of one.
     template <class F>
     void for_each_patch_block(F&& f) const
     {
-        constexpr std::int64_t block = 512;
-        for (std::int64_t b = 0; b < batch; b++)
-            for (std::int64_t j = 0; j < config.patches(); j += block) f(b, j, std::min(block, config.patches() - j));
+        constexpr std::int64_t most = 1 << 17;
+        const std::int64_t rows = std::min(ctx.backend().tile(), most), patches = config.patches();
+        const std::int64_t images = std::max<std::int64_t>(1, rows / std::max<std::int64_t>(patches, 1));
+        for (std::int64_t b = 0; b < batch; b += images)
+            for (std::int64_t j = 0; j < patches; j += rows)
+                f(b, std::min(images, batch - b), j, std::min(rows, patches - j));
     }
 
 private:
@@ -100,6 +115,10 @@ private:
                     w.f(w.net.ctx.worker(index), b, b + w.size);
             },
             &work);
+        // Whoever takes the largest group next time finds the memory for it.
+        std::size_t most = 0;
+        for (int i = 0; i < ctx.threads(); i++) most = std::max(most, ctx.worker(i).arena().bytes());
+        for (int i = 0; i < ctx.threads(); i++) ctx.worker(i).arena().reserve(most);
     }
 
     WeightCache* outer_cache;

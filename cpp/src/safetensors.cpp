@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <istream>
 #include <optional>
 #include <tuple>
 
@@ -164,6 +165,14 @@ void check_ranges(const std::vector<Entry>& entries, std::uint64_t data_size)
         throw Error(std::to_string(data_size - at) + " bytes of data after the last tensor belong to none");
 }
 
+std::uint64_t header_length(const unsigned char* bytes)
+{
+    std::uint64_t length = 0;
+    for (int i = 7; i >= 0; --i) length = length << 8 | bytes[i];
+    if (length > max_header) throw Error("header of " + std::to_string(length) + " bytes is longer than 100 MB");
+    return length;
+}
+
 std::string reason() { return std::strerror(errno); }
 
 }  // namespace
@@ -171,6 +180,7 @@ std::string reason() { return std::strerror(errno); }
 struct SafetensorsFile::Mapping {
     void* address = nullptr;
     std::size_t size = 0;
+    Buffer memory;  // instead, of a stream
     ~Mapping()
     {
         if (address) ::munmap(address, size);
@@ -183,9 +193,7 @@ SafetensorsFile SafetensorsFile::parse(const void* bytes, std::size_t size, cons
     SafetensorsFile file;
     try {
         if (size < 8) throw Error("file of " + std::to_string(size) + " bytes has no header");
-        std::uint64_t length = 0;
-        for (int i = 7; i >= 0; --i) length = length << 8 | base[i];
-        if (length > max_header) throw Error("header of " + std::to_string(length) + " bytes is longer than 100 MB");
+        const std::uint64_t length = header_length(base);
         if (length > size - 8)
             throw Error("header of " + std::to_string(length) + " bytes is longer than the file (truncated?)");
 
@@ -252,6 +260,38 @@ SafetensorsFile SafetensorsFile::open(const std::string& path)
     }
     SafetensorsFile file = parse(mapping->address, mapping->size, path);
     file.mapping_ = std::move(mapping);
+    return file;
+}
+
+SafetensorsFile SafetensorsFile::read(std::istream& stream, const std::string& name)
+{
+    const auto fail = [&](const std::string& what) {
+        throw Error("[safetensors] " + json::printable(name, 1000) + ": " + what);
+    };
+    Buffer memory(std::size_t{1} << 16);
+    std::size_t size = 0;
+    const auto take = [&](std::size_t most) {
+        stream.read(static_cast<char*>(memory.data()) + size, static_cast<std::streamsize>(most));
+        size += static_cast<std::size_t>(stream.gcount());
+    };
+    take(8);
+    try {
+        if (size == 8) header_length(static_cast<const unsigned char*>(memory.data()));
+    } catch (const Error& error) {
+        fail(error.what());
+    }
+    while (stream) {  // memory grows with what arrives: a short stream that claims much costs little
+        if (size == memory.bytes()) {
+            Buffer larger(2 * size);
+            std::memcpy(larger.data(), memory.data(), size);
+            memory = std::move(larger);
+        }
+        take(memory.bytes() - size);
+    }
+    if (stream.bad()) fail("cannot read the stream");
+    SafetensorsFile file = parse(memory.data(), size, name);
+    file.mapping_ = std::make_shared<Mapping>();
+    file.mapping_->memory = std::move(memory);
     return file;
 }
 

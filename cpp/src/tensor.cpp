@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "vimcore/tensor.h"
 
-#include <cstdlib>
-#include <new>
 #include <stdexcept>
 #include <utility>
 
-#include "vimcore/error.h"
+#include "backend.h"
 
 namespace vimcore {
 
@@ -124,13 +122,13 @@ Tensor Tensor::view(const Shape& other) const
 
 Buffer::Buffer(std::size_t bytes, Device device) : bytes_(bytes), device_(device)
 {
-    if (device.type != Device::Type::cpu) throw Error("[buffer] " + to_string(device) + ": built without CUDA");
-    if (bytes == 0) return;
-    data_ = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (!data_) throw Error("[buffer] out of memory: " + std::to_string(bytes) + " bytes");
+    if (bytes > 0) data_ = backend_of(device).allocate(bytes, device.index);
 }
 
-Buffer::~Buffer() { std::free(data_); }
+Buffer::~Buffer()
+{
+    if (data_) backend_of(device_).release(data_, device_.index);
+}
 
 void Buffer::swap(Buffer& other) noexcept
 {

@@ -104,7 +104,7 @@ void write_safetensors(const std::string& path, nb::dict tensors, nb::dict metad
         if (!nb::try_cast<In>(value, array, false))
             throw std::invalid_argument("[write_safetensors] " + name + ": expected an array, got " +
                                         nb::cast<std::string>(nb::str(value.type())));
-        list.emplace_back(name, to_tensor(array, "write_safetensors", name));
+        list.emplace_back(name, to_host_tensor(array, "write_safetensors", name));
         alive.push_back(std::move(array));
     }
     std::map<std::string, std::string> entries;
@@ -128,7 +128,7 @@ nb::ndarray<nb::numpy, std::uint8_t> from_image(const Image& image)
 
 Image to_image(const In& array, const char* op)
 {
-    const Tensor x = to_tensor(array, op, "image");
+    const Tensor x = to_host_tensor(array, op, "image");
     if (x.dtype != DType::u8 || x.shape.rank() != 3 || x.size(2) != 3 || x.numel() == 0)
         throw std::invalid_argument(std::string("[") + op + "] image: expected (H, W, 3) u8 cpu, got " + describe(x));
     Image image;

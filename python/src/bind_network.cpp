@@ -3,7 +3,7 @@
 #include <atomic>
 #include <bit>
 
-#include "convert.h"
+#include "place.h"
 #include "saved.h"
 
 namespace vimcore::python {
@@ -26,7 +26,7 @@ public:
     }
 
     // Writes that Python did not see (torch's `.data`, numpy views): all of float64, which is for checking, is
-    // compared, of float32 a few elements of each weight.
+    // compared, of float32 a few elements of each weight, of weights on a device nothing.
     const Params& refreshed()
     {
         std::uint64_t now = fingerprint(), before = seen_.load();
@@ -35,11 +35,13 @@ public:
     }
 
     DType dtype() const { return all_.front().dtype; }
+    Device device() const { return all_.front().device; }
 
 private:
     std::uint64_t fingerprint() const
     {
         std::uint64_t hash = 0;
+        if (device().type != Device::Type::cpu) return hash;
         auto mix = [&](std::uint64_t bits) {
             hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
             hash ^= hash >> 29;
@@ -68,7 +70,7 @@ Token token_of(nb::handle self) { return Token(&nb::cast<SavedHandle&>(self).mar
 
 nb::object of_token(const In& array)
 {
-    const Tensor token = to_tensor(array, "VisionMamba", "saved");
+    const Tensor token = to_host_tensor(array, "VisionMamba", "saved");
     if (token.dtype != DType::i64 || token.numel() != 1 ||
         *token.as<std::int64_t>() != reinterpret_cast<std::intptr_t>(token.data))
         throw std::invalid_argument("[VisionMamba] saved: a saved-tensor hook copied or moved what backward needs");
@@ -92,13 +94,12 @@ public:
         for_each_param(config_, params, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
             if (all.size() == arrays.size()) fail(name, "expected " + to_string(shape) + ", got none");
             tensor = to_tensor(arrays[all.size()], "VisionMamba", name);
-            const DType dtype = all.empty() ? tensor.dtype : all.front().dtype;
-            if (dtype != DType::f32 && dtype != DType::f64)
-                fail(name, "expected f32 or f64 on the cpu, got " + describe(tensor));
-            Tensor expected = tensor;
+            const Tensor& first = all.empty() ? tensor : all.front();
+            if (first.dtype != DType::f32 && (first.dtype != DType::f64 || first.device.type != Device::Type::cpu))
+                fail(name, "expected f32, or f64 on the cpu, got " + describe(tensor));
+            Tensor expected = first;
             expected.shape = shape;
-            expected.dtype = dtype;
-            if (tensor.shape != shape || tensor.dtype != dtype)
+            if (tensor.shape != shape || tensor.dtype != first.dtype || tensor.device != first.device)
                 fail(name, "expected " + describe(expected) + ", got " + describe(tensor));
             all.push_back(tensor);
         });
@@ -116,12 +117,15 @@ public:
 
     void forward(Weights& weights, const In& images, const MaybeOut& logits, const MaybeOut& tokens,
                  const std::vector<std::int64_t>& layers, const std::vector<Out>& intermediates, SavedHandle* saved,
-                 const MaybeIn& drop_path, const MaybeIn& mask, bool flip, std::int64_t class_position, int threads)
+                 const MaybeIn& drop_path, const MaybeIn& mask, bool flip, std::int64_t class_position, int threads,
+                 std::uintptr_t stream, bool capturing)
     {
         const Tensor x = to_tensor(images, "VisionMamba", "images");
+        if (x.device != weights.device())
+            fail("images", "expected a tensor on " + to_string(weights.device()) + ", got " + describe(x));
         const Outputs out = outputs(x, logits, tokens, layers, intermediates);
         const Draws draws = to_draws(x, {drop_path, mask, flip, class_position});
-        with_context(threads, [&](Context& ctx) {
+        with_context(x.device, {threads, stream, capturing}, [&](Context& ctx) {
             vimcore::forward(ctx, config_, weights.refreshed(), x, out, saved ? &**saved : nullptr, draws);
         });
     }
@@ -138,7 +142,7 @@ public:
         const Tensor flat = to_tensor(gradients, "VisionMamba", "gradients");
         const Outputs out = outputs(x, dlogits, dtokens, layers, dintermediates);
         const Draws draws = to_draws(x, {drop_path, mask, flip, class_position});
-        expect("dimages", dx, x.shape, x.dtype);
+        expect("dimages", dx, x.shape, x);
         if (flat.dtype != weights.dtype()) fail("gradients", "expected the type of the weights, got " + describe(flat));
         Params dparams;
         std::size_t index = 0;
@@ -152,7 +156,7 @@ public:
             tensor.data = flat.as<char>() + static_cast<std::size_t>(offset) * size_of(flat.dtype);
             tensor.shape = shape;
         });
-        with_context(threads, [&](Context& ctx) {
+        with_context(x.device, {.threads = threads}, [&](Context& ctx) {
             vimcore::backward(ctx, config_, weights.refreshed(), x, *saved, out, dparams, dx, draws);
         });
     }
@@ -163,10 +167,12 @@ private:
         throw std::invalid_argument("[VisionMamba] " + name + ": " + what);
     }
 
-    void expect(const char* name, const Tensor& tensor, const Shape& shape, DType dtype) const
+    // Like x in type and device, or in the wide type beside it.
+    void expect(const char* name, const Tensor& tensor, const Shape& shape, const Tensor& x, bool is_wide = false) const
     {
-        if (!tensor || (tensor.shape == shape && tensor.dtype == dtype)) return;
-        fail(name, "expected " + to_string(shape) + " " + name_of(dtype) + ", got " + describe(tensor));
+        const Tensor wanted{nullptr, shape, is_wide ? wide(x.dtype) : x.dtype, x.device};
+        if (!tensor || (tensor.shape == shape && tensor.dtype == wanted.dtype && tensor.device == x.device)) return;
+        fail(name, "expected " + describe(wanted) + ", got " + describe(tensor));
     }
 
     // The arrays of `logits`, `tokens` and `intermediates`, or of their gradients, for the images x.
@@ -181,13 +187,13 @@ private:
         const Shape sequence{batch, c.tokens(), c.embed_dim};
         Outputs out;
         out.logits = to_tensor(logits, "VisionMamba", "logits");
-        expect("logits", out.logits, per_token ? Shape{batch, c.tokens(), width} : Shape{batch, width}, x.dtype);
+        expect("logits", out.logits, per_token ? Shape{batch, c.tokens(), width} : Shape{batch, width}, x);
         out.tokens = to_tensor(tokens, "VisionMamba", "tokens");
-        expect("tokens", out.tokens, sequence, x.dtype);
+        expect("tokens", out.tokens, sequence, x);
         out.layers = layers;
         for (const Array& array : intermediates) {
             out.intermediates.push_back(to_tensor(array, "VisionMamba", "intermediates"));
-            expect("intermediates", out.intermediates.back(), sequence, x.dtype);
+            expect("intermediates", out.intermediates.back(), sequence, x);
         }
         if (layers.size() != intermediates.size())
             fail("intermediates",
@@ -199,9 +205,9 @@ private:
     {
         Draws draws;
         draws.drop_path = to_tensor(args.drop_path, "VisionMamba", "drop_path");
-        expect("drop_path", draws.drop_path, {config_.depth, x.size(0)}, x.dtype);
+        expect("drop_path", draws.drop_path, {config_.depth, x.size(0)}, x, true);
         draws.mask = to_tensor(args.mask, "VisionMamba", "mask");
-        expect("mask", draws.mask, {x.size(0), config_.tokens(), config_.embed_dim}, x.dtype);
+        expect("mask", draws.mask, {x.size(0), config_.tokens(), config_.embed_dim}, x, true);
         draws.flip = args.flip;
         draws.class_position = args.class_position;
         if (args.class_position < -1 || args.class_position >= config_.tokens())
@@ -221,9 +227,11 @@ std::int64_t saved_bytes(const std::string& json, const std::string& memory, std
 // A network from a file, for inference from any number of threads.
 class Engine {
 public:
-    Engine(const std::string& path, int threads, std::int64_t img_height, std::int64_t img_width)
-        : model_(Model::load(path, Device::cpu(), img_height, img_width)), threads_(threads)
+    Engine(const std::string& path, int threads, std::int64_t img_height, std::int64_t img_width, int cuda,
+           const std::string& dtype)
+        : options_{.max_batch = 8, .threads = threads, .dtype = to_activation(dtype)}
     {
+        model_ = Model::load(path, cuda < 0 ? Device::cpu() : Device::cuda(cuda), img_height, img_width);
         sessions_.give(make_session());
     }
 
@@ -261,7 +269,7 @@ public:
 private:
     std::unique_ptr<Session> make_session()
     {
-        auto session = std::make_unique<Session>(model_, SessionOptions{.max_batch = 8, .threads = threads_});
+        auto session = std::make_unique<Session>(model_, options_);
         outputs_ = static_cast<std::size_t>(session->outputs());
         return session;
     }
@@ -269,7 +277,7 @@ private:
     std::size_t check(const In& images) const
     {
         const Config& c = model_->config();
-        const Tensor x = to_tensor(images, "Runtime", "images");
+        const Tensor x = to_host_tensor(images, "Runtime", "images");
         const Shape wanted{x.shape.rank() > 0 ? x.size(0) : 0, c.in_chans, c.img_height, c.img_width};
         if (x.dtype != DType::f32 || !(x.shape == wanted))
             throw std::invalid_argument("[Runtime] images: expected (B, " + std::to_string(c.in_chans) + ", " +
@@ -287,8 +295,17 @@ private:
         f(*session);
     }
 
+    static DType to_activation(const std::string& name)
+    {
+        if (name == "float32") return DType::f32;
+        if (name == "float16") return DType::f16;
+        if (name == "bfloat16") return DType::bf16;
+        throw std::invalid_argument("[Runtime] dtype: expected \"float32\", \"bfloat16\" or \"float16\", got \"" +
+                                    name + "\"");
+    }
+
+    SessionOptions options_;
     std::shared_ptr<const Model> model_;
-    int threads_;
     std::atomic<std::size_t> outputs_{0};
     Pool<Session> sessions_;
 };
@@ -323,7 +340,7 @@ void bind_network(nb::module_& m)
              nb::arg("layers") = std::vector<std::int64_t>{}, nb::arg("intermediates").noconvert() = std::vector<Out>{},
              nb::arg("saved").none() = nb::none(), nb::arg("drop_path").noconvert().none() = nb::none(),
              nb::arg("mask").noconvert().none() = nb::none(), nb::arg("flip") = false, nb::arg("class_position") = -1,
-             nb::arg("threads") = 0)
+             nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false)
         .def("backward", &Network::backward, nb::arg("weights"), nb::arg("images").noconvert(), nb::arg("saved"),
              nb::arg("dlogits").noconvert().none() = nb::none(), nb::arg("dtokens").noconvert().none() = nb::none(),
              nb::arg("layers") = std::vector<std::int64_t>{}, nb::arg("dintermediates").noconvert() = std::vector<In>{},
@@ -332,8 +349,9 @@ void bind_network(nb::module_& m)
              nb::arg("flip") = false, nb::arg("class_position") = -1, nb::arg("threads") = 0);
 
     nb::class_<Engine>(m, "Engine")
-        .def(nb::init<const std::string&, int, std::int64_t, std::int64_t>(), nb::arg("path"), nb::arg("threads") = 0,
-             nb::arg("img_height") = 0, nb::arg("img_width") = 0)
+        .def(nb::init<const std::string&, int, std::int64_t, std::int64_t, int, const std::string&>(), nb::arg("path"),
+             nb::arg("threads") = 0, nb::arg("img_height") = 0, nb::arg("img_width") = 0, nb::arg("cuda") = -1,
+             nb::arg("dtype") = "float32")
         .def("run", &Engine::run, nb::arg("images").noconvert())
         .def("features", &Engine::features, nb::arg("images").noconvert())
         .def_prop_ro("config_json", [](const Engine& e) { return e.model().config().to_json(); })

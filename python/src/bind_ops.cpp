@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operators behind vimcore.ops. Outputs are allocated by the caller; shapes are checked by the operators.
-#include "convert.h"
+#include "place.h"
 #include "saved.h"
 
 namespace vimcore::python {
@@ -17,7 +17,8 @@ Norm to_norm(const std::string& kind)
 // ---- norm ----------------------------------------------------------------------------------------------------------
 
 void norm_forward(const std::string& kind, double eps, const In& x, const MaybeIn& residual, const In& weight,
-                  const MaybeIn& bias, const MaybeOut& residual_out, const Out& out, int threads)
+                  const MaybeIn& bias, const MaybeOut& residual_out, const Out& out, int threads, std::uintptr_t stream,
+                  bool capturing)
 {
     const char* op = kind == "layer" ? "layer_norm" : "rms_norm";
     NormForward a;
@@ -29,7 +30,7 @@ void norm_forward(const std::string& kind, double eps, const In& x, const MaybeI
     a.bias = to_tensor(bias, op, "bias");
     a.residual_out = to_tensor(residual_out, op, "residual_out");
     a.out = to_tensor(out, op, "out");
-    with_context(threads, [&](Context& ctx) { vimcore::norm_forward(ctx, a); });
+    with_context(a.out.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::norm_forward(ctx, a); });
 }
 
 void norm_backward(const std::string& kind, double eps, const In& x, const In& weight, const In& dout,
@@ -47,13 +48,13 @@ void norm_backward(const std::string& kind, double eps, const In& x, const In& w
     a.dresidual = to_tensor(dx, op, "dx");
     a.dweight = to_tensor(dweight, op, "dweight");
     a.dbias = to_tensor(dbias, op, "dbias");
-    with_context(threads, [&](Context& ctx) { vimcore::norm_backward(ctx, a); });
+    with_context(Device::cpu(), {.threads = threads}, [&](Context& ctx) { vimcore::norm_backward(ctx, a); });
 }
 
 // ---- convolution ---------------------------------------------------------------------------------------------------
 
 void conv1d_forward(const In& x, const In& weight, const MaybeIn& bias, bool silu, bool reverse, const Out& u,
-                    int threads)
+                    int threads, std::uintptr_t stream, bool capturing)
 {
     const char* op = "causal_conv1d";
     ConvPass pass;
@@ -65,7 +66,7 @@ void conv1d_forward(const In& x, const In& weight, const MaybeIn& bias, bool sil
     a.x = to_tensor(x, op, "x");
     a.passes = {&pass, 1};
     a.silu = silu;
-    with_context(threads, [&](Context& ctx) { vimcore::conv1d_forward(ctx, a); });
+    with_context(a.x.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::conv1d_forward(ctx, a); });
 }
 
 void conv1d_backward(const In& x, const In& weight, const MaybeIn& bias, bool silu, bool reverse, const In& u,
@@ -85,7 +86,7 @@ void conv1d_backward(const In& x, const In& weight, const MaybeIn& bias, bool si
     a.passes = {&pass, 1};
     a.silu = silu;
     a.dx = to_tensor(dx, op, "dx");
-    with_context(threads, [&](Context& ctx) { vimcore::conv1d_backward(ctx, a); });
+    with_context(Device::cpu(), {.threads = threads}, [&](Context& ctx) { vimcore::conv1d_backward(ctx, a); });
 }
 
 // ---- scan on its own -----------------------------------------------------------------------------------------------
@@ -106,10 +107,11 @@ SelectiveScan selective(const std::vector<MaybeIn>& inputs, bool softplus, bool 
 }
 
 void selective_scan_forward(const std::vector<MaybeIn>& inputs, bool softplus, bool reverse, const Out& out,
-                            int threads)
+                            int threads, std::uintptr_t stream, bool capturing)
 {
     const SelectiveScan a = selective(inputs, softplus, reverse, out);
-    with_context(threads, [&](Context& ctx) { vimcore::selective_scan_forward(ctx, a); });
+    with_context(a.out.device, {threads, stream, capturing},
+                 [&](Context& ctx) { vimcore::selective_scan_forward(ctx, a); });
 }
 
 void selective_scan_backward(const std::vector<MaybeIn>& inputs, bool softplus, bool reverse, const Out& out,
@@ -121,7 +123,7 @@ void selective_scan_backward(const std::vector<MaybeIn>& inputs, bool softplus, 
     a.dout = to_tensor(dout, op, "dout");
     Tensor* const places[] = {&a.du, &a.ddelta, &a.dA, &a.dB, &a.dC, &a.dD, &a.dz, &a.ddelta_bias};
     for (std::size_t i = 0; i < 8; i++) *places[i] = to_tensor(gradients[i], op, "gradient");
-    with_context(threads, [&](Context& ctx) { vimcore::selective_scan_backward(ctx, a); });
+    with_context(Device::cpu(), {.threads = threads}, [&](Context& ctx) { vimcore::selective_scan_backward(ctx, a); });
 }
 
 // ---- both directions, with dt projection, skip, sum and gate -------------------------------------------------------
@@ -146,7 +148,7 @@ ScanPass to_pass(const std::vector<MaybeIn>& inputs, const std::vector<MaybeOut>
 
 void scan_forward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs,
                   const std::vector<std::vector<MaybeOut>>& outputs, double scale, std::int64_t chunk, const Out& out,
-                  int threads)
+                  int threads, std::uintptr_t stream, bool capturing)
 {
     if (inputs.size() != 2 || outputs.size() != 2)
         throw std::invalid_argument("[bidirectional_scan] inputs: expected two directions");
@@ -159,7 +161,7 @@ void scan_forward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs,
     a.scale = scale;
     a.chunk = chunk;
     a.out = to_tensor(out, "bidirectional_scan", "out");
-    with_context(threads, [&](Context& ctx) { vimcore::scan_forward(ctx, a); });
+    with_context(a.out.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::scan_forward(ctx, a); });
 }
 
 void scan_backward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs,
@@ -177,7 +179,7 @@ void scan_backward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs
     a.out = to_tensor(out, "bidirectional_scan", "out");
     a.dout = to_tensor(dout, "bidirectional_scan", "dout");
     a.dxz = to_tensor(dxz, "bidirectional_scan", "dxz");
-    with_context(threads, [&](Context& ctx) { vimcore::scan_backward(ctx, a); });
+    with_context(Device::cpu(), {.threads = threads}, [&](Context& ctx) { vimcore::scan_backward(ctx, a); });
 }
 
 // ---- one block -----------------------------------------------------------------------------------------------------
@@ -200,7 +202,8 @@ BlockParams to_block_params(const Config& config, const std::vector<Array>& arra
 }
 
 void block_forward(const std::string& json, const std::vector<In>& parameters, const In& x, const MaybeIn& residual,
-                   bool reverse, const Out& residual_out, const Out& out, SavedHandle* saved, int threads)
+                   bool reverse, const Out& residual_out, const Out& out, SavedHandle* saved, int threads,
+                   std::uintptr_t stream, bool capturing)
 {
     const Config config = Config::from_json(json);
     const BlockParams params = to_block_params(config, parameters, false);
@@ -210,7 +213,7 @@ void block_forward(const std::string& json, const std::vector<In>& parameters, c
     block.reverse = reverse;
     block.residual_out = to_tensor(residual_out, "vim_block", "residual_out");
     block.out = to_tensor(out, "vim_block", "out");
-    with_context(threads, [&](Context& ctx) {
+    with_context(block.out.device, {threads, stream, capturing}, [&](Context& ctx) {
         if (saved) (**saved).prepare(config, block.out.size(0), block.out.dtype);
         vimcore::block_forward(ctx, config, params, block, saved ? &(**saved).blocks[0] : nullptr);
     });
@@ -232,7 +235,8 @@ void block_backward(const std::string& json, const std::vector<In>& parameters, 
     g.dout = to_tensor(dout, "vim_block", "dout");
     g.dresidual_out = to_tensor(dresidual_out, "vim_block", "dresidual_out");
     g.dresidual = to_tensor(dx, "vim_block", "dx");
-    with_context(threads, [&](Context& ctx) { vimcore::block_backward(ctx, config, params, block, kept, g, dparams); });
+    with_context(Device::cpu(), {.threads = threads},
+                 [&](Context& ctx) { vimcore::block_backward(ctx, config, params, block, kept, g, dparams); });
 }
 
 }  // namespace
@@ -241,33 +245,35 @@ void bind_ops(nb::module_& m)
 {
     m.def("norm_forward", &norm_forward, nb::arg("kind"), nb::arg("eps"), nb::arg("x").noconvert(),
           nb::arg("residual").noconvert().none(), nb::arg("weight").noconvert(), nb::arg("bias").noconvert().none(),
-          nb::arg("residual_out").noconvert().none(), nb::arg("out").noconvert(), nb::arg("threads") = 0);
+          nb::arg("residual_out").noconvert().none(), nb::arg("out").noconvert(), nb::arg("threads") = 0,
+          nb::arg("stream") = 0, nb::arg("capturing") = false);
     m.def("norm_backward", &norm_backward, nb::arg("kind"), nb::arg("eps"), nb::arg("x").noconvert(),
           nb::arg("weight").noconvert(), nb::arg("dout").noconvert(), nb::arg("dresidual_out").noconvert().none(),
           nb::arg("dx").noconvert(), nb::arg("dweight").noconvert().none(), nb::arg("dbias").noconvert().none(),
           nb::arg("threads") = 0);
     m.def("conv1d_forward", &conv1d_forward, nb::arg("x").noconvert(), nb::arg("weight").noconvert(),
           nb::arg("bias").noconvert().none(), nb::arg("silu"), nb::arg("reverse"), nb::arg("out").noconvert(),
-          nb::arg("threads") = 0);
+          nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
     m.def("conv1d_backward", &conv1d_backward, nb::arg("x").noconvert(), nb::arg("weight").noconvert(),
           nb::arg("bias").noconvert().none(), nb::arg("silu"), nb::arg("reverse"), nb::arg("out").noconvert(),
           nb::arg("dout").noconvert(), nb::arg("dx").noconvert(), nb::arg("dweight").noconvert().none(),
           nb::arg("dbias").noconvert().none(), nb::arg("threads") = 0);
     m.def("selective_scan_forward", &selective_scan_forward, nb::arg("inputs").noconvert(), nb::arg("delta_softplus"),
-          nb::arg("reverse"), nb::arg("out").noconvert(), nb::arg("threads") = 0);
+          nb::arg("reverse"), nb::arg("out").noconvert(), nb::arg("threads") = 0, nb::arg("stream") = 0,
+          nb::arg("capturing") = false);
     m.def("selective_scan_backward", &selective_scan_backward, nb::arg("inputs").noconvert(), nb::arg("delta_softplus"),
           nb::arg("reverse"), nb::arg("out").noconvert(), nb::arg("dout").noconvert(), nb::arg("gradients").noconvert(),
           nb::arg("threads") = 0);
     m.def("scan_forward", &scan_forward, nb::arg("xz").noconvert(), nb::arg("inputs").noconvert(),
           nb::arg("outputs").noconvert(), nb::arg("scale"), nb::arg("chunk"), nb::arg("out").noconvert(),
-          nb::arg("threads") = 0);
+          nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
     m.def("scan_backward", &scan_backward, nb::arg("xz").noconvert(), nb::arg("inputs").noconvert(),
           nb::arg("outputs").noconvert(), nb::arg("scale"), nb::arg("chunk"), nb::arg("out").noconvert(),
           nb::arg("dout").noconvert(), nb::arg("dxz").noconvert(), nb::arg("threads") = 0);
     m.def("block_forward", &block_forward, nb::arg("config_json"), nb::arg("parameters").noconvert(),
           nb::arg("x").noconvert(), nb::arg("residual").noconvert().none(), nb::arg("reverse"),
           nb::arg("residual_out").noconvert(), nb::arg("out").noconvert(), nb::arg("saved").none(),
-          nb::arg("threads") = 0);
+          nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
     m.def("block_backward", &block_backward, nb::arg("config_json"), nb::arg("parameters").noconvert(),
           nb::arg("residual_out").noconvert(), nb::arg("reverse"), nb::arg("saved"), nb::arg("dout").noconvert(),
           nb::arg("dresidual_out").noconvert().none(), nb::arg("dx").noconvert(), nb::arg("gradients").noconvert(),

@@ -52,7 +52,7 @@ inline std::optional<DType> to_dtype(nb::dlpack::dtype type)
     return std::nullopt;
 }
 
-// A view of a contiguous CPU array. `op` and `name` are for the error.
+// A view of a contiguous array on the CPU or a CUDA device. `op` and `name` are for the error.
 template <class Array>
 Tensor to_tensor(const Array& array, const char* op, const std::string& name)
 {
@@ -68,8 +68,10 @@ Tensor to_tensor(const Array& array, const char* op, const std::string& name)
     if (!dtype)
         fail("expected a real number type, got type code " + std::to_string(array.dtype().code) + " of " +
              std::to_string(array.dtype().bits) + " bits");
-    if (array.device_type() != nb::device::cpu::value)
-        fail("expected a cpu array, got " + got + " on device type " + std::to_string(array.device_type()));
+    if (array.device_type() == nb::device::cuda::value)
+        tensor.device = Device::cuda(static_cast<int>(array.device_id()));
+    else if (array.device_type() != nb::device::cpu::value)
+        fail("expected a cpu or cuda array, got " + got + " on device type " + std::to_string(array.device_type()));
     std::int64_t step = 1;
     for (int axis = rank - 1; axis >= 0 && tensor.shape.numel() > 0; axis--) {
         if (tensor.shape[axis] != 1 && array.stride(static_cast<std::size_t>(axis)) != step)
@@ -88,6 +90,17 @@ template <class Array>
 Tensor to_tensor(const std::optional<Array>& array, const char* op, const std::string& name)
 {
     return array ? to_tensor(*array, op, name) : Tensor{};
+}
+
+// The same for an array that the host reads.
+template <class Array>
+Tensor to_host_tensor(const Array& array, const char* op, const std::string& name)
+{
+    const Tensor tensor = to_tensor(array, op, name);
+    if (tensor.device.type != Device::Type::cpu)
+        throw std::invalid_argument(std::string("[") + op + "] " + name + ": expected a cpu array, got " +
+                                    describe(tensor));
+    return tensor;
 }
 
 // A fresh numpy array, filled by the caller.
@@ -150,24 +163,6 @@ private:
     std::mutex mutex_;
     std::vector<std::unique_ptr<T>> free_;
 };
-
-// Contexts of all calls from Python. Never destroyed: threads may still run when the interpreter ends.
-inline Pool<Context>& contexts()
-{
-    static auto* pool = new Pool<Context>;
-    return *pool;
-}
-
-// Runs f(context) with the GIL released.
-template <class F>
-void with_context(int threads, F&& f)
-{
-    nb::gil_scoped_release release;
-    Pool<Context>::Lease ctx(contexts(), contexts().take([] { return std::make_unique<Context>(); }));
-    ctx->set_threads(threads);
-    ctx->cache = nullptr;
-    f(*ctx);
-}
 
 void bind_network(nb::module_& m);
 void bind_ops(nb::module_& m);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The extension module vimcore._core. Everything here is private to the package vimcore.
-#include "convert.h"
+#include "place.h"
 
 namespace vimcore::python {
 
@@ -14,7 +14,9 @@ nb::dict build_info_dict()
     out["compiler"] = info.compiler;
     out["isa"] = info.isa;
     out["isas"] = info.isas;
-    out["cuda"] = info.cuda;
+    nb::list devices;
+    for (int i = 0, count = cuda_device_count(); i < count; i++) devices.append(cuda_description(i));
+    out["cuda"] = info.cuda ? nb::object(devices) : nb::object(nb::bool_(false));
     out["jpeg"] = info.jpeg;
     out["png"] = info.png;
     out["openmp"] = info.openmp;
@@ -69,6 +71,8 @@ NB_MODULE(_core, m)
     m.attr("__version__") = VIMCORE_VERSION;
 
     m.def("build_info", build_info_dict);
+    m.def("cuda_device_count", cuda_device_count);
+    m.def("cuda_description", cuda_description, nb::arg("device"));
     m.def("fma_peak", fma_peak, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def("config_normalize", [](const std::string& json) { return parse(json).to_json(); }, nb::arg("config_json"));
     m.def("config_facts", config_facts, nb::arg("config_json"));

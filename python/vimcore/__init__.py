@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision Mamba with a C++ core: train, load, explain and run Vim on the CPU.
+"""Vision Mamba with a C++ core: train, load, explain and run Vim on the CPU, run it on CUDA.
 
 `import vimcore` does not import torch; what needs torch (`VisionMamba`, `create_model`, `load_checkpoint`,
 `saliency`, `vimcore.ops`, `vimcore.train`) is imported when it is first used. `Runtime` never needs torch.
@@ -50,8 +50,8 @@ _LAZY_MODULES = {"io", "nn", "ops", "train"}
 
 
 def cuda_is_available() -> bool:
-    """Whether this build can compute on a CUDA device."""
-    return bool(build_info()["cuda"])
+    """Whether this build can compute on a CUDA device of this machine."""
+    return _core.cuda_device_count() > 0
 
 
 class _Package(types.ModuleType):

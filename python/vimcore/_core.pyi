@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# The extension module: private to the package. Arrays are contiguous, on the CPU, and checked.
+# The extension module: private to the package. Arrays are contiguous and checked; on the CPU, or for forward
+# functions all on one CUDA device. `stream` is a cudaStream_t, `capturing` says that it is being captured.
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -7,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-Array: TypeAlias = Any  # a numpy array or a torch tensor
+Array: TypeAlias = Any  # a numpy array, a torch tensor or a DLPack capsule
 
 __version__: str
 
@@ -15,6 +16,8 @@ class Error(RuntimeError):
     pass
 
 def build_info() -> dict[str, Any]: ...
+def cuda_device_count() -> int: ...
+def cuda_description(device: int) -> str: ...
 def fma_peak(threads: int) -> float: ...
 def config_normalize(config_json: str) -> str: ...
 def config_facts(config_json: str) -> dict[str, Any]: ...
@@ -59,6 +62,8 @@ class Network:
         flip: bool = False,
         class_position: int = -1,
         threads: int = 0,
+        stream: int = 0,
+        capturing: bool = False,
     ) -> None: ...
     def backward(
         self,
@@ -81,7 +86,15 @@ class Network:
     ) -> None: ...
 
 class Engine:
-    def __init__(self, path: str, threads: int = 0, img_height: int = 0, img_width: int = 0) -> None: ...
+    def __init__(
+        self,
+        path: str,
+        threads: int = 0,
+        img_height: int = 0,
+        img_width: int = 0,
+        cuda: int = -1,
+        dtype: str = "float32",
+    ) -> None: ...
     def run(self, images: Array) -> NDArray[np.float32]: ...
     def features(self, images: Array) -> NDArray[np.float32]: ...
     @property
@@ -99,6 +112,8 @@ def norm_forward(
     residual_out: Array | None,
     out: Array,
     threads: int = 0,
+    stream: int = 0,
+    capturing: bool = False,
 ) -> None: ...
 def norm_backward(
     kind: str,
@@ -113,7 +128,15 @@ def norm_backward(
     threads: int = 0,
 ) -> None: ...
 def conv1d_forward(
-    x: Array, weight: Array, bias: Array | None, silu: bool, reverse: bool, out: Array, threads: int = 0
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    silu: bool,
+    reverse: bool,
+    out: Array,
+    threads: int = 0,
+    stream: int = 0,
+    capturing: bool = False,
 ) -> None: ...
 def conv1d_backward(
     x: Array,
@@ -129,7 +152,13 @@ def conv1d_backward(
     threads: int = 0,
 ) -> None: ...
 def selective_scan_forward(
-    inputs: Sequence[Array | None], delta_softplus: bool, reverse: bool, out: Array, threads: int = 0
+    inputs: Sequence[Array | None],
+    delta_softplus: bool,
+    reverse: bool,
+    out: Array,
+    threads: int = 0,
+    stream: int = 0,
+    capturing: bool = False,
 ) -> None: ...
 def selective_scan_backward(
     inputs: Sequence[Array | None],
@@ -148,6 +177,8 @@ def scan_forward(
     chunk: int,
     out: Array,
     threads: int = 0,
+    stream: int = 0,
+    capturing: bool = False,
 ) -> None: ...
 def scan_backward(
     xz: Array,
@@ -170,6 +201,8 @@ def block_forward(
     out: Array,
     saved: Saved | None,
     threads: int = 0,
+    stream: int = 0,
+    capturing: bool = False,
 ) -> None: ...
 def block_backward(
     config_json: str,

@@ -71,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=_numbers, default=[1, 8], help="batch sizes, e.g. 1,8")
     parser.add_argument("--train", action="store_true", help="forward and backward with a cross-entropy loss")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of activations (default: bfloat16 on cuda; on the CPU there is float32 only)",
+    )
     parser.add_argument("--memory", choices=("lean", "fast"), default="lean", help="what backward keeps")
     parser.add_argument("--threads", type=_positive, default=2, help="threads on both sides (default: 2)")
     parser.add_argument("--peers", type=_peer_names, default=list(PEERS), help="default: all; '' is none")
@@ -98,7 +104,8 @@ def peers_folder(given: Path | None) -> Path | None:
     return None
 
 
-def _module(folder: Path, name: str) -> ModuleType:
+def load_module(folder: Path, name: str) -> ModuleType:
+    """The peers of tests/bench/<name>.py."""
     spec = importlib.util.spec_from_file_location(f"vimcore_bench_{name}", folder / f"{name}.py")
     if spec is None or spec.loader is None:
         raise FileNotFoundError(folder / f"{name}.py")
@@ -226,9 +233,9 @@ def _peer_call(
 ) -> Call:
     """The call of a peer; ImportError where something is not installed."""
     if name == "vim-torch":
-        model = _module(folder, "vim_torch").build(size, side)
+        model = load_module(folder, "vim_torch").build(size, side)
     else:
-        deit = _module(folder, "deit")
+        deit = load_module(folder, "deit")
         model = deit.build(size, side)
         if name != "torch":
             with _quiet():
@@ -330,9 +337,19 @@ def main(args: argparse.Namespace) -> int:
         return 1
     import vimcore
 
+    cuda = args.device != "cpu"
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    run_case, header = _case, HEADER
+    where = f"{args.threads} threads, {machine()['cpu']}"
     try:
         folder = peers_folder(args.peers_dir)
-    except FileNotFoundError as error:
+        if cuda:
+            from . import bench_cuda
+
+            where, run_case, header = bench_cuda.prepare(args), bench_cuda.case, bench_cuda.HEADER
+        elif args.dtype != "float32":
+            raise ValueError(f"--dtype {args.dtype}: the CPU computes in float32")
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
         print(f"vimcore bench: {error}", file=sys.stderr)
         return 1
     notes = sys.stderr
@@ -347,18 +364,20 @@ def main(args: argparse.Namespace) -> int:
         "versions": versions(),
         "build": vimcore.build_info(),
         "threads": args.threads,
+        "device": args.device,
+        "dtype": args.dtype,
         "rows": [],
     }
     table = sys.stderr if args.json == "-" else sys.stdout
     mode = f"forward and backward ({args.memory})" if args.train else "forward"
-    print(f"{args.model}, {mode}, float32, {args.threads} threads, {report['machine']['cpu']}", file=table)
-    print("  ".join(HEADER), file=table, flush=True)
+    print(f"{args.model}, {mode}, {args.dtype}, {where}", file=table)
+    print("  ".join(header), file=table, flush=True)
     try:
         for side in args.sizes:
             if side < 16:
                 raise ValueError(f"--sizes: an image of {side} pixels is smaller than a patch of 16")
             for batch in args.batch:
-                report["rows"] += _case(args, side, batch, folder, skipped)
+                report["rows"] += run_case(args, side, batch, folder, skipped)
     except (RuntimeError, ValueError) as error:
         print(f"vimcore bench: {error}", file=sys.stderr)
         return 1

@@ -64,6 +64,13 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--logits", action="store_true", help="with --json: add the logits of all classes")
     parser.add_argument("--threads", type=_positive, help="default: all cores; does not change the result")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of activations, on cuda (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per line and image")
 
 
@@ -71,7 +78,7 @@ def _predict(args: argparse.Namespace) -> int:
     from .predict import predict
     from .runtime import Runtime
 
-    runtime = Runtime(args.weights, threads=args.threads)
+    runtime = Runtime(args.weights, args.device, args.threads, dtype=args.dtype)
     total = failed = 0
     for result in predict(runtime, args.images, args.topk):
         total += 1
@@ -229,7 +236,7 @@ def _doctor(args: argparse.Namespace) -> int:
     for title in ("build", "machine"):
         print(title)
         _print_table(
-            [[key, ", ".join(v) if isinstance(v, (list, tuple)) else v] for key, v in facts[title].items()],
+            [[k, ", ".join(v) or "none" if isinstance(v, list) else v] for k, v in facts[title].items()],
             indent="  ",
         )
     print("self-test")
@@ -261,7 +268,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     from . import __version__
 
     parser = argparse.ArgumentParser(
-        prog="vimcore", description="Vision Mamba on the CPU: train, load, explain, run."
+        prog="vimcore", description="Vision Mamba on CPU and GPU: train, load, explain, run."
     )
     parser.add_argument("--version", action="version", version=f"vimcore {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

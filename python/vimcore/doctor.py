@@ -3,7 +3,7 @@
 
 A small network with random weights goes through every set of CPU kernels, each in a process of its own, and
 is compared with the textbook forward below: NumPy, float64, one token after the other, nothing in common with
-the C++ core.
+the C++ core. A GPU is compared with the CPU.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ SELF_TEST: dict[str, Any] = {
     "embed_dim": 40,
     "depth": 3,
 }
+GPU_TESTS: list[dict[str, Any]] = [SELF_TEST, {"num_classes": 1000}]  # and Vim-Ti
+GPU_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 # ---- the reference -----------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def _check_kernels(isa: str, folder: str, expected: Array) -> dict[str, Any]:
         [
             sys.executable,
             "-c",
-            "import sys; from vimcore.doctor import _worker; _worker(sys.argv[1])",
+            f"import sys; from {__name__} import _worker; _worker(sys.argv[1])",
             folder,
         ],
         env={**os.environ, "VIMCORE_ISA": isa, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
@@ -161,6 +163,35 @@ def _check_kernels(isa: str, folder: str, expected: Array) -> dict[str, Any]:
         "status": "ok",
         "detail": f"error {error:.1e} (at most {TOLERANCE:.0e}), same bits with 1 and all threads",
     }
+
+
+def _check_gpu(rng: np.random.Generator) -> list[dict[str, Any]]:
+    """The first GPU against the CPU, in every type."""
+    from .runtime import Runtime
+
+    try:
+        device = _core.cuda_description(0)
+    except _core.Error as why:
+        return [{"check": "cuda", "status": "skipped", "detail": f"no GPU: {why}"}]
+    errors: dict[str, list[float]] = {dtype: [] for dtype in GPU_TOLERANCE}
+    with tempfile.TemporaryDirectory(prefix="vimcore-doctor-") as folder:
+        path = os.path.join(folder, "model.safetensors")
+        for options in GPU_TESTS:
+            config_json = _core.config_normalize(json.dumps(options))
+            config = json.loads(config_json)
+            _core.write_safetensors(path, _random_weights(config_json, rng), pack(config_json, None, None))
+            images = rng.normal(size=(2, config["in_chans"], *config["img_size"])).astype(np.float32)
+            expected = Runtime(path)(images)
+            for dtype, found in errors.items():
+                logits = Runtime(path, "cuda", dtype=dtype)(images)
+                found.append(float(np.linalg.norm(logits - expected) / np.linalg.norm(expected)))
+    rows = []
+    for dtype, found in errors.items():
+        error, tolerance = max(found, key=lambda e: (np.isnan(e), e)), GPU_TOLERANCE[dtype]
+        row: dict[str, Any] = {"check": f"cuda:0 {dtype}", "error": error, "tolerance": tolerance}
+        detail = f"{device}: error {error:.1e} against the CPU (at most {tolerance:.0e})"
+        rows.append({**row, "status": "ok" if error <= tolerance else "failed", "detail": detail})
+    return rows
 
 
 def _check_png() -> dict[str, Any]:
@@ -193,6 +224,7 @@ def run_checks() -> list[dict[str, Any]]:
                 os.path.join(folder, "model.safetensors"), weights, pack(config_json, None, None)
             )
             rows.append(_check_kernels(isa, folder, expected))
+    rows += _check_gpu(rng)
     rows.append(_check_png())
     return rows
 

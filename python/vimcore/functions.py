@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from . import _core
+from .place import exported, on_cuda, place, wide
 
-_NAMES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
+NAMES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def describe(value: Any) -> str:
     """ "(2, 197, 192) f32 cpu" of a tensor; the type of anything else."""
     if not isinstance(value, Tensor):
         return type(value).__name__
-    dtype = _NAMES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+    dtype = NAMES.get(value.dtype, str(value.dtype).removeprefix("torch."))
     return f"{tuple(value.shape)} {dtype} {value.device}"
 
 
@@ -71,7 +72,7 @@ class Draws(NamedTuple):
     class_position: int = -1  # -1: where it stands in eval
 
     def arguments(self) -> dict[str, Any]:
-        return self._asdict()
+        return {**self._asdict(), "drop_path": exported(self.drop_path), "mask": exported(self.mask)}
 
 
 class Request(NamedTuple):
@@ -107,10 +108,11 @@ class Core:
         self._parts: dict[tuple[str, tuple[int, ...]], list[bool]] = {}
         self._layouts: dict[tuple[bool, ...], tuple[int, list[int], list[int]]] = {}
 
-    def weights(self, params: Sequence[Tensor]) -> _core.Weights:
+    def weights(self, params: Sequence[Tensor], capturing: bool = False) -> _core.Weights:
         """The parameters, in the order of `names`, as the core sees them.
 
-        Bound again when their storage moved; their packed forms are renewed when their contents changed.
+        Bound again when their storage moved; their packed forms are renewed when their contents changed, or
+        may have changed, which is not possible while a CUDA graph is being captured.
         """
         places = [p.data_ptr() for p in params]
         try:
@@ -123,16 +125,19 @@ class Core:
                 if versions is not None and versions == bound.versions:
                     return bound.weights
                 if not bound.copied:
-                    bound.weights.changed()
+                    if versions is not None or not capturing:
+                        bound.weights.changed()
                     self._bound = bound._replace(versions=versions)
                     return bound.weights
             held = [p.detach() for p in params]
             for name, p in zip(self.names, held):
-                if p.device.type != "cpu":
-                    raise ValueError(f"[VisionMamba] {name}: expected a cpu tensor, got {describe(p)}")
+                if p.device != held[0].device:
+                    raise ValueError(
+                        f"[VisionMamba] {name}: expected a tensor on {held[0].device}, got {describe(p)}"
+                    )
             held = [p.resolve_conj().resolve_neg().contiguous() for p in held]
             copied = any(p.data_ptr() != place for p, place in zip(held, places))
-            weights = self.network.bind(held)
+            weights = self.network.bind([exported(p) for p in held])
             self._bound = _Bound(places, versions, held, copied, weights)
             return weights
 
@@ -144,20 +149,21 @@ class Core:
         where: dict[str, Any] = {}
         if request.kind == "layers":
             outputs = [images.new_empty((batch, *self.tokens)) for _ in request.layers]
-            where = {"layers": list(request.layers), "intermediates": outputs}
-        elif request.kind == "tokens":
-            outputs = [images.new_empty((batch, *self.tokens))]
-            where = {"tokens": outputs[0]}
+            where = {"layers": list(request.layers), "intermediates": [exported(y) for y in outputs]}
         else:
-            outputs = [images.new_empty((batch, *self.logits))]
-            where = {"logits": outputs[0]}
-        weights = self.weights(params)
+            shape = self.tokens if request.kind == "tokens" else self.logits
+            outputs = [images.new_empty((batch, *shape))]
+            where = {request.kind: exported(outputs[0])}
+        threads, stream, capturing = place(images)
+        weights = self.weights(params, capturing)
         if batch:
             self.network.forward(
                 weights,
-                images.detach(),
+                exported(images),
                 saved=saved,
-                threads=torch.get_num_threads(),
+                threads=threads,
+                stream=stream,
+                capturing=capturing,
                 **where,
                 **request.draws.arguments(),
             )
@@ -260,6 +266,10 @@ def _detached(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if t is None else t.detach() for t in tensors]
 
 
+def _exported(tensors: Sequence[Tensor | None]) -> list[Any]:
+    return [exported(t) for t in tensors]
+
+
 def _contiguous(gradient: Tensor | None) -> Tensor | None:
     return None if gradient is None else gradient.contiguous()
 
@@ -277,9 +287,9 @@ class NormFunction(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        out, total = torch.empty_like(x), torch.empty_like(x)
-        x_, residual_, weight_, bias_ = _detached([x, residual, weight, bias])
-        _core.norm_forward(kind, eps, x_, residual_, weight_, bias_, total, out, torch.get_num_threads())
+        out, total = torch.empty_like(x), torch.empty_like(x, dtype=wide(x.dtype))
+        x_, residual_, weight_, bias_, total_, out_ = _exported([x, residual, weight, bias, total, out])
+        _core.norm_forward(kind, eps, x_, residual_, weight_, bias_, total_, out_, *place(out))
         ctx.save_for_backward(total.detach(), weight, bias)
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.eps = kind, eps
@@ -307,8 +317,8 @@ class Conv1dFunction(torch.autograd.Function):
         ctx: Any, silu: bool, reverse: bool, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         out = torch.empty_like(x)
-        x_, weight_, bias_ = _detached([x, weight, bias])
-        _core.conv1d_forward(x_, weight_, bias_, silu, reverse, out, torch.get_num_threads())
+        x_, weight_, bias_, out_ = _exported([x, weight, bias, out])
+        _core.conv1d_forward(x_, weight_, bias_, silu, reverse, out_, *place(out))
         ctx.save_for_backward(x, weight, bias, out.detach())
         ctx.silu, ctx.reverse = silu, reverse
         return out
@@ -332,7 +342,7 @@ class SelectiveScanFunction(torch.autograd.Function):
     def forward(ctx: Any, softplus: bool, reverse: bool, *inputs: Tensor | None) -> Tensor:
         assert inputs[0] is not None
         out = torch.empty_like(inputs[0])
-        _core.selective_scan_forward(_detached(inputs), softplus, reverse, out, torch.get_num_threads())
+        _core.selective_scan_forward(_exported(inputs), softplus, reverse, exported(out), *place(out))
         ctx.save_for_backward(*inputs)
         ctx.softplus, ctx.reverse = softplus, reverse
         return out
@@ -355,15 +365,15 @@ class BidirectionalScanFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: float, chunk: int, z: Tensor, *inputs: Tensor) -> Tensor:
         batch, length, inner = z.shape
-        xz = torch.zeros(batch, length, 2 * inner, dtype=z.dtype)
+        xz = z.new_zeros(batch, length, 2 * inner)
         xz[:, :, inner:] = z.detach()
-        state = inputs[2].shape[1]
-        states = [z.new_empty(batch, (length + chunk - 1) // chunk, state, inner) for _ in range(2)]
+        shape = (batch, (length + chunk - 1) // chunk, inputs[2].shape[1], inner)
+        states = [None if on_cuda(z) else z.new_empty(shape) for _ in range(2)]  # for backward
         out = torch.empty_like(z)
-        values, threads = _detached(inputs), torch.get_num_threads()
-        _core.scan_forward(
-            xz, [values[:6], values[6:]], [[states[0]], [states[1]]], scale, chunk, out, threads
-        )
+        values = _exported(inputs)
+        outputs = [[exported(state)] for state in states]
+        passes = [values[:6], values[6:]]
+        _core.scan_forward(exported(xz), passes, outputs, scale, chunk, exported(out), *place(out))
         ctx.save_for_backward(xz, *states, *inputs)
         ctx.scale, ctx.chunk = scale, chunk
         return out
@@ -393,11 +403,12 @@ class BlockFunction(torch.autograd.Function):
         residual: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        saved = _core.Saved(memory)
-        out, total = torch.empty_like(x), torch.empty_like(x)
-        x_, residual_, *params_ = _detached([x, residual, *params])
-        threads = torch.get_num_threads()
-        _core.block_forward(config_json, params_, x_, residual_, reverse, total, out, saved, threads)
+        saved = None if on_cuda(x) else _core.Saved(memory)
+        out, total = torch.empty_like(x), torch.empty_like(x, dtype=wide(x.dtype))
+        x_, residual_, total_, out_, *params_ = _exported([x, residual, total, out, *params])
+        _core.block_forward(config_json, params_, x_, residual_, reverse, total_, out_, saved, *place(out))
+        if saved is None:
+            return out, total
         ctx.save_for_backward(saved.token, total.detach(), *params)
         ctx.set_materialize_grads(False)
         ctx.config_json, ctx.reverse = config_json, reverse

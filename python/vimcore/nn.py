@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import _core
 from .functions import Core, Draws, NetworkFunction, Request, describe
 from .layers import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
+from .place import autocast_type, check_trainable, from_device, on_cuda, wide
 
 _PER_TOKEN = ("max", "all")  # without class token: the head sees every token
 
@@ -25,9 +26,10 @@ class VisionMamba(nn.Module):
 
     Submodules only hold parameters: the whole network is one call of the C++ core, so their forward hooks do
     not run. Computes on the CPU in the type of the parameters, float32 or float64; under
-    `torch.autocast("cpu")` in float32. Weights may be written in place in any way that torch sees; writes
-    through `.data` or a numpy view are seen when they change a whole float32 tensor, or anything of a float64
-    one.
+    `torch.autocast("cpu")` in float32. Computes on CUDA, without gradients for now, with float32 parameters
+    and activations of the images' type: float32, bfloat16 or float16; under `torch.autocast("cuda")` of its
+    type. Weights may be written in place in any way that torch sees; on the CPU, writes through `.data` or a
+    numpy view are seen when they change a whole float32 tensor, or anything of a float64 one.
 
     Args:
         img_size: side or (height, width) in pixels; images of another size are an error.
@@ -189,13 +191,14 @@ class VisionMamba(nn.Module):
         """Logits of normalised images.
 
         Args:
-            images: (B, C, H, W) in the type of the parameters.
+            images: (B, C, H, W) in the type of the parameters, on CUDA also in a 16-bit type.
 
         Returns:
             (B, num_classes); (B, L, num_classes) with pool="all"; features (B, D) without a head.
 
         Raises:
             ValueError: shape, type or device of the images or of a parameter do not fit.
+            NotImplementedError: on CUDA, a gradient is wanted.
         """
         if self._head_is_fused():
             return self._call("logits", images)[0]
@@ -271,11 +274,15 @@ class VisionMamba(nn.Module):
         core = self._network()
         params = self._parameters_in_order(core)
         images = self._checked(images, params[0])
-        request = Request(kind, layers, self._draws(kind, images), self.memory)
+        differentiated = False
         if torch.is_grad_enabled():
             part = core.taking_part(kind, layers)
-            if images.requires_grad or any(p.requires_grad for p, takes in zip(params, part) if takes):
-                return NetworkFunction.apply(core, request, images, *params)
+            differentiated = images.requires_grad or any(p.requires_grad for p, t in zip(params, part) if t)
+        if differentiated:
+            check_trainable("VisionMamba", images)
+        request = Request(kind, layers, self._draws(kind, images), self.memory)
+        if differentiated:
+            return NetworkFunction.apply(core, request, images, *params)
         return core.run(request, images, params, None)
 
     def _network(self) -> Core:
@@ -313,20 +320,26 @@ class VisionMamba(nn.Module):
         """The images as the core takes them, or an error that says what does not fit."""
         height, width = self._config["img_size"]
         channels = self._config["in_chans"]
-        if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+        cuda = on_cuda(like)
+        if like.is_meta or like.dtype not in ((torch.float32,) if cuda else (torch.float32, torch.float64)):
             raise ValueError(
-                f"[VisionMamba] parameters: expected f32 or f64 on the cpu, got {describe(like)}"
+                "[VisionMamba] parameters: expected f32 or f64 on the cpu, or f32 on cuda, got "
+                f"{describe(like)}; for 16-bit activations leave them in f32 and use torch.autocast on cuda"
             )
-        if isinstance(images, Tensor) and images.is_floating_point() and torch.is_autocast_enabled("cpu"):
-            images = images.to(like.dtype)
+        images = from_device(images)
+        autocast = autocast_type(like)
+        if autocast is not None and isinstance(images, Tensor) and images.is_floating_point():
+            images = images.to(autocast)
+        types = (torch.float32, torch.bfloat16, torch.float16) if cuda else (like.dtype,)
         if (
             not isinstance(images, Tensor)
             or images.ndim != 4
             or tuple(images.shape[1:]) != (channels, height, width)
-            or images.dtype != like.dtype
-            or images.device.type != "cpu"
+            or images.dtype not in types
+            or images.device != like.device
         ):
-            expected = f"(B, {channels}, {height}, {width}) {describe(like).rsplit(') ')[-1]}"
+            names = "f32, bf16 or f16" if cuda else describe(like).split()[-2]
+            expected = f"(B, {channels}, {height}, {width}) {names} {like.device}"
             raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}")
         return images.contiguous()
 
@@ -334,15 +347,16 @@ class VisionMamba(nn.Module):
         """The random draws of one training forward, from torch's generator."""
         if not self.training:
             return Draws()
-        c, batch = self._config, images.shape[0]
+        c, batch, dtype = self._config, images.shape[0], wide(images.dtype)
         drop_path = mask = None
         if c["drop_path_rate"] > 0:
             steps = max(c["depth"] - 1, 1)
             rates = [c["drop_path_rate"] * (j / steps if c["depth"] > 1 else 1.0) for j in range(c["depth"])]
-            keep = 1 - torch.tensor(rates, dtype=images.dtype)[:, None]
-            drop_path = (torch.rand(c["depth"], batch, dtype=images.dtype) < keep) / keep
+            keep = 1 - torch.tensor(rates, dtype=dtype, device=images.device)[:, None]
+            drop_path = (torch.rand(c["depth"], batch, dtype=dtype, device=images.device) < keep) / keep
         if c["drop_rate"] > 0:
-            mask = F.dropout(images.new_ones(batch, self._facts["tokens"], self.embed_dim), c["drop_rate"])
+            ones = images.new_ones(batch, self._facts["tokens"], self.embed_dim, dtype=dtype)
+            mask = F.dropout(ones, c["drop_rate"])
         flip = c["directions"] == "sequence" and bool(torch.rand(()) < 0.5)
         position = -1
         if c["class_token"] == "random" and kind == "logits" and self._head_is_fused():

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The differentiable pieces of Vision Mamba, channel-last, over the C++ core.
 
-Sizes: B batch, L tokens, D width, E inner width, N state, R rank of dt, K convolution width. All tensors of a
-call are of one type, float32 or float64, on the CPU; under `torch.autocast("cpu")` half types are widened to
-float32. What does not fit is a ValueError that names the argument. Second derivatives are an error.
+Sizes: B batch, L tokens, D width, E inner width, N state, R rank of dt, K convolution width. On the CPU all
+tensors of a call are of one type, float32 or float64; under `torch.autocast("cpu")` half types are widened to
+float32. On CUDA, without gradients for now, the activations (x, u, delta, B, C, q, z and the result) are of
+one type, float32, bfloat16 or float16, and the others float32; `torch.autocast("cuda")` converts. Arrays of
+other libraries on a CUDA device (CuPy, ...) are taken without a copy. What does not fit is a ValueError that
+names the argument. Second derivatives are an error.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from . import _core
 from .functions import (
+    NAMES,
     BidirectionalScanFunction,
     BlockFunction,
     Conv1dFunction,
@@ -25,30 +29,46 @@ from .functions import (
     block_parameters,
     describe,
 )
+from .place import autocast_type, check_trainable, from_device, on_cuda, wide
 
 __all__ = ["bidirectional_scan", "causal_conv1d", "layer_norm", "rms_norm", "selective_scan", "vim_block"]
 
 
+_CPU_TYPES = (torch.float32, torch.float64)
+_CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Arguments that may be of a 16-bit type on CUDA; the others are float32 there.
+_ACTIVATIONS = ("x", "u", "delta", "B", "C", "q", "z")
+
+
 def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
-    """The tensors, contiguous; the first one says which type all must have."""
-    autocast = torch.is_autocast_enabled("cpu")
+    """The tensors, contiguous; the first one, an activation, says which type and device all must have."""
     out: list[Any] = []
-    dtype = None
-    for name, tensor in tensors.items():
+    types: tuple[torch.dtype, ...]
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    for name, value in tensors.items():
+        tensor = from_device(value)
         if tensor is None:
             out.append(None)
             continue
-        if isinstance(tensor, Tensor) and autocast and tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor = tensor.float()
-        if (
-            not isinstance(tensor, Tensor)
-            or tensor.dtype not in ((torch.float32, torch.float64) if dtype is None else (dtype,))
-            or tensor.device.type != "cpu"
-        ):
-            wanted = "f32 or f64" if dtype is None else "f32" if dtype == torch.float32 else "f64"
-            raise ValueError(f"[{op}] {name}: expected a {wanted} tensor on the cpu, got {describe(tensor)}")
-        dtype = tensor.dtype
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"[{op}] {name}: expected a tensor, got {describe(tensor)}")
+        activation = name.split()[0] in _ACTIVATIONS
+        autocast = autocast_type(tensor)
+        if autocast is not None and tensor.is_floating_point():
+            tensor = tensor.to(autocast if activation else wide(tensor.dtype))
+        if dtype is None:
+            types = _CUDA_TYPES if on_cuda(tensor) else _CPU_TYPES
+            dtype, device = tensor.dtype, tensor.device
+        else:
+            types = (dtype if activation else wide(dtype),)
+        if tensor.dtype not in types or tensor.device != device or tensor.is_meta:
+            wanted = " or ".join(NAMES[t] for t in types)
+            place = "the cpu or cuda" if tensor.is_meta else device
+            raise ValueError(f"[{op}] {name}: expected a {wanted} tensor on {place}, got {describe(tensor)}")
         out.append(tensor.contiguous())
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in out):
+        check_trainable(op, out[0])
     return out
 
 

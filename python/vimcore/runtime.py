@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ class Runtime:
 
     Args:
         path: a vimcore safetensors file (`VisionMamba.save`, `vimcore convert`).
-        device: "cpu".
-        threads: threads of one call; None: as many as the machine has cores.
+        device: "cpu", "cuda" (the first GPU) or "cuda:N"; images and logits are in the host's memory anyway.
+        threads: threads of one call on the CPU; None: as many as the machine has cores.
         img_size: side or (height, width) in pixels; None: as stored. Another size resizes the position table.
+        dtype: of activations, "float32"; on a GPU also "bfloat16" or "float16".
 
     Attributes:
         config: the architecture, with the names of the `VisionMamba` constructor.
@@ -31,7 +33,8 @@ class Runtime:
 
     Raises:
         ValueError: an argument is out of range.
-        vimcore.Error: the file is missing, damaged or not a vimcore file.
+        vimcore.Error: the file is missing, damaged or not a vimcore file; there is no such device, or this
+            build does not compute on it.
     """
 
     def __init__(
@@ -40,17 +43,19 @@ class Runtime:
         device: str = "cpu",
         threads: int | None = None,
         img_size: int | tuple[int, int] | None = None,
+        dtype: str = "float32",
     ) -> None:
-        if device != "cpu":
-            raise ValueError(
-                f"[Runtime] device: expected 'cpu', got {device!r}; this build has no other device"
-            )
+        if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+            raise ValueError(f"[Runtime] device: expected 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+        if device == "cpu" and dtype != "float32":
+            raise ValueError(f"[Runtime] dtype: expected 'float32' on the cpu, got {dtype!r}")
+        cuda = -1 if device == "cpu" else int(device.partition(":")[2] or 0)
         if threads is not None and threads < 1:
             raise ValueError(f"[Runtime] threads: expected 1 or more, got {threads}")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size or (0, 0)
         if img_size is not None and (height < 1 or width < 1):
             raise ValueError(f"[Runtime] img_size: expected positive sizes, got {img_size}")
-        self._engine = _core.Engine(os.fspath(path), threads or 0, height, width)
+        self._engine = _core.Engine(os.fspath(path), threads or 0, height, width, cuda, dtype)
         self.config: dict[str, Any] = json.loads(self._engine.config_json)
         self.labels: list[str] | None
         self.preprocess: dict[str, Any] | None

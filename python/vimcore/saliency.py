@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from .place import check_trainable
+
 if TYPE_CHECKING:
     from .nn import VisionMamba
 
@@ -37,7 +39,7 @@ def saliency(
 
     Args:
         model: a VisionMamba with a head; used in eval mode, its mode and gradients are left alone.
-        images: (B, C, H, W), normalised as for the model.
+        images: (B, C, H, W), normalised as for the model; on the CPU, as gradients are needed.
         target: class index, for all images or one each; default: the class the model decides for.
         steps: gradients per image; the cost is `steps` forward and backward passes.
 
@@ -48,6 +50,7 @@ def saliency(
         raise ValueError(f"[saliency] images: expected (B, C, H, W), got {tuple(images.shape)}")
     if steps < 1:
         raise ValueError(f"[saliency] steps: expected at least 1, got {steps}")
+    check_trainable("saliency", images)
     was_training = model.training
     model.eval()
     try:

@@ -13,6 +13,7 @@
 #include <functional>
 #include <limits>
 #include <random>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -254,6 +255,77 @@ void test_safetensors_damage()
         }
     }
     CHECK(refused > 10000);
+}
+
+// A stream in pieces of any size, as from a pipe, gives what the same bytes in memory give; also its errors.
+void test_safetensors_stream()
+{
+    std::vector<double> values(20000);
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<double>(i);
+    const Folder folder;
+    const std::string path = (folder.path / "a.safetensors").string();
+    save_safetensors(path, {{"v", {values.data(), {100, 200}, DType::f64, {}}}}, {{"k", "v"}});
+    std::ifstream stream(path, std::ios::binary);
+    const SafetensorsFile file = SafetensorsFile::read(stream, "a stream");
+    CHECK(file.metadata().at("k") == "v");
+    CHECK(file.find("v") && file.find("v")->shape == (Shape{100, 200}));
+    CHECK(std::memcmp(file.find("v")->data, values.data(), values.size() * 8) == 0);
+    CHECK(reinterpret_cast<std::uintptr_t>(file.find("v")->data) % 64 == 0);
+    const SafetensorsFile copy = file;  // shares the memory
+    CHECK(copy.find("v")->data == file.find("v")->data);
+
+    const auto stream_error = [](const std::string& bytes) {
+        return message_of<Error>([&] {
+            std::istringstream in(bytes);
+            SafetensorsFile::read(in, "a stream");
+        });
+    };
+    const std::string good = file_of("{\"a\":" + entry("[4]", "[0,16]") + "}");
+    for (std::size_t size = 0; size < good.size(); ++size)
+        CHECK(contains(stream_error(good.substr(0, size)), "[safetensors] a stream: "));
+    CHECK(contains(stream_error(good + "x"), "belong to none"));
+    CHECK(stream_error(good) == "NOTHING THROWN");
+
+    struct Endless : std::streambuf {  // says that its header is long, and never ends
+        char byte = '\x7f';
+        std::size_t given = 0;
+        int underflow() override
+        {
+            ++given;
+            setg(&byte, &byte, &byte + 1);
+            return byte;
+        }
+    } endless;
+    std::istream in(&endless);
+    CHECK(contains(message_of<Error>([&] { SafetensorsFile::read(in); }), "longer than 100 MB"));
+    CHECK(endless.given == 8);
+    std::ifstream nowhere(folder.path / "nowhere");
+    CHECK(contains(message_of<Error>([&] { SafetensorsFile::read(nowhere); }), "no header"));
+}
+
+// Every type, written and read: names, shapes and bytes stay, every element is aligned.
+void test_safetensors_types()
+{
+    const Folder folder;
+    const std::string path = (folder.path / "a.safetensors").string();
+    std::vector<unsigned char> bytes(8 * 6);
+    std::mt19937 generator(11);
+    for (unsigned char& byte : bytes) byte = static_cast<unsigned char>(generator());
+    std::vector<std::pair<std::string, Tensor>> tensors;
+    for (int i = 0; i <= static_cast<int>(DType::boolean); ++i) {
+        const auto dtype = static_cast<DType>(i);
+        tensors.emplace_back(name_of(dtype), Tensor{bytes.data(), {2, 3}, dtype, {}});
+        tensors.emplace_back(std::string(name_of(dtype)) + ".one", Tensor{bytes.data(), {}, dtype, {}});
+    }
+    save_safetensors(path, tensors, {});
+    const SafetensorsFile file = SafetensorsFile::open(path);
+    CHECK(file.tensors().size() == 26);
+    for (const auto& [name, tensor] : tensors) {
+        const Tensor* found = file.find(name);
+        CHECK(found && found->dtype == tensor.dtype && found->shape == tensor.shape);
+        CHECK(found && std::memcmp(found->data, tensor.data, tensor.bytes()) == 0);
+        CHECK(found && reinterpret_cast<std::uintptr_t>(found->data) % size_of(tensor.dtype) == 0);
+    }
 }
 
 void test_safetensors_files()
@@ -541,6 +613,8 @@ int main()
     test_json_writing();
     test_safetensors_hostile();
     test_safetensors_damage();
+    test_safetensors_stream();
+    test_safetensors_types();
     test_safetensors_files();
     test_config_json();
     test_config_tokens();

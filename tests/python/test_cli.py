@@ -227,6 +227,11 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     for isa in vimcore.build_info()["isas"]:
         assert tested[f"kernels {isa}"] in ("ok", "skipped")
     assert tested[f"kernels {vimcore.build_info()['isa']}"] == "ok"
+    if vimcore.cuda_is_available():
+        assert {tested[f"cuda:0 {dtype}"] for dtype in doctor.GPU_TOLERANCE} == {"ok"}
+    else:
+        assert tested["cuda"] == "skipped"
+        assert any(row["detail"].startswith("no GPU: ") for row in facts["checks"])
     assert facts["machine"]["cores"] >= 1
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from vimcore import _core
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 safe_open = pytest.importorskip("safetensors").safe_open
 
 DTYPES = ["f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?"]
@@ -86,6 +88,22 @@ def test_bfloat16_keeps_its_bits(tmp_path: Path) -> None:
     value = tensors["a"]
     got = value.view(np.uint32) >> 16 if value.dtype == np.float32 else value.view(np.uint16)
     np.testing.assert_array_equal(got.ravel(), bits)
+
+
+def test_bfloat16_of_the_package_both_ways(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.safetensors")
+    values = torch.from_numpy(np.arange(-600, 600).astype(np.int16).reshape(30, 40)).view(torch.bfloat16)
+    safetensors_torch.save_file({"a": values, "b": values[0].half()}, path)
+    tensors, _ = _core.read_safetensors(path)
+    assert np.array_equal(
+        tensors["a"].view(np.uint32) >> 16, values.view(torch.int16).numpy().view(np.uint16)
+    )
+    same(tensors["b"], values[0].half().numpy())
+    _core.write_safetensors(path, {"a": values, "b": values[0].half()}, {})
+    loaded = safetensors_torch.load_file(path)
+    assert loaded["a"].dtype == torch.bfloat16
+    assert torch.equal(loaded["a"].view(torch.int16), values.view(torch.int16))
+    assert loaded["b"].dtype == torch.float16
 
 
 def test_every_element_is_aligned_in_our_files(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 struct BuildInfo {
     std::string version, compiler;
@@ -13,6 +13,9 @@ struct BuildInfo {
     std::vector<std::string> isas;  // kernels built in
     bool cuda = false, jpeg = false, png = false, openmp = false;
 };
+
+int cuda_device_count();                   // 0 where the build, the driver or the machine has none
+std::string cuda_description(int device);  // name, compute capability, memory, driver, BLAS in use
 
 BuildInfo build_info();  // vimcore::Error when VIMCORE_ISA names kernels that are unknown or not available
 

@@ -7,7 +7,7 @@
 #include <string>
 #include <string_view>
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 enum class Directions : std::uint8_t { none, sequence, block, ssm, ssm_conv };
 enum class ClassToken : std::uint8_t { none, head, double_, middle, random };

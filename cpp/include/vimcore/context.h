@@ -7,7 +7,7 @@
 
 #include "vimcore/tensor.h"
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 class Arena;
 class Backend;
@@ -25,6 +25,14 @@ public:
     int threads() const { return threads_; }
     void set_threads(int threads);
 
+    // CUDA: the cudaStream_t that everything is queued on; nullptr is the legacy default stream. What the previous
+    // stream still runs in this context's scratch memory is waited for on the new stream.
+    void* stream() const { return stream_; }
+    void set_stream(void* stream);
+
+    // While held, scratch memory stays where it is: recorded work (a CUDA graph) has its addresses.
+    void hold_memory(bool hold);
+
     // The index-th of some single-threaded contexts for parallel work on parts of a batch; made at first use.
     Context& worker(int index);
     Arena& arena() { return *arena_; }  // scratch of the running call
@@ -37,6 +45,7 @@ public:
 private:
     Device device_;
     int threads_;
+    void* stream_ = nullptr;
     Backend* backend_;
     std::unique_ptr<Arena> arena_;
     std::vector<std::unique_ptr<Context>> workers_;

@@ -6,11 +6,17 @@
 #include <stdexcept>
 #include <string>
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 class Error : public std::runtime_error {
 public:
     using std::runtime_error::runtime_error;
+};
+
+// Memory that the machine does not have, or not any more.
+class OutOfMemory : public Error {
+public:
+    using Error::Error;
 };
 
 }  // namespace vimcore

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 struct Image {  // 8-bit RGB, row-major, (height, width, 3)
     std::int64_t height = 0, width = 0;

@@ -12,7 +12,7 @@
 #include "vimcore/params.h"
 #include "vimcore/tensor.h"
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 enum class Memory : std::uint8_t { lean, fast };
 
@@ -34,21 +34,22 @@ struct Saved {
     Buffer storage;
 
     // Points all tensors into the storage, which grows when it is too small.
-    void prepare(const Config& config, std::int64_t batch, DType dtype);
+    void prepare(const Config& config, std::int64_t batch, DType dtype, Device device = Device::cpu());
 
     static std::int64_t chunk(Memory memory);  // tokens between scan checkpoints: 64 lean, 16 fast
-    // B L (D + 2E + n' (R + 2N)) + B n ceil(L / chunk) N E elements
+    // B L (D + 2E + n' (R + 2N)) + B n ceil(L / chunk) N E elements; D and the states in wide(dtype)
     static std::int64_t bytes_per_block(const Config& config, Memory memory, std::int64_t batch, DType dtype);
 };
 
 // One Vim block on its own (paper, algorithm 1). The addition residual_out + out is left to the next block's norm.
 struct Block {
-    Tensor h;              // (B, L, D) or none
-    Tensor row_scale;      // (B) drop-path factor of h, or none
-    Tensor residual;       // (B, L, D) or none; h or residual is given
-    bool reverse = false;  // one direction only: from the last token to the first
-    Tensor residual_out;   // (B, L, D): residual + row_scale h; may be the memory of residual
-    Tensor out;            // (B, L, D) mixer output; may be the memory of h
+    Tensor h;                // (B, L, D) or none
+    Tensor row_scale;        // (B) drop-path factor of h, or none
+    Tensor residual;         // (B, L, D) or none; h or residual is given
+    bool reverse = false;    // one direction only: from the last token to the first
+    Tensor residual_out;     // (B, L, D): residual + row_scale h; may be the memory of residual
+    Tensor out;              // (B, L, D) mixer output; may be the memory of h
+    std::int64_t only = -1;  // the one token whose output is wanted: out is (B, 1, D), memory of its own
 };
 struct BlockGradients {
     Tensor dout;           // (B, L, D)
@@ -94,11 +95,13 @@ public:
                                              std::int64_t img_width);
 
     const Config& config() const { return config_; }
+    Device device() const { return device_; }
     const Params& params() const { return params_; }
     const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
 private:
     Config config_;
+    Device device_;
     Params params_;
     std::map<std::string, std::string> metadata_;
     std::vector<Buffer> storage_;
@@ -107,9 +110,14 @@ private:
 struct SessionOptions {
     std::int64_t max_batch = 8;
     int threads = 0;
+    DType dtype = DType::f32;  // of activations; f16 and bf16 on CUDA
+    bool graph = true;         // CUDA: replay a recorded graph from the second run of a batch size on
 };
 
-// One per thread: scratch memory, staging. Does not allocate after the first run of a batch size.
+class Staging;
+
+// One per thread: scratch memory, staging, on CUDA a stream. Runs on the model's device; images and results are in the
+// host's memory. Does not allocate after the first runs of a batch size.
 class Session {
 public:
     explicit Session(std::shared_ptr<const Model> model, SessionOptions options = {});
@@ -119,9 +127,12 @@ public:
     std::int64_t outputs() const;                                           // floats per image of run()
 
 private:
+    void run(const float* images, std::int64_t batch, float* result, bool features);
+
     std::shared_ptr<const Model> model_;
     SessionOptions options_;
     Context ctx_;
+    std::shared_ptr<Staging> staging_;  // none on the CPU
 };
 
 }  // namespace vimcore

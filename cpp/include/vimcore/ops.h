@@ -3,6 +3,8 @@
 // the context's backend. Gradients of parameters are added to; gradients of activations are overwritten.
 // Sizes: B batch, L tokens, D width, E inner width, N state, R dt rank, K conv width. All tensors are channel-last.
 // A tensor marked "or none" may be left out (Tensor{}).
+// Types: activations are f32 or f64 on the CPU; f32, f16 or bf16 on CUDA. Parameters and their gradients, the residual
+// stream and its gradient, row_scale, mask, tables and scan states are wide(that type): never below f32.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +14,7 @@
 #include "vimcore/context.h"
 #include "vimcore/tensor.h"
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 // ---- residual add and normalisation --------------------------------------------------------------------------------
 // x = residual + scale[b] h;  out = weight * (x - mean) * rstd + bias, mean = 0 and no bias for Norm::rms.
@@ -181,7 +183,7 @@ struct Readout {
 void readout_forward(Context& ctx, const Readout& args);
 void readout_backward(Context& ctx, const Readout& args);
 
-// out = a + row_scale[b] b over (B, L, D); out may be a or b; row_scale or none.
+// out = a + row_scale[b] b over (B, L, D); out may be a or b; row_scale or none. Each of the three may be wide.
 void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale = {});
 
 }  // namespace vimcore

@@ -10,7 +10,7 @@
 #include "vimcore/config.h"
 #include "vimcore/tensor.h"
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 // One scan direction (spec: theta). Directions::ssm shares all but A_log between its two directions.
 struct DirectionParams {

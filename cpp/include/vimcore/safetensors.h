@@ -2,6 +2,7 @@
 // Reading and writing safetensors files. A file is hostile until its header has been checked in full.
 #pragma once
 
+#include <iosfwd>
 #include <map>
 #include <memory>
 #include <string>
@@ -10,13 +11,17 @@
 
 #include "vimcore/tensor.h"
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 class SafetensorsFile {
 public:
-    // Maps the file. Throws vimcore::Error naming the file and the fault; limits are those of the format
-    // (header at most 100 MB) and rank at most Shape::max_rank.
+    // Maps the file. Throws vimcore::Error naming the file and the fault. Limits: header 100 MB (the format's own),
+    // a million tensors, names of 4096 bytes, Shape::max_rank dimensions, JSON nested 16 deep; the data must be tiled
+    // by the tensors without holes, overlaps or bytes that belong to none. A file that is renamed over while it is
+    // open stays as it was; one that is overwritten in place changes under the reader, as with any mapped file.
     static SafetensorsFile open(const std::string& path);
+    // The same checks on a stream, read to its end into memory: pipes, archives, network.
+    static SafetensorsFile read(std::istream& stream, const std::string& name = "<stream>");
     // The same checks on bytes in memory, which must outlive the result.
     static SafetensorsFile parse(const void* bytes, std::size_t size, const std::string& name = "<memory>");
 

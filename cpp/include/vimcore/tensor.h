@@ -8,7 +8,7 @@
 #include <initializer_list>
 #include <string>
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 enum class DType : std::uint8_t { f32, f64, f16, bf16, i64, i32, i16, i8, u64, u32, u16, u8, boolean };
 
@@ -21,6 +21,12 @@ template <>
 inline constexpr DType dtype_of<float> = DType::f32;
 template <>
 inline constexpr DType dtype_of<double> = DType::f64;
+
+// The type of parameters, residual stream, states and statistics beside activations of `dtype`: at least float32.
+inline constexpr DType wide(DType dtype)
+{
+    return dtype == DType::f16 || dtype == DType::bf16 ? DType::f32 : dtype;
+}
 
 struct Device {
     enum class Type : std::uint8_t { cpu, cuda };
@@ -60,7 +66,7 @@ struct Tensor {
     void* data = nullptr;
     Shape shape;
     DType dtype = DType::f32;
-    Device device;
+    Device device{};
 
     explicit operator bool() const { return data != nullptr; }  // false: this optional tensor is absent
     std::int64_t size(int axis) const { return shape[axis]; }
@@ -93,6 +99,7 @@ public:
 
     void* data() const { return data_; }
     std::size_t bytes() const { return bytes_; }
+    Device device() const { return device_; }
 
 private:
     void swap(Buffer& other) noexcept;

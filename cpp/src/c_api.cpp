@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface over Model, Session and the preprocessing. Handles are looked up among those that are alive, so that
+// a wrong one is an error and one that another thread destroys meanwhile lives on until the call ends.
+#include "vimcore/c_api.h"
+
+#include <charconv>
+#include <cstring>
+#include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "vimcore/error.h"
+#include "vimcore/model.h"
+#include "vimcore/preprocess.h"
+#include "vimcore/version.h"
+
+struct vimcore_model {
+    std::shared_ptr<const vimcore::Model> model;
+    std::vector<std::string> labels;
+    std::optional<vimcore::Preprocess> preprocess;
+    std::int64_t outputs = 0;  // floats per image
+    std::int64_t features = 0;
+};
+
+struct vimcore_session {
+    vimcore_session(std::shared_ptr<const vimcore_model> loaded, const vimcore::SessionOptions& options)
+        : model(std::move(loaded)), session(model->model, options)
+    {
+    }
+    const std::shared_ptr<const vimcore_model> model;
+    vimcore::Session session;
+    std::mutex busy;
+};
+
+namespace {
+
+template <class T>
+class Handles {
+public:
+    T* add(std::shared_ptr<T> object)
+    {
+        T* handle = object.get();
+        const std::lock_guard lock(mutex_);
+        alive_.emplace(handle, std::move(object));
+        return handle;
+    }
+    std::shared_ptr<T> find(const T* handle, const char* what)
+    {
+        if (!handle)
+            throw std::invalid_argument(std::string("[") + what + "] handle: expected a " + what + ", got NULL");
+        const std::lock_guard lock(mutex_);
+        const auto found = alive_.find(handle);
+        if (found == alive_.end())
+            throw std::invalid_argument(std::string("[") + what + "] handle: not a " + what + ", or destroyed");
+        return found->second;
+    }
+    void remove(const T* handle)
+    {
+        std::shared_ptr<T> last;  // freed after the lock is
+        const std::lock_guard lock(mutex_);
+        const auto found = alive_.find(handle);
+        if (found == alive_.end()) return;
+        last = std::move(found->second);
+        alive_.erase(found);
+    }
+
+private:
+    std::mutex mutex_;
+    std::map<const T*, std::shared_ptr<T>> alive_;
+};
+
+// Never destroyed: handles may be used until the very end of the program.
+template <class T>
+Handles<T>& handles()
+{
+    static auto* const all = new Handles<T>;
+    return *all;
+}
+
+std::shared_ptr<vimcore_model> find(const vimcore_model* model)
+{
+    return handles<vimcore_model>().find(model, "model");
+}
+std::shared_ptr<vimcore_session> find(const vimcore_session* session)
+{
+    return handles<vimcore_session>().find(session, "session");
+}
+
+// Text of fixed size: a report that memory has run out must not need any.
+struct LastError {
+    char text[2048] = "";
+} thread_local last_error;
+
+vimcore_status fail(vimcore_status status, const char* text) noexcept
+{
+    std::size_t length = std::strlen(text);
+    if (length >= sizeof last_error.text) {
+        length = sizeof last_error.text - 1;
+        while (length > 0 && (static_cast<unsigned char>(text[length]) & 0xc0) == 0x80) length--;  // whole characters
+    }
+    std::memcpy(last_error.text, text, length);
+    last_error.text[length] = '\0';
+    return status;
+}
+
+template <class F>
+vimcore_status guarded(F&& body) noexcept
+{
+    try {
+        body();
+        return VIMCORE_OK;
+    } catch (const std::invalid_argument& error) {
+        return fail(VIMCORE_INVALID_ARGUMENT, error.what());
+    } catch (const std::bad_alloc&) {
+        return fail(VIMCORE_OUT_OF_MEMORY, "out of memory");
+    } catch (const std::length_error&) {
+        return fail(VIMCORE_OUT_OF_MEMORY, "out of memory: a size is beyond what can be allocated");
+    } catch (const vimcore::OutOfMemory& error) {
+        return fail(VIMCORE_OUT_OF_MEMORY, error.what());
+    } catch (const vimcore::Error& error) {
+        return fail(VIMCORE_FAILED, error.what());
+    } catch (const std::exception& error) {
+        return fail(VIMCORE_INTERNAL, error.what());
+    } catch (...) {
+        return fail(VIMCORE_INTERNAL, "an exception of unknown type");
+    }
+}
+
+template <class T>
+T* given(const char* op, const char* name, T* pointer)
+{
+    if (!pointer) throw std::invalid_argument(std::string("[") + op + "] " + name + ": expected a pointer, got NULL");
+    return pointer;
+}
+
+vimcore::Device parse_device(const char* text)
+{
+    const std::string device = text ? text : "cpu";
+    if (device == "cpu") return vimcore::Device::cpu();
+    if (device == "cuda") return vimcore::Device::cuda(0);
+    if (device.rfind("cuda:", 0) == 0) {
+        int index = -1;
+        const char* end = device.c_str() + device.size();
+        const auto [stop, error] = std::from_chars(device.c_str() + 5, end, index);
+        if (error == std::errc() && stop == end && index >= 0) return vimcore::Device::cuda(index);
+    }
+    throw std::invalid_argument("[model] device: expected \"cpu\", \"cuda\" or \"cuda:N\", got \"" + device + '"');
+}
+
+vimcore::DType parse_dtype(const char* text)
+{
+    const std::string dtype = text ? text : "f32";
+    for (const vimcore::DType known : {vimcore::DType::f32, vimcore::DType::f16, vimcore::DType::bf16})
+        if (dtype == vimcore::name_of(known)) return known;
+    throw std::invalid_argument("[session] dtype: expected \"f32\", \"f16\" or \"bf16\", got \"" + dtype + '"');
+}
+
+void check_room(const char* op, std::int64_t batch, std::int64_t per_image, std::size_t capacity)
+{
+    if (batch < 0)
+        throw std::invalid_argument(std::string("[") + op + "] batch: expected 0 or more, got " +
+                                    std::to_string(batch));
+    if (static_cast<std::size_t>(batch) > capacity / static_cast<std::size_t>(per_image))
+        throw std::invalid_argument(std::string("[") + op + "] capacity: expected room for " + std::to_string(batch) +
+                                    " x " + std::to_string(per_image) + " floats, got " + std::to_string(capacity));
+}
+
+// How the network's pictures are made, after `image` has been found large enough for one.
+const vimcore::Preprocess& pictures_of(const vimcore_model& model, const char* op, float* image, std::size_t capacity)
+{
+    const vimcore::Config& c = model.model->config();
+    if (!model.preprocess)
+        throw std::invalid_argument(std::string("[") + op + "] model: takes " + std::to_string(c.in_chans) +
+                                    " channels, so no picture file can be its input");
+    given(op, "image", image);
+    check_room(op, 1, c.in_chans * c.img_height * c.img_width, capacity);
+    return *model.preprocess;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* vimcore_version(void) { return VIMCORE_VERSION; }
+const char* vimcore_last_error(void) { return last_error.text; }
+
+vimcore_status vimcore_model_load(const char* path, const char* device, int64_t img_height, int64_t img_width,
+                                  vimcore_model** model)
+{
+    return guarded([&] {
+        given("model", "path", path);
+        given("model", "model", model);
+        if (img_height < 0 || img_width < 0)
+            throw std::invalid_argument("[model] img_height and img_width: expected 0 or more, got " +
+                                        std::to_string(img_height) + " and " + std::to_string(img_width));
+        auto loaded = std::make_shared<vimcore_model>();
+        loaded->model = vimcore::Model::load(path, parse_device(device), img_height, img_width);
+        const vimcore::Config& config = loaded->model->config();
+        loaded->labels = vimcore::labels_of(config, loaded->model->metadata());
+        loaded->preprocess = vimcore::preprocess_of(config, loaded->model->metadata());
+        loaded->outputs = config.num_classes > 0 ? config.num_classes : config.embed_dim;
+        if (config.class_token == vimcore::ClassToken::none && config.pool == vimcore::Pool::all)
+            loaded->outputs *= config.tokens();
+        loaded->features = config.tokens() * config.embed_dim;
+        *model = handles<vimcore_model>().add(std::move(loaded));
+    });
+}
+
+void vimcore_model_destroy(vimcore_model* model) { handles<vimcore_model>().remove(model); }
+
+vimcore_status vimcore_model_get_info(const vimcore_model* model, vimcore_model_info* info)
+{
+    return guarded([&] {
+        const auto m = find(model);
+        const vimcore::Config& c = m->model->config();
+        *given("model", "info", info) = {c.in_chans,    c.img_height, c.img_width, m->outputs,
+                                         c.num_classes, c.tokens(),   c.embed_dim};
+    });
+}
+
+vimcore_status vimcore_model_label(const vimcore_model* model, int64_t index, const char** label)
+{
+    return guarded([&] {
+        const auto m = find(model);
+        const std::int64_t classes = m->model->config().num_classes;
+        if (index < 0 || index >= classes)
+            throw std::invalid_argument("[model_label] index: expected 0 to " + std::to_string(classes - 1) + ", got " +
+                                        std::to_string(index));
+        *given("model_label", "label", label) =
+            m->labels.empty() ? nullptr : m->labels[static_cast<std::size_t>(index)].c_str();
+    });
+}
+
+vimcore_status vimcore_model_metadata(const vimcore_model* model, const char* key, const char** value)
+{
+    return guarded([&] {
+        const auto m = find(model);
+        const auto& metadata = m->model->metadata();
+        const auto found = metadata.find(given("model_metadata", "key", key));
+        *given("model_metadata", "value", value) = found == metadata.end() ? nullptr : found->second.c_str();
+    });
+}
+
+vimcore_status vimcore_load_image(const vimcore_model* model, const char* path, float* image, size_t capacity)
+{
+    return guarded([&] {
+        const auto m = find(model);
+        given("load_image", "path", path);
+        vimcore::load_image(path, pictures_of(*m, "load_image", image, capacity), image);
+    });
+}
+
+vimcore_status vimcore_decode_image(const vimcore_model* model, const void* bytes, size_t size, float* image,
+                                    size_t capacity)
+{
+    return guarded([&] {
+        const auto m = find(model);
+        given("decode_image", "bytes", bytes);
+        vimcore::load_image(bytes, size, "<memory>", pictures_of(*m, "decode_image", image, capacity), image);
+    });
+}
+
+vimcore_status vimcore_session_create(const vimcore_model* model, int threads, int64_t max_batch, const char* dtype,
+                                      vimcore_session** session)
+{
+    return guarded([&] {
+        const auto m = find(model);
+        given("session", "session", session);
+        vimcore::SessionOptions options;
+        options.max_batch = max_batch;
+        options.threads = threads;
+        options.dtype = parse_dtype(dtype);
+        *session = handles<vimcore_session>().add(std::make_shared<vimcore_session>(m, options));
+    });
+}
+
+void vimcore_session_destroy(vimcore_session* session) { handles<vimcore_session>().remove(session); }
+
+vimcore_status vimcore_session_run(vimcore_session* session, const float* images, int64_t batch, float* logits,
+                                   size_t capacity)
+{
+    return guarded([&] {
+        const auto s = find(session);
+        check_room("session_run", batch, s->model->outputs, capacity);
+        if (batch == 0) return;
+        given("session_run", "images", images);
+        given("session_run", "logits", logits);
+        const std::lock_guard lock(s->busy);
+        s->session.run(images, batch, logits);
+    });
+}
+
+vimcore_status vimcore_session_features(vimcore_session* session, const float* images, int64_t batch, float* tokens,
+                                        size_t capacity)
+{
+    return guarded([&] {
+        const auto s = find(session);
+        check_room("session_features", batch, s->model->features, capacity);
+        if (batch == 0) return;
+        given("session_features", "images", images);
+        given("session_features", "tokens", tokens);
+        const std::lock_guard lock(s->busy);
+        s->session.features(images, batch, tokens);
+    });
+}
+
+}  // extern "C"

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// vim-infer features: what the network knows of each picture, for search, clustering or another classifier.
+#include <stdexcept>
+
+#include "commands.h"
+#include "find_images.h"
+#include "run.h"
+#include "text.h"
+#include "vimcore/ops.h"
+#include "vimcore/safetensors.h"
+
+namespace vim_infer {
+namespace {
+
+// How the network itself reads its tokens out: the class token(s), or a pool over all tokens.
+vimcore::Readout readout_of(const vimcore::Config& config)
+{
+    vimcore::Readout readout;
+    if (config.class_token != vimcore::ClassToken::none) {
+        readout.reduce = vimcore::Reduce::select;
+        readout.index[0] = config.class_position();
+        if (config.class_tokens() == 2) readout.index[1] = config.tokens() - 1;
+    } else if (config.pool == vimcore::Pool::max) {
+        readout.reduce = vimcore::Reduce::max;
+    } else if (config.pool == vimcore::Pool::last) {
+        readout.reduce = vimcore::Reduce::select;
+        readout.index[0] = config.tokens() - 1;
+    }
+    return readout;
+}
+
+std::string json_list(const std::vector<std::string>& names)
+{
+    std::string text = "[";
+    for (const std::string& name : names) text += (text.size() > 1 ? ", " : "") + json_text(name);
+    return text + "]";
+}
+
+}  // namespace
+
+int features(const std::vector<std::string>& words)
+{
+    RunOptions options;
+    std::string out;
+    bool all_tokens = false, json = false;
+    Arguments arguments("features", "--weights FILE --out FILE [options] IMAGE|FOLDER|@LIST...",
+                        "Write the features of pictures, what the network's head sees, to a safetensors file.");
+    options.add_network(arguments);
+    options.add_size(arguments);
+    options.add_pictures(arguments);
+    arguments.text("--out", "FILE", out, "safetensors file to write (required)");
+    arguments.flag("--tokens", all_tokens, "all tokens of each picture (N, L, D) instead of one vector (N, D)");
+    arguments.flag("--json", json, "print what was written as JSON");
+    arguments.note(
+        "The file holds the float32 tensor `features`, one row per good picture in order, and the metadata\n"
+        "key vimcore.images, a JSON list of the pictures' names. All features are held in memory.");
+    if (!arguments.parse(words, options.images)) return 0;
+    if (options.images.empty()) throw UsageError("no pictures given");
+    if (out.empty()) throw UsageError("the argument --out is required");
+
+    const Network network = load_network(options);
+    const vimcore::Config& config = network.model->config();
+    const std::int64_t batch = batch_of(options, config), length = config.tokens(), width = config.embed_dim;
+    vimcore::Session session(network.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    vimcore::Context cpu(vimcore::Device::cpu(), 1);
+    std::vector<float> tokens(static_cast<std::size_t>(batch * length * width)), rows;
+    std::vector<std::string> names;
+    vimcore::Readout readout = readout_of(config);
+
+    const auto compute = [&](const float* pixels, std::int64_t count) {
+        session.features(pixels, count, tokens.data());
+        const std::size_t at = rows.size();
+        if (all_tokens) {
+            rows.insert(rows.end(), tokens.begin(), tokens.begin() + count * length * width);
+            return;
+        }
+        rows.resize(at + static_cast<std::size_t>(count * width));
+        readout.x = {tokens.data(), {count, length, width}, vimcore::DType::f32, {}};
+        readout.out = {rows.data() + at, {count, width}, vimcore::DType::f32, {}};
+        vimcore::readout_forward(cpu, readout);
+    };
+    const auto emit = [&](const std::string& path, const std::string&, std::int64_t position) -> std::string {
+        if (position >= 0) names.push_back(path);
+        return {};
+    };
+    const Counts counts = run_pictures(options, network, find_images(options.images), compute, emit);
+    const int status = exit_status(counts);
+    if (names.empty()) throw std::runtime_error("no picture could be read, so nothing is written to " + out);
+
+    const auto count = static_cast<std::int64_t>(names.size());
+    const vimcore::Shape shape = all_tokens ? vimcore::Shape{count, length, width} : vimcore::Shape{count, width};
+    vimcore::save_safetensors(out, {{"features", {rows.data(), shape, vimcore::DType::f32, {}}}},
+                              {{"vimcore.images", json_list(names)}});
+    if (json)
+        print("{\"written\": " + json_text(out) + ", \"images\": " + std::to_string(count) +
+              ", \"failed\": " + std::to_string(counts.failed) + ", \"width\": " + std::to_string(width) + "}\n");
+    else
+        print(out + ": features " + vimcore::to_string(shape) + " of " + std::to_string(count) + " pictures\n");
+    return status;
+}
+
+}  // namespace vim_infer

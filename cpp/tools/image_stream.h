@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pictures decoded ahead by threads of their own, handed out in the order of the list.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "vimcore/preprocess.h"
+
+namespace vim_infer {
+
+struct Loaded {
+    std::string path, error;    // error empty: pixels are good
+    std::vector<float> pixels;  // the network's input
+};
+
+class ImageStream {
+public:
+    // At most `ahead` pictures are in memory, being decoded or waiting.
+    ImageStream(std::vector<std::string> paths, vimcore::Preprocess steps, int threads, std::size_t ahead);
+    ~ImageStream();
+    ImageStream(const ImageStream&) = delete;
+    ImageStream& operator=(const ImageStream&) = delete;
+
+    bool next(Loaded& image);  // false: no more. What `image` held is used again.
+    std::size_t total() const { return paths_.size(); }
+
+private:
+    struct Slot {
+        Loaded image;
+        bool ready = false;
+    };
+    void decode();
+
+    const std::vector<std::string> paths_;
+    const vimcore::Preprocess steps_;
+    std::mutex mutex_;
+    std::condition_variable ready_, free_;
+    std::vector<Slot> slots_;  // picture i lives in slot i % ahead
+    std::size_t begun_ = 0, taken_ = 0;
+    bool stop_ = false;
+    std::vector<std::thread> threads_;
+};
+
+// The network's input for one file, or what is wrong with it in image.error.
+void load(const std::string& path, const vimcore::Preprocess& steps, Loaded& image);
+
+}  // namespace vim_infer

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// vim-infer info: architecture, tensors, labels of a file; this program's build.
+#include <cstdio>
+#include <filesystem>
+#include <set>
+#include <stdexcept>
+
+#include "commands.h"
+#include "run.h"
+#include "text.h"
+#include "vimcore/build_info.h"
+#include "vimcore/params.h"
+#include "vimcore/safetensors.h"
+
+namespace vim_infer {
+namespace {
+
+std::string grouped(std::int64_t value)  // 7,148,008
+{
+    std::string text = std::to_string(value);
+    for (std::size_t at = text.size(); at > 3; at -= 3) text.insert(at - 3, 1, ',');
+    return text;
+}
+
+std::string list(const std::vector<std::string>& items, bool json)
+{
+    std::string text;
+    for (const std::string& item : items) text += (text.empty() ? "" : ", ") + (json ? json_text(item) : item);
+    return json ? "[" + text + "]" : text;
+}
+
+struct File {
+    std::string path, preprocess;
+    std::uintmax_t bytes = 0;
+    vimcore::SafetensorsFile content;
+    vimcore::Config config;
+    std::vector<std::string> labels, types;
+    std::int64_t parameters = 0;
+};
+
+File read(const std::string& path)
+{
+    File file;
+    file.path = path;
+    file.content = vimcore::SafetensorsFile::open(path);
+    const auto& metadata = file.content.metadata();
+    file.bytes = std::filesystem::file_size(path);
+    const auto found = metadata.find("vimcore.config");
+    if (found == metadata.end())
+        throw std::runtime_error(path +
+                                 ": no vimcore.config in the metadata, so not a vimcore file; `vimcore convert` "
+                                 "makes one from the authors' weights");
+    file.config = vimcore::Config::from_json(found->second);
+    file.labels = vimcore::labels_of(file.config, metadata);
+    if (const auto steps = metadata.find("vimcore.preprocess"); steps != metadata.end())
+        file.preprocess = vimcore::Preprocess::from_json(steps->second).to_json();
+
+    std::vector<std::string> wrong;
+    std::set<std::string> wanted;
+    vimcore::Params params;
+    vimcore::for_each_param(file.config, params,
+                            [&](const std::string& name, vimcore::Tensor&, const vimcore::Shape& shape) {
+                                wanted.insert(name);
+                                file.parameters += shape.numel();
+                                const vimcore::Tensor* tensor = file.content.find(name);
+                                if (!tensor || !(tensor->shape == shape)) wrong.push_back(name);
+                            });
+    std::set<std::string> types;
+    for (const auto& [name, tensor] : file.content.tensors()) {
+        types.insert(vimcore::name_of(tensor.dtype));
+        if (!wanted.count(name) && !name.starts_with("rope.")) wrong.push_back(name);
+    }
+    file.types.assign(types.begin(), types.end());
+    if (wrong.size() > 12) wrong.resize(12);
+    if (!wrong.empty()) throw std::runtime_error(path + ": tensors do not fit the architecture: " + list(wrong, false));
+    return file;
+}
+
+std::string json_of(const File& file)
+{
+    std::string tensors;
+    for (const auto& [name, tensor] : file.content.tensors()) {
+        std::string shape;
+        for (const std::int64_t size : tensor.shape) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+        tensors += (tensors.empty() ? "" : ", ") + ("{\"name\": " + json_text(name)) + ", \"type\": \"" +
+                   vimcore::name_of(tensor.dtype) + "\", \"shape\": [" + shape + "]}";
+    }
+    const vimcore::Config& config = file.config;
+    return "\"file\": " + json_text(file.path) + ", \"bytes\": " + std::to_string(file.bytes) +
+           ", \"types\": " + list(file.types, true) + ", \"parameters\": " + std::to_string(file.parameters) +
+           ", \"flops\": " + std::to_string(config.flops()) + ", \"tokens\": " + std::to_string(config.tokens()) +
+           ", \"grid\": [" + std::to_string(config.grid_height()) + ", " + std::to_string(config.grid_width()) +
+           "], \"config\": " + config.to_json() +
+           ", \"labels\": " + (file.labels.empty() ? "null" : list(file.labels, true)) +
+           ", \"preprocess\": " + (file.preprocess.empty() ? "null" : file.preprocess) + ", \"tensors\": [" + tensors +
+           "], ";
+}
+
+std::string text_of(const File& file, bool with_tensors)
+{
+    const vimcore::Config& config = file.config;
+    std::vector<std::string> labels = file.labels;
+    if (labels.size() > 10) labels.resize(10);
+    char size[80], flops[80];
+    std::snprintf(size, sizeof size, " (%.2f MB, ", static_cast<double>(file.bytes) / 1e6);
+    std::snprintf(flops, sizeof flops, "%.4g G", static_cast<double>(config.flops()) / 1e9);
+    const std::int64_t rows = config.grid_height(), columns = config.grid_width();
+    std::string text = "file        " + one_line(file.path) + size + list(file.types, false) + ")\n";
+    text += "tensors     " + std::to_string(file.content.tensors().size()) + "\n";
+    text += "parameters  " + grouped(file.parameters) + "\n";
+    text += std::string("flops       ") + flops + " multiply-adds per image, scans included\n";
+    text += "tokens      " + std::to_string(config.tokens()) + ": " + std::to_string(rows) + " x " +
+            std::to_string(columns) + " patches, class tokens: " + std::to_string(config.class_tokens()) + "\n";
+    text += "labels      " + (labels.empty() ? "none" : one_line(list(labels, false)));
+    if (labels.size() < file.labels.size()) text += ", ... (" + std::to_string(file.labels.size()) + ")";
+    text += "\npreprocess  " + (file.preprocess.empty() ? "none" : file.preprocess) + "\n";
+    text += "config      " + config.to_json() + "\n";
+    if (with_tensors)
+        for (const auto& [name, tensor] : file.content.tensors())
+            text += "  " + one_line(name) + "  " + vimcore::to_string(tensor.shape) + " " +
+                    vimcore::name_of(tensor.dtype) + "\n";
+    return text;
+}
+
+std::string build_text(bool json)
+{
+    const vimcore::BuildInfo build = vimcore::build_info();
+    const auto yes = [&](bool value) {
+        return std::string(json ? (value ? "true" : "false") : (value ? "yes" : "no"));
+    };
+    if (json)
+        return "\"build\": {\"version\": " + json_text(build.version) + ", \"compiler\": " + json_text(build.compiler) +
+               ", \"isa\": " + json_text(build.isa) + ", \"isas\": " + list(build.isas, true) +
+               ", \"cuda\": " + yes(build.cuda) + ", \"jpeg\": " + yes(build.jpeg) + ", \"png\": " + yes(build.png) +
+               "}";
+    return "build       vimcore " + build.version + ", " + build.compiler + ", kernels " + build.isa + " of " +
+           list(build.isas, false) + ", CUDA: " + yes(build.cuda) + ", JPEG: " + yes(build.jpeg) +
+           ", PNG: " + yes(build.png) + "\n";
+}
+
+}  // namespace
+
+int info(const std::vector<std::string>& words)
+{
+    std::string weights;
+    bool json = false, tensors = false;
+    std::vector<std::string> files;
+    Arguments arguments("info", "[options] [FILE]", "Show what a vimcore file holds and how this program was built.");
+    arguments.text("--weights", "FILE", weights, "vimcore safetensors file; the same as FILE");
+    arguments.flag("--tensors", tensors, "list all tensors too");
+    arguments.flag("--json", json, "as JSON");
+    if (!arguments.parse(words, files)) return 0;
+    if (!weights.empty()) files.push_back(weights);
+    if (files.size() > 1) throw UsageError("more than one file given");
+
+    std::string text;
+    if (!files.empty()) {
+        const File file = read(files[0]);
+        text = json ? json_of(file) : text_of(file, tensors);
+    }
+    text += build_text(json);
+    print(json ? "{" + text + "}\n" : text);
+    return 0;
+}
+
+}  // namespace vim_infer

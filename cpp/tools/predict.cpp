@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// vim-infer predict: the same lines as `vimcore predict`.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <numeric>
+#include <stdexcept>
+
+#include "commands.h"
+#include "find_images.h"
+#include "run.h"
+#include "text.h"
+
+namespace vim_infer {
+namespace {
+
+struct Format {
+    std::int64_t topk = 5;
+    bool json = false, logits = false;
+};
+
+struct Class {
+    std::size_t index;
+    double p;
+};
+
+// The most probable classes; of equal ones the first.
+std::vector<Class> best(const float* logits, std::size_t classes, std::int64_t topk)
+{
+    const double highest = *std::max_element(logits, logits + classes);
+    std::vector<double> p(classes);
+    double sum = 0;
+    for (std::size_t i = 0; i < classes; i++) sum += p[i] = std::exp(logits[i] - highest);
+    std::vector<std::size_t> order(classes);
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    const auto count = static_cast<std::ptrdiff_t>(std::min(static_cast<std::size_t>(topk), classes));
+    std::partial_sort(order.begin(), order.begin() + count, order.end(), [&](std::size_t a, std::size_t b) {
+        return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+    });
+    std::vector<Class> top;
+    for (std::ptrdiff_t i = 0; i < count; i++) top.push_back({order[i], p[order[i]] / sum});
+    return top;
+}
+
+std::string joined(const float* logits, std::size_t classes, const char* separator)
+{
+    std::string out;
+    for (std::size_t i = 0; i < classes; i++) out += (i ? separator : "") + number(logits[i], 9);
+    return out;
+}
+
+std::string json_line(const Format& format, const std::string& path, const std::vector<std::string>& labels,
+                      const float* logits, std::size_t classes)
+{
+    std::string line = "{\"image\": " + json_text(path) + ", \"top\": [";
+    bool first = true;
+    for (const auto& [index, p] : best(logits, classes, format.topk)) {
+        line += (first ? "" : ", ") + ("{\"index\": " + std::to_string(index)) +
+                ", \"label\": " + (labels.empty() ? "null" : json_text(labels[index])) + ", \"p\": " + number(p, 6) +
+                "}";
+        first = false;
+    }
+    line += "]";
+    if (format.logits) line += ", \"logits\": [" + joined(logits, classes, ", ") + "]";
+    return line + "}\n";
+}
+
+std::string table(const Format& format, const std::string& path, const std::vector<std::string>& labels,
+                  const float* logits, std::size_t classes)
+{
+    std::string text = path + "\n";
+    for (const auto& [index, p] : best(logits, classes, format.topk)) {
+        char row[64];
+        std::snprintf(row, sizeof row, "  %7.3f %%  %5zu", 100 * p, index);
+        text += row;
+        if (!labels.empty() && !labels[index].empty()) text += "  " + one_line(labels[index]);
+        text += '\n';
+    }
+    if (format.logits) text += "  logits " + joined(logits, classes, " ") + "\n";
+    return text;
+}
+
+void check_head(const vimcore::Config& config)
+{
+    if (config.num_classes == 0)
+        throw std::runtime_error(
+            "[predict] weights: the network has no head (num_classes=0), so there is nothing to predict");
+    if (config.class_token == vimcore::ClassToken::none && config.pool == vimcore::Pool::all)
+        throw std::runtime_error(
+            "[predict] weights: with pool=\"all\" there are logits for every patch, none for the image");
+}
+
+}  // namespace
+
+int predict(const std::vector<std::string>& words)
+{
+    RunOptions options;
+    Format format;
+    Arguments arguments("predict", "--weights FILE [options] IMAGE|FOLDER|@LIST...", "Classify picture files.");
+    options.add_network(arguments);
+    options.add_size(arguments);
+    options.add_pictures(arguments);
+    arguments.positive("--topk", "N", format.topk, "classes to show (default: 5)");
+    arguments.flag("--json", format.json, "one JSON object per line and image");
+    arguments.flag("--logits", format.logits, "show the logits of all classes too");
+    arguments.note(
+        "Pictures are JPEG, PNG, PPM and PGM files. A bad one is reported and skipped; the exit status\n"
+        "is then 1.");
+    if (!arguments.parse(words, options.images)) return 0;
+    if (options.images.empty()) throw UsageError("no pictures given");
+
+    const Network network = load_network(options);
+    const vimcore::Config& config = network.model->config();
+    check_head(config);
+    const std::int64_t batch = batch_of(options, config);
+    vimcore::Session session(network.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    const auto classes = static_cast<std::size_t>(session.outputs());
+    std::vector<float> logits(static_cast<std::size_t>(batch) * classes);
+
+    const auto compute = [&](const float* pixels, std::int64_t count) { session.run(pixels, count, logits.data()); };
+    const auto emit = [&](const std::string& path, const std::string& error, std::int64_t position) -> std::string {
+        std::string what = error;
+        const float* row = logits.data() + (position < 0 ? 0 : static_cast<std::size_t>(position) * classes);
+        if (position >= 0 && !std::all_of(row, row + classes, [](float x) { return std::isfinite(x); }))
+            what = "the network gives values that are not finite; its weights are damaged";
+        if (what.empty())
+            print(format.json ? json_line(format, path, network.labels, row, classes)
+                              : table(format, path, network.labels, row, classes));
+        else if (format.json)
+            print("{\"image\": " + json_text(path) + ", \"error\": " + json_text(what) + "}\n");
+        flush();
+        return what;
+    };
+    return exit_status(run_pictures(options, network, find_images(options.images), compute, emit));
+}
+
+}  // namespace vim_infer

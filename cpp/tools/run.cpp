@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "run.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cstring>
+#include <stdexcept>
+
+#include "progress.h"
+#include "text.h"
+
+namespace vim_infer {
+namespace {
+
+// "224" or "224x320": height x width.
+void parse_size(const std::string& text, std::int64_t& height, std::int64_t& width)
+{
+    const char *at = text.data(), *last = at + text.size();
+    auto side = [&](std::int64_t& value) {
+        const auto [end, error] = std::from_chars(at, last, value);
+        at = end;
+        return error == std::errc() && value > 0;
+    };
+    bool good = side(height);
+    width = height;
+    if (good && at != last && *at == 'x') {
+        at++;
+        good = side(width);
+    }
+    if (!good || at != last)
+        throw UsageError("argument --img-size: expected pixels or HEIGHTxWIDTH, got '" + text + "'");
+}
+
+vimcore::Device parse_device(const std::string& text)
+{
+    if (text == "cpu") return vimcore::Device::cpu();
+    int index = 0;
+    std::string_view rest = text;
+    if (rest.starts_with("cuda")) {
+        rest.remove_prefix(4);
+        if (rest.empty()) return vimcore::Device::cuda();
+        const auto [end, error] = std::from_chars(rest.data() + 1, rest.data() + rest.size(), index);
+        if (rest[0] == ':' && error == std::errc() && end == rest.data() + rest.size() && index >= 0)
+            return vimcore::Device::cuda(index);
+    }
+    throw UsageError("argument --device: expected cpu, cuda or cuda:N, got '" + text + "'");
+}
+
+}  // namespace
+
+void RunOptions::add_network(Arguments& arguments)
+{
+    arguments.text("--weights", "FILE", weights, "vimcore safetensors file (required)");
+    arguments.custom(
+        "--device", "cpu|cuda[:N]", [this](const std::string& text) { device = parse_device(text); },
+        "where to compute (default: cpu)");
+    arguments.positive("--threads", "N", threads, "default: all cores; does not change the result");
+}
+
+void RunOptions::add_size(Arguments& arguments)
+{
+    arguments.custom(
+        "--img-size", "N|HxW", [this](const std::string& text) { parse_size(text, img_height, img_width); },
+        "another image size than the file's: the position table is resized");
+}
+
+void RunOptions::add_pictures(Arguments& arguments)
+{
+    arguments.custom(
+        "--list", "FILE", [this](const std::string& text) { images.push_back('@' + text); },
+        "pictures and folders, one per line; - is standard input; same as @FILE");
+    arguments.positive("--batch", "N", batch, "images computed together; does not change the result");
+    arguments.flag("--progress", progress, "show progress also where standard error is no terminal");
+}
+
+Network load_network(const RunOptions& options)
+{
+    if (options.weights.empty()) throw UsageError("the argument --weights is required");
+    Network network;
+    network.model = vimcore::Model::load(options.weights, options.device, options.img_height, options.img_width);
+    network.labels = vimcore::labels_of(network.model->config(), network.model->metadata());
+    return network;
+}
+
+vimcore::Preprocess steps_of(const Network& network)
+{
+    const vimcore::Config& config = network.model->config();
+    const auto steps = vimcore::preprocess_of(config, network.model->metadata());
+    if (!steps)
+        throw std::runtime_error("the network takes images of " + std::to_string(config.in_chans) +
+                                 " channels, which no picture file has");
+    return *steps;
+}
+
+std::int64_t batch_of(const RunOptions& options, const vimcore::Config& config)
+{
+    if (options.batch > 0) return options.batch;
+    const std::int64_t image = config.in_chans * config.img_height * config.img_width;
+    return std::clamp<std::int64_t>((std::int64_t{1} << 24) / image, 1, 8);  // 64 MiB of pixels
+}
+
+Counts run_pictures(
+    const RunOptions& options, const Network& network, std::vector<std::string> paths,
+    const std::function<void(const float* pixels, std::int64_t count)>& compute,
+    const std::function<std::string(const std::string& path, const std::string& error, std::int64_t position)>& emit)
+{
+    const vimcore::Config& config = network.model->config();
+    const auto image = static_cast<std::size_t>(config.in_chans * config.img_height * config.img_width);
+    const auto batch = static_cast<std::size_t>(batch_of(options, config));
+    const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    const int threads = options.threads > 0 ? static_cast<int>(options.threads) : cores;
+    ImageStream stream(std::move(paths), steps_of(network), threads, batch + static_cast<std::size_t>(threads));
+    Progress progress(stream.total(), options.progress);
+
+    Counts counts;
+    std::vector<float> pixels(image * std::min(batch, stream.total()));
+    struct Waiting {
+        std::string path, error;
+    };
+    std::vector<Waiting> waiting;
+    const auto finish = [&](std::int64_t good) {
+        if (good > 0) compute(pixels.data(), good);
+        std::int64_t position = 0;
+        for (Waiting& picture : waiting) {
+            const bool bad = !picture.error.empty();
+            const std::string late = emit(picture.path, picture.error, bad ? -1 : position);
+            if (!bad) position++;
+            counts.total++;
+            if (bad || !late.empty()) {
+                counts.failed++;
+                progress.clear();
+                complain(picture.path + ": " + (bad ? picture.error : late));
+            }
+        }
+        waiting.clear();
+        progress.advance(counts.total);
+    };
+    std::size_t good = 0;
+    for (Loaded loaded; stream.next(loaded);) {
+        if (loaded.error.empty()) std::copy_n(loaded.pixels.data(), image, pixels.data() + image * good++);
+        waiting.push_back({loaded.path, loaded.error});
+        if (good == batch || waiting.size() == 64 * batch || counts.total + waiting.size() == stream.total()) {
+            finish(static_cast<std::int64_t>(good));
+            good = 0;
+        }
+    }
+    return counts;
+}
+
+int exit_status(const Counts& counts)
+{
+    if (counts.total == 0) throw std::runtime_error("no pictures found (JPEG, PNG, PPM, PGM)");
+    if (counts.failed > 0)
+        complain(std::to_string(counts.failed) + " of " + std::to_string(counts.total) + " images failed");
+    return counts.failed > 0 ? 1 : 0;
+}
+
+}  // namespace vim_infer

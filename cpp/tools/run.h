@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the commands share: options, the loaded network, and the way of pictures through it in batches.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "arguments.h"
+#include "image_stream.h"
+#include "vimcore/model.h"
+
+namespace vim_infer {
+
+struct RunOptions {
+    std::string weights;
+    vimcore::Device device;
+    std::int64_t threads = 0, batch = 0;         // 0: chosen by the tool
+    std::int64_t img_height = 0, img_width = 0;  // 0: as stored
+    bool progress = false;
+    std::vector<std::string> images;  // files, folders, @lists
+
+    void add_network(Arguments& arguments);   // --weights, --device, --threads
+    void add_size(Arguments& arguments);      // --img-size
+    void add_pictures(Arguments& arguments);  // --list, --batch, --progress
+};
+
+struct Network {
+    std::shared_ptr<const vimcore::Model> model;
+    std::vector<std::string> labels;
+};
+Network load_network(const RunOptions& options);
+
+vimcore::Preprocess steps_of(const Network& network);  // an error where the input is no picture
+
+// As asked for; else 8, and less where images are large.
+std::int64_t batch_of(const RunOptions& options, const vimcore::Config& config);
+
+struct Counts {
+    std::size_t total = 0, failed = 0;
+};
+
+// Calls compute(pixels, count) for batches of good pictures, then emit(path, error, position) for all pictures in
+// order: position in the batch, or -1 where `error` says what is wrong with the picture. emit returns what is wrong
+// with the result, or nothing. What is wrong is reported on standard error.
+Counts run_pictures(
+    const RunOptions& options, const Network& network, std::vector<std::string> paths,
+    const std::function<void(const float* pixels, std::int64_t count)>& compute,
+    const std::function<std::string(const std::string& path, const std::string& error, std::int64_t position)>& emit);
+
+int exit_status(const Counts& counts);  // also says how many failed
+
+}  // namespace vim_infer

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "text.h"
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+
+namespace vim_infer {
+namespace {
+
+// Bytes of the UTF-8 sequence at the start of `text`; 0 where it is not valid.
+std::size_t sequence_length(std::string_view text)
+{
+    const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+    const unsigned lead = byte(0);
+    if (lead < 0x80) return 1;
+    const std::size_t length = lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
+    if (length == 0 || text.size() < length) return 0;
+    for (std::size_t i = 1; i < length; i++)
+        if ((byte(i) & 0xC0) != 0x80) return 0;
+    // Overlong forms, surrogates, beyond U+10FFFF.
+    if ((lead == 0xE0 && byte(1) < 0xA0) || (lead == 0xED && byte(1) > 0x9F)) return 0;
+    if ((lead == 0xF0 && byte(1) < 0x90) || (lead == 0xF4 && byte(1) > 0x8F)) return 0;
+    return length;
+}
+
+std::string escaped(const char* format, unsigned code)
+{
+    char out[16];
+    std::snprintf(out, sizeof out, format, code);
+    return out;
+}
+
+[[noreturn]] void output_failed()
+{
+    if (errno == EPIPE) throw Closed{};
+    throw std::runtime_error(std::string("cannot write the results: ") + std::strerror(errno));
+}
+
+}  // namespace
+
+std::string json_text(std::string_view text)
+{
+    std::string out = "\"";
+    while (!text.empty()) {
+        const std::size_t length = sequence_length(text);
+        const auto code = static_cast<unsigned char>(text[0]);
+        if (length == 0)
+            out += escaped("\\udc%02x", code);
+        else if (code == '"' || code == '\\')
+            out += {'\\', text[0]};
+        else if (code >= 0x20)
+            out += text.substr(0, length);
+        else if (const char* known = std::strchr("\bb\ff\nn\rr\tt", text[0]); known && code != 0)
+            out += {'\\', known[1]};
+        else
+            out += escaped("\\u%04x", code);
+        text.remove_prefix(length ? length : 1);
+    }
+    return out += '"';
+}
+
+std::string number(double value, int digits)
+{
+    char out[40];
+    std::snprintf(out, sizeof out, "%.*g", digits, value);
+    return out;
+}
+
+std::string one_line(std::string_view text)
+{
+    std::string out;
+    bool indented = false;  // the list items of a longer message follow a line break and blanks
+    for (const char c : text) {
+        if (c == '\n') {
+            out += out.ends_with(':') ? " " : "; ";
+            indented = true;
+        } else if (c != ' ' || !indented) {
+            indented = false;
+            if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F)
+                out += escaped("\\x%02x", static_cast<unsigned char>(c));
+            else
+                out += c;
+        }
+    }
+    return out;
+}
+
+void print(std::string_view text)
+{
+    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size()) output_failed();
+}
+
+void flush()
+{
+    if (std::fflush(stdout) != 0) output_failed();
+}
+
+void complain(std::string_view text)
+{
+    const std::string line = "vim-infer: " + one_line(text) + "\n";
+    std::fwrite(line.data(), 1, line.size(), stderr);
+}
+
+}  // namespace vim_infer

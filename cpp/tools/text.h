@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// Text as this tool prints it: JSON strings, numbers, error messages, and output that notices a full disk.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace vim_infer {
+
+// As Python's json.dumps(text, ensure_ascii=False) writes it. Bytes that are no UTF-8, which file names may hold,
+// become lone surrogates \udc80 to \udcff, as Python represents such names.
+std::string json_text(std::string_view text);
+
+std::string number(double value, int digits);  // printf's %.*g
+std::string one_line(std::string_view text);   // control characters and line breaks made harmless
+
+// Standard output. Throws where it cannot be written; a reader that has gone away is Closed.
+struct Closed {};
+void print(std::string_view text);
+void flush();
+
+void complain(std::string_view text);  // "vim-infer: text" on standard error
+
+}  // namespace vim_infer

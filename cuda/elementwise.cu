@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums, copies and scalings element by element.
+//   add         out = a + row_scale[b] b over (B, L, D); each of the three T or float; out may be a or b
+//   copy        between float types
+//   scale_rows  out[i, :] = factor[i] matrix[i, :], float
+// Parallel mapping: a thread per V neighbouring elements, in vectors of 16 bytes where sizes and addresses allow it.
+#include <stdexcept>
+
+#include "ops.h"
+#include "vectors.cuh"
+
+namespace vimcore::cuda {
+
+namespace {
+
+using device::Either;
+using device::Floats;
+
+template <class T>
+struct AddParams {
+    Either<T> a, b, out;
+    const float* row_scale;
+    Index count, per_image;
+};
+
+template <class T, int V>
+__global__ void add_kernel(AddParams<T> p)
+{
+    const Index i = device::flat_index() * V;
+    if (i >= p.count) return;
+    const float scale = p.row_scale ? p.row_scale[i / p.per_image] : 1.0f;
+    Floats<V> sum = p.a.template load<V>(i);
+    const Floats<V> b = p.b.template load<V>(i);
+#pragma unroll
+    for (int j = 0; j < V; j++) sum[j] = fmaf(scale, b[j], sum[j]);
+    p.out.template store<V>(i, sum);
+}
+
+template <class T>
+void run_add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
+{
+    auto either = [](const Tensor& t) { return Either<T>{t.data, t.dtype == DType::f32}; };
+    const AddParams<T> p{
+        either(a), either(b), either(out), row_scale.as<float>(), out.numel(), out.size(1) * out.size(2)};
+    if (p.count == 0) return;
+    constexpr int V = full_vector<T>;
+    if (p.per_image % V == 0 && aligned(V, {a, b, out}))
+        VIM_LAUNCH((add_kernel<T, V>), flat_grid(p.count / V), flat_block, 0, stream_of(ctx), p);
+    else
+        VIM_LAUNCH((add_kernel<T, 1>), flat_grid(p.count), flat_block, 0, stream_of(ctx), p);
+}
+
+template <class From, class To, int V>
+__global__ void convert(const From* from, To* to, Index count)
+{
+    const Index i = device::flat_index() * V;
+    if (i < count) device::store_floats<V>(to + i, device::load_floats<V>(from + i));
+}
+
+template <class From, class To>
+void run_convert(Context& ctx, const Tensor& from, const Tensor& to)
+{
+    constexpr int V = 8;
+    const Index count = to.numel();
+    if (count % V == 0 && aligned(V, {from, to}))
+        VIM_LAUNCH((convert<From, To, V>), flat_grid(count / V), flat_block, 0, stream_of(ctx), from.as<From>(),
+                   to.as<To>(), count);
+    else
+        VIM_LAUNCH((convert<From, To, 1>), flat_grid(count), flat_block, 0, stream_of(ctx), from.as<From>(),
+                   to.as<To>(), count);
+}
+
+__global__ void scale_rows_kernel(const float* matrix, const float* factor, float* out, Index count, Index columns)
+{
+    const Index i = device::flat_index();
+    if (i < count) out[i] = factor[i / columns] * matrix[i];
+}
+
+bool is_float(DType dtype) { return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16; }
+
+}  // namespace
+
+void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
+{
+    DType narrow = DType::f32;
+    for (const Tensor& t : {a, b, out})
+        if (t.dtype != DType::f32) narrow = t.dtype;
+    dispatch(narrow, [&](auto t) { run_add<decltype(t)>(ctx, a, b, out, row_scale); });
+}
+
+void copy(Context& ctx, const Tensor& from, const Tensor& to)
+{
+    if (to.numel() == 0) return;
+    if (from.dtype == to.dtype) {
+        VIM_CUDA(cudaMemcpyAsync(to.data, from.data, to.bytes(), cudaMemcpyDeviceToDevice, stream_of(ctx)));
+        return;
+    }
+    if (!is_float(from.dtype) || !is_float(to.dtype))
+        throw std::invalid_argument("[copy] to: expected " + describe(from) + ", got " + describe(to));
+    dispatch(from.dtype, [&](auto f) {
+        dispatch(to.dtype, [&](auto t) {
+            if constexpr (!std::is_same_v<decltype(f), decltype(t)>)
+                run_convert<decltype(f), decltype(t)>(ctx, from, to);
+        });
+    });
+}
+
+void fill_zero(Context& ctx, const Tensor& tensor)
+{
+    if (tensor.numel()) VIM_CUDA(cudaMemsetAsync(tensor.data, 0, tensor.bytes(), stream_of(ctx)));
+}
+
+void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out)
+{
+    const Index count = matrix.numel();
+    if (count)
+        VIM_LAUNCH(scale_rows_kernel, flat_grid(count), flat_block, 0, stream_of(ctx), matrix.as<float>(),
+                   factor.as<float>(), out.as<float>(), count, matrix.size(1));
+}
+
+}  // namespace vimcore::cuda

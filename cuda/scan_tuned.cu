@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host side of the tuned scan, of one pass or of both directions over the same tokens: where it applies, which shape.
+#include "scan_tuned.cuh"
+
+#include <algorithm>
+
+#include "arena.h"
+#include "ops.h"
+#include "scan_choice.h"
+
+namespace vimcore::cuda {
+
+namespace {
+
+constexpr int most_shared = 99 * 1024;  // bytes of shared memory that every device since sm_80 grants a block
+constexpr Index large = Index{1} << 30;
+
+// Least work per token, for launches that fill the device; fewer blocks gain from spreading channels over more lanes,
+// in longer tiles, as there is less of each.
+template <class T, int N>
+using Wide = TunedShape<T, N, N == 8 ? 1 : 2, 8, 16>;
+template <class T>
+using Middle = TunedShape<T, 16, 1, 4, 32>;
+template <class T>
+using Narrow = TunedShape<T, 16, 1, 1, sizeof(T) == 2 ? 64 : 32>;
+constexpr Index enough_wide = 256, enough_middle = 128;  // blocks from which on a shape pays
+
+int narrow(Index size) { return static_cast<int>(size); }
+
+bool is_aligned(const void* p, Index bytes)
+{
+    return reinterpret_cast<std::uintptr_t>(p) % static_cast<std::uintptr_t>(bytes) == 0;
+}
+
+// Two passes that one launch can run: opposite ways over the same tokens, the second on top of the first.
+bool meet(const Scan& a)
+{
+    if (a.passes.size() != 2) return false;
+    const ScanPass &p = a.passes[0], &q = a.passes[1];
+    return p.reverse != q.reverse && p.begin == q.begin && p.u.size(1) == q.u.size(1) && !p.add && !p.finish && q.add &&
+           p.A_log.size(1) == q.A_log.size(1) && p.dt_weight.size(1) == q.dt_weight.size(1);
+}
+
+template <class T>
+TunedScan<T> tuned_args(Context& ctx, const Scan& a, std::span<const ScanPass> passes)
+{
+    const ScanPass& first = passes[0];
+    const Index inner = a.xz.size(2) / 2, state = first.A_log.size(1), rank = first.dt_weight.size(1), size = sizeof(T);
+    TunedScan<T> s{};
+    s.directions = narrow(static_cast<Index>(passes.size()));
+    s.tokens = narrow(first.u.size(1));
+    s.len = narrow(a.xz.size(1));
+    s.dim = narrow(inner);
+    s.begin = narrow(first.begin);
+    s.chunk = narrow(a.chunk);
+    s.rank = narrow(rank);
+    s.row = narrow(rank + 2 * state);
+    s.scale = static_cast<float>(a.scale);
+    s.z = a.xz.as<T>() + first.begin * 2 * inner + inner;
+    s.out = a.out.as<T>() + first.begin * inner;
+    if (passes.size() == 2) {
+        const bool in_place = sizeof(T) == 4 && s.tokens == s.len;
+        const Tensor sum = in_place ? a.out : ctx.arena().take(first.u.shape, DType::f32);
+        s.sum = static_cast<float*>(sum.data);
+    }
+    s.aligned = inner * size % 16 == 0 && is_aligned(s.z, 16) && is_aligned(s.out, 16);
+    s.q_bytes = 16;
+    for (std::size_t i = 0; i < passes.size(); i++) {
+        const ScanPass& p = passes[i];
+        TunedPass<T>& to = s.pass[i];
+        to.u = p.u.as<T>();
+        to.q = p.q.as<T>();
+        to.A_log = p.A_log.as<float>();
+        to.D = p.D.as<float>();
+        to.dt_weight = p.dt_weight.as<float>();
+        to.dt_bias = p.dt_bias.as<float>();
+        to.state = p.state.as<float>();
+        to.checkpoints = p.checkpoints.as<float>();
+        if (p.checkpoints) to.chunks = narrow(p.checkpoints.size(1));
+        to.reverse = p.reverse;
+        to.add = p.add;
+        to.finish = p.finish;
+        s.aligned = s.aligned && is_aligned(to.u, 16);
+        while (s.q_bytes > 2 && (s.row * size % s.q_bytes != 0 || !is_aligned(to.q, s.q_bytes))) s.q_bytes /= 2;
+    }
+    if (s.q_bytes == 2) s.q_bytes = 0;
+    return s;
+}
+
+template <class Shape>
+bool applies(const Scan& a, const ScanPass& p)
+{
+    const Index rank = p.dt_weight.size(1);
+    if (rank > most_shared || 2 * Shape::layout(narrow(rank)).bytes > most_shared) return false;
+    return !p.checkpoints || (a.chunk % Shape::tile == 0 && p.begin % Shape::tile == 0);
+}
+
+template <class Shape>
+void run_shape(Context& ctx, const Scan& a, std::span<const ScanPass> passes)
+{
+    using T = typename Shape::Type;
+    Arena::Scope scope(ctx.arena());
+    TunedScan<T> s = tuned_args<T>(ctx, a, passes);
+    s.groups = narrow(ceil_div(s.dim, Shape::channels));
+    const dim3 grid(static_cast<unsigned>(a.xz.size(0) * s.groups));
+    const int bytes = s.directions * Shape::layout(s.rank).bytes;
+    VIM_LAUNCH((scan_tuned<Shape>), grid, s.directions * scan_threads, bytes, stream_of(ctx), s);
+}
+
+// Runs passes that fit in one launch, or returns false.
+template <class T, int N>
+bool run_tuned(Context& ctx, const Scan& a, std::span<const ScanPass> passes)
+{
+    const ScanKernel forced = forced_scan();
+    auto all = [&]<class Shape>(Shape) {
+        return std::all_of(passes.begin(), passes.end(), [&](const ScanPass& p) { return applies<Shape>(a, p); });
+    };
+    if (!all(Wide<T, N>{})) return false;  // also for the others, so that this does not depend on the batch
+    if constexpr (N == 16) {
+        auto few = [&](int channels, Index enough) {
+            return a.xz.size(0) * ceil_div(a.xz.size(2) / 2, channels) < enough;
+        };
+        const bool spread = forced == ScanKernel::automatic && few(Wide<T, N>::channels, enough_wide);
+        const bool spread_more = spread && few(Middle<T>::channels, enough_middle);
+        if ((forced == ScanKernel::narrow || spread_more) && all(Narrow<T>{})) {
+            run_shape<Narrow<T>>(ctx, a, passes);
+            return true;
+        }
+        if ((forced == ScanKernel::middle || spread) && all(Middle<T>{})) {
+            run_shape<Middle<T>>(ctx, a, passes);
+            return true;
+        }
+    }
+    if (forced == ScanKernel::narrow || forced == ScanKernel::middle) return false;
+    run_shape<Wide<T, N>>(ctx, a, passes);
+    return true;
+}
+
+}  // namespace
+
+bool scan_forward_tuned(Context& ctx, const Scan& args)
+{
+    if (std::max({args.xz.size(1), args.xz.size(2), args.chunk}) >= large) return false;
+    if (args.passes.size() != 1 && !meet(args)) return false;
+    const ScanPass& first = args.passes[0];
+    bool done = args.out.numel() == 0 || first.u.numel() == 0;
+    if (done) return true;
+    dispatch(args.xz.dtype, [&](auto type) {
+        select<8, 16, 32, 64>(first.A_log.size(1), [&](auto N) {
+            done = run_tuned<decltype(type), decltype(N)::value>(ctx, args, args.passes);
+        });
+    });
+    return done;
+}
+
+}  // namespace vimcore::cuda

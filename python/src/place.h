@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where a call from Python computes, and the contexts that such calls share.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <utility>
+
+#include "convert.h"
+
+namespace vimcore::python {
+
+// threads: on the CPU, 0 for all. On CUDA the stream, as the integer that torch and CuPy give, and whether it is being
+// captured into a graph.
+struct Place {
+    int threads = 0;
+    std::uintptr_t stream = 0;
+    bool capturing = false;
+};
+
+// A context is reused by calls on the same device and stream only: there, what still runs in its scratch memory comes
+// before what the next call queues. A captured graph runs again in the scratch memory of the call that was captured,
+// beside anything else, so that context is never used again.
+class Contexts {
+public:
+    class Lease {
+    public:
+        Lease(Contexts& all, Device device, const Place& place)
+            : all_(all),
+              pool_(all.pool(device, place.stream)),
+              place_(place),
+              context_(pool_.take([&] { return std::make_unique<Context>(device); }))
+        {
+            context_->set_threads(place.threads);
+            context_->cache = nullptr;
+            if (device.type == Device::Type::cpu) return;
+            context_->hold_memory(place.capturing);
+            context_->set_stream(reinterpret_cast<void*>(place.stream));
+        }
+        Lease(const Lease&) = delete;
+        Lease& operator=(const Lease&) = delete;
+        ~Lease()
+        {
+            if (place_.capturing)
+                all_.captured_.give(std::move(context_));
+            else
+                pool_.give(std::move(context_));
+        }
+        Context& operator*() { return *context_; }
+
+    private:
+        Contexts& all_;
+        Pool<Context>& pool_;
+        Place place_;
+        std::unique_ptr<Context> context_;
+    };
+
+    // Frees all scratch memory. Graphs captured before must not run again.
+    void clear()
+    {
+        std::lock_guard lock(mutex_);
+        for (auto& [key, pool] : pools_) pool.clear();
+        captured_.clear();
+    }
+
+private:
+    Pool<Context>& pool(Device device, std::uintptr_t stream)
+    {
+        std::lock_guard lock(mutex_);
+        return pools_[{device.type == Device::Type::cpu ? -1 : device.index, stream}];
+    }
+
+    std::mutex mutex_;
+    std::map<std::pair<int, std::uintptr_t>, Pool<Context>> pools_;
+    Pool<Context> captured_;
+};
+
+// Never destroyed: threads may still run when the interpreter ends.
+inline Contexts& contexts()
+{
+    static auto* all = new Contexts;
+    return *all;
+}
+
+// Runs f(context) with the GIL released.
+template <class F>
+void with_context(Device device, const Place& place, F&& f)
+{
+    nb::gil_scoped_release release;
+    Contexts::Lease context(contexts(), device, place);
+    f(*context);
+}
+
+}  // namespace vimcore::python

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where torch tensors live, and what the extension must know to compute there.
+
+On CUDA a call is queued on torch's current stream of the tensor's device, and what it writes was allocated by
+torch: streams, lifetimes and `torch.cuda.graph` work as with torch's own operators. Before a capture, run the
+call once; a graph keeps the weights that were there when it was captured.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+_CUDA = 2  # kDLCUDA
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether the tensor lies on a CUDA device."""
+    return tensor.device.type == "cuda"
+
+
+def exported(tensor: Tensor | None) -> Any:
+    """What the extension takes for a tensor. `Tensor.__dlpack__` would wait for, or mix, streams."""
+    if tensor is None:
+        return None
+    return to_dlpack(tensor.detach()) if on_cuda(tensor) else tensor.detach()
+
+
+def place(tensor: Tensor) -> tuple[int, int, bool]:
+    """threads, stream and capturing of a call whose output is `tensor`."""
+    if not on_cuda(tensor):
+        return torch.get_num_threads(), 0, False
+    stream = torch.cuda.current_stream(tensor.device)
+    with torch.cuda.device(tensor.device):
+        return 0, stream.cuda_stream, torch.cuda.is_current_stream_capturing()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type of parameters, residual and states beside activations of `dtype`."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def autocast_type(tensor: Tensor) -> torch.dtype | None:
+    """The type that autocast wants activations to have beside this parameter; None without autocast.
+
+    On the CPU the type of the parameter: there is no other arithmetic.
+    """
+    if on_cuda(tensor):
+        return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return wide(tensor.dtype) if torch.is_autocast_enabled("cpu") else None
+
+
+def from_device(value: Any) -> Any:
+    """A tensor on the memory of a CUDA array of another library (CuPy, ...); anything else as it is."""
+    if isinstance(value, Tensor) or not hasattr(value, "__dlpack_device__"):
+        return value
+    return torch.from_dlpack(value) if int(value.__dlpack_device__()[0]) == _CUDA else value
+
+
+def check_trainable(op: str, tensor: Tensor) -> None:
+    """Refuses a call beside `tensor` that would have to be differentiated, where that is not possible."""
+    if on_cuda(tensor):
+        raise NotImplementedError(
+            f"[{op}] there is no backward pass on {tensor.device} yet: call it under torch.inference_mode() "
+            "or torch.no_grad(), or train on the CPU"
+        )

@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: Apache-2.0
+// What goes wrong outside: many threads on one model, files replaced while they are read, full disks, a kill in the
+// middle of a save, networks larger than the machine.
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <limits>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "arena.h"
+#include "check.h"
+#include "vimcore/vimcore.h"
+
+using namespace vimcore;
+namespace fs = std::filesystem;
+
+namespace {
+
+struct Folder {
+    fs::path path;
+    Folder()
+    {
+        std::string name = (fs::temp_directory_path() / "vimcore-test-XXXXXX").string();
+        if (!::mkdtemp(name.data())) throw std::runtime_error("no temporary folder");
+        path = name;
+    }
+    ~Folder()
+    {
+        std::error_code ignored;
+        fs::remove_all(path, ignored);
+    }
+    std::string file(const char* name) const { return (path / name).string(); }
+    std::size_t entries() const { return static_cast<std::size_t>(std::distance(fs::directory_iterator(path), {})); }
+};
+
+std::string message_of(const std::function<void()>& run)
+{
+    try {
+        run();
+    } catch (const Error& error) {
+        return error.what();
+    } catch (const std::exception& error) {
+        return std::string("WRONG TYPE: ") + error.what();
+    }
+    return "NOTHING THROWN";
+}
+
+bool contains(const std::string& text, const std::string& part)
+{
+    if (text.find(part) != std::string::npos) return true;
+    std::printf("'%s' is not in '%s'\n", part.c_str(), text.c_str());
+    return false;
+}
+
+Config small()
+{
+    Config c;
+    c.img_height = 24;
+    c.img_width = 32;
+    c.patch_size = c.stride = 8;
+    c.embed_dim = 32;
+    c.depth = 2;
+    c.num_classes = 5;
+    return c;
+}
+
+std::vector<float> noise(std::size_t count, unsigned seed)
+{
+    std::mt19937 rng(seed);
+    std::normal_distribution<float> normal;
+    std::vector<float> values(count);
+    for (float& value : values) value = normal(rng);
+    return values;
+}
+
+void save_network(const std::string& path, const Config& config, unsigned seed)
+{
+    std::vector<std::pair<std::string, Tensor>> tensors;
+    std::vector<std::vector<float>> values;
+    Params params;
+    for_each_param(config, params, [&](const std::string& name, Tensor&, const Shape& shape) {
+        values.push_back(noise(static_cast<std::size_t>(shape.numel()), seed++));
+        for (float& value : values.back()) value *= 0.2f;
+        tensors.emplace_back(name, Tensor{values.back().data(), shape, DType::f32, {}});
+    });
+    save_safetensors(path, tensors, {{"vimcore.config", config.to_json()}});
+}
+
+// ---- threads -------------------------------------------------------------------------------------------------------
+
+// One Model, a Session per thread, all starting on weights that nobody has packed yet.
+void test_many_threads_one_model()
+{
+    const Folder folder;
+    const std::string path = folder.file("m.safetensors");
+    const Config config = small();
+    save_network(path, config, 1);
+    constexpr std::int64_t batch = 5;
+    const std::vector<float> images = noise(static_cast<std::size_t>(batch * 3 * 24 * 32), 2);
+    const std::vector<float> wanted =
+        Session(Model::load(path), {.max_batch = 8, .threads = 1}).run(images.data(), batch);
+
+    const auto model = Model::load(path);
+    std::atomic<int> wrong{0}, waiting{0};
+    std::vector<std::thread> threads;
+    constexpr int count = 8;
+    for (int i = 0; i < count; i++)
+        threads.emplace_back([&, i] {
+            Session session(model, {.max_batch = 1 + i % 4, .threads = 1 + i % 3});
+            waiting++;
+            while (waiting < count) std::this_thread::yield();
+            for (int round = 0; round < 6; round++)
+                if (session.run(images.data(), batch) != wanted) wrong++;
+        });
+    for (std::thread& thread : threads) thread.join();
+    CHECK(wrong == 0);
+}
+
+// ---- files ---------------------------------------------------------------------------------------------------------
+
+constexpr std::int64_t numbers = 30000;
+
+void save_numbers(const std::string& path, float value)
+{
+    std::vector<float> data(static_cast<std::size_t>(numbers), value);
+    save_safetensors(path, {{"a", {data.data(), {numbers}, DType::f32, {}}}}, {{"value", std::to_string(value)}});
+}
+
+// The value that all numbers of a whole file have; -1 where the file is torn.
+float whole_value(const std::string& path)
+{
+    const SafetensorsFile file = SafetensorsFile::open(path);
+    const Tensor* tensor = file.find("a");
+    if (!tensor || !(tensor->shape == Shape{numbers})) return -1;
+    const float first = tensor->as<float>()[0];
+    for (std::int64_t i = 0; i < numbers; i++)
+        if (tensor->as<float>()[i] != first) return -1;
+    return file.metadata().at("value") == std::to_string(first) ? first : -1;
+}
+
+// Readers while a writer replaces the file: each sees one whole version, and never an older one after a newer one.
+void test_replaced_while_reading()
+{
+    const Folder folder;
+    const std::string path = folder.file("a.safetensors");
+    save_numbers(path, 1);
+    std::atomic<bool> done{false};
+    std::atomic<int> torn{0}, reads{0};
+    std::vector<std::thread> readers;
+    for (int i = 0; i < 3; i++)
+        readers.emplace_back([&] {
+            for (float newest = 0; !done; reads++) {
+                const float value = whole_value(path);
+                if (value < newest) torn++;
+                newest = value;
+            }
+        });
+    for (int i = 2; i < 60; i++) save_numbers(path, static_cast<float>(i));
+    while (reads < 100) std::this_thread::yield();
+    done = true;
+    for (std::thread& reader : readers) reader.join();
+    CHECK(torn == 0);
+    CHECK(whole_value(path) == 59);
+    CHECK(folder.entries() == 1);
+}
+
+void test_model_replaced_while_loading()
+{
+    const Folder folder;
+    const std::string path = folder.file("m.safetensors");
+    const Config config = small();
+    const std::vector<float> image = noise(3 * 24 * 32, 9);
+    std::vector<std::vector<float>> logits;
+    for (unsigned seed : {1u, 100u}) {
+        save_network(path, config, seed);
+        logits.push_back(Session(Model::load(path), {.max_batch = 1, .threads = 1}).run(image.data(), 1));
+    }
+    CHECK(logits[0] != logits[1]);
+    std::atomic<bool> done{false};
+    std::thread writer([&] {
+        for (int i = 0; !done; i++) save_network(path, config, i % 2 ? 1 : 100);
+    });
+    int seen[2] = {0, 0};
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0;
+         i < 20 || ((!seen[0] || !seen[1]) && std::chrono::steady_clock::now() - start < std::chrono::seconds(60));
+         i++) {
+        const auto got = Session(Model::load(path), {.max_batch = 1, .threads = 1}).run(image.data(), 1);
+        CHECK(got == logits[0] || got == logits[1]);
+        seen[got == logits[1]]++;
+    }
+    done = true;
+    writer.join();
+    CHECK(seen[0] > 0 && seen[1] > 0);
+}
+
+// A limit on the size of files stands for a full disk, at every stage of the file.
+void test_full_disk()
+{
+    const Folder folder;
+    const std::string path = folder.file("a.safetensors");
+    save_numbers(path, 1);
+    const auto old_handler = std::signal(SIGXFSZ, SIG_IGN);
+    struct rlimit before;
+    ::getrlimit(RLIMIT_FSIZE, &before);
+    for (const rlim_t limit : {rlim_t{0}, rlim_t{5}, rlim_t{50}, rlim_t{4096}, rlim_t{4 * numbers}}) {
+        const struct rlimit now{limit, before.rlim_max};
+        ::setrlimit(RLIMIT_FSIZE, &now);
+        const std::string message = message_of([&] { save_numbers(path, 2); });
+        ::setrlimit(RLIMIT_FSIZE, &before);
+        CHECK(contains(message, "a.safetensors: cannot write: File too large"));
+        CHECK(whole_value(path) == 1);
+        CHECK(folder.entries() == 1);
+    }
+    std::signal(SIGXFSZ, old_handler);
+    save_numbers(path, 3);
+    CHECK(whole_value(path) == 3);
+}
+
+// A process that saves without end is killed at random moments: the file is always whole.
+void test_killed_while_saving()
+{
+    const Folder folder;
+    const std::string path = folder.file("a.safetensors");
+    save_numbers(path, 1);
+    std::mt19937 rng(4);
+    int replaced = 0;
+    for (int round = 0; round < 25; round++) {
+        std::fflush(stdout);
+        const pid_t child = ::fork();
+        if (child == 0) {
+            try {
+                for (int i = 2;; i++) save_numbers(path, static_cast<float>(i));
+            } catch (...) {
+                ::_exit(1);
+            }
+        }
+        std::this_thread::sleep_for(std::chrono::microseconds(std::uniform_int_distribution<int>(0, 30000)(rng)));
+        ::kill(child, SIGKILL);
+        int status = 0;
+        ::waitpid(child, &status, 0);
+        CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+        const float value = whole_value(path);
+        CHECK(value >= 1);
+        if (value > 1) replaced++;
+    }
+    CHECK(replaced > 0);
+    save_numbers(path, 7);  // what the dead left behind does not stand in the way
+    CHECK(whole_value(path) == 7);
+}
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+std::size_t measured(Context& ctx)
+{
+    std::size_t bytes = ctx.arena().bytes();
+    for (int i = 0; ctx.threads() > 1 && i < ctx.threads(); i++) bytes += ctx.worker(i).arena().bytes();
+    return bytes;
+}
+
+void test_plan_against_arenas()
+{
+    const struct {
+        std::int64_t size, batch;
+        int threads;
+        Directions directions;
+        ClassToken token;
+    } cases[] = {
+        {224, 1, 1, Directions::ssm_conv, ClassToken::middle},  {224, 8, 1, Directions::ssm_conv, ClassToken::middle},
+        {224, 8, 3, Directions::ssm_conv, ClassToken::middle},  {512, 2, 1, Directions::ssm_conv, ClassToken::head},
+        {1024, 1, 1, Directions::ssm_conv, ClassToken::middle}, {1024, 2, 2, Directions::ssm_conv, ClassToken::none},
+        {1024, 1, 1, Directions::ssm, ClassToken::double_},     {512, 3, 2, Directions::block, ClassToken::head},
+        {1024, 1, 1, Directions::none, ClassToken::none},
+    };
+    for (const auto& test : cases) {
+        Config config;
+        config.img_height = config.img_width = test.size;
+        config.depth = 2;
+        config.directions = test.directions;
+        config.class_token = test.token;
+        config.num_classes = 10;
+        std::vector<std::vector<float>> values;
+        Params params;
+        for_each_param(config, params, [&](const std::string&, Tensor& tensor, const Shape& shape) {
+            values.emplace_back(static_cast<std::size_t>(shape.numel()), 0.01f);
+            tensor = {values.back().data(), shape, DType::f32, {}};
+        });
+        params.changed();
+        Context ctx(Device::cpu(), test.threads);
+        std::vector<float> images(static_cast<std::size_t>(test.batch * 3 * test.size * test.size), 0.1f);
+        std::vector<float> logits(static_cast<std::size_t>(test.batch * 10));
+        Outputs out;
+        out.logits = {logits.data(), {test.batch, 10}, DType::f32, {}};
+        forward(ctx, config, params, {images.data(), {test.batch, 3, test.size, test.size}, DType::f32, {}}, out);
+        const auto used = static_cast<double>(measured(ctx) + logits.size() * sizeof(float));
+        const auto plan = static_cast<double>(forward_bytes(config, test.batch, DType::f32, test.threads));
+        const double most = std::max(1.5 * used, used + (1 << 22));
+        if (!(used <= plan && plan <= most))
+            std::printf("%lld px, batch %lld, %d threads, directions %d: used %.0f, plan %.0f (%.2f)\n",
+                        static_cast<long long>(test.size), static_cast<long long>(test.batch), test.threads,
+                        static_cast<int>(test.directions), used, plan, plan / used);
+        CHECK(used <= plan);
+        CHECK(plan <= most);
+    }
+}
+
+// Networks that the machine cannot hold are refused before any work, with the bytes they need.
+void test_larger_than_the_machine()
+{
+    const Folder folder;
+    const std::string path = folder.file("m.safetensors");
+    save_network(path, small(), 1);
+    const auto model = Model::load(path);
+    const std::string machine = ", this machine has " + std::to_string(machine_bytes());
+    for (const std::int64_t batch : {std::int64_t{100000000}, std::int64_t{1} << 62}) {
+        const std::string message = message_of([&] { Session(model, {.max_batch = batch, .threads = 1}); });
+        CHECK(contains(message, "[session] batches of " + std::to_string(batch) + " images: needs " +
+                                    std::to_string(forward_bytes(model->config(), batch)) + " bytes of memory" +
+                                    machine));
+    }
+    // A position table for 2^30 tokens.
+    const std::string message = message_of([&] { Model::load(path, Device::cpu(), 1 << 18, 1 << 18); });
+    CHECK(contains(message, "[load] " + path + ": needs 1374"));
+    CHECK(contains(message, machine));
+
+    // A small file that claims a large network does not get that far: its tensors do not fit.
+    Config config = small();
+    config.depth = 4096;
+    config.embed_dim = 65536;
+    const std::vector<float> one(1);
+    save_safetensors(path, {{"head.bias", {const_cast<float*>(one.data()), {1}, DType::f32, {}}}},
+                     {{"vimcore.config", config.to_json()}});
+    CHECK(contains(message_of([&] { Model::load(path); }), "the tensors do not fit vimcore.config"));
+
+    config = {};
+    config.img_height = config.img_width = 1 << 16;
+    CHECK(forward_bytes(config, std::int64_t{1} << 60) == std::numeric_limits<std::int64_t>::max());
+    CHECK(weight_bytes(Config{}) == 7148008 * 4);
+    CHECK(machine_bytes() > 1 << 20);
+    CHECK_THROWS(forward_bytes(Config{}, 0), std::invalid_argument);
+}
+
+}  // namespace
+
+int main()
+{
+    test_killed_while_saving();  // forks: before there are threads
+    test_full_disk();
+    test_many_threads_one_model();
+    test_replaced_while_reading();
+    test_model_replaced_while_loading();
+    test_plan_against_arenas();
+    test_larger_than_the_machine();
+    return check_failures();
+}

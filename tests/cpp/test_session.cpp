@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+// Model and Session: nothing is allocated once every batch size has been run, threads share a model, answers do not
+// depend on who asks. Linked with --wrap, so that every allocation of library and test is counted.
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <filesystem>
+#include <memory>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "vimcore/vimcore.h"
+
+namespace {
+std::atomic<long> allocations{0};
+}
+
+extern "C" {
+void* __real_malloc(std::size_t bytes);
+void* __real_calloc(std::size_t count, std::size_t bytes);
+void* __real_realloc(void* memory, std::size_t bytes);
+void* __real_aligned_alloc(std::size_t alignment, std::size_t bytes);
+int __real_posix_memalign(void** memory, std::size_t alignment, std::size_t bytes);
+
+void* __wrap_malloc(std::size_t bytes) { return allocations++, __real_malloc(bytes); }
+void* __wrap_calloc(std::size_t count, std::size_t bytes) { return allocations++, __real_calloc(count, bytes); }
+void* __wrap_realloc(void* memory, std::size_t bytes) { return allocations++, __real_realloc(memory, bytes); }
+void* __wrap_aligned_alloc(std::size_t alignment, std::size_t bytes)
+{
+    return allocations++, __real_aligned_alloc(alignment, bytes);
+}
+int __wrap_posix_memalign(void** memory, std::size_t alignment, std::size_t bytes)
+{
+    return allocations++, __real_posix_memalign(memory, alignment, bytes);
+}
+}
+
+// The standard library's own calls come here too. Not inlined: the compiler would take malloc and delete for a
+// mismatched pair.
+[[gnu::noinline]] void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept
+{
+    return std::malloc(bytes ? bytes : 1);
+}
+[[gnu::noinline]] void* operator new(std::size_t bytes)
+{
+    if (void* memory = operator new(bytes, std::nothrow)) return memory;
+    throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+
+using namespace vimcore;
+
+namespace {
+
+Config small()
+{
+    Config c;
+    c.img_height = 24;
+    c.img_width = 32;
+    c.patch_size = c.stride = 8;
+    c.embed_dim = 24;
+    c.depth = 2;
+    c.num_classes = 5;
+    return c;
+}
+
+struct File {
+    std::string path;
+    explicit File(const Config& config)
+        : path((std::filesystem::temp_directory_path() / ("vimcore-session-" + std::to_string(::getpid()))).string())
+    {
+        Weights weights(config);
+        initialize(config, weights.params, 1);
+        save_model(path, config, weights.params);
+    }
+    ~File() { std::filesystem::remove(path); }
+};
+
+std::vector<float> make_images(const Config& c, std::int64_t batch)
+{
+    std::vector<float> images(static_cast<std::size_t>(batch * c.in_chans * c.img_height * c.img_width));
+    for (std::size_t i = 0; i < images.size(); i++) images[i] = static_cast<float>(i * 7919 % 1000) / 500.0f - 1.0f;
+    return images;
+}
+
+void test_no_allocation(const std::shared_ptr<const Model>& model)
+{
+    const Config& c = model->config();
+    const std::int64_t batch = 7, sizes[] = {7, 1, 3, 4, 7, 2};  // more than max_batch, and less
+    const std::vector<float> images = make_images(c, batch);
+    std::vector<float> logits(static_cast<std::size_t>(batch * c.num_classes)),
+        tokens(static_cast<std::size_t>(batch * c.tokens() * c.embed_dim));
+    for (const int threads : {1, 2, 4}) {
+        const long before = allocations;
+        Session session(model, {.max_batch = 4, .threads = threads});
+        const auto run_all = [&] {
+            for (const std::int64_t size : sizes) {
+                session.run(images.data(), size, logits.data());
+                session.features(images.data(), size, tokens.data());
+            }
+        };
+        run_all();
+        CHECK(allocations > before);  // the counters count
+        run_all();
+        const long warm = allocations;
+        for (int round = 0; round < 5; round++) run_all();
+        CHECK(allocations == warm);
+    }
+}
+
+void test_shared_model(const std::shared_ptr<const Model>& model)
+{
+    const std::int64_t batch = 5;
+    const std::vector<float> images = make_images(model->config(), batch);
+    const std::vector<float> expected = Session(model, {.max_batch = 8, .threads = 1}).run(images.data(), batch);
+    std::vector<std::vector<float>> answers(8);
+    std::vector<std::thread> callers;
+    for (std::size_t i = 0; i < answers.size(); i++)
+        callers.emplace_back([&, i] {
+            Session session(
+                model, {.max_batch = 1 + static_cast<std::int64_t>(i) % 4, .threads = 1 + static_cast<int>(i) % 3});
+            for (int round = 0; round < 3; round++) answers[i] = session.run(images.data(), batch);
+        });
+    for (std::thread& caller : callers) caller.join();
+    for (const std::vector<float>& answer : answers) CHECK(answer == expected);
+}
+
+void test_arguments(const std::shared_ptr<const Model>& model)
+{
+    CHECK_THROWS(Session(nullptr), std::invalid_argument);
+    CHECK_THROWS(Session(model, {.max_batch = 0}), std::invalid_argument);
+    CHECK_THROWS(Session(model, {.threads = -1}), std::invalid_argument);
+    Session session(model);
+    CHECK_THROWS(session.run(nullptr, -1), std::invalid_argument);
+    CHECK(session.run(nullptr, 0).empty());
+    CHECK(session.outputs() == 5);
+}
+
+}  // namespace
+
+int main()
+{
+    const File file(small());
+    std::shared_ptr<const Model> model = Model::load(file.path);
+    test_no_allocation(model);
+    test_shared_model(model);
+    test_arguments(model);
+    Session last(model);
+    model.reset();  // the session keeps its model
+    CHECK(last.run(make_images(small(), 1).data(), 1).size() == 5);
+    return check_failures();
+}

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// What cuda/cublaslt.cpp asks of the library, seen by tests/cuda/fake_cublaslt.cpp, the only argument: how often it
+// asks for an algorithm, which problems run as one batch, what goes to our own kernels.
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "check_cuda.h"
+#include "cublaslt.h"
+#include "vimcore/error.h"
+#include "vimcore/ops.h"
+
+using namespace vimcore;
+using namespace vimcore::test;
+
+namespace {
+
+struct Counts {
+    int heuristics, matmuls, batches;
+    bool operator==(const Counts&) const = default;
+};
+
+Counts counts(const char* library)
+{
+    static void* const handle = dlopen(library, RTLD_NOW | RTLD_NOLOAD);
+    int values[3] = {-1, -1, -1};
+    if (handle) reinterpret_cast<void (*)(int*)>(dlsym(handle, "fakeCounts"))(values);
+    return {values[0], values[1], values[2]};
+}
+
+}  // namespace
+
+int main(int, char** arguments)
+{
+    const char* library = arguments[1];
+    setenv("VIMCORE_CUBLASLT", library, 1);
+    CHECK(cuda::has_cublaslt());
+    CHECK(cuda::blas_name() == std::string("cuBLASLt 13.1.2 (") + library + ")");
+
+    constexpr std::int64_t m = 10, k = 24, n = 16;
+    Side side = Side::cuda(DType::bf16);
+    const Floats ones(static_cast<std::size_t>(2 * m * k), 1);
+    const Tensor x = side.activation({2, m, k}, ones), y = side.result({2, m, n}), odd = side.result({m, 13});
+    const Tensor w = side.parameter({2, n, k}, Floats(static_cast<std::size_t>(2 * n * k), 1));
+    const Tensor bias = side.parameter({n}, Floats(n, 1));
+    const LinearForward single = {.x = x[0], .weight = w[0], .bias = {}, .y = y[0]};
+    const LinearForward biased = {.x = x[0], .weight = w[0], .bias = bias, .y = y[0]};
+    const LinearForward pair[2] = {single, {.x = x[1], .weight = w[1], .bias = {}, .y = y[1]}};
+
+    // One algorithm for each kind of problem, however often it comes.
+    for (int i = 0; i < 3; i++) linear_forward(side.ctx, {&single, 1});
+    CHECK((counts(library) == Counts{1, 3, 0}));
+    CHECK(side.values(y[0]) == Floats(m * n, k));
+    for (int i = 0; i < 2; i++) linear_forward(side.ctx, {&biased, 1});
+    CHECK((counts(library) == Counts{2, 5, 0}));
+    CHECK(side.values(y[0]) == Floats(m * n, k + 1));
+    for (int i = 0; i < 2; i++) linear_forward(side.ctx, pair);
+    CHECK((counts(library) == Counts{3, 7, 2}));
+    CHECK(side.values(y) == Floats(2 * m * n, k));
+    const LinearForward rest = {.x = x[0].slice(1, m), .weight = w[0], .bias = {}, .y = y[0].slice(1, m)};
+    linear_forward(side.ctx, {&rest, 1});  // other sizes
+    CHECK((counts(library) == Counts{4, 8, 2}));
+
+    // A batch goes forward in memory.
+    const LinearForward reversed[2] = {pair[1], pair[0]};
+    linear_forward(side.ctx, reversed);
+    CHECK((counts(library) == Counts{4, 10, 2}));
+
+    // Without an algorithm our own kernel multiplies, and the library is not asked again.
+    const LinearForward none = {.x = x[0], .weight = w.view({2 * n, k}).slice(0, 13), .bias = {}, .y = odd};
+    for (int i = 0; i < 2; i++) linear_forward(side.ctx, {&none, 1});
+    CHECK((counts(library) == Counts{5, 10, 2}));
+    CHECK(side.values(odd) == Floats(13 * m, k));
+
+    // float32 by its own rules, which VIMCORE_TF32 changes.
+    const Tensor wide = side.parameter({2, 4}, {1, 2, 3, 4, 5, 6, 7, 8}), product = side.wide_result({2, 2});
+    const LinearForward full = {.x = wide, .weight = wide, .bias = {}, .y = product};
+    linear_forward(side.ctx, {&full, 1});
+    CHECK((counts(library) == Counts{6, 11, 2}));
+    CHECK(side.values(product) == (Floats{30, 70, 70, 174}));
+
+    // What the library answers is in the error.
+    std::string error;
+    cuda::GemmArgs wrong;
+    wrong.dtype = DType::f32;
+    wrong.x = wrong.w = static_cast<const char*>(x.data) + 2;  // no float lies there
+    wrong.y = y.data;
+    wrong.m = wrong.n = wrong.k = wrong.ldx = wrong.ldw = wrong.ldy = 4;
+    try {
+        cuda::matmul(side.ctx, wrong, nullptr);
+    } catch (const Error& e) {
+        error = e.what();
+    }
+    CHECK(error.find("FAKE_STATUS for m 4, n 4, k 4 f32") != std::string::npos);
+    return check_failures();
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+// A cuBLASLt for host memory, to run cuda/cublaslt.cpp without a GPU: a shared library with the functions that it looks
+// up, naive loops, and checks of what it is told. What it gets wrong in its arguments it answers with an error.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <vector>
+
+#include "check_cuda.h"
+#include "cublaslt.h"
+
+using namespace vimcore::cuda::lt;
+using vimcore::test::from_bf16;
+using vimcore::test::from_f16;
+using vimcore::test::to_bf16;
+using vimcore::test::to_f16;
+
+struct vimcore::cuda::lt::Matmul_ {
+    ComputeType compute;
+    DataType scale;
+    std::int32_t transa = operation_n, transb = operation_n;
+    std::uint32_t epilogue = epilogue_default;
+    const void* bias = nullptr;
+};
+struct vimcore::cuda::lt::Layout_ {
+    DataType type;
+    std::uint64_t rows, columns;
+    std::int64_t ld;
+    std::int32_t count = 1;
+    std::int64_t stride = 0;
+};
+struct vimcore::cuda::lt::Preference_ {
+    std::map<int, std::uint64_t> values;
+};
+struct vimcore::cuda::lt::Handle_ {
+    int unused;
+};
+
+namespace {
+
+constexpr Status invalid = static_cast<Status>(7);
+constexpr std::size_t workspace_bytes = 1000;
+int heuristics = 0, matmuls = 0, batches = 0;  // calls; of these, of more than one matrix
+
+// What an algorithm of ours remembers: the alignments that it was chosen for.
+struct Chosen {
+    std::uint64_t tag, align[3];
+};
+
+std::size_t size(DataType type) { return type == real_f32 ? 4 : 2; }
+
+float get(const void* memory, std::int64_t i, DataType type)
+{
+    if (type == real_f32) return static_cast<const float*>(memory)[i];
+    const std::uint16_t bits = static_cast<const std::uint16_t*>(memory)[i];
+    return type == real_f16 ? from_f16(bits) : from_bf16(bits);
+}
+
+void put(void* memory, std::int64_t i, DataType type, float value)
+{
+    if (type == real_f32)
+        static_cast<float*>(memory)[i] = value;
+    else
+        static_cast<std::uint16_t*>(memory)[i] = type == real_f16 ? to_f16(value) : to_bf16(value);
+}
+
+bool aligned(const void* memory, std::uint64_t bytes) { return reinterpret_cast<std::uintptr_t>(memory) % bytes == 0; }
+
+template <class T>
+Status assign(T& to, const void* from, std::size_t bytes)
+{
+    if (bytes != sizeof to) return invalid;
+    std::memcpy(&to, from, bytes);
+    return status_success;
+}
+
+}  // namespace
+
+extern "C" {
+#define EXPORT [[gnu::visibility("default")]]
+
+EXPORT void fakeCounts(int counts[3])
+{
+    counts[0] = heuristics;
+    counts[1] = matmuls;
+    counts[2] = batches;
+}
+
+EXPORT std::size_t cublasLtGetVersion() { return 130102; }
+EXPORT const char* cublasLtGetStatusName(Status) { return "FAKE_STATUS"; }
+EXPORT Status cublasLtCreate(Handle* handle)
+{
+    static Handle_ only{};
+    *handle = &only;
+    return status_success;
+}
+
+EXPORT Status cublasLtMatmulDescCreate(Matmul* matmul, ComputeType compute, DataType scale)
+{
+    *matmul = new Matmul_{compute, scale};
+    return scale == real_f32 ? status_success : invalid;
+}
+EXPORT Status cublasLtMatmulDescSetAttribute(Matmul m, MatmulAttribute attribute, const void* value, std::size_t bytes)
+{
+    switch (attribute) {
+        case matmul_transa:
+            return assign(m->transa, value, bytes);
+        case matmul_transb:
+            return assign(m->transb, value, bytes);
+        case matmul_epilogue:
+            return assign(m->epilogue, value, bytes);
+        case matmul_bias_pointer:
+            return assign(m->bias, value, bytes);
+    }
+    return invalid;
+}
+EXPORT Status cublasLtMatmulDescDestroy(Matmul matmul)
+{
+    delete matmul;
+    return status_success;
+}
+
+EXPORT Status cublasLtMatrixLayoutCreate(Layout* layout, DataType type, std::uint64_t rows, std::uint64_t columns,
+                                         std::int64_t ld)
+{
+    *layout = new Layout_{type, rows, columns, ld};
+    return static_cast<std::uint64_t>(ld) >= rows ? status_success : invalid;
+}
+EXPORT Status cublasLtMatrixLayoutSetAttribute(Layout l, LayoutAttribute attribute, const void* value,
+                                               std::size_t bytes)
+{
+    if (attribute == layout_batch_count) return assign(l->count, value, bytes);
+    return attribute == layout_strided_batch_offset ? assign(l->stride, value, bytes) : invalid;
+}
+EXPORT Status cublasLtMatrixLayoutDestroy(Layout layout)
+{
+    delete layout;
+    return status_success;
+}
+
+EXPORT Status cublasLtMatmulPreferenceCreate(Preference* preference)
+{
+    *preference = new Preference_;
+    return status_success;
+}
+EXPORT Status cublasLtMatmulPreferenceSetAttribute(Preference p, PreferenceAttribute attribute, const void* value,
+                                                   std::size_t bytes)
+{
+    if (bytes != (attribute == preference_max_workspace_bytes ? 8u : 4u)) return invalid;
+    std::memcpy(&p->values[attribute], value, bytes);
+    return status_success;
+}
+EXPORT Status cublasLtMatmulPreferenceDestroy(Preference preference)
+{
+    delete preference;
+    return status_success;
+}
+
+// Knows no algorithm for problems of 13 columns, so that there is one to go elsewhere.
+EXPORT Status cublasLtMatmulAlgoGetHeuristic(Handle, Matmul, Layout a, Layout, Layout, Layout d, Preference preference,
+                                             int wanted, HeuristicResult results[], int* found)
+{
+    heuristics++;
+    *found = 0;
+    auto& values = preference->values;
+    if (values[preference_max_workspace_bytes] < workspace_bytes || wanted < 2) return invalid;
+    if (values[preference_reduction_scheme_mask] != reduction_none) return invalid;
+    if (d->rows == 13) return status_not_supported;
+    const Chosen chosen = {0x5eed,
+                           {values[preference_min_alignment_a_bytes], values[preference_min_alignment_b_bytes],
+                            values[preference_min_alignment_d_bytes]}};
+    for (std::uint64_t align : chosen.align)
+        if (align < size(a->type) || align > 16) return invalid;
+    results[0] = {};
+    results[0].state = status_not_supported;  // must be passed over
+    results[1] = {};
+    std::memcpy(&results[1].algorithm, &chosen, sizeof chosen);
+    results[1].workspace = workspace_bytes;
+    *found = 2;
+    return status_success;
+}
+
+EXPORT Status cublasLtMatmul(Handle handle, Matmul m, const void* alpha, const void* a, Layout la, const void* b,
+                             Layout lb, const void* beta, const void* c, Layout lc, void* d, Layout ld,
+                             const Algorithm* algorithm, void* workspace, std::size_t bytes, cudaStream_t)
+{
+    Chosen chosen{};
+    std::memcpy(&chosen, algorithm, sizeof chosen);
+    const bool tf32 = ld->type == real_f32 && std::getenv("VIMCORE_TF32");
+    const bool known = handle && chosen.tag == 0x5eed && c == d && lc == ld && m->transa == operation_t &&
+                       m->transb == operation_n && m->compute == (tf32 ? compute_tf32 : compute_f32);
+    if (!known || *static_cast<const float*>(alpha) != 1 || *static_cast<const float*>(beta) != 0) return invalid;
+    if (bytes < workspace_bytes || !workspace || !aligned(workspace, 256)) return invalid;
+    if (!aligned(a, chosen.align[0]) || !aligned(b, chosen.align[1]) || !aligned(d, chosen.align[2])) return invalid;
+    if (la->rows != lb->rows || la->columns != ld->rows || lb->columns != ld->columns) return invalid;
+    if (la->count != ld->count || lb->count != ld->count || (m->bias != nullptr) != (m->epilogue == epilogue_bias))
+        return invalid;
+    std::memset(workspace, 0xff, workspace_bytes);
+    matmuls++;
+    batches += ld->count > 1;
+    const auto rows = static_cast<std::int64_t>(ld->rows), columns = static_cast<std::int64_t>(ld->columns);
+    for (std::int64_t batch = 0; batch < ld->count; batch++)
+        for (std::int64_t j = 0; j < columns; j++)
+            for (std::int64_t i = 0; i < rows; i++) {
+                float sum = m->bias ? get(m->bias, i, ld->type) : 0;
+                for (std::int64_t k = 0; k < static_cast<std::int64_t>(la->rows); k++)
+                    sum += get(a, batch * la->stride + i * la->ld + k, la->type) *
+                           get(b, batch * lb->stride + j * lb->ld + k, lb->type);
+                put(d, batch * ld->stride + j * ld->ld + i, ld->type, sum);
+            }
+    return status_success;
+}
+
+}  // extern "C"

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts what the recurrence of the tuned scan costs on sm_90, from its machine code, against a budget.
+
+    python tests/cuda/sass_budget.py OBJECT_OR_CUBIN [--json FILE]
+    python tests/cuda/sass_budget.py --nvcc PATH [--json FILE]      compiles cuda/scan_tuned.cu itself
+
+The forward scan is bound by the exp unit and by instruction issue, and both can be read off without a GPU.
+The recurrence of a kernel is its straight run of instructions with the most MUFU.EX2 and no other MUFU.
+Counts are per token of a warp and per token of 32 channels. A quarter of a multiprocessor issues one
+instruction per clock, and one MUFU per 8 clocks.
+Exit status: 0 within the budget, 1 beyond it, 2 if it could not be counted. Needs cuobjdump: on the PATH
+(CUDA toolkit), or in the triton wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURE = "sm_90"
+KERNEL = re.compile(r"TunedShapeI(f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E")
+TYPES = {"f": "f32", "6__half": "f16", "13__nv_bfloat16": "bf16"}
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+BRANCH = re.compile(r"\b(?:BRA|CALL|RET|EXIT|BSYNC|BREAK|BRX|JMP)\b")
+TARGET = re.compile(r"\b(?:BRA|BSSY|CALL)\b.*?0x([0-9a-f]+)")
+
+# (states, channels, states per thread): most issue slots, MUFU.EX2, shared loads, shared stores and shuffles
+# per token of 32 channels. EX2 is one per state; 80 slots are the arithmetic of 16 states: two products, EX2,
+# two multiply-adds. Of one state per thread it is the part before the sums over states.
+BUDGET: dict[tuple[int, int, int], dict[str, float]] = {
+    (16, 2, 8): {"issue": 96, "ex2": 16, "lds": 5, "sts": 0.25, "shfl": 1},
+    (16, 1, 4): {"issue": 114, "ex2": 16, "lds": 10, "sts": 1, "shfl": 3},
+    (16, 1, 1): {"issue": 104, "ex2": 16, "lds": 12, "sts": 16, "shfl": 0},
+    (8, 1, 8): {"issue": 49, "ex2": 8, "lds": 4.5, "sts": 0.25, "shfl": 0},
+    (32, 2, 8): {"issue": 196, "ex2": 32, "lds": 10, "sts": 0.5, "shfl": 3},
+    (64, 2, 8): {"issue": 402, "ex2": 64, "lds": 20, "sts": 1, "shfl": 7},
+}
+
+
+class Failure(Exception):
+    """What keeps the counts from being made."""
+
+
+@dataclass
+class Count:
+    kernel: str
+    tokens: int  # of one run
+    warp_token_issue: float
+    issue: float  # from here on per token of 32 channels
+    ex2: float
+    lds: float
+    sts: float
+    shfl: float
+    code: int  # instructions of the whole kernel
+    beyond: list[str]
+
+
+def disassembler() -> str:
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    spec = importlib.util.find_spec("triton")
+    for place in spec.submodule_search_locations or [] if spec else []:
+        tool = Path(place) / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if tool.exists():
+            return str(tool)
+    raise Failure("no cuobjdump: put that of a CUDA toolkit on the PATH, or pip install triton")
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise Failure(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def compile_scan(nvcc: str, folder: str) -> str:
+    cubin = str(Path(folder) / "scan_tuned.cubin")
+    include = [f"-I{ROOT / path}" for path in ("cpp/include", "cpp/src", "cuda")]
+    source = str(ROOT / "cuda" / "scan_tuned.cu")
+    run([nvcc, "-cubin", f"-arch={ARCHITECTURE}", "-std=c++20", "-O3", *include, source, "-o", cubin])
+    return cubin
+
+
+def functions(listing: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """Name and (address, instruction) of every function."""
+    for part in re.split(r"Function : ", listing)[1:]:
+        name, _, body = part.partition("\n")
+        yield name.strip(), [(int(address, 16), text) for address, text in INSTRUCTION.findall(body)]
+
+
+def straight_runs(code: list[tuple[int, str]]) -> Iterator[list[str]]:
+    targets = {int(match.group(1), 16) for _, text in code if (match := TARGET.search(text))}
+    current: list[str] = []
+    for address, text in code:
+        if address in targets and current:
+            yield current
+            current = []
+        current.append(text)
+        if BRANCH.search(text):
+            yield current
+            current = []
+    if current:
+        yield current
+
+
+def operation(text: str) -> str:
+    return re.sub(r"^@!?\S+\s+", "", text).split()[0]
+
+
+def recurrence(code: list[tuple[int, str]]) -> list[str]:
+    best: list[str] = []
+    most = 0
+    for run_ in straight_runs(code):
+        special = [operation(text) for text in run_ if operation(text).startswith("MUFU")]
+        if len(special) > most and all(name == "MUFU.EX2" for name in special):
+            best, most = run_, len(special)
+    return best
+
+
+def count(kernel: tuple[str, int, int, int], code: list[tuple[int, str]]) -> Count:
+    dtype, states, channels, per_thread = kernel
+    name = f"{dtype} N {states} C {channels} S {per_thread}"
+    operations = [operation(text).split(".")[0] for text in recurrence(code)]
+    tokens, rest = divmod(operations.count("MUFU"), channels * per_thread)
+    if tokens == 0 or rest:
+        raise Failure(f"{name}: found no recurrence with a multiple of {channels * per_thread} MUFU.EX2")
+    channels_of_warp = 32 * channels * per_thread // states
+    factor = 32 / channels_of_warp / tokens
+    result = Count(
+        kernel=name,
+        tokens=tokens,
+        warp_token_issue=len(operations) / tokens,
+        issue=len(operations) * factor,
+        ex2=operations.count("MUFU") * factor,
+        lds=operations.count("LDS") * factor,
+        sts=operations.count("STS") * factor,
+        shfl=operations.count("SHFL") * factor,
+        code=len(code),
+        beyond=[],
+    )
+    budget = BUDGET.get((states, channels, per_thread))
+    if budget is None:
+        raise Failure(f"{name}: has no budget")
+    values = asdict(result)
+    result.beyond = [
+        f"{key} {values[key]:g} > {most:g}" for key, most in budget.items() if most < values[key]
+    ]
+    return result
+
+
+def report(counts: list[Count]) -> None:
+    keys = ("issue", "ex2", "lds", "sts", "shfl")
+    print(f"{'':<18} {'warp-token':>10} | per token of 32 channels, with its budget")
+    print(f"{'kernel':<18} {'issue':>10} |" + "".join(f"{key:>13}" for key in keys) + "  exp clocks  code")
+    for c in counts:
+        _, _, states, _, channels, _, per_thread = c.kernel.split()
+        budget = BUDGET[int(states), int(channels), int(per_thread)]
+        values = asdict(c)
+        cells = "".join(f"{f'{values[key]:g} / {budget[key]:g}':>13}" for key in keys)
+        print(f"{c.kernel:<18} {c.warp_token_issue:>10.2f} |{cells} {8 * c.ex2:>11g} {c.code:>5}")
+        if c.beyond:
+            print(f"    beyond the budget: {', '.join(c.beyond)}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Instruction counts of the tuned scan against their budget.")
+    parser.add_argument("file", nargs="?", help="object file or cubin of cuda/scan_tuned.cu for sm_90")
+    parser.add_argument("--nvcc", help="compile cuda/scan_tuned.cu with this compiler")
+    parser.add_argument("--json", help="also write the counts here")
+    args = parser.parse_args()
+    if (args.file is None) == (args.nvcc is None):
+        parser.error("give either a file or --nvcc")
+    try:
+        tool = disassembler()
+        with tempfile.TemporaryDirectory() as folder:
+            file = args.file or compile_scan(args.nvcc, folder)
+            listing = run([tool, "-sass", "-arch", ARCHITECTURE, file])
+        counts = []
+        for name, code in functions(listing):
+            match = KERNEL.search(name)
+            if match:
+                dtype, states, channels, per_thread = match.groups()[:4]
+                counts.append(count((TYPES[dtype], int(states), int(channels), int(per_thread)), code))
+        missing = BUDGET.keys() - {tuple(int(x) for x in c.kernel.split()[2::2]) for c in counts}
+        if missing:
+            raise Failure(f"{file}: no {ARCHITECTURE} code of the scan with (N, C, S) = {sorted(missing)}")
+    except Failure as failure:
+        print(f"sass_budget: {failure}", file=sys.stderr)
+        return 2
+    counts.sort(key=lambda c: c.kernel)
+    report(counts)
+    if args.json:
+        Path(args.json).write_text(json.dumps([asdict(c) for c in counts], indent=1) + "\n")
+    return 1 if any(c.beyond for c in counts) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

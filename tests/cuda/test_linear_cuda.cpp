@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// Projections on the device against float64 on the CPU: types, sizes, bias, pairs, cached weights, repeated runs.
+#include <array>
+#include <string>
+
+#include "arena.h"
+#include "check_cuda.h"
+#include "vimcore/ops.h"
+#include "weight_cache.h"
+
+using namespace vimcore;
+using namespace vimcore::test;
+
+namespace {
+
+Random random_numbers(1);
+
+// Weights and biases that every activation type holds exactly, so that only results are rounded.
+struct Problem {
+    Problem(DType dtype, Shape rows, std::int64_t k, std::int64_t n)
+        : rows(rows.numel()),
+          k(k),
+          n(n),
+          x(rounded(dtype, random_numbers.normal(rows.numel() * k))),
+          w(rounded(dtype, random_numbers.normal(n * k, 0.1f))),
+          bias(rounded(dtype, random_numbers.normal(n)))
+    {
+    }
+    std::int64_t rows, k, n;
+    Floats x, w, bias;
+};
+
+Floats run(Side& side, const Problem& p, bool bias)
+{
+    const Tensor y = side.result({1, p.rows, p.n});
+    const LinearForward args{.x = side.activation({1, p.rows, p.k}, p.x),
+                             .weight = side.parameter({p.n, p.k}, p.w),
+                             .bias = bias ? side.parameter({p.n}, p.bias) : Tensor{},
+                             .y = y};
+    linear_forward(side.ctx, {&args, 1});
+    return side.values(y);
+}
+
+void check_sizes()
+{
+    constexpr std::array<std::int64_t, 3> sizes[] = {{1, 1, 1},     {1, 192, 300}, {7, 3, 5},    {67, 192, 200},
+                                                     {66, 384, 44}, {65, 12, 384}, {33, 31, 29}, {70, 768, 33},
+                                                     {2, 100, 257}, {64, 64, 64},  {150, 1, 1}};
+    for (DType dtype : device_types)
+        for (const auto& [m, k, n] : sizes)
+            for (bool bias : {false, true}) {
+                const Problem p(dtype, {m}, k, n);
+                Side cuda = Side::cuda(dtype), again = Side::cuda(dtype), cpu = Side::cpu();
+                const Floats got = run(cuda, p, bias);
+                CHECK_AGREE(got, run(cpu, p, bias), tolerance(dtype));
+                if (bias) CHECK(got == run(again, p, bias));
+            }
+}
+
+// No rows, no columns; nothing to sum up leaves the bias.
+void check_empty()
+{
+    for (const auto& [m, k, n] : {std::array<std::int64_t, 3>{0, 8, 8}, {8, 8, 0}, {5, 0, 3}}) {
+        const Problem p(DType::f32, {m}, k, n);
+        Side cuda = Side::cuda(DType::f32), cpu = Side::cpu();
+        CHECK_AGREE(run(cuda, p, true), run(cpu, p, true), 0);
+    }
+}
+
+// Two problems of one size in one call, their tensors `gap` elements apart, or in no order.
+void check_pairs()
+{
+    for (DType dtype : device_types)
+        for (std::int64_t gap : {0, 8, 3})
+            for (bool swapped : {false, true}) {
+                const std::int64_t m = 37, k = 24, n = 20;
+                const Problem p[2] = {{dtype, {m}, k, n}, {dtype, {m}, k, n}};
+                Side cuda = Side::cuda(dtype), cpu = Side::cpu();
+                auto both = [&](std::int64_t columns) {
+                    return cuda.activation({2 * (m * columns + gap)}, Floats(2 * (m * columns + gap)));
+                };
+                const Tensor x = both(k), y = both(n);
+                LinearForward args[2];
+                for (int i = 0; i < 2; i++) {
+                    const int place = swapped ? 1 - i : i;
+                    args[i] = {.x = x.slice(place * (m * k + gap), place * (m * k + gap) + m * k).view({m, k}),
+                               .weight = cuda.parameter({n, k}, p[i].w),
+                               .bias = {},
+                               .y = y.slice(place * (m * n + gap), place * (m * n + gap) + m * n).view({m, n})};
+                    assign(cuda.ctx, args[i].x, p[i].x);
+                }
+                linear_forward(cuda.ctx, args);
+                for (int i = 0; i < 2; i++)
+                    CHECK_AGREE(cuda.values(args[i].y), run(cpu, p[i], false), tolerance(dtype));
+                const Floats all = cuda.values(y);  // what lies between and behind them is as it was
+                for (std::int64_t i = 0; i < gap; i++) {
+                    CHECK(all[static_cast<std::size_t>(m * n + i)] == 0);
+                    CHECK(all[static_cast<std::size_t>(2 * m * n + gap + i)] == 0);
+                }
+            }
+}
+
+// Casts of weights are kept while they are valid: for each type on its own, and pairs apart from single weights.
+void check_cache()
+{
+    const std::int64_t m = 19, k = 40, n = 24;
+    constexpr double close = 4.5e-3;  // of the coarsest type
+    WeightCache cache;
+    Side side(cuda_context(), DType::f32), reference = Side::cpu();
+    Problem p[2] = {{DType::bf16, {m}, k, n}, {DType::bf16, {m}, k, n}};
+    const Tensor w[2] = {side.parameter({n, k}, p[0].w), side.parameter({n, k}, p[1].w)};
+    const Tensor bias = side.parameter({n}, p[0].bias);
+    for (bool changed : {false, true}) {
+        if (changed) {  // other values in the same memory
+            std::swap(p[0].w, p[1].w);
+            std::swap(p[0].bias, p[1].bias);
+            for (int i = 0; i < 2; i++) assign(side.ctx, w[i], p[i].w);
+            assign(side.ctx, bias, p[0].bias);
+            cache.invalidate();
+        }
+        Problem single = p[0];
+        single.x = p[1].x;
+        for (DType dtype : {DType::bf16, DType::f16, DType::f32, DType::bf16}) {
+            const Tensor x = side.make({2, m, k}, dtype, Floats(2 * m * k));
+            const Tensor y = side.make({3, m, n}, dtype, Floats(3 * m * n));
+            for (int i = 0; i < 2; i++) assign(side.ctx, x[i], p[i].x);
+            side.ctx.cache = &cache;
+            const LinearForward args[3] = {{.x = x[0], .weight = w[0], .bias = {}, .y = y[0]},
+                                           {.x = x[1], .weight = w[1], .bias = {}, .y = y[1]},
+                                           {.x = x[1], .weight = w[0], .bias = bias, .y = y[2]}};
+            linear_forward(side.ctx, args);
+            side.ctx.cache = nullptr;
+            CHECK_AGREE(side.values(y[0]), run(reference, p[0], false), close);
+            CHECK_AGREE(side.values(y[1]), run(reference, p[1], false), close);
+            CHECK_AGREE(side.values(y[2]), run(reference, single, true), close);
+        }
+    }
+}
+
+// After the first call of a size, scratch memory neither grows nor moves.
+void check_allocations()
+{
+    for (DType dtype : device_types) {
+        const Problem p(dtype, {50}, 64, 72);
+        Side side = Side::cuda(dtype);
+        run(side, p, true);
+        const std::size_t warm = side.ctx.arena().allocations();
+        for (int i = 0; i < 3; i++) run(side, p, true);
+        CHECK(side.ctx.arena().allocations() == warm);
+    }
+}
+
+}  // namespace
+
+int main()
+{
+    check_sizes();
+    check_empty();
+    check_pairs();
+    check_cache();
+    check_allocations();
+    return check_failures();
+}

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vimcore on a GPU, from Python: agreement with the CPU in float64, streams, graphs, repeatability, errors.
+
+Not part of the ordinary test run: `tests/gpu/acceptance.sh test` calls it on a machine with a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vimcore
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
+import golden
+from helpers import build, images_for, small
+
+CUDA = torch.device("cuda")
+# Relative error of a small network by type of the activations: float32 sums in another order, else rounding.
+TYPES = {
+    "float32": (torch.float32, 1e-4),
+    "bfloat16": (torch.bfloat16, 3e-2),
+    "float16": (torch.float16, 5e-3),
+}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "none": {"directions": "none"},
+    "sequence": {"directions": "sequence"},
+    "block": {"directions": "block"},
+    "ssm": {"directions": "ssm"},
+    "ssm_conv": {},
+    "sum of directions": {"average_directions": False},
+    "head token": {"class_token": "head"},
+    "double token": {"class_token": "double"},
+    "random token": {"class_token": "random"},
+    "mean": {"class_token": "none", "pool": "mean"},
+    "max": {"class_token": "none", "pool": "max"},
+    "last": {"class_token": "none", "pool": "last"},
+    "all": {"class_token": "none", "pool": "all"},
+    "layer norm": {"norm": "layer", "layer_scale": 0.5},
+    "rope": {"class_token": "none", "rope": True, "rope_residual": True, "img_size": 16, "rope_grid": 4},
+    "no positions": {"pos_embed": False},
+    "stride": {"patch_size": 4, "stride": 2},
+    "state 16": {"d_state": 16, "embed_dim": 64},
+    "state 8": {"d_state": 8},
+    "state 32": {"d_state": 32},
+    "state 64": {"d_state": 64},
+    "width 3": {"d_conv": 3},
+    "one patch": {"img_size": 4},
+    "longer than tiles": {"img_size": (60, 84), "d_state": 16, "embed_dim": 32},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gpu() -> None:
+    assert torch.cuda.is_available(), "these tests need a GPU that torch can use"
+    assert vimcore.cuda_is_available(), f"vimcore was built without CUDA: {vimcore.build_info()}"
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def run(model: vimcore.VisionMamba, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits of a network on CUDA; 16-bit types through autocast."""
+    with torch.no_grad(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        return model(images)
+
+
+def tiny(**options: Any) -> vimcore.VisionMamba:
+    """A network with the published channel count and state, on the GPU."""
+    torch.manual_seed(0)
+    options = {"img_size": 64, "embed_dim": 192, "depth": 4, "num_classes": 10, **options}
+    return vimcore.VisionMamba(**options).eval().to(CUDA)
+
+
+@pytest.mark.parametrize("dtype", sorted(TYPES))
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_agrees_with_the_cpu(name: str, dtype: str) -> None:
+    config = small(**NETWORKS[name])
+    kind, tolerance = TYPES[dtype]
+    model = build(config).eval()
+    images = images_for(config, 3)
+    with torch.no_grad():
+        double = build(config, dtype=torch.float64).eval()
+        truth, tokens = double(images), double.forward_features(images)
+    model.to(CUDA)
+    images = images.float().to(CUDA)
+    logits = run(model, images, kind)
+    assert logits.device.type == "cuda"
+    assert logits.dtype == kind
+    assert golden.relative(logits.cpu(), truth) < tolerance
+    with torch.no_grad():
+        features = model.forward_features(images.to(kind))  # 16-bit images without autocast
+        assert golden.relative(features.cpu(), tokens) < tolerance
+        maps = model.forward_intermediates(images)
+        wanted = double.forward_intermediates(images.double().cpu())
+    assert all(golden.relative(a.cpu(), b) < 1e-4 for a, b in zip(maps, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", sorted(TYPES))
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_golden(name: str, dtype: str) -> None:
+    g = golden.load(name)
+    kind, tolerance = TYPES[dtype]
+    model = build(g.config, g.weights).eval().to(CUDA)
+    assert golden.relative(run(model, g.input.to(CUDA), kind).cpu(), g.logits) < tolerance
+
+
+@pytest.mark.parametrize("dtype", sorted(TYPES))
+@pytest.mark.parametrize(
+    "name", ["vim_tiny_patch16_224", "vim_small_patch16_224", "vim_tiny_patch16_stride8_224"]
+)
+def test_published_sizes(name: str, dtype: str) -> None:
+    torch.manual_seed(0)
+    model = vimcore.create_model(name).eval()
+    kind, tolerance = TYPES[dtype]
+    images = torch.randn(2, 3, 224, 224)
+    found = run(model.to(CUDA), images.to(CUDA), kind).cpu()
+    with torch.no_grad():
+        truth = model.cpu().double()(images.double())
+    assert golden.relative(found, truth) < tolerance
+
+
+@pytest.mark.parametrize("dtype", sorted(TYPES))
+def test_same_bits_again_and_for_every_split_of_the_batch(dtype: str) -> None:
+    model, kind = tiny(), TYPES[dtype][0]
+    images = torch.randn(7, 3, 64, 64, device=CUDA)
+    logits = run(model, images, kind)
+    for _ in range(3):
+        assert torch.equal(run(model, images, kind), logits)
+    for sizes in ([1] * 7, [2, 5], [4, 3]):
+        parts = [run(model, part, kind) for part in images.split(sizes)]
+        assert torch.equal(torch.cat(parts), logits), sizes
+    assert run(model, images[:0], kind).shape == (0, 10)
+
+
+def test_runs_on_the_current_stream() -> None:
+    """Inputs that the stream has not made yet, and outputs that the stream reads at once."""
+    model, side = tiny(), torch.cuda.Stream()
+    images = torch.randn(4, 3, 64, 64, device=CUDA)
+    wanted = 2 * run(model, images, torch.float32)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        late = torch.zeros_like(images)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(images)
+        found = 2 * run(model, late, torch.float32)
+    side.synchronize()
+    assert torch.equal(found, wanted)
+
+
+def test_threads_with_streams_of_their_own() -> None:
+    model = tiny()
+    batches = [torch.randn(n, 3, 64, 64, device=CUDA) for n in (1, 2, 3, 4)]
+    wanted = [run(model, images, torch.bfloat16) for images in batches]
+    torch.cuda.synchronize()
+    found: list[list[Tensor]] = [[] for _ in batches]
+
+    def work(index: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                found[index].append(run(model, batches[index], torch.bfloat16))
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for outputs, truth in zip(found, wanted, strict=True):
+        assert len(outputs) == 20
+        assert all(torch.equal(output, truth) for output in outputs)
+
+
+@pytest.mark.parametrize("dtype", sorted(TYPES))
+@pytest.mark.parametrize("batch", [1, 5])
+def test_cuda_graph(batch: int, dtype: str) -> None:
+    """Captured once, replayed for other images, also after eager calls have used the same network."""
+    model, kind = tiny(), TYPES[dtype][0]
+    images = torch.randn(batch, 3, 64, 64, device=CUDA)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run(model, images, kind)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        logits = run(model, images, kind)
+    for seed in range(3):
+        generator = torch.Generator(CUDA).manual_seed(seed)
+        other = torch.randn(images.shape, device=CUDA, generator=generator)
+        wanted = run(model, other, kind)
+        run(model, torch.randn(2 * batch, 3, 64, 64, device=CUDA), kind)
+        images.copy_(other)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(logits, wanted)
+
+
+def test_weights_written_in_place_are_seen() -> None:
+    model = tiny()
+    images = torch.randn(2, 3, 64, 64, device=CUDA)
+    before = run(model, images, torch.bfloat16)
+    with torch.no_grad():
+        model.layers[1].mixer.in_proj.weight.mul_(1.5)
+    after = run(model, images, torch.bfloat16)
+    assert golden.relative(after, before) > 1e-3
+    with torch.no_grad():
+        model.layers[1].mixer.in_proj.weight.div_(1.5)
+    assert golden.relative(run(model, images, torch.bfloat16), before) < 1e-2
+
+
+def test_takes_no_more_memory_with_every_call() -> None:
+    model = tiny()
+    images = torch.randn(8, 3, 64, 64, device=CUDA)
+    for _ in range(3):
+        run(model, images, torch.bfloat16)
+    torch.cuda.synchronize()
+    free = torch.cuda.mem_get_info()[0]
+    for _ in range(50):
+        run(model, images, torch.bfloat16)
+    torch.cuda.synchronize()
+    assert torch.cuda.mem_get_info()[0] >= free
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 197, 1025])
+@pytest.mark.parametrize("state", [5, 8, 16, 32, 64])
+def test_scan_agrees_with_the_cpu(state: int, length: int) -> None:
+    batch, inner, rank = 2, 96, 3
+    torch.manual_seed(0)
+
+    def pair(*shape: int) -> list[Tensor]:
+        return [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
+
+    z = torch.randn(batch, length, inner, dtype=torch.float64)
+    u, q = pair(batch, length, inner), pair(batch, length, rank + 2 * state)
+    A_log, D = [t.abs() for t in pair(inner, state)], pair(inner)
+    weight, bias = pair(inner, rank), pair(inner)
+    truth = vimcore.ops.bidirectional_scan(z, u, q, A_log, D, weight, bias)
+    for kind, tolerance in TYPES.values():
+        half = [[t.to(CUDA, kind) for t in values] for values in ([z], u, q)]
+        wide = [[t.to(CUDA, torch.float32) for t in values] for values in (A_log, D, weight, bias)]
+        with torch.no_grad():
+            found = vimcore.ops.bidirectional_scan(half[0][0], half[1], half[2], *wide)
+        assert found.dtype == kind
+        assert golden.relative(found.cpu(), truth) < tolerance
+
+
+def test_operators_agree_with_the_cpu() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 37, 24, dtype=torch.float64)
+    residual, weight, bias = torch.randn_like(x), *torch.randn(2, 24, dtype=torch.float64)
+    taps, A = torch.randn(24, 4, dtype=torch.float64), -torch.rand(24, 16, dtype=torch.float64)
+    B, C = torch.randn(2, 2, 37, 16, dtype=torch.float64)
+    delta = torch.rand_like(x)
+
+    def outputs(dtype: torch.dtype, device: str) -> list[Tensor]:
+        wide = torch.promote_types(dtype, torch.float32)
+        x_, delta_, B_, C_ = (t.to(device, dtype) for t in (x, delta, B, C))
+        residual_, weight_, bias_, taps_, A_ = (t.to(device, wide) for t in (residual, weight, bias, taps, A))
+        with torch.no_grad():
+            return [
+                *vimcore.ops.rms_norm(x_, weight_, residual_),
+                *vimcore.ops.layer_norm(x_, weight_, bias_, residual_),
+                vimcore.ops.causal_conv1d(x_, taps_, bias_),
+                vimcore.ops.causal_conv1d(x_, taps_, None, None, reverse=True),
+                vimcore.ops.selective_scan(x_, delta_, A_, B_, C_, weight_, x_, bias_, True),
+                vimcore.ops.selective_scan(x_, delta_, A_, B_, C_, reverse=True),
+            ]
+
+    truth = outputs(torch.float64, "cpu")
+    for kind, tolerance in TYPES.values():
+        for found, wanted in zip(outputs(kind, "cuda"), truth, strict=True):
+            assert golden.relative(found.cpu(), wanted) < tolerance
+
+
+@pytest.mark.parametrize("dtype", sorted(TYPES))
+def test_block_agrees_with_the_cpu(dtype: str) -> None:
+    kind, tolerance = TYPES[dtype]
+    layer = tiny(depth=1).layers[0]
+    x, residual = torch.randn(2, 3, 50, 192, dtype=torch.float64)
+    with torch.no_grad():
+        found = vimcore.ops.vim_block(
+            x.to(CUDA, kind), dict(layer.named_parameters()), residual.float().to(CUDA)
+        )
+        truth = vimcore.ops.vim_block(x, dict(layer.cpu().double().named_parameters()), residual)
+    for a, b in zip(found, truth, strict=True):
+        assert golden.relative(a.cpu(), b) < tolerance
+
+
+def test_runtime(tmp_path: Path) -> None:
+    model = tiny()
+    model.save(tmp_path / "vim.safetensors")
+    images = torch.randn(11, 3, 64, 64).numpy()
+    wanted = vimcore.Runtime(tmp_path / "vim.safetensors")
+    found = vimcore.Runtime(tmp_path / "vim.safetensors", device="cuda")
+    for a, b in ((found(images), wanted(images)), (found.features(images), wanted.features(images))):
+        assert golden.relative(torch.from_numpy(a), torch.from_numpy(b)) < 1e-4
+
+
+class Foreign:
+    """An array of some other library on the GPU."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+
+def test_takes_arrays_of_other_libraries() -> None:
+    model, images = tiny(), torch.randn(2, 3, 64, 64, device=CUDA)
+    with torch.no_grad():
+        assert torch.equal(model(Foreign(images)), model(images))  # type: ignore[arg-type]
+
+
+def test_errors_name_what_does_not_fit() -> None:
+    model, images = tiny(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"images: expected .*cuda.*got .*cpu"):
+            model(images)
+        with pytest.raises(ValueError, match=r"images: expected .*f64 cuda"):
+            model(images.double().to(CUDA))
+        model.head.cpu()
+        with pytest.raises(ValueError, match=r"head\.weight.*cpu"):
+            model(images.to(CUDA))
+        x = torch.randn(1, 5, 8, device=CUDA)
+        with pytest.raises(ValueError, match=r"\[rms_norm\] weight: .*cpu"):
+            vimcore.ops.rms_norm(x, torch.ones(8))
+        with pytest.raises(ValueError, match=r"\[rms_norm\] x: .*f64"):
+            vimcore.ops.rms_norm(x.double(), torch.ones(8, device=CUDA))
+
+
+def test_training_says_that_it_is_not_there() -> None:
+    model, images = tiny(), torch.randn(1, 3, 64, 64, device=CUDA)
+    with pytest.raises(NotImplementedError, match=r"backward pass on cuda"):
+        model(images)
+    with pytest.raises(NotImplementedError, match=r"\[vim_block\]"):
+        vimcore.ops.vim_block(torch.randn(1, 5, 192, device=CUDA), dict(model.layers[0].named_parameters()))

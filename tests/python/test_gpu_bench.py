@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU benchmark in tests/gpu, tried out on the CPU: everything but what only a GPU can do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import vimcore
+from golden import relative
+
+TESTS = Path(__file__).resolve().parents[1]
+RATES = {  # of a fictional device with round numbers
+    "device": "none",
+    "sms": 100,
+    "sm_clock_per_s": 1e9,
+    "ex2_per_s": 2e12,
+    "ffma_per_s": 1.28e13,
+    "copy_bytes_per_s": 1e12,
+    "matmul_f32": 1e13,
+}
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, TESTS / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TESTS / "gpu/bench.py"), *options]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_published_steps_give_the_same_logits(dtype: torch.dtype, tolerance: float) -> None:
+    official = load("bench/vim_official.py")
+    model = vimcore.VisionMamba(img_size=48, embed_dim=32, depth=3, num_classes=7).to(dtype).eval()
+    peer = official.VimOfficial(48, 16, width=32, depth=3, num_classes=7).to(dtype)
+    peer.load_state_dict(model.state_dict())
+    images = torch.randn(3, 3, 48, 48, dtype=dtype)
+    with torch.no_grad():
+        assert relative(peer(images), model(images)) < tolerance
+        assert 1e-4 < relative(peer.cast(torch.bfloat16)(images.bfloat16()), model(images)) < 3e-2
+
+
+def test_floors_by_hand() -> None:
+    floors = load("gpu/floors.py")
+    rates, sizes = floors.Rates.of(RATES), floors.Sizes(batch=128, tokens=197, width=192)
+    tokens = 128 * 197
+    assert floors.scan(rates, sizes, 2) == pytest.approx(
+        {
+            "exp": tokens * 384 * 2 * 19 / 2e12,
+            "issue": tokens * 2 * 12 * (7 * 16 + 28) / 4e11,  # 12 warps of 32 channels
+            "memory": tokens * 2 * (4 * 384 + 2 * 44) / 1e12,
+        }
+    )
+    block = floors.block(rates, sizes, 4, "f32")
+    multiply_adds = 192 * 768 + 2 * 384 * 44 + 2 * 12 * 384 + 384 * 192
+    assert block["projections"] == pytest.approx(2 * tokens * multiply_adds / 1e13)
+    assert block["norm"] == pytest.approx(tokens * 192 * 16 / 1e12)
+    assert block["convolution"] == pytest.approx(tokens * 384 * 3 * 4 / 1e12)
+    assert floors.model(rates, sizes, 4, "f32") == pytest.approx(24 * sum(block.values()))
+
+
+def test_every_case_runs(tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text(json.dumps(RATES))
+    options = ("--device", "cpu", "--rates", "rates.json", "--rounds", "2", "--json", "report.json")
+    done = run(*options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+    assert (report["failed"], report["skipped"]) == ({}, [])
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["peer_kernels"] == {"scan": "torch", "conv": "torch", "norm": "torch"}
+    rows = {row["kind"]: row for row in report["rows"]}
+    assert set(rows) == {"scan", "block", "model", "latency", "error"}
+    for kind in ("scan", "block", "error"):
+        assert len(rows[kind]["error"]) == 2
+        assert all(0 < error < 1e-5 for error in rows[kind]["error"].values()), rows[kind]
+    assert set(rows["model"]["seconds"]) == {"vimcore", "official", "deit"}
+    assert "scaled_dot_product" in rows["model"]["attention"]
+    for name, rate in rows["model"]["images_per_second"].items():
+        assert rate == pytest.approx(2 / rows["model"]["seconds"][name])
+    assert rows["model"]["ratio"]["vimcore"] == 1
+    assert rows["model"]["share_of_floor"] == pytest.approx(
+        rows["model"]["floor"] / rows["model"]["seconds"]["vimcore"]
+    )
+    assert set(rows["latency"]["eager"]) == {"vimcore", "official", "deit"}
+
+    table = run("--table", "report.json", cwd=tmp_path)
+    assert table.stdout == done.stdout
+    for title in ("ex2", "Scan of both", "One block", "Images to logits", "One image", "Logits against"):
+        assert title in table.stdout
+
+
+def test_time_that_is_up(tmp_path: Path) -> None:
+    done = run(
+        "--device", "cpu", "--seconds", "0", "--only", "scan,error", "--json", "report.json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["rows"] == []
+    assert report["skipped"] == ["scan 2 32 5 f32", "error tiny 32 f32"]
+    assert "Skipped for lack of time:\n- scan 2 32 5 f32" in done.stdout
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rates").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "rates").chmod(0o755)
+    options = ("--device", "cpu", "--rates", "rates", "--only", "scan", "--json", "report.json")
+    done = run(*options, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Failed:\n- rates: RuntimeError: --rates rates: it failed" in done.stdout
+    assert "| (2, 32, 5) f32 |" in done.stdout  # the cases go on, without floors
+    if not torch.cuda.is_available():
+        assert "no GPU that torch can use" in run(cwd=tmp_path).stderr
+
+
+def test_peers_that_were_not_brought_along(tmp_path: Path) -> None:
+    peers = load("gpu/peers.py")
+    line = peers.build("selective_scan_cuda", tmp_path, tmp_path / "build")
+    assert "no mamba_ssm-*.tar.gz" in line
+    before = list(sys.path)
+    peers.add_to_path(tmp_path / "build")
+    assert sys.path == before
+
+
+def test_acceptance_script(tmp_path: Path) -> None:
+    script = str(TESTS / "gpu/acceptance.sh")
+    environment = {"PATH": "/usr/bin:/bin", "BUILD": str(tmp_path / "build")}
+
+    def status(*parts: str) -> tuple[int, str]:
+        done = subprocess.run(["bash", script, *parts], capture_output=True, text=True, env=environment)
+        return done.returncode, done.stdout + done.stderr
+
+    assert status("everything")[0] == 2
+    code, output = status("test", "bench")
+    assert code == 1
+    assert output.count("nothing is built") == 2
+    assert "FAILED: tests bench" in output

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host twins of the device-only part of cuda/device.cuh, with the checks of engine.h.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "engine.h"
+
+namespace vimcore::device {
+
+// ---- special functions: subnormals count as zero -------------------------------------------------------------------
+inline float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+inline float exp2(float x) { return flush(std::exp2(flush(x))); }
+inline float log2(float x) { return flush(std::log2(flush(x))); }
+inline float reciprocal(float x) { return flush(1.0f / flush(x)); }
+
+// ---- global memory -------------------------------------------------------------------------------------------------
+template <int N, class T>
+Vec<T, N> load(const T* from, shim::Where where = shim::Where::current())
+{
+    shim::check_alignment(from, sizeof(Vec<T, N>), "load", where);
+    Vec<T, N> value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+}
+template <int N, class T>
+void store(T* to, const Vec<T, N>& value, shim::Where where = shim::Where::current())
+{
+    shim::check_alignment(to, sizeof(value), "store", where);
+    std::memcpy(to, &value, sizeof(value));
+}
+
+// ---- shared memory
+// --------------------------------------------------------------------------------------------------- What s[i] is:
+// reads and writes go through the checks.
+template <class T>
+class Element {
+public:
+    explicit Element(T* at) : at_(at) {}
+    Element(const Element&) = default;
+    operator T() const
+    {
+        shim::read_shared(at_, sizeof(T));
+        return *at_;
+    }
+    const Element& operator=(T value) const
+    {
+        shim::write_shared(at_, sizeof(T));
+        *at_ = value;
+        return *this;
+    }
+    const Element& operator=(const Element& other) const { return *this = static_cast<T>(other); }
+    const Element& operator+=(T value) const { return *this = static_cast<T>(*this) + value; }
+    const Element& operator-=(T value) const { return *this = static_cast<T>(*this) - value; }
+    const Element& operator*=(T value) const { return *this = static_cast<T>(*this) * value; }
+
+private:
+    T* at_;
+};
+
+template <class T>
+class Shared {
+public:
+    static_assert(sizeof(T) >= 2 && std::is_trivially_copyable_v<T>);
+    Shared(T* data, int count) : data_(data), count_(count) {}
+    Element<T> operator[](int i) const { return Element<T>(address(i)); }
+    template <int N>
+    Vec<T, N> load(int i, shim::Where where = shim::Where::current()) const
+    {
+        const T* from = vector<N>(i, where);
+        shim::read_shared(from, sizeof(Vec<T, N>));
+        Vec<T, N> value;
+        std::memcpy(&value, from, sizeof(value));
+        return value;
+    }
+    template <int N>
+    void store(int i, const Vec<T, N>& value, shim::Where where = shim::Where::current()) const
+    {
+        T* to = vector<N>(i, where);
+        shim::write_shared(to, sizeof(value));
+        std::memcpy(to, &value, sizeof(value));
+    }
+    T* address(int i, int elements = 1) const
+    {
+        if (i < 0 || elements > count_ - i) shim::fail_index(i, elements, count_);
+        return data_ + i;
+    }
+
+private:
+    template <int N>
+    T* vector(int i, const shim::Where& where) const
+    {
+        T* at = address(i, N);
+        shim::check_alignment(at, sizeof(Vec<T, N>), "vector access to shared memory", where);
+        return at;
+    }
+
+    T* data_;
+    int count_;
+};
+
+template <class T>
+Shared<T> shared(int offset, int count, shim::Where where = shim::Where::current())
+{
+    auto* memory = shim::shared_memory(offset, static_cast<std::int64_t>(count) * static_cast<int>(sizeof(T)), where);
+    return Shared<T>(reinterpret_cast<T*>(memory), count);
+}
+
+template <int Bytes, class T>
+void cp_async(Shared<T> to, int index, const T* from, bool valid, shim::Where where = shim::Where::current())
+{
+    static_assert((Bytes == 4 || Bytes == 8 || Bytes == 16) && Bytes % sizeof(T) == 0);
+    T* const address = to.address(index, Bytes / static_cast<int>(sizeof(T)));
+    shim::check_alignment(address, Bytes, "cp_async to shared memory", where);
+    shim::check_alignment(from, Bytes, "cp_async from global memory", where);
+    shim::start_copy(address, valid ? from : nullptr, Bytes);
+}
+inline void cp_async_commit() { shim::commit_copies(); }
+template <int Pending>
+void cp_async_wait()
+{
+    static_assert(Pending >= 0);
+    shim::wait_copies(Pending);
+}
+
+// ---- between threads -----------------------------------------------------------------------------------------------
+inline void sync_block(shim::Where where = shim::Where::current()) { shim::block_barrier(where); }
+inline void sync_group(int id, int count, shim::Where where = shim::Where::current())
+{
+    shim::group_barrier(id, count, where);
+}
+inline void sync_warp(shim::Where where = shim::Where::current()) { shim::warp_barrier(where); }
+inline float shuffle_xor(float value, int mask, shim::Where where = shim::Where::current())
+{
+    return shim::shuffle_xor(value, mask, where);
+}
+
+}  // namespace vimcore::device

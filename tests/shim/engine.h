@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs a kernel on the host, thread by thread, and checks what a GPU does not: barriers that not everyone reaches,
+// shuffles without all lanes, shared memory out of bounds, conflicting accesses that no barrier orders, copies read too
+// early. What is wrong ends the launch with a Failure that names kernel, block and thread.
+//
+// Threads are fibers of one host thread, and blocks run one after the other, both in an order drawn from
+// VIMCORE_SHIM_SEED (0: the natural order). VIMCORE_SHIM_RACE=0 switches the race checks off.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "cuda_runtime.h"
+
+namespace vimcore::shim {
+
+using Where = std::source_location;  // the line of the kernel that calls
+
+class Failure : public std::runtime_error {
+public:
+    using std::runtime_error::runtime_error;
+};
+
+struct Launch {
+    std::string kernel;
+    dim3 grid, block;
+    std::size_t shared = 0;        // bytes of dynamic shared memory
+    std::function<void()> thread;  // what every thread runs
+};
+void run(const Launch& launch);
+
+void set_seed(std::uint64_t seed);
+void set_race_checks(bool on);
+
+template <class... T>
+std::string join(const T&... parts)
+{
+    std::ostringstream out;
+    (out << ... << parts);
+    return out.str();
+}
+
+// ---- called by threads of the running kernel -----------------------------------------------------------------------
+[[noreturn]] void fail(const std::string& what);
+std::string at(const Where& where);
+
+void block_barrier(const Where& where);
+void group_barrier(int id, int count, const Where& where);
+void warp_barrier(const Where& where);
+float shuffle_xor(float value, int mask, const Where& where);
+
+// Shared memory of the block; what was never written is made of signalling NaNs.
+std::byte* shared_memory(int offset, std::int64_t bytes, const Where& where);
+void read_shared(const void* address, std::size_t bytes);  // an access is about to happen
+void write_shared(const void* address, std::size_t bytes);
+
+// A copy to shared memory that happens when its group is waited for. from null: zeros.
+void start_copy(void* to, const void* from, std::size_t bytes);
+void commit_copies();
+void wait_copies(std::size_t pending);
+
+[[noreturn]] void fail_index(int index, int elements, int count);
+void check_alignment(const void* address, std::size_t bytes, const char* what, const Where& where);
+
+inline constexpr unsigned char poison[4] = {0xa0, 0x7f, 0xa0, 0x7f};  // a signalling NaN in float and in bfloat16
+void fill_poison(void* memory, std::size_t bytes);
+
+}  // namespace vimcore::shim

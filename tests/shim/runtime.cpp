@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+// The fake runtime: errors, devices, memory, launches. Device memory is host memory of exactly the size asked for.
+#include "runtime.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <map>
+
+#include "engine.h"
+
+namespace vimcore::shim {
+namespace {
+
+struct Allocation {
+    std::size_t bytes;
+    int device;
+};
+
+struct State {
+    std::map<std::uintptr_t, Allocation> memory;
+    std::map<const void*, std::size_t> shared;  // of kernels, from cudaFuncSetAttribute
+    std::size_t used = 0;
+    int architecture = 90, devices = 2;
+    bool foreign = false;
+    State()
+    {
+        if (const char* text = std::getenv("VIMCORE_SHIM_ARCH")) architecture = std::atoi(text);
+        if (const char* text = std::getenv("VIMCORE_SHIM_DEVICES")) devices = std::atoi(text);
+        if (const char* text = std::getenv("VIMCORE_SHIM_FOREIGN")) foreign = std::atoi(text) != 0;
+    }
+};
+State& state()
+{
+    static State& value = *new State;  // outlives everything that frees device memory
+    return value;
+}
+// cuBLASLt computes on a GPU only: vimcore is to use its own kernels.
+[[maybe_unused]] const int no_cublaslt = setenv("VIMCORE_CUBLASLT", "none", 0);
+
+std::atomic<std::int64_t> allocation_count, launch_count;
+
+thread_local cudaError_t last_error = cudaSuccess, explained = cudaSuccess;
+thread_local std::string explanation, message;
+thread_local int device_in_use = 0;
+thread_local const char* next_kernel = nullptr;
+
+// The allocation that holds the address, or null. state_lock() is held.
+const std::pair<const std::uintptr_t, Allocation>* find(const void* memory)
+{
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    auto next = state().memory.upper_bound(address);
+    if (next == state().memory.begin()) return nullptr;
+    --next;
+    return address < next->first + next->second.bytes ? &*next : nullptr;
+}
+
+cudaError_t check_range(const void* memory, std::size_t bytes, bool device, const char* name)
+{
+    const auto* allocation = find(memory);
+    if (!allocation && (!device || state().foreign)) return cudaSuccess;
+    if (!allocation || !device)
+        return error(cudaErrorInvalidValue, name, (device ? " is not device memory" : " is device memory"));
+    const std::size_t offset = reinterpret_cast<std::uintptr_t>(memory) - allocation->first;
+    if (bytes > allocation->second.bytes - offset)
+        return error(cudaErrorInvalidValue, name, ": ", bytes, " bytes at byte ", offset, " of an allocation of ",
+                     allocation->second.bytes);
+    return cudaSuccess;
+}
+
+cudaError_t check_copy(const void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind)
+{
+    const std::lock_guard lock(state_lock());
+    if (kind < cudaMemcpyHostToDevice || kind > cudaMemcpyDeviceToDevice) return error(cudaErrorInvalidValue, "kind");
+    if (const cudaError_t status = check_range(to, bytes, (kind & 1) != 0, "the destination")) return status;
+    return check_range(from, bytes, (kind & 2) != 0, "the source");
+}
+
+cudaError_t check_device(int device)
+{
+    if (device_count() == 0) return error(cudaErrorNoDevice, "VIMCORE_SHIM_DEVICES");
+    if (device >= 0 && device < device_count()) return cudaSuccess;
+    return error(cudaErrorInvalidDevice, "device ", device, " of ", device_count());
+}
+
+cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel)
+{
+    const dim3 grid = config.gridDim, block = config.blockDim;
+    const auto show = [](const dim3& d) { return join("(", d.x, ", ", d.y, ", ", d.z, ")"); };
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0)
+        return error(cudaErrorInvalidConfiguration, "empty grid ", show(grid));
+    if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+        return error(cudaErrorInvalidConfiguration, "grid ", show(grid), " is larger than (2147483647, 65535, 65535)");
+    if (block.x == 0 || block.y == 0 || block.z == 0)
+        return error(cudaErrorInvalidConfiguration, "empty block ", show(block));
+    if (block.x > 1024 || block.y > 1024 || block.z > 64 || std::uint64_t{block.x} * block.y * block.z > 1024)
+        return error(cudaErrorInvalidConfiguration, "block ", show(block), " has more than 1024 threads or 64 in z");
+    const std::lock_guard lock(state_lock());
+    const auto allowed = state().shared.find(kernel);
+    const std::size_t limit =
+        allowed == state().shared.end() ? 48 * 1024 : std::max<std::size_t>(48 * 1024, allowed->second);
+    if (config.dynamicSmemBytes > limit)
+        return error(cudaErrorInvalidValue, config.dynamicSmemBytes, " bytes of shared memory, the kernel may use ",
+                     limit, " (cudaFuncSetAttribute)");
+    if (config.numAttrs != 0) return error(cudaErrorInvalidValue, "launch attributes");
+    return cudaSuccess;
+}
+
+}  // namespace
+
+std::mutex& state_lock()
+{
+    static std::mutex lock;
+    return lock;
+}
+
+cudaError_t remember_error(cudaError_t code, std::string why)
+{
+    last_error = explained = code;
+    explanation = std::move(why);
+    return code;
+}
+
+int architecture() { return state().architecture; }
+std::size_t shared_limit()
+{
+    const int number = architecture();
+    return (number == 80 ? 163 : number == 86 || number == 89 || number == 120 ? 99 : 227) * std::size_t{1024};
+}
+void set_architecture(int number) { state().architecture = number; }
+int device_count() { return state().devices; }
+int current_device() { return device_in_use; }
+std::int64_t allocations() { return allocation_count; }
+std::int64_t launches() { return launch_count; }
+void name_kernel(const char* name) { next_kernel = name; }
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const char* type, std::function<void()> thread)
+{
+    std::string name = next_kernel ? next_kernel : type;
+    next_kernel = nullptr;
+    if (const cudaError_t status = check_device(device_in_use)) return status;
+    if (const cudaError_t status = check_launch(config, kernel)) return status;
+    return submit(config.stream, [launch = Launch{std::move(name), config.gridDim, config.blockDim,
+                                                  config.dynamicSmemBytes, std::move(thread)}] {
+        launch_count++;
+        run(launch);
+    });
+}
+
+}  // namespace vimcore::shim
+
+using namespace vimcore::shim;
+
+// ---- errors --------------------------------------------------------------------------------------------------------
+const char* cudaGetErrorName(cudaError_t code)
+{
+    switch (code) {
+#define VIMCORE_SHIM_NAME(name, value) \
+    case name:                         \
+        return #name;
+        VIMCORE_SHIM_ERRORS(VIMCORE_SHIM_NAME)
+    }
+    return "unrecognized error code";
+}
+const char* cudaGetErrorString(cudaError_t code)
+{
+    message = cudaGetErrorName(code);
+    if (code != cudaSuccess && code == explained) message += ": " + explanation;
+    return message.c_str();
+}
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+cudaError_t cudaPeekAtLastError() { return last_error; }
+
+// ---- devices -------------------------------------------------------------------------------------------------------
+cudaError_t cudaGetDeviceCount(int* count)
+{
+    *count = device_count();
+    return *count > 0 ? cudaSuccess : error(cudaErrorNoDevice, "VIMCORE_SHIM_DEVICES");
+}
+cudaError_t cudaGetDevice(int* device)
+{
+    *device = device_in_use;
+    return check_device(device_in_use);
+}
+cudaError_t cudaSetDevice(int device)
+{
+    if (const cudaError_t status = check_device(device)) return status;
+    device_in_use = device;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* to, int device)
+{
+    if (const cudaError_t status = check_device(device)) return status;
+    *to = {};
+    to->totalGlobalMem = device_memory;
+    to->major = architecture() / 10;
+    to->minor = architecture() % 10;
+    to->multiProcessorCount = 4;
+    std::snprintf(to->name, sizeof(to->name), "CPU shim, sm_%d", architecture());
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device)
+{
+    cudaDeviceProp p;
+    if (const cudaError_t status = cudaGetDeviceProperties(&p, device)) return status;
+    *value = attribute == cudaDevAttrComputeCapabilityMajor   ? p.major
+             : attribute == cudaDevAttrComputeCapabilityMinor ? p.minor
+             : attribute == cudaDevAttrMultiProcessorCount    ? p.multiProcessorCount
+                                                              : static_cast<int>(shared_limit());
+    return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version)
+{
+    *version = 13000;
+    return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+cudaError_t cudaMalloc(void** memory, std::size_t bytes)
+{
+    const std::lock_guard lock(state_lock());
+    if (const cudaError_t status = check_device(device_in_use)) return status;
+    if (const cudaError_t status = allow_unsafe("cudaMalloc")) return status;
+    allocation_count++;
+    *memory = nullptr;
+    if (bytes == 0) return cudaSuccess;
+    if (bytes > device_memory - state().used || posix_memalign(memory, 256, bytes))
+        return error(cudaErrorMemoryAllocation, bytes, " bytes");
+    fill_poison(*memory, bytes);
+    state().used += bytes;
+    state().memory[reinterpret_cast<std::uintptr_t>(*memory)] = {bytes, device_in_use};
+    return cudaSuccess;
+}
+cudaError_t cudaFree(void* memory)
+{
+    const std::lock_guard lock(state_lock());
+    if (const cudaError_t status = allow_unsafe("cudaFree")) return status;
+    if (!memory) return cudaSuccess;
+    const auto found = state().memory.find(reinterpret_cast<std::uintptr_t>(memory));
+    if (found == state().memory.end())
+        return error(cudaErrorInvalidValue, "cudaFree: not from cudaMalloc, or freed before");
+    state().used -= found->second.bytes;
+    state().memory.erase(found);
+    std::free(memory);
+    return cudaSuccess;
+}
+cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total)
+{
+    const std::lock_guard lock(state_lock());
+    *total = device_memory;
+    *free = device_memory - state().used;
+    return check_device(device_in_use);
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream)
+{
+    if (bytes == 0) return cudaSuccess;
+    if (const cudaError_t status = check_copy(to, from, bytes, kind)) return status;
+    return submit(stream, [=] { std::memcpy(to, from, bytes); });
+}
+cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind)
+{
+    {
+        const std::lock_guard lock(state_lock());
+        if (const cudaError_t status = allow_unsafe("cudaMemcpy")) return status;
+    }
+    return cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+}
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream)
+{
+    if (bytes == 0) return cudaSuccess;
+    {
+        const std::lock_guard lock(state_lock());
+        if (const cudaError_t status = check_range(memory, bytes, true, "the memory")) return status;
+    }
+    return submit(stream, [=] { std::memset(memory, value, bytes); });
+}
+cudaError_t cudaMemset(void* memory, int value, std::size_t bytes)
+{
+    {
+        const std::lock_guard lock(state_lock());
+        if (const cudaError_t status = allow_unsafe("cudaMemset")) return status;
+    }
+    return cudaMemsetAsync(memory, value, bytes, nullptr);
+}
+
+// ---- launches ------------------------------------------------------------------------------------------------------
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value)
+{
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value < 0 || static_cast<std::size_t>(value) > shared_limit())
+        return error(cudaErrorInvalidValue, value, " bytes of shared memory, a block may have ", shared_limit());
+    const std::lock_guard lock(state_lock());
+    state().shared[kernel] = static_cast<std::size_t>(value);
+    return cudaSuccess;
+}

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the parts of the fake runtime share, and what tests may ask it. Device memory is what cudaMalloc gave;
+// VIMCORE_SHIM_FOREIGN=1 accepts other memory as well.
+#pragma once
+
+#include <functional>
+#include <mutex>
+#include <string>
+
+#include "cuda_runtime.h"
+#include "engine.h"
+
+namespace vimcore::shim {
+
+int architecture();          // 90 unless VIMCORE_SHIM_ARCH says otherwise
+std::size_t shared_limit();  // bytes of shared memory that a block may ask for there
+void set_architecture(int number);
+int device_count();          // 2 unless VIMCORE_SHIM_DEVICES says otherwise
+std::int64_t allocations();  // calls of cudaMalloc so far
+std::int64_t launches();     // kernels run so far
+inline constexpr std::size_t device_memory = std::size_t{8} << 30;
+
+// Remembers the error and why it came; returns it.
+cudaError_t remember_error(cudaError_t code, std::string why);
+template <class... T>
+cudaError_t error(cudaError_t code, const T&... why)
+{
+    return remember_error(code, join(why...));
+}
+int current_device();
+std::mutex& state_lock();
+
+// An error for calls that may not be made while a stream is being captured, cudaSuccess otherwise. state_lock() is
+// held.
+cudaError_t allow_unsafe(const char* call);
+// Runs `work` as if queued on the stream, or adds it to the graph that the stream is being captured into.
+cudaError_t submit(cudaStream_t stream, std::function<void()> work);
+
+}  // namespace vimcore::shim
