@@ -11,19 +11,19 @@
 
 namespace vimcore::cuda {
 
-void norm_forward(Context& ctx, const NormForward& args);                      // norm.cu
-void conv1d_forward(Context& ctx, const Conv1d& args);                         // conv1d.cu
-void linear_forward(Context& ctx, std::span<const LinearForward> args);        // linear.cpp
-void scan_forward(Context& ctx, const Scan& args);                             // scan.cu
-void selective_scan_forward(Context& ctx, const SelectiveScan& args);          // scan.cu
-bool scan_forward_tuned(Context& ctx, const Scan& args);                       // scan_tuned.cu; false: not for these sizes
-void patches_forward(Context& ctx, const Patches& args);                       // embed.cu
-void tokens_forward(Context& ctx, const Tokens& args);                         // embed.cu
-void rope(Context& ctx, const Rope& args);                                     // embed.cu
-void readout_forward(Context& ctx, const Readout& args);                       // readout.cu
+void norm_forward(Context& ctx, const NormForward& args);                // norm.cu
+void conv1d_forward(Context& ctx, const Conv1d& args);                   // conv1d.cu
+void linear_forward(Context& ctx, std::span<const LinearForward> args);  // linear.cpp
+void scan_forward(Context& ctx, const Scan& args);                       // scan.cu
+void selective_scan_forward(Context& ctx, const SelectiveScan& args);    // scan.cu
+bool scan_forward_tuned(Context& ctx, const Scan& args);                 // scan_tuned.cu; false: not for these sizes
+void patches_forward(Context& ctx, const Patches& args);                 // embed.cu
+void tokens_forward(Context& ctx, const Tokens& args);                   // embed.cu
+void rope(Context& ctx, const Rope& args);                               // embed.cu
+void readout_forward(Context& ctx, const Readout& args);                 // readout.cu
 void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale);  // elementwise.cu
-void copy(Context& ctx, const Tensor& from, const Tensor& to);                 // elementwise.cu; converts types
-void fill_zero(Context& ctx, const Tensor& tensor);                            // elementwise.cu
+void copy(Context& ctx, const Tensor& from, const Tensor& to);  // elementwise.cu; converts types
+void fill_zero(Context& ctx, const Tensor& tensor);             // elementwise.cu
 void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out);  // elementwise.cu
 
 // y (m, n) = x (m, k) W (n, k)^T + bias, accumulated in float. ld: elements from row to row. `count` problems at

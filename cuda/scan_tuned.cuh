@@ -177,9 +177,13 @@ __device__ __forceinline__ TunedRows tuned_rows(int index, int tile, int tokens,
     return {reverse ? begin + count - 1 : begin, count};
 }
 
+// Blocks of a multiprocessor that registers must be left for: as many as fit without spills.
 template <class Shape>
-__global__ void __launch_bounds__(2 * scan_threads, Shape::states == 16 && sizeof(typename Shape::Type) == 2 ? 4 : 3)
-    scan_tuned(TunedScan<typename Shape::Type> a)
+inline constexpr int tuned_blocks =
+    Shape::states == 16 && Shape::thread_states != 4 && sizeof(typename Shape::Type) == 2 ? 4 : 3;
+
+template <class Shape>
+__global__ void __launch_bounds__(2 * scan_threads, tuned_blocks<Shape>) scan_tuned(TunedScan<typename Shape::Type> a)
 {
     using T = typename Shape::Type;
     using Copy = TunedCopy<Shape, T>;

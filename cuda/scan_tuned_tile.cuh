@@ -215,7 +215,7 @@ __device__ __forceinline__ void tile_delta(const TunedTile<Shape>& tile, int u_a
     for (int k = 0; k < wide; k++)
 #pragma unroll
         for (int s = 0; s < deep; s++) x[k][s] = bias[k];
-#pragma unroll (Shape::wide == 1 ? 2 : 4)
+#pragma unroll 4
     for (int r = 0; r < rank; r++) {
         const auto weight = tile.weight.template load<wide>(r * channels + wide * pair);
 #pragma unroll
@@ -292,7 +292,6 @@ template <class Shape>
 __device__ __forceinline__ void tile_finish(const TunedTile<Shape>& tile, int u_at, int rank,
                                             TunedFinish<typename Shape::Type> to, int count, int live, int thread)
 {
-    using T = typename Shape::Type;
     constexpr int wide = Shape::wide, deep = Shape::deep, channels = Shape::channels, vector = Shape::vector;
     const int pair = thread % Shape::pairs, c = wide * pair, s0 = thread / Shape::pairs * deep;
     live -= c;

@@ -100,8 +100,8 @@ void forward(Context& ctx, const Scan& a)
     Pass<T> pass[max_passes];
     for (Index p = 0; p < passes; p++) pass[p] = make_pass<T>(ctx, a, a.passes[static_cast<std::size_t>(p)]);
     // Passes that share tokens run one after the other in one task; passes over different tokens are independent.
-    const bool together = passes == 2 && pass[0].begin < pass[1].begin + pass[1].tokens &&
-                          pass[1].begin < pass[0].begin + pass[0].tokens;
+    const bool together =
+        passes == 2 && pass[0].begin < pass[1].begin + pass[1].tokens && pass[1].begin < pass[0].begin + pass[0].tokens;
     const Index groups = together ? 1 : passes;
     parallel_for(ctx.threads(), batch * blocks * groups, [&](Index task) {
         const Index b = task / groups / blocks, e0 = task / groups % blocks * forward_channels;

@@ -23,10 +23,7 @@ template <>
 inline constexpr DType dtype_of<double> = DType::f64;
 
 // The type of parameters, residual stream, states and statistics beside activations of `dtype`: at least float32.
-inline constexpr DType wide(DType dtype)
-{
-    return dtype == DType::f16 || dtype == DType::bf16 ? DType::f32 : dtype;
-}
+inline constexpr DType wide(DType dtype) { return dtype == DType::f16 || dtype == DType::bf16 ? DType::f32 : dtype; }
 
 struct Device {
     enum class Type : std::uint8_t { cpu, cuda };
