@@ -102,8 +102,12 @@ def reference_forward(config: dict[str, Any], w: Weights, image: Array) -> Array
 
 
 def _random_weights(config_json: str, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
-    """Weights of ordinary size, large enough for every path to matter in the logits."""
+    """Weights of ordinary size, large enough for every path to matter in the logits.
+
+    As at the published start of a training, deep networks add up small steps: errors do not multiply.
+    """
     weights = {}
+    step = json.loads(config_json)["depth"] ** -0.5
     for name, shape in _core.param_shapes(config_json):
         fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
         value = rng.normal(size=shape) * (1 / np.sqrt(fan_in) if len(shape) > 1 else 0.5)
@@ -111,6 +115,8 @@ def _random_weights(config_json: str, rng: np.random.Generator) -> dict[str, NDA
             value = np.log(rng.uniform(0.5, 8, size=shape))
         elif name.endswith(("norm.weight", "norm_f.weight", ".D", ".D_b")):
             value = rng.uniform(0.5, 1.5, size=shape)
+        elif name.endswith("out_proj.weight"):
+            value *= step
         weights[name] = value.astype(np.float32)
     return weights
 

@@ -84,7 +84,9 @@ __global__ void group_barrier(Fault fault)
         else if (fault == lanes)
             sync_group(1 + t / 16 % 2, 64);  // 16 lanes of every warp
         else if (fault == id)
-            sync_group(16 * half, 64);
+            sync_group(0, 64);
+        else if (fault == index)
+            sync_group(16, 64);
         else if (fault == mask)
             sync_group(1 + half, 48);
         else if (fault == elsewhere && t % 2)
@@ -128,7 +130,8 @@ void check_barriers()
     CHECK(has(failure(group_barrier, 128, 0, count), {"barrier 1 of", "others wait at it for"}));
     CHECK(has(failure(group_barrier, 64, 0, lanes), {"divergent barrier", "sync_group 1", "sync_group 2"}));
     CHECK(has(failure(group_barrier, 128, 0, lanes), {"barrier", "has 16 lanes of warp"}));
-    CHECK(has(failure(group_barrier, 128, 0, id), {"is not one of 1..15"}));
+    CHECK(has(failure(group_barrier, 128, 0, id), {"barrier 0 is not one of 1..15"}));
+    CHECK(has(failure(group_barrier, 128, 0, index), {"barrier 16 is not one of 1..15"}));
     CHECK(has(failure(group_barrier, 128, 0, mask), {"48 threads are not whole warps"}));
     CHECK(has(failure(group_barrier, 32, 0, none), {"64 threads are not whole warps of a block of 32"}));
     CHECK(has(failure(group_barrier, 128, 0, elsewhere), {"divergent barrier", "sync_group"}));
@@ -237,8 +240,59 @@ __global__ void halves()
     s[static_cast<int>(threadIdx.x)] += from_float<__nv_bfloat16>(1.0f);
 }
 
+// Two lanes read, then one of them writes; before, other warps may have read too, which a barrier ended.
+__global__ void two_lanes(bool both_warps)
+{
+    auto s = shared<float>(0, 1);
+    if (both_warps) {
+        (void)float{s[0]};
+        sync_group(1, 64);
+    }
+    if (threadIdx.x < 2) (void)float{s[0]};
+    if (threadIdx.x == 1) s[0] = 1.0f;
+}
+
+// The same memory as floats and as halves of them.
+__global__ void two_sizes(Order by)
+{
+    auto s = shared<float>(0, 2);
+    (void)float{s[0]};
+    order(by);
+    if (threadIdx.x == 63) shared<__half>(0, 4)[1] = from_float<__half>(1.0f);
+}
+__global__ void copy_then_halves(const float* from)
+{
+    auto s = shared<float>(0, 2);
+    cp_async<4>(s, 0, from, true);
+    cp_async_commit();
+    shared<__half>(0, 4)[2] = from_float<__half>(1.0f);
+    cp_async_wait<0>();
+}
+__global__ void first_word() { (void)float{shared<float>(0, 2)[0]}; }
+
+// Every warp writes its word twice.
+__global__ void own_words()
+{
+    auto s = shared<float>(0, 8);
+    const int w = static_cast<int>(threadIdx.x) / 32;
+    for (const unsigned lane : {0u, 1u}) {
+        if (threadIdx.x % 32 == lane) s[w ^ static_cast<int>(blockDim.x / 32 - 1)] = 1.0f;
+        sync_warp();
+    }
+}
+
 void check_races()
 {
+    // what blocks before have done is over, also that of warps that this one does not have
+    for (const unsigned threads : {256, 128, 32, 256}) CHECK(ends(failure(own_words, threads, 32)));
+    for (const bool both_warps : {false, true}) CHECK(has(failure(two_lanes, 64, 4, both_warps), {"race: "}));
+    CHECK(ends(failure(two_sizes, 64, 8, block)));
+    CHECK(has(failure(two_sizes, 64, 8, nothing), {"race: "}));
+    float* memory = nullptr;
+    CHECK(cudaMalloc(&memory, 4) == cudaSuccess);
+    CHECK(ends(failure(copy_then_halves, 1, 8, memory)));
+    CHECK(ends(failure(first_word, 1, 8)));
+    CHECK(cudaFree(memory) == cudaSuccess);
     for (const bool first : {false, true})
         for (const bool second : {false, true}) {
             const bool conflict = first || second;
@@ -302,9 +356,9 @@ __global__ void copies(const float* from, Fault fault)
     expect(t ^ 1, static_cast<float>(t ^ 1));
 }
 
-__global__ void vector_copies(const float* from, int to_index, int from_index)
+__global__ void vector_copies(const float* from, int to_index, int from_index, int count)
 {
-    auto s = shared<float>(0, 8);
+    auto s = shared<float>(0, count);
     cp_async<16>(s, to_index, from + from_index, true);
     cp_async_commit();
     cp_async_wait<0>();
@@ -338,11 +392,12 @@ void check_copies()
     CHECK(has(failure(copies, 32, 512, memory, ends_early), {"ends with copies that it has not waited for"}));
     const std::string neighbour = failure(copies, 32, 512, memory, elsewhere);
     CHECK(neighbour.starts_with("race: ") || neighbour.starts_with("copy under way: read"));
-    CHECK(ends(failure(vector_copies, 1, 32, memory, 4, 8)));
-    CHECK(has(failure(vector_copies, 1, 32, memory, 2, 8),
+    CHECK(ends(failure(vector_copies, 1, 32, memory, 4, 8, 8)));
+    CHECK(has(failure(vector_copies, 1, 32, memory, 2, 8, 8),
               {"cp_async to shared memory: address is not a multiple of 16"}));
-    CHECK(has(failure(vector_copies, 1, 32, memory, 4, 9), {"cp_async from global memory"}));
-    CHECK(has(failure(vector_copies, 1, 32, memory, 8, 8), {"index 8 (4 elements) of 8"}));
+    CHECK(has(failure(vector_copies, 1, 32, memory, 4, 9, 8), {"cp_async from global memory"}));
+    CHECK(has(failure(vector_copies, 1, 32, memory, 8, 8, 8), {"index 8 (4 elements) of 8"}));
+    CHECK(has(failure(vector_copies, 1, 32, memory, 4, 8, 7), {"index 4 (4 elements) of 7"}));
     shim::set_race_checks(false);
     CHECK(ends(failure(early, 1, 4, memory)));
     shim::set_race_checks(true);

@@ -29,7 +29,9 @@ void Races::refine()
         const std::uint32_t readers = to.readers;
         to = from;
         to.readers = readers;
-        if (from.reader == many && from.read_tick == epoch_) readers_of(to) = readers_[from.readers];
+        if (from.reader != many || from.read_tick != epoch_) continue;
+        const Readers copy = readers_[from.readers];  // readers_of may move them all
+        readers_of(to) = copy;
     }
     for (Word& word : words_[2]) word.write_tick = 0;  // later kernels must not find copies under way here
 }
