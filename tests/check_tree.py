@@ -16,7 +16,7 @@ FORBIDDEN = {
     "cpp/include/vimcore": r"^(?!vimcore/)(?!/)(?!std)[a-z_/]+\.h$|cuda|torch|nlohmann|nanobind|Python\.h",
     "cpp/src": r"\.cu|cuda_|torch|kernels\.h|simd\.h|-inl\.h",
     "cpp/cpu": r"cuda|torch|model\.h|network\.h",
-    "cpp/tools": r"(^|/)(json|arena|backend|network|weight_cache|kernels|simd\w*|isa|threads)\.h$|-inl\.h$|cuda",
+    "cpp/tools": r"(^|/)(json|arena|backend|network|weight_cache|kernels|simd\w*|isa)\.h$|-inl\.h$|cuda",
     "cuda": r"cpp/cpu|/cpu/|model\.h|network\.h|torch",
     "python/src": r"torch|/cpu/|arena\.h|backend\.h",
 }

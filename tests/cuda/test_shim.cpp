@@ -276,8 +276,8 @@ __global__ void own_words()
     auto s = shared<float>(0, 8);
     const int w = static_cast<int>(threadIdx.x) / 32;
     for (const unsigned lane : {0u, 1u}) {
-        if (threadIdx.x % 32 == lane) s[w ^ static_cast<int>(blockDim.x / 32 - 1)] = 1.0f;
         sync_warp();
+        if (threadIdx.x % 32 == lane) s[w ^ static_cast<int>(blockDim.x / 32 - 1)] = 1.0f;
     }
 }
 
