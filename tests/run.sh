@@ -7,11 +7,10 @@ venv=${VIMCORE_VENV:-.venv}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 python="$venv/bin/python"
 "$python" -m pip install --quiet --upgrade pip
-"$python" -m pip install --quiet --constraint tests/constraints.txt '.[test,bench]' cmake ninja
-PATH="$PWD/$venv/bin:$PATH"
-[ "${venv#/}" = "$venv" ] || PATH="$venv/bin:$PATH"
+"$python" -m pip install --quiet --constraint tests/constraints.txt '.[test,bench]' cmake nanobind ninja
+PATH="$(cd "$venv/bin" && pwd):$PATH"
 
-cmake --preset release -G Ninja >/dev/null
+cmake --preset release -G Ninja -DPython_EXECUTABLE="$(command -v python)" >/dev/null
 cmake --build --preset release
 ctest --preset release
 # From another folder, so that the installed package is tested and not the source tree.
