@@ -16,14 +16,14 @@
 #include <tuple>
 
 #include "json.h"
+#include "safetensors_format.h"
 #include "vimcore/error.h"
 
 namespace vimcore {
 namespace {
 
-constexpr std::size_t max_header = 100000000;  // the format's own limit
-constexpr std::size_t max_tensors = 1000000;
-constexpr std::size_t max_name = 4096;
+using namespace safetensors;
+
 constexpr int max_depth = 16;
 
 struct Entry {
@@ -32,17 +32,6 @@ struct Entry {
     std::optional<Shape> shape;
     std::optional<std::uint64_t> begin, end;
 };
-
-std::optional<DType> dtype_from(const std::string& name)
-{
-    static constexpr std::pair<const char*, DType> table[] = {
-        {"F32", DType::f32}, {"F64", DType::f64}, {"F16", DType::f16},     {"BF16", DType::bf16}, {"I64", DType::i64},
-        {"I32", DType::i32}, {"I16", DType::i16}, {"I8", DType::i8},       {"U64", DType::u64},   {"U32", DType::u32},
-        {"U16", DType::u16}, {"U8", DType::u8},   {"BOOL", DType::boolean}};
-    for (const auto& [text, dtype] : table)
-        if (name == text) return dtype;
-    return std::nullopt;
-}
 
 std::int64_t read_size(json::Reader& reader)
 {

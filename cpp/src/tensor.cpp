@@ -14,6 +14,7 @@ std::size_t size_of(DType dtype)
         case DType::f64:
         case DType::i64:
         case DType::u64:
+        case DType::c64:
             return 8;
         case DType::f32:
         case DType::i32:
@@ -27,6 +28,10 @@ std::size_t size_of(DType dtype)
         case DType::i8:
         case DType::u8:
         case DType::boolean:
+        case DType::f8_e4m3:
+        case DType::f8_e4m3fnuz:
+        case DType::f8_e5m2:
+        case DType::f8_e5m2fnuz:
             return 1;
     }
     return 1;
@@ -34,8 +39,9 @@ std::size_t size_of(DType dtype)
 
 const char* name_of(DType dtype)
 {
-    static constexpr const char* names[] = {"f32", "f64", "f16", "bf16", "i64", "i32", "i16",
-                                            "i8",  "u64", "u32", "u16",  "u8",  "bool"};
+    static constexpr const char* names[dtype_count] = {
+        "f32", "f64", "f16", "bf16", "i64",     "i32",         "i16",     "i8",          "u64",
+        "u32", "u16", "u8",  "bool", "f8_e4m3", "f8_e4m3fnuz", "f8_e5m2", "f8_e5m2fnuz", "c64"};
     return names[static_cast<int>(dtype)];
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -145,6 +146,11 @@ Counts run_pictures(
         }
     }
     return counts;
+}
+
+bool all_finite(const float* values, std::int64_t count)
+{
+    return std::all_of(values, values + count, [](float value) { return std::isfinite(value); });
 }
 
 int exit_status(const Counts& counts)

@@ -1,40 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
 // Files: safetensors, images and their preprocessing.
+#include <complex>
 #include <cstring>
 
 #include "convert.h"
+#include "float_types.h"
 
 namespace vimcore::python {
 
 namespace {
+
+std::vector<std::size_t> shape_of(const Tensor& tensor) { return {tensor.shape.begin(), tensor.shape.end()}; }
 
 // A numpy array of its own with the bytes of `tensor`, which may be misaligned.
 template <class T>
 nb::object copy_out(const Tensor& tensor)
 {
     T* data = nullptr;
-    const auto count = static_cast<std::size_t>(tensor.numel());
-    data = new T[count ? count : 1];
-    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-    if (count) std::memcpy(data, tensor.data, tensor.bytes());
-    std::vector<std::size_t> shape(tensor.shape.begin(), tensor.shape.end());
-    return nb::cast(nb::ndarray<nb::numpy, T>(data, shape.size(), shape.data(), owner));
+    auto out = make_numpy<T>(shape_of(tensor), &data);
+    if (tensor.numel() > 0) std::memcpy(data, tensor.data, tensor.bytes());
+    return nb::cast(out);
 }
 
-nb::object copy_bf16(const Tensor& tensor)  // numpy has no bfloat16: widened to float32, which is exact
+nb::object widened(const Tensor& tensor)  // float types that numpy lacks, as float32, which is exact
 {
     float* data = nullptr;
-    const auto count = static_cast<std::size_t>(tensor.numel());
-    data = new float[count ? count : 1];
-    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
-    for (std::size_t i = 0; i < count; i++) {
-        std::uint16_t half;
-        std::memcpy(&half, tensor.as<char>() + 2 * i, 2);
-        const std::uint32_t bits = std::uint32_t{half} << 16;
-        std::memcpy(data + i, &bits, 4);
-    }
-    std::vector<std::size_t> shape(tensor.shape.begin(), tensor.shape.end());
-    return nb::cast(nb::ndarray<nb::numpy, float>(data, shape.size(), shape.data(), owner));
+    auto out = make_numpy<float>(shape_of(tensor), &data);
+    to_float(tensor, data);
+    return nb::cast(out);
 }
 
 nb::object to_numpy(const Tensor& tensor)
@@ -63,7 +56,13 @@ nb::object to_numpy(const Tensor& tensor)
         case DType::boolean:
             return copy_out<bool>(tensor);
         case DType::bf16:
-            return copy_bf16(tensor);
+        case DType::f8_e4m3:
+        case DType::f8_e4m3fnuz:
+        case DType::f8_e5m2:
+        case DType::f8_e5m2fnuz:
+            return widened(tensor);
+        case DType::c64:
+            return copy_out<std::complex<float>>(tensor);
         case DType::f16:
             return copy_out<std::uint16_t>(tensor).attr("view")("float16");
     }

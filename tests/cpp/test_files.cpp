@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <csignal>
 #include <cstdint>
 #include <cstdlib>
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "check.h"
+#include "float_types.h"
 #include "json.h"
 #include "vimcore/config.h"
 #include "vimcore/error.h"
@@ -312,20 +314,47 @@ void test_safetensors_types()
     std::mt19937 generator(11);
     for (unsigned char& byte : bytes) byte = static_cast<unsigned char>(generator());
     std::vector<std::pair<std::string, Tensor>> tensors;
-    for (int i = 0; i <= static_cast<int>(DType::boolean); ++i) {
+    for (int i = 0; i < dtype_count; ++i) {
         const auto dtype = static_cast<DType>(i);
         tensors.emplace_back(name_of(dtype), Tensor{bytes.data(), {2, 3}, dtype, {}});
         tensors.emplace_back(std::string(name_of(dtype)) + ".one", Tensor{bytes.data(), {}, dtype, {}});
     }
     save_safetensors(path, tensors, {});
     const SafetensorsFile file = SafetensorsFile::open(path);
-    CHECK(file.tensors().size() == 26);
+    CHECK(file.tensors().size() == 2 * dtype_count);
     for (const auto& [name, tensor] : tensors) {
         const Tensor* found = file.find(name);
         CHECK(found && found->dtype == tensor.dtype && found->shape == tensor.shape);
         CHECK(found && std::memcmp(found->data, tensor.data, tensor.bytes()) == 0);
         CHECK(found && reinterpret_cast<std::uintptr_t>(found->data) % size_of(tensor.dtype) == 0);
     }
+}
+
+// Floats of 8 bits by the numbers of their definitions; all of both widths against each other where one holds the
+// other.
+void test_float_types()
+{
+    std::vector<unsigned char> bytes(256);
+    for (std::size_t i = 0; i < 256; i++) bytes[i] = static_cast<unsigned char>(i);
+    const auto values = [&](DType dtype) {
+        std::vector<float> out(256);
+        to_float({bytes.data(), {256}, dtype, {}}, out.data());
+        return out;
+    };
+    const std::vector<float> e4m3 = values(DType::f8_e4m3), e5m2 = values(DType::f8_e5m2),
+                             e4m3fnuz = values(DType::f8_e4m3fnuz), e5m2fnuz = values(DType::f8_e5m2fnuz);
+    CHECK(e4m3[0x38] == 1 && e4m3[0x7e] == 448 && e4m3[1] == 0x1p-9f && e4m3[0xb8] == -1 && std::isnan(e4m3[0xff]));
+    CHECK(e5m2[0x3c] == 1 && e5m2[0x7b] == 57344 && e5m2[1] == 0x1p-16f && std::isinf(e5m2[0x7c]));
+    CHECK(std::isnan(e5m2[0xff]) && e5m2[0xfc] == -e5m2[0x7c]);
+    CHECK(e4m3fnuz[0x40] == 1 && e4m3fnuz[0x7f] == 240 && e4m3fnuz[1] == 0x1p-10f && std::isnan(e4m3fnuz[0x80]));
+    CHECK(e5m2fnuz[0x40] == 1 && e5m2fnuz[0x7f] == 57344 && e5m2fnuz[1] == 0x1p-17f && std::isnan(e5m2fnuz[0x80]));
+    std::vector<unsigned char> halves(512, 0);  // e5m2 is the upper byte of f16
+    for (std::size_t i = 0; i < 256; i++) halves[2 * i + 1] = static_cast<unsigned char>(i);
+    std::vector<float> wide(256);
+    to_float({halves.data(), {256}, DType::f16, {}}, wide.data());
+    for (std::size_t i = 0; i < 256; i++) CHECK(e5m2[i] == wide[i] || (std::isnan(e5m2[i]) && std::isnan(wide[i])));
+    CHECK(contains(message_of<std::invalid_argument>([&] { values(DType::c64); }), "c64"));
+    CHECK(contains(message_of<std::invalid_argument>([&] { values(DType::u8); }), "u8"));
 }
 
 void test_safetensors_files()
@@ -615,6 +644,7 @@ int main()
     test_safetensors_damage();
     test_safetensors_stream();
     test_safetensors_types();
+    test_float_types();
     test_safetensors_files();
     test_config_json();
     test_config_tokens();
