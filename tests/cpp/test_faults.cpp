@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What goes wrong outside: many threads on one model, files replaced while they are read, full disks, a kill in the
 // middle of a save, networks larger than the machine.
-#include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -11,11 +10,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
-#include <functional>
 #include <limits>
 #include <random>
 #include <stdexcept>
@@ -25,48 +20,12 @@
 
 #include "arena.h"
 #include "check.h"
+#include "files.h"
 #include "vimcore/vimcore.h"
 
 using namespace vimcore;
-namespace fs = std::filesystem;
 
 namespace {
-
-struct Folder {
-    fs::path path;
-    Folder()
-    {
-        std::string name = (fs::temp_directory_path() / "vimcore-test-XXXXXX").string();
-        if (!::mkdtemp(name.data())) throw std::runtime_error("no temporary folder");
-        path = name;
-    }
-    ~Folder()
-    {
-        std::error_code ignored;
-        fs::remove_all(path, ignored);
-    }
-    std::string file(const char* name) const { return (path / name).string(); }
-    std::size_t entries() const { return static_cast<std::size_t>(std::distance(fs::directory_iterator(path), {})); }
-};
-
-std::string message_of(const std::function<void()>& run)
-{
-    try {
-        run();
-    } catch (const Error& error) {
-        return error.what();
-    } catch (const std::exception& error) {
-        return std::string("WRONG TYPE: ") + error.what();
-    }
-    return "NOTHING THROWN";
-}
-
-bool contains(const std::string& text, const std::string& part)
-{
-    if (text.find(part) != std::string::npos) return true;
-    std::printf("'%s' is not in '%s'\n", part.c_str(), text.c_str());
-    return false;
-}
 
 Config small()
 {
@@ -222,7 +181,7 @@ void test_full_disk()
     for (const rlim_t limit : {rlim_t{0}, rlim_t{5}, rlim_t{50}, rlim_t{4096}, rlim_t{4 * numbers}}) {
         const struct rlimit now{limit, before.rlim_max};
         ::setrlimit(RLIMIT_FSIZE, &now);
-        const std::string message = message_of([&] { save_numbers(path, 2); });
+        const std::string message = message_of<Error>([&] { save_numbers(path, 2); });
         ::setrlimit(RLIMIT_FSIZE, &before);
         CHECK(contains(message, "a.safetensors: cannot write: File too large"));
         CHECK(whole_value(path) == 1);
@@ -329,13 +288,13 @@ void test_larger_than_the_machine()
     const auto model = Model::load(path);
     const std::string machine = ", this machine has " + std::to_string(machine_bytes());
     for (const std::int64_t batch : {std::int64_t{100000000}, std::int64_t{1} << 62}) {
-        const std::string message = message_of([&] { Session(model, {.max_batch = batch, .threads = 1}); });
+        const std::string message = message_of<Error>([&] { Session(model, {.max_batch = batch, .threads = 1}); });
         CHECK(contains(message, "[session] batches of " + std::to_string(batch) + " images: needs " +
                                     std::to_string(forward_bytes(model->config(), batch)) + " bytes of memory" +
                                     machine));
     }
     // A position table for 2^30 tokens.
-    const std::string message = message_of([&] { Model::load(path, Device::cpu(), 1 << 18, 1 << 18); });
+    const std::string message = message_of<Error>([&] { Model::load(path, Device::cpu(), 1 << 18, 1 << 18); });
     CHECK(contains(message, "[load] " + path + ": needs 1374"));
     CHECK(contains(message, machine));
 
@@ -346,7 +305,7 @@ void test_larger_than_the_machine()
     const std::vector<float> one(1);
     save_safetensors(path, {{"head.bias", {const_cast<float*>(one.data()), {1}, DType::f32, {}}}},
                      {{"vimcore.config", config.to_json()}});
-    CHECK(contains(message_of([&] { Model::load(path); }), "the tensors do not fit vimcore.config"));
+    CHECK(contains(message_of<Error>([&] { Model::load(path); }), "the tensors do not fit vimcore.config"));
 
     config = {};
     config.img_height = config.img_width = 1 << 16;
