@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "vimcore/tensor.h"
 
+#include <charconv>
 #include <stdexcept>
 #include <utility>
 
@@ -48,6 +49,19 @@ const char* name_of(DType dtype)
 std::string to_string(Device device)
 {
     return device.type == Device::Type::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
+Device device_from(const std::string& text)
+{
+    if (text == "cpu") return Device::cpu();
+    if (text == "cuda") return Device::cuda();
+    if (text.starts_with("cuda:")) {
+        int index = -1;
+        const char* const last = text.data() + text.size();
+        const auto [end, error] = std::from_chars(text.data() + 5, last, index);
+        if (error == std::errc() && end == last && index >= 0) return Device::cuda(index);
+    }
+    throw std::invalid_argument("device: expected \"cpu\", \"cuda\" or \"cuda:N\", got \"" + text + '"');
 }
 
 Shape::Shape(std::initializer_list<std::int64_t> sizes) : Shape(sizes.begin(), static_cast<int>(sizes.size())) {}

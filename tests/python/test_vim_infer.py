@@ -364,6 +364,21 @@ def test_features_skip_bad_pictures(weights: Path, pictures: Path, tmp_path: Pat
     assert os.listdir(tmp_path) == [out.name]
 
 
+def test_features_on_a_full_disk(weights: Path, pictures: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the old file stays whole, nothing is left behind."""
+    out = tmp_path / "features.safetensors"
+    command = ["features", "--weights", weights, "--out", out, "--tokens", pictures / "a.b"]
+    assert run(*command).returncode == 0
+    before = out.read_bytes()
+    limited = ["-c", 'ulimit -f 1 && exec "$@"', "sh", BINARY, *map(str, command)]
+    done = subprocess.run(["bash", *limited], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "features.safetensors: cannot write: File too large" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert out.read_bytes() == before
+    assert os.listdir(tmp_path) == [out.name]
+
+
 # ---- info, bench -------------------------------------------------------------------------------------------
 
 
@@ -477,6 +492,23 @@ def test_networks_that_do_not_classify_pictures(
 ) -> None:
     path = save(tmp_path / "m.safetensors", **options)
     done = run("predict", "--weights", path, pictures)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threads", "1000000"], "threads: expected 0 to 1024, got 1000000"),
+        (["--batch", "1000000000"], "bytes of memory, this machine has"),
+        (["--img-size", "1000000"], "bytes of memory, this machine has"),
+        (["--img-size", "1000000000"], "img_size height: expected 1 to 1048576"),
+    ],
+)
+def test_more_than_the_machine(options: list[str], message: str, weights: Path, pictures: Path) -> None:
+    """Refused before any work, with what is needed."""
+    done = run("predict", "--weights", weights, *options, pictures / "a.b")
     assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

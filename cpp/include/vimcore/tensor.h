@@ -56,6 +56,7 @@ struct Device {
     bool operator==(const Device&) const = default;
 };
 std::string to_string(Device device);
+Device device_from(const std::string& text);  // "cpu", "cuda" or "cuda:N"; else std::invalid_argument
 
 // Sizes of a tensor, outermost first; at most 8 of them.
 class Shape {
