@@ -85,4 +85,14 @@ void to_float(const Tensor& from, float* out)
     }
 }
 
+void read_floats(const SafetensorsFile& file, const Tensor& tensor, float* out)
+{
+    if (tensor.dtype == DType::f32) return file.copy(tensor, out);
+    const Buffer bytes(tensor.bytes());
+    Tensor stored = tensor;
+    stored.data = bytes.data();
+    file.copy(tensor, stored.data);
+    to_float(stored, out);
+}
+
 }  // namespace vimcore

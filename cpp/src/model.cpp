@@ -152,11 +152,11 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device,
         const Tensor& from = *file.find(name);
         if (name == "pos_embed" && resized) {
             std::vector<float> table(static_cast<std::size_t>(from.numel()));
-            to_float(from, table.data());
+            read_floats(file, from, table.data());
             table = resize_positions(table, stored, model->config_);
             std::copy(table.begin(), table.end(), host + at);
         } else {
-            to_float(from, host + at);
+            read_floats(file, from, host + at);
         }
         tensor.data = base + at;
         at += room(shape);

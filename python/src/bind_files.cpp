@@ -12,59 +12,60 @@ namespace {
 
 std::vector<std::size_t> shape_of(const Tensor& tensor) { return {tensor.shape.begin(), tensor.shape.end()}; }
 
-// A numpy array of its own with the bytes of `tensor`, which may be misaligned.
+// A numpy array of its own with the bytes of `tensor`.
 template <class T>
-nb::object copy_out(const Tensor& tensor)
+nb::object copy_out(const SafetensorsFile& file, const Tensor& tensor)
 {
     T* data = nullptr;
     auto out = make_numpy<T>(shape_of(tensor), &data);
-    if (tensor.numel() > 0) std::memcpy(data, tensor.data, tensor.bytes());
+    file.copy(tensor, data);
     return nb::cast(out);
 }
 
-nb::object widened(const Tensor& tensor)  // float types that numpy lacks, as float32, which is exact
+// Float types that numpy lacks, as float32, which is exact.
+nb::object widened(const SafetensorsFile& file, const Tensor& tensor)
 {
     float* data = nullptr;
     auto out = make_numpy<float>(shape_of(tensor), &data);
-    to_float(tensor, data);
+    read_floats(file, tensor, data);
     return nb::cast(out);
 }
 
-nb::object to_numpy(const Tensor& tensor)
+nb::object to_numpy(const SafetensorsFile& file, const Tensor& tensor)
 {
     switch (tensor.dtype) {
         case DType::f32:
-            return copy_out<float>(tensor);
+            return copy_out<float>(file, tensor);
         case DType::f64:
-            return copy_out<double>(tensor);
+            return copy_out<double>(file, tensor);
         case DType::i64:
-            return copy_out<std::int64_t>(tensor);
+            return copy_out<std::int64_t>(file, tensor);
         case DType::i32:
-            return copy_out<std::int32_t>(tensor);
+            return copy_out<std::int32_t>(file, tensor);
         case DType::i16:
-            return copy_out<std::int16_t>(tensor);
+            return copy_out<std::int16_t>(file, tensor);
         case DType::i8:
-            return copy_out<std::int8_t>(tensor);
+            return copy_out<std::int8_t>(file, tensor);
         case DType::u64:
-            return copy_out<std::uint64_t>(tensor);
+            return copy_out<std::uint64_t>(file, tensor);
         case DType::u32:
-            return copy_out<std::uint32_t>(tensor);
+            return copy_out<std::uint32_t>(file, tensor);
         case DType::u16:
-            return copy_out<std::uint16_t>(tensor);
+            return copy_out<std::uint16_t>(file, tensor);
         case DType::u8:
-            return copy_out<std::uint8_t>(tensor);
+            return copy_out<std::uint8_t>(file, tensor);
         case DType::boolean:
-            return copy_out<bool>(tensor);
+            return copy_out<bool>(file, tensor);
         case DType::bf16:
         case DType::f8_e4m3:
         case DType::f8_e4m3fnuz:
         case DType::f8_e5m2:
         case DType::f8_e5m2fnuz:
-            return widened(tensor);
+            return widened(file, tensor);
         case DType::c64:
-            return copy_out<std::complex<float>>(tensor);
+            return copy_out<std::complex<float>>(file, tensor);
         case DType::f16:
-            return copy_out<std::uint16_t>(tensor).attr("view")("float16");
+            return copy_out<std::uint16_t>(file, tensor).attr("view")("float16");
     }
     throw Error("[safetensors] unknown type");
 }
@@ -73,7 +74,7 @@ nb::tuple read_safetensors(const std::string& path)
 {
     const SafetensorsFile file = SafetensorsFile::open(path);
     nb::dict tensors, metadata;
-    for (const auto& [name, tensor] : file.tensors()) tensors[name.c_str()] = to_numpy(tensor);
+    for (const auto& [name, tensor] : file.tensors()) tensors[name.c_str()] = to_numpy(file, tensor);
     for (const auto& [key, value] : file.metadata()) metadata[key.c_str()] = value;
     return nb::make_tuple(tensors, metadata);
 }

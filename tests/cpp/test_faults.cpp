@@ -11,6 +11,9 @@
 #include <csignal>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
+#include <functional>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <stdexcept>
@@ -169,6 +172,56 @@ void test_model_replaced_while_loading()
     CHECK(seen[0] > 0 && seen[1] > 0);
 }
 
+// In place, as `cp` does it: what is read after that is an error, neither torn numbers nor a bus error.
+void test_overwritten_while_reading()
+{
+    const Folder folder;
+    const std::string path = folder.file("a.safetensors");
+    std::vector<float> read(static_cast<std::size_t>(numbers));
+    const auto after = [&](const std::function<void()>& change) {
+        save_numbers(path, 1);
+        const SafetensorsFile file = SafetensorsFile::open(path);
+        file.copy(*file.find("a"), read.data());
+        CHECK(read.front() == 1 && read.back() == 1);
+        std::this_thread::sleep_for(std::chrono::milliseconds(30));  // clocks of file systems are coarse
+        change();
+        return message_of<Error>([&] { file.copy(*file.find("a"), read.data()); });
+    };
+    const auto in_place = [&](std::ios::openmode mode, std::size_t size) {
+        std::fstream(path, std::ios::binary | std::ios::out | mode) << std::string(size, 'x');
+    };
+    CHECK(contains(after([&] { in_place(std::ios::in, 5000); }), "a.safetensors: was overwritten while it was read"));
+    CHECK(contains(after([&] { in_place(std::ios::app, 1); }), "a.safetensors: was overwritten while it was read"));
+    CHECK(contains(after([&] { in_place(std::ios::trunc, 4096); }), "a.safetensors: became shorter while it was read"));
+    CHECK(contains(after([&] { save_numbers(path, 2); }), "NOTHING THROWN"));  // renamed over: still the old one
+    CHECK(read.front() == 1 && read.back() == 1);
+
+    // A writer and a loader at the same time.
+    const std::string network = folder.file("m.safetensors");
+    save_network(network, small(), 1);
+    std::ifstream whole(network, std::ios::binary);
+    const std::string bytes{std::istreambuf_iterator<char>(whole), {}};
+    std::atomic<bool> done{false};
+    std::thread writer([&] {
+        while (!done) {
+            std::ofstream file(network, std::ios::binary);
+            file << bytes.substr(0, bytes.size() / 2) << std::flush << bytes.substr(bytes.size() / 2);
+        }
+    });
+    int loaded = 0, refused = 0;
+    for (int i = 0; i < 300 || (refused == 0 && i < 100000); i++) {
+        try {
+            Model::load(network);
+            loaded++;
+        } catch (const Error&) {
+            refused++;
+        }
+    }
+    done = true;
+    writer.join();
+    CHECK(refused > 0 && loaded + refused >= 300);
+}
+
 // A limit on the size of files stands for a full disk, at every stage of the file.
 void test_full_disk()
 {
@@ -324,6 +377,7 @@ int main()
     test_many_threads_one_model();
     test_replaced_while_reading();
     test_model_replaced_while_loading();
+    test_overwritten_while_reading();
     test_plan_against_arenas();
     test_larger_than_the_machine();
     return check_failures();
