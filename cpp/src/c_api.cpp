@@ -3,7 +3,6 @@
 // a wrong one is an error and one that another thread destroys meanwhile lives on until the call ends.
 #include "vimcore/c_api.h"
 
-#include <charconv>
 #include <cstring>
 #include <exception>
 #include <map>
@@ -140,20 +139,6 @@ T* given(const char* op, const char* name, T* pointer)
     return pointer;
 }
 
-vimcore::Device parse_device(const char* text)
-{
-    const std::string device = text ? text : "cpu";
-    if (device == "cpu") return vimcore::Device::cpu();
-    if (device == "cuda") return vimcore::Device::cuda(0);
-    if (device.rfind("cuda:", 0) == 0) {
-        int index = -1;
-        const char* end = device.c_str() + device.size();
-        const auto [stop, error] = std::from_chars(device.c_str() + 5, end, index);
-        if (error == std::errc() && stop == end && index >= 0) return vimcore::Device::cuda(index);
-    }
-    throw std::invalid_argument("[model] device: expected \"cpu\", \"cuda\" or \"cuda:N\", got \"" + device + '"');
-}
-
 vimcore::DType parse_dtype(const char* text)
 {
     const std::string dtype = text ? text : "f32";
@@ -201,7 +186,8 @@ vimcore_status vimcore_model_load(const char* path, const char* device, int64_t 
             throw std::invalid_argument("[model] img_height and img_width: expected 0 or more, got " +
                                         std::to_string(img_height) + " and " + std::to_string(img_width));
         auto loaded = std::make_shared<vimcore_model>();
-        loaded->model = vimcore::Model::load(path, parse_device(device), img_height, img_width);
+        loaded->model =
+            vimcore::Model::load(path, vimcore::device_from(device ? device : "cpu"), img_height, img_width);
         const vimcore::Config& config = loaded->model->config();
         loaded->labels = vimcore::labels_of(config, loaded->model->metadata());
         loaded->preprocess = vimcore::preprocess_of(config, loaded->model->metadata());

@@ -7,6 +7,11 @@
 #include "backend.h"
 
 namespace vimcore {
+namespace {
+
+constexpr int max_threads = 1024;  // more than that is a slip, and would take the machine's memory
+
+}  // namespace
 
 Context::Context(Device device, int threads)
     : device_(device), threads_(1), backend_(&backend_of(device)), arena_(std::make_unique<Arena>(device))
@@ -38,8 +43,9 @@ void Context::hold_memory(bool hold) { arena_->hold(hold); }
 
 void Context::set_threads(int threads)
 {
-    if (threads < 0)
-        throw std::invalid_argument("[context] threads: expected 0 or more, got " + std::to_string(threads));
+    if (threads < 0 || threads > max_threads)
+        throw std::invalid_argument("[context] threads: expected 0 to " + std::to_string(max_threads) + ", got " +
+                                    std::to_string(threads));
     threads_ = threads == 0 ? backend_->default_threads() : threads;
 }
 

@@ -2,10 +2,10 @@
 // Model: a network loaded from a vimcore file.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <set>
 
 #include "backend.h"
+#include "float_types.h"
 #include "vimcore/error.h"
 #include "vimcore/model.h"
 #include "vimcore/plan.h"
@@ -14,46 +14,6 @@
 namespace vimcore {
 
 namespace {
-
-float from_half(std::uint16_t bits)
-{
-    const std::uint32_t sign = (bits & 0x8000u) << 16, exponent = (bits >> 10) & 31u, mantissa = bits & 0x3ffu;
-    if (exponent == 0) {  // zero or subnormal
-        const float value = std::ldexp(static_cast<float>(mantissa), -24);
-        return sign ? -value : value;
-    }
-    const std::uint32_t wide = exponent == 31 ? 0x7f800000u | mantissa << 13 : (exponent + 112) << 23 | mantissa << 13;
-    float value;
-    const std::uint32_t word = sign | wide;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-
-// Any float type, aligned or not, to float32.
-void to_float(const Tensor& from, float* out)
-{
-    if (from.dtype == DType::f32) {
-        if (from.numel() > 0) std::memcpy(out, from.data, from.bytes());
-        return;
-    }
-    const auto* bytes = static_cast<const unsigned char*>(from.data);
-    for (std::int64_t i = 0; i < from.numel(); i++) {
-        if (from.dtype == DType::f64) {
-            double value;
-            std::memcpy(&value, bytes + 8 * i, 8);
-            out[i] = static_cast<float>(value);
-        } else {
-            std::uint16_t bits;
-            std::memcpy(&bits, bytes + 2 * i, 2);
-            if (from.dtype == DType::f16) {
-                out[i] = from_half(bits);
-            } else {
-                const std::uint32_t word = static_cast<std::uint32_t>(bits) << 16;
-                std::memcpy(out + i, &word, 4);
-            }
-        }
-    }
-}
 
 // Weights of the four taps around a sample, cubic convolution with a = -0.75 (as torch's bicubic interpolation).
 void cubic_taps(double fraction, double (&weight)[4])
@@ -164,7 +124,7 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device,
             faults += "\n  missing " + name + " " + to_string(shape);
         } else if (!(tensor->shape == shape)) {
             faults += "\n  misshapen " + name + ": expected " + to_string(shape) + ", got " + to_string(tensor->shape);
-        } else if (tensor->dtype > DType::bf16) {
+        } else if (!is_float(tensor->dtype)) {
             faults += "\n  " + name + ": expected a float type, got " + name_of(tensor->dtype);
         }
     });
@@ -192,11 +152,11 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device,
         const Tensor& from = *file.find(name);
         if (name == "pos_embed" && resized) {
             std::vector<float> table(static_cast<std::size_t>(from.numel()));
-            to_float(from, table.data());
+            read_floats(file, from, table.data());
             table = resize_positions(table, stored, model->config_);
             std::copy(table.begin(), table.end(), host + at);
         } else {
-            to_float(from, host + at);
+            read_floats(file, from, host + at);
         }
         tensor.data = base + at;
         at += room(shape);

@@ -16,14 +16,14 @@
 #include <tuple>
 
 #include "json.h"
+#include "safetensors_format.h"
 #include "vimcore/error.h"
 
 namespace vimcore {
 namespace {
 
-constexpr std::size_t max_header = 100000000;  // the format's own limit
-constexpr std::size_t max_tensors = 1000000;
-constexpr std::size_t max_name = 4096;
+using namespace safetensors;
+
 constexpr int max_depth = 16;
 
 struct Entry {
@@ -32,17 +32,6 @@ struct Entry {
     std::optional<Shape> shape;
     std::optional<std::uint64_t> begin, end;
 };
-
-std::optional<DType> dtype_from(const std::string& name)
-{
-    static constexpr std::pair<const char*, DType> table[] = {
-        {"F32", DType::f32}, {"F64", DType::f64}, {"F16", DType::f16},     {"BF16", DType::bf16}, {"I64", DType::i64},
-        {"I32", DType::i32}, {"I16", DType::i16}, {"I8", DType::i8},       {"U64", DType::u64},   {"U32", DType::u32},
-        {"U16", DType::u16}, {"U8", DType::u8},   {"BOOL", DType::boolean}};
-    for (const auto& [text, dtype] : table)
-        if (name == text) return dtype;
-    return std::nullopt;
-}
 
 std::int64_t read_size(json::Reader& reader)
 {
@@ -165,42 +154,84 @@ void check_ranges(const std::vector<Entry>& entries, std::uint64_t data_size)
         throw Error(std::to_string(data_size - at) + " bytes of data after the last tensor belong to none");
 }
 
-std::uint64_t header_length(const unsigned char* bytes)
+std::uint64_t claimed_length(const unsigned char* bytes)
 {
     std::uint64_t length = 0;
     for (int i = 7; i >= 0; --i) length = length << 8 | bytes[i];
+    return length;
+}
+
+std::uint64_t header_length(const unsigned char* bytes)
+{
+    const std::uint64_t length = claimed_length(bytes);
     if (length > max_header) throw Error("header of " + std::to_string(length) + " bytes is longer than 100 MB");
     return length;
 }
 
 std::string reason() { return std::strerror(errno); }
 
+[[noreturn]] void fail(const std::string& name, const std::string& what)
+{
+    throw Error("[safetensors] " + json::printable(name, 1000) + ": " + what);
+}
+
 }  // namespace
 
 struct SafetensorsFile::Mapping {
+    std::string path;
+    int descriptor = -1;
+    struct stat status{};  // when it was opened
     void* address = nullptr;
     std::size_t size = 0;
     Buffer memory;  // instead, of a stream
     ~Mapping()
     {
         if (address) ::munmap(address, size);
+        if (descriptor >= 0) ::close(descriptor);
+    }
+
+    void read(void* out, std::size_t bytes, std::size_t at) const
+    {
+        for (std::size_t done = 0; done < bytes;) {
+            const ::ssize_t got =
+                ::pread(descriptor, static_cast<char*>(out) + done,
+                        std::min<std::size_t>(bytes - done, std::size_t{1} << 30), static_cast<::off_t>(at + done));
+            if (got < 0 && errno == EINTR) continue;
+            if (got < 0) fail(path, "cannot read: " + reason());
+            if (got == 0) fail(path, "became shorter while it was read");
+            done += static_cast<std::size_t>(got);
+        }
+    }
+
+    void check_unchanged() const
+    {
+        struct stat now;
+        if (::fstat(descriptor, &now) != 0) fail(path, "cannot stat: " + reason());
+        if (now.st_size != status.st_size || now.st_mtim.tv_sec != status.st_mtim.tv_sec ||
+            now.st_mtim.tv_nsec != status.st_mtim.tv_nsec)
+            fail(path, "was overwritten while it was read");
     }
 };
 
 SafetensorsFile SafetensorsFile::parse(const void* bytes, std::size_t size, const std::string& name)
 {
-    const auto* base = static_cast<const unsigned char*>(bytes);
+    return parse(static_cast<const unsigned char*>(bytes), bytes, size, name);
+}
+
+SafetensorsFile SafetensorsFile::parse(const unsigned char* head, const void* base, std::size_t size,
+                                       const std::string& name)
+{
     SafetensorsFile file;
     try {
         if (size < 8) throw Error("file of " + std::to_string(size) + " bytes has no header");
-        const std::uint64_t length = header_length(base);
+        const std::uint64_t length = header_length(head);
         if (length > size - 8)
             throw Error("header of " + std::to_string(length) + " bytes is longer than the file (truncated?)");
 
         std::vector<Entry> entries;
         bool has_metadata = false;
         std::string key;
-        json::Reader reader({reinterpret_cast<const char*>(base) + 8, static_cast<std::size_t>(length)}, max_depth);
+        json::Reader reader({reinterpret_cast<const char*>(head) + 8, static_cast<std::size_t>(length)}, max_depth);
         reader.begin_object();
         while (reader.next_key(key, max_name)) {
             if (key == "__metadata__") {
@@ -220,54 +251,68 @@ SafetensorsFile SafetensorsFile::parse(const void* bytes, std::size_t size, cons
         reader.finish();
         check_ranges(entries, size - 8 - length);
 
-        auto* data =
-            const_cast<unsigned char*>(base) + 8 + length;  // a Tensor has no read-only form; users must not write
+        // A Tensor has no read-only form; users must not write.
+        auto* data = static_cast<unsigned char*>(const_cast<void*>(base)) + 8 + length;
         file.tensors_.reserve(entries.size());
         for (Entry& entry : entries)
             file.tensors_.emplace_back(std::move(entry.name),
                                        Tensor{data + *entry.begin, *entry.shape, *entry.dtype, Device::cpu()});
     } catch (const Error& error) {
-        throw Error("[safetensors] " + json::printable(name, 1000) + ": " + error.what());
+        fail(name, error.what());
     } catch (const json::ParseError& error) {
-        throw Error("[safetensors] " + json::printable(name, 1000) + ": header: " + error.what());
+        fail(name, std::string("header: ") + error.what());
     }
     return file;
 }
 
 SafetensorsFile SafetensorsFile::open(const std::string& path)
 {
-    const auto fail = [&](const std::string& what) {
-        throw Error("[safetensors] " + json::printable(path, 1000) + ": " + what);
-    };
-    // O_NONBLOCK: opening a named pipe must not hang.
-    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (descriptor < 0) fail("cannot open: " + reason());
-    struct Closer {
-        int descriptor;
-        ~Closer() { ::close(descriptor); }
-    } closer{descriptor};
-    struct stat status;
-    if (::fstat(descriptor, &status) != 0) fail("cannot stat: " + reason());
-    if (!S_ISREG(status.st_mode)) fail("not a regular file");
-
     auto mapping = std::make_shared<Mapping>();
-    if (status.st_size > 0) {
-        const auto size = static_cast<std::size_t>(status.st_size);
-        void* address = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, descriptor, 0);
-        if (address == MAP_FAILED) fail("cannot map: " + reason());
+    mapping->path = path;
+    // O_NONBLOCK: opening a named pipe must not hang.
+    mapping->descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (mapping->descriptor < 0) fail(path, "cannot open: " + reason());
+    if (::fstat(mapping->descriptor, &mapping->status) != 0) fail(path, "cannot stat: " + reason());
+    if (!S_ISREG(mapping->status.st_mode)) fail(path, "not a regular file");
+    const auto size = static_cast<std::size_t>(mapping->status.st_size);
+    if (size > 0) {
+        void* address = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, mapping->descriptor, 0);
+        if (address == MAP_FAILED) fail(path, "cannot map: " + reason());
         mapping->address = address;
         mapping->size = size;
     }
-    SafetensorsFile file = parse(mapping->address, mapping->size, path);
+    // The header is read, not mapped: a file that is cut meanwhile would be a bus error.
+    Buffer head(8);
+    auto* bytes = static_cast<unsigned char*>(head.data());
+    mapping->read(bytes, std::min<std::size_t>(size, 8), 0);
+    if (size >= 8) {
+        const std::uint64_t length = claimed_length(bytes);
+        if (length <= max_header && length <= size - 8) {
+            head = Buffer(8 + static_cast<std::size_t>(length));
+            bytes = static_cast<unsigned char*>(head.data());
+            mapping->read(bytes, head.bytes(), 0);
+        }
+    }
+    mapping->check_unchanged();
+    SafetensorsFile file = parse(bytes, mapping->address, size, path);
     file.mapping_ = std::move(mapping);
     return file;
 }
 
+void SafetensorsFile::copy(const Tensor& tensor, void* out) const
+{
+    if (tensor.numel() == 0) return;
+    if (!mapping_ || mapping_->descriptor < 0) {
+        std::memcpy(out, tensor.data, tensor.bytes());
+        return;
+    }
+    const auto at = tensor.as<unsigned char>() - static_cast<unsigned char*>(mapping_->address);
+    mapping_->read(out, tensor.bytes(), static_cast<std::size_t>(at));
+    mapping_->check_unchanged();
+}
+
 SafetensorsFile SafetensorsFile::read(std::istream& stream, const std::string& name)
 {
-    const auto fail = [&](const std::string& what) {
-        throw Error("[safetensors] " + json::printable(name, 1000) + ": " + what);
-    };
     Buffer memory(std::size_t{1} << 16);
     std::size_t size = 0;
     const auto take = [&](std::size_t most) {
@@ -278,7 +323,7 @@ SafetensorsFile SafetensorsFile::read(std::istream& stream, const std::string& n
     try {
         if (size == 8) header_length(static_cast<const unsigned char*>(memory.data()));
     } catch (const Error& error) {
-        fail(error.what());
+        fail(name, error.what());
     }
     while (stream) {  // memory grows with what arrives: a short stream that claims much costs little
         if (size == memory.bytes()) {
@@ -288,7 +333,7 @@ SafetensorsFile SafetensorsFile::read(std::istream& stream, const std::string& n
         }
         take(memory.bytes() - size);
     }
-    if (stream.bad()) fail("cannot read the stream");
+    if (stream.bad()) fail(name, "cannot read the stream");
     SafetensorsFile file = parse(memory.data(), size, name);
     file.mapping_ = std::make_shared<Mapping>();
     file.mapping_->memory = std::move(memory);

@@ -12,6 +12,7 @@
 #include <stdexcept>
 
 #include "json.h"
+#include "safetensors_format.h"
 #include "vimcore/error.h"
 #include "vimcore/safetensors.h"
 
@@ -20,41 +21,7 @@ namespace {
 
 using Named = std::pair<std::string, Tensor>;
 
-constexpr std::size_t max_header = 100000000;
-constexpr std::size_t max_name = 4096;
-
-const char* format_name(DType dtype)
-{
-    switch (dtype) {
-        case DType::f32:
-            return "F32";
-        case DType::f64:
-            return "F64";
-        case DType::f16:
-            return "F16";
-        case DType::bf16:
-            return "BF16";
-        case DType::i64:
-            return "I64";
-        case DType::i32:
-            return "I32";
-        case DType::i16:
-            return "I16";
-        case DType::i8:
-            return "I8";
-        case DType::u64:
-            return "U64";
-        case DType::u32:
-            return "U32";
-        case DType::u16:
-            return "U16";
-        case DType::u8:
-            return "U8";
-        case DType::boolean:
-            return "BOOL";
-    }
-    throw std::invalid_argument("[save_safetensors] unknown dtype");
-}
+using namespace safetensors;
 
 void check_names(const std::vector<Named>& tensors)
 {
@@ -91,7 +58,7 @@ std::string make_header(const std::vector<const Named*>& tensors, const std::map
     for (const Named* named : tensors) {
         const Tensor& tensor = named->second;
         key(named->first);
-        header += std::string("{\"dtype\":\"") + format_name(tensor.dtype) + "\",\"shape\":[";
+        header += "{\"dtype\":\"" + format_name(tensor.dtype) + "\",\"shape\":[";
         for (int axis = 0; axis < tensor.shape.rank(); ++axis) {
             if (axis > 0) header += ',';
             header += std::to_string(tensor.shape[axis]);

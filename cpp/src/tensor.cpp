@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "vimcore/tensor.h"
 
+#include <charconv>
 #include <stdexcept>
 #include <utility>
 
@@ -14,6 +15,7 @@ std::size_t size_of(DType dtype)
         case DType::f64:
         case DType::i64:
         case DType::u64:
+        case DType::c64:
             return 8;
         case DType::f32:
         case DType::i32:
@@ -27,6 +29,10 @@ std::size_t size_of(DType dtype)
         case DType::i8:
         case DType::u8:
         case DType::boolean:
+        case DType::f8_e4m3:
+        case DType::f8_e4m3fnuz:
+        case DType::f8_e5m2:
+        case DType::f8_e5m2fnuz:
             return 1;
     }
     return 1;
@@ -34,14 +40,28 @@ std::size_t size_of(DType dtype)
 
 const char* name_of(DType dtype)
 {
-    static constexpr const char* names[] = {"f32", "f64", "f16", "bf16", "i64", "i32", "i16",
-                                            "i8",  "u64", "u32", "u16",  "u8",  "bool"};
+    static constexpr const char* names[dtype_count] = {
+        "f32", "f64", "f16", "bf16", "i64",     "i32",         "i16",     "i8",          "u64",
+        "u32", "u16", "u8",  "bool", "f8_e4m3", "f8_e4m3fnuz", "f8_e5m2", "f8_e5m2fnuz", "c64"};
     return names[static_cast<int>(dtype)];
 }
 
 std::string to_string(Device device)
 {
     return device.type == Device::Type::cpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
+Device device_from(const std::string& text)
+{
+    if (text == "cpu") return Device::cpu();
+    if (text == "cuda") return Device::cuda();
+    if (text.starts_with("cuda:")) {
+        int index = -1;
+        const char* const last = text.data() + text.size();
+        const auto [end, error] = std::from_chars(text.data() + 5, last, index);
+        if (error == std::errc() && end == last && index >= 0) return Device::cuda(index);
+    }
+    throw std::invalid_argument("device: expected \"cpu\", \"cuda\" or \"cuda:N\", got \"" + text + '"');
 }
 
 Shape::Shape(std::initializer_list<std::int64_t> sizes) : Shape(sizes.begin(), static_cast<int>(sizes.size())) {}

@@ -1,5 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // vim-infer features: what the network knows of each picture, for search, clustering or another classifier.
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
 #include <stdexcept>
 
 #include "commands.h"
@@ -36,6 +41,14 @@ std::string json_list(const std::vector<std::string>& names)
     return text + "]";
 }
 
+// A long run must not end with a folder that is not there.
+void check_folder(const std::string& out)
+{
+    const std::filesystem::path folder = std::filesystem::path(out).parent_path();
+    if (::access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0)
+        throw std::runtime_error(out + ": cannot write: " + std::strerror(errno));
+}
+
 }  // namespace
 
 int features(const std::vector<std::string>& words)
@@ -58,38 +71,40 @@ int features(const std::vector<std::string>& words)
     if (options.images.empty()) throw UsageError("no pictures given");
     if (out.empty()) throw UsageError("the argument --out is required");
 
+    check_folder(out);
     const Network network = load_network(options);
     const vimcore::Config& config = network.model->config();
     const std::int64_t batch = batch_of(options, config), length = config.tokens(), width = config.embed_dim;
     vimcore::Session session(network.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
     vimcore::Context cpu(vimcore::Device::cpu(), 1);
-    std::vector<float> tokens(static_cast<std::size_t>(batch * length * width)), rows;
+    const std::int64_t row = all_tokens ? length * width : width;
+    std::vector<float> tokens(static_cast<std::size_t>(batch * length * width)), pooled, kept;
+    if (!all_tokens) pooled.resize(static_cast<std::size_t>(batch * width));
     std::vector<std::string> names;
     vimcore::Readout readout = readout_of(config);
 
     const auto compute = [&](const float* pixels, std::int64_t count) {
         session.features(pixels, count, tokens.data());
-        const std::size_t at = rows.size();
-        if (all_tokens) {
-            rows.insert(rows.end(), tokens.begin(), tokens.begin() + count * length * width);
-            return;
-        }
-        rows.resize(at + static_cast<std::size_t>(count * width));
+        if (all_tokens) return;
         readout.x = {tokens.data(), {count, length, width}, vimcore::DType::f32, {}};
-        readout.out = {rows.data() + at, {count, width}, vimcore::DType::f32, {}};
+        readout.out = {pooled.data(), {count, width}, vimcore::DType::f32, {}};
         vimcore::readout_forward(cpu, readout);
     };
     const auto emit = [&](const std::string& path, const std::string&, std::int64_t position) -> std::string {
-        if (position >= 0) names.push_back(path);
+        if (position < 0) return {};
+        const float* from = (all_tokens ? tokens : pooled).data() + position * row;
+        if (!all_finite(from, row)) return not_finite;
+        kept.insert(kept.end(), from, from + row);
+        names.push_back(path);
         return {};
     };
     const Counts counts = run_pictures(options, network, find_images(options.images), compute, emit);
     const int status = exit_status(counts);
-    if (names.empty()) throw std::runtime_error("no picture could be read, so nothing is written to " + out);
+    if (names.empty()) throw std::runtime_error("no picture gave features, so nothing is written to " + out);
 
     const auto count = static_cast<std::int64_t>(names.size());
     const vimcore::Shape shape = all_tokens ? vimcore::Shape{count, length, width} : vimcore::Shape{count, width};
-    vimcore::save_safetensors(out, {{"features", {rows.data(), shape, vimcore::DType::f32, {}}}},
+    vimcore::save_safetensors(out, {{"features", {kept.data(), shape, vimcore::DType::f32, {}}}},
                               {{"vimcore.images", json_list(names)}});
     if (json)
         print("{\"written\": " + json_text(out) + ", \"images\": " + std::to_string(count) +

@@ -66,6 +66,7 @@ int run(const std::vector<std::string>& words)
 int main(int count, char** words)
 {
     std::signal(SIGPIPE, SIG_IGN);  // writing says so too
+    std::signal(SIGXFSZ, SIG_IGN);
     try {
         const int status = run({words + (count > 0), words + count});
         vim_infer::flush();

@@ -121,8 +121,7 @@ int predict(const std::vector<std::string>& words)
     const auto emit = [&](const std::string& path, const std::string& error, std::int64_t position) -> std::string {
         std::string what = error;
         const float* row = logits.data() + (position < 0 ? 0 : static_cast<std::size_t>(position) * classes);
-        if (position >= 0 && !std::all_of(row, row + classes, [](float x) { return std::isfinite(x); }))
-            what = "the network gives values that are not finite; its weights are damaged";
+        if (position >= 0 && !all_finite(row, session.outputs())) what = not_finite;
         if (what.empty())
             print(format.json ? json_line(format, path, network.labels, row, classes)
                               : table(format, path, network.labels, row, classes));

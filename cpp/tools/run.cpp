@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -33,17 +34,11 @@ void parse_size(const std::string& text, std::int64_t& height, std::int64_t& wid
 
 vimcore::Device parse_device(const std::string& text)
 {
-    if (text == "cpu") return vimcore::Device::cpu();
-    int index = 0;
-    std::string_view rest = text;
-    if (rest.starts_with("cuda")) {
-        rest.remove_prefix(4);
-        if (rest.empty()) return vimcore::Device::cuda();
-        const auto [end, error] = std::from_chars(rest.data() + 1, rest.data() + rest.size(), index);
-        if (rest[0] == ':' && error == std::errc() && end == rest.data() + rest.size() && index >= 0)
-            return vimcore::Device::cuda(index);
+    try {
+        return vimcore::device_from(text);
+    } catch (const std::invalid_argument& error) {
+        throw UsageError(std::string("argument --") + error.what());
     }
-    throw UsageError("argument --device: expected cpu, cuda or cuda:N, got '" + text + "'");
 }
 
 }  // namespace
@@ -145,6 +140,11 @@ Counts run_pictures(
         }
     }
     return counts;
+}
+
+bool all_finite(const float* values, std::int64_t count)
+{
+    return std::all_of(values, values + count, [](float value) { return std::isfinite(value); });
 }
 
 int exit_status(const Counts& counts)

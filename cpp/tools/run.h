@@ -50,6 +50,10 @@ Counts run_pictures(
     const std::function<void(const float* pixels, std::int64_t count)>& compute,
     const std::function<std::string(const std::string& path, const std::string& error, std::int64_t position)>& emit);
 
+// Whether a network with sound weights can have given these numbers; what is said where not.
+bool all_finite(const float* values, std::int64_t count);
+inline constexpr const char* not_finite = "the network gives values that are not finite; its weights are damaged";
+
 int exit_status(const Counts& counts);  // also says how many failed
 
 }  // namespace vim_infer

@@ -1,71 +1,71 @@
 // SPDX-License-Identifier: Apache-2.0
 // Files: safetensors, images and their preprocessing.
+#include <complex>
 #include <cstring>
 
 #include "convert.h"
+#include "float_types.h"
 
 namespace vimcore::python {
 
 namespace {
 
-// A numpy array of its own with the bytes of `tensor`, which may be misaligned.
+std::vector<std::size_t> shape_of(const Tensor& tensor) { return {tensor.shape.begin(), tensor.shape.end()}; }
+
+// A numpy array of its own with the bytes of `tensor`.
 template <class T>
-nb::object copy_out(const Tensor& tensor)
+nb::object copy_out(const SafetensorsFile& file, const Tensor& tensor)
 {
     T* data = nullptr;
-    const auto count = static_cast<std::size_t>(tensor.numel());
-    data = new T[count ? count : 1];
-    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-    if (count) std::memcpy(data, tensor.data, tensor.bytes());
-    std::vector<std::size_t> shape(tensor.shape.begin(), tensor.shape.end());
-    return nb::cast(nb::ndarray<nb::numpy, T>(data, shape.size(), shape.data(), owner));
+    auto out = make_numpy<T>(shape_of(tensor), &data);
+    file.copy(tensor, data);
+    return nb::cast(out);
 }
 
-nb::object copy_bf16(const Tensor& tensor)  // numpy has no bfloat16: widened to float32, which is exact
+// Float types that numpy lacks, as float32, which is exact.
+nb::object widened(const SafetensorsFile& file, const Tensor& tensor)
 {
     float* data = nullptr;
-    const auto count = static_cast<std::size_t>(tensor.numel());
-    data = new float[count ? count : 1];
-    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
-    for (std::size_t i = 0; i < count; i++) {
-        std::uint16_t half;
-        std::memcpy(&half, tensor.as<char>() + 2 * i, 2);
-        const std::uint32_t bits = std::uint32_t{half} << 16;
-        std::memcpy(data + i, &bits, 4);
-    }
-    std::vector<std::size_t> shape(tensor.shape.begin(), tensor.shape.end());
-    return nb::cast(nb::ndarray<nb::numpy, float>(data, shape.size(), shape.data(), owner));
+    auto out = make_numpy<float>(shape_of(tensor), &data);
+    read_floats(file, tensor, data);
+    return nb::cast(out);
 }
 
-nb::object to_numpy(const Tensor& tensor)
+nb::object to_numpy(const SafetensorsFile& file, const Tensor& tensor)
 {
     switch (tensor.dtype) {
         case DType::f32:
-            return copy_out<float>(tensor);
+            return copy_out<float>(file, tensor);
         case DType::f64:
-            return copy_out<double>(tensor);
+            return copy_out<double>(file, tensor);
         case DType::i64:
-            return copy_out<std::int64_t>(tensor);
+            return copy_out<std::int64_t>(file, tensor);
         case DType::i32:
-            return copy_out<std::int32_t>(tensor);
+            return copy_out<std::int32_t>(file, tensor);
         case DType::i16:
-            return copy_out<std::int16_t>(tensor);
+            return copy_out<std::int16_t>(file, tensor);
         case DType::i8:
-            return copy_out<std::int8_t>(tensor);
+            return copy_out<std::int8_t>(file, tensor);
         case DType::u64:
-            return copy_out<std::uint64_t>(tensor);
+            return copy_out<std::uint64_t>(file, tensor);
         case DType::u32:
-            return copy_out<std::uint32_t>(tensor);
+            return copy_out<std::uint32_t>(file, tensor);
         case DType::u16:
-            return copy_out<std::uint16_t>(tensor);
+            return copy_out<std::uint16_t>(file, tensor);
         case DType::u8:
-            return copy_out<std::uint8_t>(tensor);
+            return copy_out<std::uint8_t>(file, tensor);
         case DType::boolean:
-            return copy_out<bool>(tensor);
+            return copy_out<bool>(file, tensor);
         case DType::bf16:
-            return copy_bf16(tensor);
+        case DType::f8_e4m3:
+        case DType::f8_e4m3fnuz:
+        case DType::f8_e5m2:
+        case DType::f8_e5m2fnuz:
+            return widened(file, tensor);
+        case DType::c64:
+            return copy_out<std::complex<float>>(file, tensor);
         case DType::f16:
-            return copy_out<std::uint16_t>(tensor).attr("view")("float16");
+            return copy_out<std::uint16_t>(file, tensor).attr("view")("float16");
     }
     throw Error("[safetensors] unknown type");
 }
@@ -74,7 +74,7 @@ nb::tuple read_safetensors(const std::string& path)
 {
     const SafetensorsFile file = SafetensorsFile::open(path);
     nb::dict tensors, metadata;
-    for (const auto& [name, tensor] : file.tensors()) tensors[name.c_str()] = to_numpy(tensor);
+    for (const auto& [name, tensor] : file.tensors()) tensors[name.c_str()] = to_numpy(file, tensor);
     for (const auto& [key, value] : file.metadata()) metadata[key.c_str()] = value;
     return nb::make_tuple(tensors, metadata);
 }

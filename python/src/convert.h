@@ -49,6 +49,11 @@ inline std::optional<DType> to_dtype(nb::dlpack::dtype type)
         if (type.bits == 16) return sign ? DType::i16 : DType::u16;
         if (type.bits == 8) return sign ? DType::i8 : DType::u8;
     }
+    if (code == Code::Complex && type.bits == 64) return DType::c64;
+    if (type.bits == 8) {  // DLPack's codes of 8-bit floats, which nanobind does not name
+        constexpr DType floats[] = {DType::f8_e4m3, DType::f8_e4m3fnuz, DType::f8_e5m2, DType::f8_e5m2fnuz};
+        if (type.code >= 10 && type.code <= 13) return floats[type.code - 10];
+    }
     return std::nullopt;
 }
 
@@ -66,7 +71,7 @@ Tensor to_tensor(const Array& array, const char* op, const std::string& name)
     const std::string got = to_string(tensor.shape);
     const std::optional<DType> dtype = to_dtype(array.dtype());
     if (!dtype)
-        fail("expected a real number type, got type code " + std::to_string(array.dtype().code) + " of " +
+        fail("expected a number type of torch or numpy, got type code " + std::to_string(array.dtype().code) + " of " +
              std::to_string(array.dtype().bits) + " bits");
     if (array.device_type() == nb::device::cuda::value)
         tensor.device = Device::cuda(static_cast<int>(array.device_id()));
@@ -105,13 +110,13 @@ Tensor to_host_tensor(const Array& array, const char* op, const std::string& nam
 
 // A fresh numpy array, filled by the caller.
 template <class T>
-nb::ndarray<nb::numpy, T> make_numpy(std::initializer_list<std::size_t> shape, T** data)
+nb::ndarray<nb::numpy, T> make_numpy(const std::vector<std::size_t>& shape, T** data)
 {
     std::size_t count = 1;
     for (std::size_t size : shape) count *= size;
     *data = new T[count ? count : 1];
     nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-    return nb::ndarray<nb::numpy, T>(*data, shape, owner);
+    return nb::ndarray<nb::numpy, T>(*data, shape.size(), shape.data(), owner);
 }
 
 // Objects for one call at a time, reused: a caller takes a free one or makes one. Safe from many threads.

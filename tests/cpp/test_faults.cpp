@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What goes wrong outside: many threads on one model, files replaced while they are read, full disks, a kill in the
 // middle of a save, networks larger than the machine.
-#include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -11,11 +10,10 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <filesystem>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <stdexcept>
@@ -25,48 +23,12 @@
 
 #include "arena.h"
 #include "check.h"
+#include "files.h"
 #include "vimcore/vimcore.h"
 
 using namespace vimcore;
-namespace fs = std::filesystem;
 
 namespace {
-
-struct Folder {
-    fs::path path;
-    Folder()
-    {
-        std::string name = (fs::temp_directory_path() / "vimcore-test-XXXXXX").string();
-        if (!::mkdtemp(name.data())) throw std::runtime_error("no temporary folder");
-        path = name;
-    }
-    ~Folder()
-    {
-        std::error_code ignored;
-        fs::remove_all(path, ignored);
-    }
-    std::string file(const char* name) const { return (path / name).string(); }
-    std::size_t entries() const { return static_cast<std::size_t>(std::distance(fs::directory_iterator(path), {})); }
-};
-
-std::string message_of(const std::function<void()>& run)
-{
-    try {
-        run();
-    } catch (const Error& error) {
-        return error.what();
-    } catch (const std::exception& error) {
-        return std::string("WRONG TYPE: ") + error.what();
-    }
-    return "NOTHING THROWN";
-}
-
-bool contains(const std::string& text, const std::string& part)
-{
-    if (text.find(part) != std::string::npos) return true;
-    std::printf("'%s' is not in '%s'\n", part.c_str(), text.c_str());
-    return false;
-}
 
 Config small()
 {
@@ -210,6 +172,56 @@ void test_model_replaced_while_loading()
     CHECK(seen[0] > 0 && seen[1] > 0);
 }
 
+// In place, as `cp` does it: what is read after that is an error, neither torn numbers nor a bus error.
+void test_overwritten_while_reading()
+{
+    const Folder folder;
+    const std::string path = folder.file("a.safetensors");
+    std::vector<float> read(static_cast<std::size_t>(numbers));
+    const auto after = [&](const std::function<void()>& change) {
+        save_numbers(path, 1);
+        const SafetensorsFile file = SafetensorsFile::open(path);
+        file.copy(*file.find("a"), read.data());
+        CHECK(read.front() == 1 && read.back() == 1);
+        std::this_thread::sleep_for(std::chrono::milliseconds(30));  // clocks of file systems are coarse
+        change();
+        return message_of<Error>([&] { file.copy(*file.find("a"), read.data()); });
+    };
+    const auto in_place = [&](std::ios::openmode mode, std::size_t size) {
+        std::fstream(path, std::ios::binary | std::ios::out | mode) << std::string(size, 'x');
+    };
+    CHECK(contains(after([&] { in_place(std::ios::in, 5000); }), "a.safetensors: was overwritten while it was read"));
+    CHECK(contains(after([&] { in_place(std::ios::app, 1); }), "a.safetensors: was overwritten while it was read"));
+    CHECK(contains(after([&] { in_place(std::ios::trunc, 4096); }), "a.safetensors: became shorter while it was read"));
+    CHECK(contains(after([&] { save_numbers(path, 2); }), "NOTHING THROWN"));  // renamed over: still the old one
+    CHECK(read.front() == 1 && read.back() == 1);
+
+    // A writer and a loader at the same time.
+    const std::string network = folder.file("m.safetensors");
+    save_network(network, small(), 1);
+    std::ifstream whole(network, std::ios::binary);
+    const std::string bytes{std::istreambuf_iterator<char>(whole), {}};
+    std::atomic<bool> done{false};
+    std::thread writer([&] {
+        while (!done) {
+            std::ofstream file(network, std::ios::binary);
+            file << bytes.substr(0, bytes.size() / 2) << std::flush << bytes.substr(bytes.size() / 2);
+        }
+    });
+    int loaded = 0, refused = 0;
+    for (int i = 0; i < 300 || (refused == 0 && i < 100000); i++) {
+        try {
+            Model::load(network);
+            loaded++;
+        } catch (const Error&) {
+            refused++;
+        }
+    }
+    done = true;
+    writer.join();
+    CHECK(refused > 0 && loaded + refused >= 300);
+}
+
 // A limit on the size of files stands for a full disk, at every stage of the file.
 void test_full_disk()
 {
@@ -222,7 +234,7 @@ void test_full_disk()
     for (const rlim_t limit : {rlim_t{0}, rlim_t{5}, rlim_t{50}, rlim_t{4096}, rlim_t{4 * numbers}}) {
         const struct rlimit now{limit, before.rlim_max};
         ::setrlimit(RLIMIT_FSIZE, &now);
-        const std::string message = message_of([&] { save_numbers(path, 2); });
+        const std::string message = message_of<Error>([&] { save_numbers(path, 2); });
         ::setrlimit(RLIMIT_FSIZE, &before);
         CHECK(contains(message, "a.safetensors: cannot write: File too large"));
         CHECK(whole_value(path) == 1);
@@ -329,13 +341,13 @@ void test_larger_than_the_machine()
     const auto model = Model::load(path);
     const std::string machine = ", this machine has " + std::to_string(machine_bytes());
     for (const std::int64_t batch : {std::int64_t{100000000}, std::int64_t{1} << 62}) {
-        const std::string message = message_of([&] { Session(model, {.max_batch = batch, .threads = 1}); });
+        const std::string message = message_of<Error>([&] { Session(model, {.max_batch = batch, .threads = 1}); });
         CHECK(contains(message, "[session] batches of " + std::to_string(batch) + " images: needs " +
                                     std::to_string(forward_bytes(model->config(), batch)) + " bytes of memory" +
                                     machine));
     }
     // A position table for 2^30 tokens.
-    const std::string message = message_of([&] { Model::load(path, Device::cpu(), 1 << 18, 1 << 18); });
+    const std::string message = message_of<Error>([&] { Model::load(path, Device::cpu(), 1 << 18, 1 << 18); });
     CHECK(contains(message, "[load] " + path + ": needs 1374"));
     CHECK(contains(message, machine));
 
@@ -346,7 +358,7 @@ void test_larger_than_the_machine()
     const std::vector<float> one(1);
     save_safetensors(path, {{"head.bias", {const_cast<float*>(one.data()), {1}, DType::f32, {}}}},
                      {{"vimcore.config", config.to_json()}});
-    CHECK(contains(message_of([&] { Model::load(path); }), "the tensors do not fit vimcore.config"));
+    CHECK(contains(message_of<Error>([&] { Model::load(path); }), "the tensors do not fit vimcore.config"));
 
     config = {};
     config.img_height = config.img_width = 1 << 16;
@@ -365,6 +377,7 @@ int main()
     test_many_threads_one_model();
     test_replaced_while_reading();
     test_model_replaced_while_loading();
+    test_overwritten_while_reading();
     test_plan_against_arenas();
     test_larger_than_the_machine();
     return check_failures();

@@ -136,6 +136,7 @@ void test_arguments(const std::shared_ptr<const Model>& model)
     CHECK_THROWS(Session(nullptr), std::invalid_argument);
     CHECK_THROWS(Session(model, {.max_batch = 0}), std::invalid_argument);
     CHECK_THROWS(Session(model, {.threads = -1}), std::invalid_argument);
+    CHECK_THROWS(Session(model, {.threads = 1025}), std::invalid_argument);
     Session session(model);
     CHECK_THROWS(session.run(nullptr, -1), std::invalid_argument);
     CHECK(session.run(nullptr, 0).empty());

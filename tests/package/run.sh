@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds and runs programs as strangers would: against the installed static and shared library by find_package and by
 # pkg-config, with the source tree inside a project, from C and from Python's ctypes; trains with the C++ example and
-# compares with Python. Needs cmake, pkg-config, a C and a C++20 compiler and a Python with vimcore installed.
+# compares with Python. Needs cmake, pkg-config, a C and a C++20 compiler, headers of zlib, libjpeg and libpng (as root
+# on Debian it installs what is missing of these) and a Python with vimcore and torch, the first on PATH or $PYTHON.
 #   tests/package/run.sh [release tree, default build/release] [folder to work in, default build/package]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -19,18 +20,34 @@ fresh() { rm -rf "$1" && mkdir -p "$1"; }
 configure() { cmake "${generator[@]}" "$@" >"$work/configure.log" || { cat "$work/configure.log"; return 1; }; }
 build() { cmake --build "$1" -j "$(nproc)" "${@:2}" >"$work/build.log" || { cat "$work/build.log"; return 1; }; }
 
-command -v pkg-config >/dev/null || fail 'pkg-config is missing'
+tools_missing() {
+    for tool in cmake pkg-config readelf nm "$cc" "$cxx"; do
+        command -v "$tool" >/dev/null || { echo "$tool is missing"; return 0; }
+    done
+    ! printf '#include <cstdio>\n#include <%s>\n' zlib.h jpeglib.h png.h | "$cxx" -fsyntax-only -x c++ - 2>&1
+}
+packages='cmake pkg-config binutils gcc g++ zlib1g-dev libjpeg-dev libpng-dev'
+if tools_missing; then
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || fail "something is missing; Debian: apt-get install $packages"
+    step "installing $packages"
+    # shellcheck disable=SC2086
+    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends $packages; } \
+        >"$work/install.log" 2>&1 || { cat "$work/install.log"; fail "apt-get cannot install $packages"; }
+    tools_missing && fail 'something is still missing'
+fi
 "$python" -c 'import torch, vimcore' || fail "$python has no vimcore with torch (name another one in \$PYTHON)"
 
 step 'install: static and shared'
 [ -f "$static_tree/CMakeCache.txt" ] || configure --preset release -B "$static_tree"
-build "$static_tree"
+needed=(vimcore vim-infer example_embed example_infer example_retrieval example_train)
+build "$static_tree" --target "${needed[@]}"
 configure -S . -B "$work/shared" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DVIMCORE_CUDA=OFF
-build "$work/shared"
+build "$work/shared" --target "${needed[@]}"
 for kind in static shared; do
-    fresh "$work/$kind-root"
     if [ $kind = static ]; then tree=$static_tree; else tree=$work/shared; fi
-    cmake --install "$tree" --prefix "$work/$kind-root" >/dev/null
+    rm -rf "$work/$kind-root" "$work/before"
+    cmake --install "$tree" --prefix "$work/before" >/dev/null
+    mv "$work/before" "$work/$kind-root" # an installed tree may be moved
 done
 static=$work/static-root shared=$work/shared-root
 libdir=$(cd "$shared" && find * -name libvimcore.so -printf '%h')
@@ -69,6 +86,20 @@ awk '/mean loss/ { if (seen && $NF >= last) exit 1; last = $NF; seen++ } END { e
 cmp "$work/digits.safetensors" "$work/again.safetensors"
 weights=$work/digits.safetensors picture=$work/digit.png
 (cd "$work" && "$python" "$root/$here/check_trained.py" "$weights" "$work/held_out.safetensors" "$picture") >"$work/logits"
+
+step 'vim-infer of both trees'
+for root_of in "$static" "$shared"; do
+    "$root_of/bin/vim-infer" predict --weights "$weights" --json --logits "$picture" |
+        "$python" -c 'import json, sys; print(*(f"{x:.9g}" for x in json.load(sys.stdin)["logits"]), sep="\n")' |
+        diff "$work/logits" -
+done
+ldd "$static/bin/vim-infer" | grep vimcore && fail 'vim-infer of the static tree looks for libvimcore.so'
+ldd "$shared/bin/vim-infer" | grep "$shared/.*libvimcore" >/dev/null || fail 'vim-infer found another library'
+readelf -S "$static/bin/vim-infer" | grep -E '\.(symtab|debug)' && fail 'vim-infer is not stripped'
+[ "$(stat -c %s "$static/bin/vim-infer")" -lt 5000000 ] || fail 'vim-infer is larger than 5 MB'
+status=0
+"$shared/bin/vim-infer" predict --weights "$weights" --device cuda "$picture" >"$work/cuda.log" 2>&1 || status=$?
+[ "$status $(grep -c 'no CUDA backend' "$work/cuda.log")" = '1 1' ] || { cat "$work/cuda.log"; fail '--device cuda'; }
 
 step 'find_package'
 for kind in static shared; do

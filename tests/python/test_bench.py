@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -148,3 +149,24 @@ def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no deit.py" in capsys.readouterr().err
     assert bench.main(parsed("--sizes", "8")) == 1
     assert "smaller than a patch" in capsys.readouterr().err
+
+
+def test_vim_infer_against_its_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A short run; what a busy machine cannot change is held to its target."""
+    script = load("vim_infer")
+    out = tmp_path / "report.json"
+    binary = Path(sys.executable).parent / "vim-infer"
+    options = ["--rounds", "2", "--seconds", "0", "--images", "3", "--json", str(out)]
+    status = script.main(["--binary", str(binary), *options])
+    lines = capsys.readouterr().out.splitlines()
+    report = json.loads(out.read_text())
+    assert [line.split()[0] for line in lines] == ["start-up", "binary", "pictures"]
+    assert status == int(any(line.endswith("MISSED") for line in lines))
+    assert 0 < report["start"]["process_ms"] < report["start"]["start_ms"]
+    assert len(report["start"]["samples"]["start_ms"]) == 2
+    assert report["files"]["images"] == 3
+    assert report["files"]["failed"] == 0
+    assert 5_000 < report["files"]["bytes_per_picture"] < 50_000
+    assert report["binary_bytes"] == binary.stat().st_size < 1e6 * script.TARGETS["binary_mb"]
+    assert script.main(["--binary", str(tmp_path / "absent")]) == 1
+    assert "absent" in capsys.readouterr().err

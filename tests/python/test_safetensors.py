@@ -106,6 +106,42 @@ def test_bfloat16_of_the_package_both_ways(tmp_path: Path) -> None:
     assert loaded["b"].dtype == torch.float16
 
 
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"])
+def test_8_bit_floats_of_the_package_both_ways(name: str, tmp_path: Path) -> None:
+    """numpy has none of them: they come back as float32, every one of the 256 as torch widens it."""
+    path = str(tmp_path / "a.safetensors")
+    values = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name)).reshape(16, 16)
+    safetensors_torch.save_file({"a": values, "one": values[3, 4].clone()}, path)
+    tensors, _ = _core.read_safetensors(path)
+    np.testing.assert_array_equal(tensors["a"], values.float().numpy())
+    assert tensors["a"].dtype == np.float32
+    assert tensors["one"].shape == ()
+    header, _ = _core.safetensors_header(path)
+    assert {kind for _, kind, _ in header} == {name.replace("float", "f").removesuffix("fn")}
+    _core.write_safetensors(path, {"a": values}, {})
+    loaded = safetensors_torch.load_file(path)["a"]
+    assert loaded.dtype == values.dtype
+    assert torch.equal(loaded.view(torch.uint8), values.view(torch.uint8))
+
+
+def test_complex_numbers_of_the_package_both_ways(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.safetensors")
+    values = torch.view_as_complex(torch.from_numpy(tensor("f4", (3, 5, 2))))
+    safetensors_torch.save_file({"a": values, "none": values[:0]}, path)
+    tensors, _ = _core.read_safetensors(path)
+    same(tensors["a"], values.numpy())
+    same(tensors["none"], values[:0].numpy())
+    _core.write_safetensors(path, tensors, {})
+    same(safetensors_torch.load_file(path)["a"].numpy(), values.numpy())
+
+
+def test_every_type_of_the_package_is_tested() -> None:
+    """A new release of safetensors may bring new ones."""
+    known = {"bfloat16", "complex64", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"}
+    known |= {str(torch.from_numpy(np.zeros(1, dtype)).dtype).removeprefix("torch.") for dtype in DTYPES}
+    assert {str(dtype).removeprefix("torch.") for dtype in safetensors_torch._TYPES.values()} == known
+
+
 def test_every_element_is_aligned_in_our_files(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     _core.write_safetensors(str(path), collection(), {"pad": "x"})

@@ -16,6 +16,7 @@ import torch
 import vimcore
 from PIL import Image
 from safetensors import safe_open
+from test_images import expected_input
 from vimcore import _core
 from vimcore.cli import main
 from vimcore.io import save_model
@@ -142,6 +143,21 @@ def test_logits_have_the_bits_of_runtime(weights: Path, pictures: Path) -> None:
             assert np.array_equal(np.array(line["logits"], np.float32), runtime(image[None])[0])
 
 
+def test_logits_of_the_torch_module_with_pillow(weights: Path, pictures: Path) -> None:
+    """The Python way without our image code: Pillow decodes and resizes, torch normalises and computes."""
+    model = vimcore.VisionMamba.load(weights).eval()
+    steps = vimcore.Runtime(weights).preprocess
+    how = steps["resize"], steps["crop"], steps["mean"], steps["std"]
+    done = run("predict", "--weights", weights, "--json", "--logits", pictures / "a.b", pictures / "b")
+    good = [line for line in map(json.loads, done.stdout.splitlines()) if "logits" in line]
+    assert len(good) == 12
+    for line in good:
+        with torch.no_grad():
+            pixels = expected_input(Image.open(line["image"]), *how)
+            logits = model(torch.from_numpy(pixels)[None])[0].numpy()
+        np.testing.assert_allclose(line["logits"], logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -259,6 +275,15 @@ def test_damaged_weights_give_no_prediction(weights: Path, pictures: Path, tmp_p
     assert done.returncode == 1
     assert "not finite" in json.loads(done.stdout)["error"]
 
+    tensors["head.bias"][2] = 0
+    tensors["norm_f.weight"][3] = np.inf
+    _core.write_safetensors(str(path), tensors, metadata)
+    out = tmp_path / "features.safetensors"
+    done = run("features", "--weights", path, "--out", out, pictures / "small.ppm")
+    assert done.returncode == 1
+    assert "not finite" in done.stderr
+    assert not out.exists()
+
 
 def test_progress_only_where_asked_for(weights: Path, pictures: Path) -> None:
     quiet = run("predict", "--weights", weights, pictures / "a.b")
@@ -333,9 +358,24 @@ def test_features_skip_bad_pictures(weights: Path, pictures: Path, tmp_path: Pat
     assert done.returncode == 1
     assert "nothing is written" in done.stderr
     assert out.read_bytes() == before
-    done = run("features", "--weights", weights, "--out", tmp_path / "no" / "f", pictures / "a.b")
+    done = run("features", "--weights", weights, "--out", tmp_path / "no" / "f", pictures)
     assert done.returncode == 1
+    assert done.stderr == f"vim-infer: {tmp_path}/no/f: cannot write: No such file or directory\n"
+    assert os.listdir(tmp_path) == [out.name]
+
+
+def test_features_on_a_full_disk(weights: Path, pictures: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: the old file stays whole, nothing is left behind."""
+    out = tmp_path / "features.safetensors"
+    command = ["features", "--weights", weights, "--out", out, "--tokens", pictures / "a.b"]
+    assert run(*command).returncode == 0
+    before = out.read_bytes()
+    limited = ["-c", 'ulimit -f 1 && exec "$@"', "sh", BINARY, *map(str, command)]
+    done = subprocess.run(["bash", *limited], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "features.safetensors: cannot write: File too large" in done.stderr
     assert done.stderr.count("\n") == 1
+    assert out.read_bytes() == before
     assert os.listdir(tmp_path) == [out.name]
 
 
@@ -452,6 +492,23 @@ def test_networks_that_do_not_classify_pictures(
 ) -> None:
     path = save(tmp_path / "m.safetensors", **options)
     done = run("predict", "--weights", path, pictures)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--threads", "1000000"], "threads: expected 0 to 1024, got 1000000"),
+        (["--batch", "1000000000"], "bytes of memory, this machine has"),
+        (["--img-size", "300000"], "bytes of memory, this machine has"),
+        (["--img-size", "1000000000"], "img_size height: expected 1 to 1048576"),
+    ],
+)
+def test_more_than_the_machine(options: list[str], message: str, weights: Path, pictures: Path) -> None:
+    """Refused before any work, with what is needed."""
+    done = run("predict", "--weights", weights, *options, pictures / "a.b")
     assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

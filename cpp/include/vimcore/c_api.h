@@ -65,8 +65,8 @@ VIMCORE_API vimcore_status vimcore_load_image(const vimcore_model* model, const 
 VIMCORE_API vimcore_status vimcore_decode_image(const vimcore_model* model, const void* bytes, size_t size,
                                                 float* image, size_t capacity);
 
-/* threads 0: as many as the machine has cores. At most max_batch images are worked on at a time; a larger batch is
- * cut. dtype of the activations: NULL or "f32", on CUDA also "f16" and "bf16". */
+/* threads 0: as many as the machine has cores, 1024 at most. At most max_batch images are worked on at a time; a larger
+ * batch is cut. dtype of the activations: NULL or "f32", on CUDA also "f16" and "bf16". */
 VIMCORE_API vimcore_status vimcore_session_create(const vimcore_model* model, int threads, int64_t max_batch,
                                                   const char* dtype, vimcore_session** session);
 VIMCORE_API void vimcore_session_destroy(vimcore_session* session); /* NULL is allowed */

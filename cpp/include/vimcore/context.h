@@ -15,7 +15,7 @@ class WeightCache;
 
 class Context {
 public:
-    // threads 0: as many as the machine has cores.
+    // threads 0: as many as the machine has cores; at most 1024.
     explicit Context(Device device = Device::cpu(), int threads = 0);
     Context(Context&&) noexcept;
     Context& operator=(Context&&) noexcept;

@@ -18,7 +18,8 @@ public:
     // Maps the file. Throws vimcore::Error naming the file and the fault. Limits: header 100 MB (the format's own),
     // a million tensors, names of 4096 bytes, Shape::max_rank dimensions, JSON nested 16 deep; the data must be tiled
     // by the tensors without holes, overlaps or bytes that belong to none. A file that is renamed over while it is
-    // open stays as it was; one that is overwritten in place changes under the reader, as with any mapped file.
+    // open stays as it was; one that is overwritten in place changes under the reader, as with any mapped file: where
+    // that may happen, copy().
     static SafetensorsFile open(const std::string& path);
     // The same checks on a stream, read to its end into memory: pipes, archives, network.
     static SafetensorsFile read(std::istream& stream, const std::string& name = "<stream>");
@@ -26,13 +27,18 @@ public:
     static SafetensorsFile parse(const void* bytes, std::size_t size, const std::string& name = "<memory>");
 
     const std::map<std::string, std::string>& metadata() const { return metadata_; }
-    const std::vector<std::pair<std::string, Tensor>>& tensors() const
-    {
-        return tensors_;
-    }  // file order; may be misaligned
+    // In the file's order; may be misaligned.
+    const std::vector<std::pair<std::string, Tensor>>& tensors() const { return tensors_; }
     const Tensor* find(const std::string& name) const;
 
+    // The bytes of one of the tensors to `out`, read from the file and not by way of the mapping. vimcore::Error where
+    // the file has been cut or overwritten since it was opened.
+    void copy(const Tensor& tensor, void* out) const;
+
 private:
+    // `head`: the first bytes, header included; `base`: where all `size` bytes lie, not looked at.
+    static SafetensorsFile parse(const unsigned char* head, const void* base, std::size_t size,
+                                 const std::string& name);
     struct Mapping;
     std::shared_ptr<Mapping> mapping_;
     std::map<std::string, std::string> metadata_;

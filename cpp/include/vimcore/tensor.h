@@ -10,7 +10,28 @@
 
 namespace [[gnu::visibility("default")]] vimcore {
 
-enum class DType : std::uint8_t { f32, f64, f16, bf16, i64, i32, i16, i8, u64, u32, u16, u8, boolean };
+// The 8-bit floats and complex numbers are for files only: no operator takes them.
+enum class DType : std::uint8_t {
+    f32,
+    f64,
+    f16,
+    bf16,
+    i64,
+    i32,
+    i16,
+    i8,
+    u64,
+    u32,
+    u16,
+    u8,
+    boolean,
+    f8_e4m3,
+    f8_e4m3fnuz,
+    f8_e5m2,
+    f8_e5m2fnuz,
+    c64,  // pairs of f32
+};
+inline constexpr int dtype_count = 18;
 
 std::size_t size_of(DType dtype);
 const char* name_of(DType dtype);
@@ -35,6 +56,7 @@ struct Device {
     bool operator==(const Device&) const = default;
 };
 std::string to_string(Device device);
+Device device_from(const std::string& text);  // "cpu", "cuda" or "cuda:N"; else std::invalid_argument
 
 // Sizes of a tensor, outermost first; at most 8 of them.
 class Shape {

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decoding, resizing and preprocessing of pictures without reference libraries.
+#include <cstdint>
+#include <cstring>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "files.h"
+#include "vimcore/error.h"
+#include "vimcore/image.h"
+
+using namespace vimcore;
+
+namespace {
+
+void test_images()
+{
+    const std::string text = "P6\n# two pixels\n2 1\n255\nabcdef";
+    const Image image = decode_image(text.data(), text.size(), "a.ppm");
+    CHECK(image.height == 1 && image.width == 2 && std::memcmp(image.pixels.data(), "abcdef", 6) == 0);
+    const std::string grey = "P5 2 1 255 ab";
+    CHECK(std::memcmp(decode_image(grey.data(), grey.size(), "a.pgm").pixels.data(), "aaabbb", 6) == 0);
+    for (const std::string bad :
+         {"", "P6", "P6 2 1 255 abcde", "P6 2 1 65535 abcdefabcdef", "P6 0 1 255 ", "GIF89a",
+          "P6 99999999 99999999 255 a", "\xFF\xD8\xFF", "\x89PNG\r\n\x1A\n", "\x89PNG\r\n\x1A\n1234567"})
+        CHECK(contains(message_of<Error>([&] { decode_image(bad.data(), bad.size(), "bad.file"); }), "bad.file: "));
+
+    const Folder folder;
+    const std::string path = (folder.path / "a.ppm").string();
+    std::ofstream(path, std::ios::binary) << text;
+    CHECK(decode_image(path).pixels == image.pixels);
+    CHECK(contains(message_of<Error>([&] { decode_image(path + "x"); }), "a.ppmx"));
+    CHECK(contains(message_of<Error>([&] { decode_image(folder.path.string()); }), "not a regular file"));
+
+    Image flat{5, 7, std::vector<std::uint8_t>(105, 200)};
+    for (const std::uint8_t value : resize_bicubic(flat, 11, 3).pixels) CHECK(value == 200);
+    CHECK(resize_bicubic(image, 1, 2).pixels == image.pixels);
+    CHECK_THROWS(resize_bicubic(flat, 0, 3), std::invalid_argument);
+    flat.pixels.pop_back();
+    CHECK_THROWS(resize_bicubic(flat, 3, 3), std::invalid_argument);
+}
+
+void test_preprocess()
+{
+    Preprocess options;
+    CHECK(Preprocess::from_json(options.to_json()).to_json() == options.to_json());
+    CHECK(Preprocess::from_json("{\"resize\": 8, \"crop\": [4, 6], \"mean\": [0.5], \"std\": [0.25]}").to_json() ==
+          "{\"resize\": 8, \"crop\": [4, 6], \"mean\": [0.5], \"std\": [0.25], \"interpolation\": \"bicubic\"}");
+    CHECK_THROWS(Preprocess::from_json("{\"interpolation\": \"nearest\"}"), std::invalid_argument);
+    CHECK_THROWS(Preprocess::from_json("{\"crops\": 3}"), std::invalid_argument);
+    CHECK_THROWS(Preprocess::from_json("{\"mean\": [0.5]}"), std::invalid_argument);
+
+    // Without resizing: crop, padding, order of planes, and the arithmetic of one pixel.
+    Image image{2, 3, {}};
+    for (int i = 0; i < 18; ++i) image.pixels.push_back(static_cast<std::uint8_t>(10 * i));
+    options = {.resize = 0, .crop_height = 4, .crop_width = 1, .mean = {0, 0.5, 0}, .std = {1, 0.25, 1}};
+    std::vector<float> out(12, -1);
+    preprocess(image, options, out.data());
+    const float zero[3] = {0.0f, -2.0f, 0.0f};
+    for (int c = 0; c < 3; ++c) {
+        const auto pixel = [&](int y) {
+            const float value = static_cast<float>(10 * (9 * y + 3 + c)) / 255.0f;
+            return c == 1 ? (value - 0.5f) / 0.25f : value;
+        };
+        CHECK(out[4 * c] == zero[c] && out[4 * c + 3] == zero[c]);
+        CHECK(out[4 * c + 1] == pixel(0) && out[4 * c + 2] == pixel(1));
+    }
+    options = {.resize = 0, .crop_height = 1, .crop_width = 1, .mean = {0}, .std = {1}};
+    image = {1, 1, {255, 0, 0}};
+    preprocess(image, options, out.data());
+    CHECK(out[0] == 76.0f / 255.0f);
+    options.std[0] = 0;
+    CHECK_THROWS(preprocess(image, options, out.data()), std::invalid_argument);
+}
+
+}  // namespace
+
+int main()
+{
+    test_images();
+    test_preprocess();
+    return check_failures();
+}
