@@ -245,7 +245,7 @@ void CudaBackend::add(Context& ctx, const Tensor& a, const Tensor& b, const Tens
     cuda::add(ctx, a, b, out, row_scale);
 }
 
-// A forward operator: the function of the same name, with the context's device as the current one.
+// An operator: the function of the same name, with the context's device as the current one.
 #define VIM_FORWARD(function, Arguments)                            \
     void CudaBackend::function(Context& ctx, const Arguments& args) \
     {                                                               \
@@ -255,7 +255,9 @@ void CudaBackend::add(Context& ctx, const Tensor& a, const Tensor& b, const Tens
 VIM_FORWARD(norm_forward, NormForward)
 VIM_FORWARD(conv1d_forward, Conv1d)
 VIM_FORWARD(scan_forward, Scan)
+VIM_FORWARD(scan_backward, Scan)
 VIM_FORWARD(selective_scan_forward, SelectiveScan)
+VIM_FORWARD(selective_scan_backward, SelectiveScan)
 VIM_FORWARD(patches_forward, Patches)
 VIM_FORWARD(tokens_forward, Tokens)
 VIM_FORWARD(rope, Rope)
@@ -271,8 +273,6 @@ void CudaBackend::linear_forward(Context& ctx, std::span<const LinearForward> ar
 void CudaBackend::norm_backward(Context&, const NormBackward&) { no_backward("norm"); }
 void CudaBackend::linear_backward(Context&, std::span<const LinearBackward>) { no_backward("linear"); }
 void CudaBackend::conv1d_backward(Context&, const Conv1d&) { no_backward("conv1d"); }
-void CudaBackend::scan_backward(Context&, const Scan&) { no_backward("scan"); }
-void CudaBackend::selective_scan_backward(Context&, const SelectiveScan&) { no_backward("selective_scan"); }
 void CudaBackend::patches_backward(Context&, const Patches&) { no_backward("patches"); }
 void CudaBackend::tokens_backward(Context&, const Tokens&) { no_backward("tokens"); }
 void CudaBackend::readout_backward(Context&, const Readout&) { no_backward("readout"); }

@@ -17,6 +17,8 @@ void linear_forward(Context& ctx, std::span<const LinearForward> args);  // line
 void scan_forward(Context& ctx, const Scan& args);                       // scan.cu
 void selective_scan_forward(Context& ctx, const SelectiveScan& args);    // scan.cu
 bool scan_forward_tuned(Context& ctx, const Scan& args);                 // scan_tuned.cu; false: not for these sizes
+void scan_backward(Context& ctx, const Scan& args);                      // scan_backward.cu
+void selective_scan_backward(Context& ctx, const SelectiveScan& args);   // scan_backward.cu
 void patches_forward(Context& ctx, const Patches& args);                 // embed.cu
 void tokens_forward(Context& ctx, const Tokens& args);                   // embed.cu
 void rope(Context& ctx, const Rope& args);                               // embed.cu
