@@ -73,13 +73,6 @@ std::string missing_device()
            ")";
 }
 
-[[noreturn]] void no_backward(const char* op)
-{
-    throw Error("[" + std::string(op) +
-                " backward] not available on cuda yet: train on the CPU, or compute without gradients "
-                "(torch.no_grad())");
-}
-
 }  // namespace
 
 // ---- memory --------------------------------------------------------------------------------------------------------
@@ -273,7 +266,9 @@ VIM_OPERATOR(norm_backward, NormBackward)
 VIM_OPERATOR(conv1d_forward, Conv1d)
 VIM_OPERATOR(conv1d_backward, Conv1d)
 VIM_OPERATOR(scan_forward, Scan)
+VIM_OPERATOR(scan_backward, Scan)
 VIM_OPERATOR(selective_scan_forward, SelectiveScan)
+VIM_OPERATOR(selective_scan_backward, SelectiveScan)
 VIM_OPERATOR(patches_forward, Patches)
 VIM_OPERATOR(patches_backward, Patches)
 VIM_OPERATOR(tokens_forward, Tokens)
@@ -294,9 +289,6 @@ void CudaBackend::linear_backward(Context& ctx, std::span<const LinearBackward> 
     const DeviceGuard guard(ctx.device().index);
     cuda::linear_backward(ctx, args);
 }
-
-void CudaBackend::scan_backward(Context&, const Scan&) { no_backward("scan"); }
-void CudaBackend::selective_scan_backward(Context&, const SelectiveScan&) { no_backward("selective_scan"); }
 
 }  // namespace cuda
 

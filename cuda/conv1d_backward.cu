@@ -231,13 +231,13 @@ ConvParams<T> params(Context& ctx, const Conv1d& a, std::span<const ConvPass> pa
 
 void join(Context& ctx, std::span<const ConvPass> passes, const Parts* parts)
 {
-    RowSum sums[4];
+    ColumnSum sums[4];
     for (std::size_t i = 0; i < passes.size(); i++) {
         const Tensor& dweight = passes[i].dweight;
         sums[2 * i] = {parts[i].dweight, dweight ? dweight.view({dweight.numel()}) : Tensor{}};
         sums[2 * i + 1] = {parts[i].dbias, passes[i].dbias};
     }
-    sum_rows(ctx, {sums, 2 * passes.size()});
+    sum_columns(ctx, {sums, 2 * passes.size()});
 }
 
 // False: not for these sizes or addresses.

@@ -205,9 +205,9 @@ void linear_backward(Context& ctx, std::span<const LinearBackward> args)
     input_gradients(ctx, args);
     for (const LinearBackward& a : args) {
         const Index outputs = a.dy.shape[-1];
-        const RowSum bias{a.dbias ? a.dy.view({a.dy.numel() / std::max<Index>(outputs, 1), outputs}) : Tensor{},
+        const ColumnSum bias{a.dbias ? a.dy.view({a.dy.numel() / std::max<Index>(outputs, 1), outputs}) : Tensor{},
                           a.dbias};
-        if (a.dbias) sum_rows(ctx, {&bias, 1});
+        if (a.dbias) sum_columns(ctx, {&bias, 1});
     }
 }
 

@@ -238,8 +238,8 @@ void run(Context& ctx, const NormBackward& a)
         const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(ceil_div(p.dim, columns)));
         if (p.statistics) VIM_LAUNCH((norm_backward_columns<T>), grid, columns, 0, stream, p);
     }
-    const RowSum sums[] = {{dweight, a.dweight}, {dbias, a.dbias}};
-    sum_rows(ctx, sums);
+    const ColumnSum sums[] = {{dweight, a.dweight}, {dbias, a.dbias}};
+    sum_columns(ctx, sums);
 }
 
 }  // namespace

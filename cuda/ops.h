@@ -20,6 +20,8 @@ void linear_backward(Context& ctx, std::span<const LinearBackward> args);  // li
 void scan_forward(Context& ctx, const Scan& args);                         // scan.cu
 void selective_scan_forward(Context& ctx, const SelectiveScan& args);      // scan.cu
 bool scan_forward_tuned(Context& ctx, const Scan& args);                   // scan_tuned.cu; false: not for these sizes
+void scan_backward(Context& ctx, const Scan& args);                        // scan_backward.cu
+void selective_scan_backward(Context& ctx, const SelectiveScan& args);     // scan_backward.cu
 void patches_forward(Context& ctx, const Patches& args);                   // embed.cu
 void patches_backward(Context& ctx, const Patches& args);                  // embed_backward.cu
 void tokens_forward(Context& ctx, const Tokens& args);                     // embed.cu
@@ -36,10 +38,10 @@ void scale_rows_backward(Context& ctx, const Tensor& matrix, const Tensor& facto
 
 // out (columns) += the rows of x (rows, columns), at most four at a time, x of one type and equally many rows. Those
 // without `out` are passed over. reduce.cu
-struct RowSum {
+struct ColumnSum {
     Tensor x, out;
 };
-void sum_rows(Context& ctx, std::span<const RowSum> sums);
+void sum_columns(Context& ctx, std::span<const ColumnSum> sums);
 
 // y (m, n) = x (m, k) W (n, k)^T + bias, accumulated in float, or added to y. ld: elements from row to row. `count`
 // problems at stride_* elements from each other. gemm.cu; used where cuBLASLt is not there, and as its oracle.

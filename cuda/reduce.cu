@@ -27,7 +27,7 @@ struct SumParams {
 };
 
 template <class T>
-__global__ void sum_rows_kernel(SumParams<T> p)
+__global__ void sum_columns_kernel(SumParams<T> p)
 {
     const auto parts = device::shared<float>(0, warps * device::warp_size);
     const Index chunk = blockIdx.x % p.chunks, tile = blockIdx.x / p.chunks;
@@ -52,7 +52,7 @@ __global__ void sum_rows_kernel(SumParams<T> p)
 }
 
 template <class T>
-void run(Context& ctx, std::span<const RowSum> sums)
+void run(Context& ctx, std::span<const ColumnSum> sums)
 {
     SumParams<T> p{};
     p.rows = sums[0].x.size(0);
@@ -60,7 +60,7 @@ void run(Context& ctx, std::span<const RowSum> sums)
     p.add = p.chunks == 1;
     Index widest = 0;
     Arena::Scope scope(ctx.arena());
-    RowSum rest[most];
+    ColumnSum rest[most];
     for (std::size_t i = 0; i < sums.size(); i++) {
         p.x[i] = sums[i].x.template as<T>();
         p.columns[i] = sums[i].x.size(1);
@@ -71,18 +71,18 @@ void run(Context& ctx, std::span<const RowSum> sums)
     if (widest == 0) return;
     const dim3 grid(static_cast<unsigned>(ceil_div(widest, device::warp_size) * p.chunks),
                     static_cast<unsigned>(sums.size()));
-    VIM_LAUNCH((sum_rows_kernel<T>), grid, warps * device::warp_size, warps * device::warp_size * sizeof(float),
+    VIM_LAUNCH((sum_columns_kernel<T>), grid, warps * device::warp_size, warps * device::warp_size * sizeof(float),
                stream_of(ctx), p);
-    if (!p.add) sum_rows(ctx, {rest, sums.size()});
+    if (!p.add) sum_columns(ctx, {rest, sums.size()});
 }
 
 }  // namespace
 
-void sum_rows(Context& ctx, std::span<const RowSum> sums)
+void sum_columns(Context& ctx, std::span<const ColumnSum> sums)
 {
-    RowSum wanted[most];
+    ColumnSum wanted[most];
     std::size_t count = 0;
-    for (const RowSum& sum : sums)
+    for (const ColumnSum& sum : sums)
         if (sum.out && sum.x.size(0) > 0) wanted[count++] = sum;
     if (count > 0) dispatch(wanted[0].x.dtype, [&](auto t) { run<decltype(t)>(ctx, {wanted, count}); });
 }

@@ -149,9 +149,6 @@ void check_errors()
     const std::string call = message([] { VIM_CUDA(cudaErrorInvalidValue); });
     CHECK(has(call, "[cuda] cudaErrorInvalidValue: ") && has(call, "[test_backend_cuda.cpp:"));
     CHECK(has(message([] { cuda::allow_shared_memory(nullptr, 1 << 30); }), "needs 1073741824 bytes of shared memory"));
-
-    const std::string backward = message([&] { ctx.backend().norm_backward(ctx, NormBackward()); });
-    CHECK(has(backward, "[norm backward] not available on cuda yet"));
 }
 
 void check_description()
