@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# The extension module: private to the package. Arrays are contiguous and checked, all on the CPU or all on one
-# CUDA device. `stream` is a cudaStream_t, `capturing` says that it is being captured.
+# The extension module: private to the package. Arrays are contiguous and checked, all on the CPU or all on
+# one CUDA device. `stream` is a cudaStream_t, `capturing` says that it is being captured.
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 

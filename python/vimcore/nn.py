@@ -26,9 +26,9 @@ class VisionMamba(nn.Module):
 
     Submodules only hold parameters: the whole network is one call of the C++ core, so their forward hooks do
     not run. Computes on the CPU in the type of the parameters, float32 or float64; under
-    `torch.autocast("cpu")` in float32. Computes on CUDA with float32 parameters, their gradients float32, too,
-    and activations of the images' type: float32, bfloat16 or float16; under `torch.autocast("cuda")` of its
-    type. With float16 scale the loss (`torch.amp.GradScaler`). Weights may be written in place in any way that
+    `torch.autocast("cpu")` in float32. Computes on CUDA with float32 parameters and gradients of them, and
+    activations of the images' type: float32, bfloat16 or float16; under `torch.autocast("cuda")` of its type.
+    With float16 scale the loss (`torch.amp.GradScaler`). Weights may be written in place in any way that
     torch sees; on the CPU, writes through `.data` or a numpy view are seen when they change a whole float32
     tensor, or anything of a float64 one.
 

@@ -14,11 +14,11 @@
 
 namespace vimcore::test {
 
-// Weights of one network on one device, or gradients.
-class Weights {
+// NetworkWeights of one network on one device, or gradients.
+class NetworkWeights {
 public:
     template <class F>  // values(name, shape)
-    Weights(Context& ctx, const Config& config, F&& values, DType dtype = DType::f32) : ctx_(ctx)
+    NetworkWeights(Context& ctx, const Config& config, F&& values, DType dtype = DType::f32) : ctx_(ctx)
     {
         for_each_param(config, params, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
             tensor = {nullptr, shape, dtype, ctx.device()};
@@ -28,12 +28,12 @@ public:
         });
         params.changed();
     }
-    static Weights zeros(Context& ctx, const Config& config, DType dtype = DType::f32)
+    static NetworkWeights zeros(Context& ctx, const Config& config, DType dtype = DType::f32)
     {
         auto none = [](const std::string&, const Shape& shape) {
             return Floats(static_cast<std::size_t>(shape.numel()));
         };
-        return Weights(ctx, config, none, dtype);
+        return NetworkWeights(ctx, config, none, dtype);
     }
     std::map<std::string, Floats> values() const
     {

@@ -132,7 +132,6 @@ void check_recordings()
 
 void check_errors()
 {
-    Context& ctx = cuda_context();
     const std::string memory = message([] { Buffer buffer(std::size_t{1} << 44, Device::cuda()); });
     CHECK(has(memory, "out of memory on cuda:0") && has(memory, "asked for 16777216 MiB") && has(memory, "free are"));
     CHECK(has(message([] { Buffer buffer(64, Device::cuda(99)); }), "devices 0 to"));

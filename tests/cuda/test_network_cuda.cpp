@@ -46,7 +46,7 @@ void test_golden(const std::string& folder)
         files++;
         const SafetensorsFile file = SafetensorsFile::open(entry.path().string());
         const Config c = golden::config_of(file.metadata());
-        const Weights weights(ctx, c, [&](const std::string& name, const Shape&) {
+        const NetworkWeights weights(ctx, c, [&](const std::string& name, const Shape&) {
             return golden::values<float>(*file.find("weights." + name));
         });
         const Tensor &input = *file.find("input"), &logits = *file.find("logits");
@@ -66,7 +66,7 @@ void test_designs()
 {
     for (const Config& c : designs()) {
         auto values = [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); };
-        const Weights here(cpu_context(), c, values), there(cuda_context(), c, values);
+        const NetworkWeights here(cpu_context(), c, values), there(cuda_context(), c, values);
         const std::int64_t batch = 3, image = c.in_chans * c.img_height * c.img_width;
         const Floats images = Random(5).normal(batch * image, 0.5f);
         const Result want = run(cpu_context(), c, here.params, DType::f32, images, batch, true);
@@ -100,8 +100,8 @@ void test_session()
     c.depth = 3;
     c.num_classes = 7;
     const std::string path = "test_network_cuda.safetensors";
-    const Weights weights(cpu_context(), c,
-                          [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); });
+    const NetworkWeights weights(
+        cpu_context(), c, [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); });
     std::vector<std::pair<std::string, Tensor>> tensors;
     Params params = weights.params;
     for_each_param(c, params,
@@ -139,8 +139,8 @@ void test_session()
 void test_no_allocation()
 {
     const Config c = designs().front();
-    const Weights weights(cuda_context(), c,
-                          [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); });
+    const NetworkWeights weights(
+        cuda_context(), c, [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); });
     Context ctx(Device::cuda());
     const Floats images(static_cast<std::size_t>(2 * c.in_chans * c.img_height * c.img_width), 0.25f);
     std::size_t after_two = 0;

@@ -46,7 +46,7 @@ Gradients step(Context& ctx, const Config& c, const Params& params, DType dtype,
     }
     Saved saved;
     saved.memory = request.memory;
-    Weights gradients = Weights::zeros(ctx, c, wide(dtype));
+    NetworkWeights gradients = NetworkWeights::zeros(ctx, c, wide(dtype));
     ctx.tile = request.tile;
     forward(ctx, c, params, x, out, &saved, request.draws);
     backward(ctx, c, params, x, saved, dout, gradients.params, dx, request.draws);
@@ -103,14 +103,14 @@ void test_golden(const std::string& folder)
         files++;
         const SafetensorsFile file = SafetensorsFile::open(entry.path().string());
         const Config c = golden::config_of(file.metadata());
-        const Weights weights(cuda_context(), c, [&](const std::string& name, const Shape&) {
+        const NetworkWeights weights(cuda_context(), c, [&](const std::string& name, const Shape&) {
             return golden::values<float>(*file.find("weights." + name));
         });
         const Tensor& input = *file.find("input");
         const Floats images = golden::values<float>(input), probe = golden::values<float>(*file.find("probe"));
         for (Memory memory : {Memory::lean, Memory::fast}) {
-            const Gradients got =
-                step(cuda_context(), c, weights.params, DType::f32, images, input.size(0), probe, {.memory = memory, .draws = {}});
+            const Gradients got = step(cuda_context(), c, weights.params, DType::f32, images, input.size(0), probe,
+                                       {.memory = memory, .draws = {}});
             CHECK_CLOSE(golden::relative(got.logits, *file.find("logits")), 0, 1e-5);
             double worst = golden::relative(got.images, *file.find("input_grad"));
             std::string where = "input";
@@ -135,7 +135,7 @@ void test_designs()
     int index = 0;
     for (const Config& c : designs()) {
         auto values = [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); };
-        const Weights here(cpu_context(), c, values, DType::f64), there(cuda_context(), c, values);
+        const NetworkWeights here(cpu_context(), c, values, DType::f64), there(cuda_context(), c, values);
         const std::int64_t batch = 3;
         const Floats images = normal(5, DType::bf16, batch * c.in_chans * c.img_height * c.img_width);
         const Floats dlogits = normal(8, DType::bf16, logits_shape(c, batch).numel());
@@ -170,7 +170,7 @@ void test_draws_and_groups()
         const Floats images = normal(5, DType::bf16, batch * c.in_chans * c.img_height * c.img_width);
         const Floats dlogits = normal(8, DType::bf16, batch * c.num_classes);
         auto run = [&](Context& ctx, DType dtype, std::int64_t tile) {
-            const Weights weights(ctx, c, values, wide(dtype));
+            const NetworkWeights weights(ctx, c, values, wide(dtype));
             Side side(ctx, dtype);
             Request request;
             request.tile = tile;
@@ -199,7 +199,7 @@ void test_frozen()
 {
     const Config c = designs()[4];
     auto values = [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); };
-    const Weights weights(cuda_context(), c, values);
+    const NetworkWeights weights(cuda_context(), c, values);
     const Floats images = normal(5, DType::f32, 2 * c.in_chans * c.img_height * c.img_width);
     const Floats dlogits = normal(8, DType::f32, 2 * c.num_classes);
     const Gradients all = step(cuda_context(), c, weights.params, DType::f32, images, 2, dlogits);
@@ -211,7 +211,7 @@ void test_frozen()
     Saved saved;
     forward(side.ctx, c, weights.params, x, out, &saved);
     Params some;
-    Weights gradients = Weights::zeros(side.ctx, c);
+    NetworkWeights gradients = NetworkWeights::zeros(side.ctx, c);
     for_each_param(c, some, [&](const std::string& name, Tensor& tensor, const Shape&) {
         if (name.find("A_log") != std::string::npos || name == "head.bias") tensor = gradients.tensors.at(name);
     });
@@ -245,7 +245,7 @@ double cross_entropy(const Floats& logits, std::int64_t batch, Floats& dlogits, 
 std::vector<double> curve(Context& ctx, const Config& c, DType dtype, int steps, float rate, std::int64_t batch,
                           const std::function<Floats(const std::string&, const Shape&)>& values, float scale = 1)
 {
-    Weights weights(ctx, c, values, wide(dtype));
+    NetworkWeights weights(ctx, c, values, wide(dtype));
     const Floats images = normal(11, DType::bf16, batch * c.in_chans * c.img_height * c.img_width);
     std::vector<double> losses;
     Saved saved;
@@ -254,7 +254,7 @@ std::vector<double> curve(Context& ctx, const Config& c, DType dtype, int steps,
     vimcore::Outputs out, dout;
     out.logits = side.result({batch, c.num_classes});
     dout.logits = side.result(out.logits.shape);
-    Weights gradients = Weights::zeros(ctx, c, wide(dtype));
+    NetworkWeights gradients = NetworkWeights::zeros(ctx, c, wide(dtype));
     std::size_t allocations = 0;
     for (int i = 0; i < steps; i++) {
         for (const auto& [name, tensor] : gradients.tensors) ctx.backend().fill_zero(ctx, tensor);
@@ -326,7 +326,7 @@ void test_stress()
             }
             return v;
         };
-        const Weights here(cpu_context(), c, values, DType::f64), there(cuda_context(), c, values);
+        const NetworkWeights here(cpu_context(), c, values, DType::f64), there(cuda_context(), c, values);
         const Floats images = normal(5, DType::bf16, c.in_chans * c.img_height * c.img_width);
         const Floats dlogits = normal(8, DType::bf16, c.num_classes);
         const Gradients want = step(cpu_context(), c, here.params, DType::f64, images, 1, dlogits);
@@ -351,7 +351,7 @@ void test_recorded()
         Context ctx(Device::cuda());
         const std::shared_ptr<void> stream = ctx.backend().make_stream(0);
         ctx.set_stream(stream.get());
-        Weights weights(ctx, c, values), gradients = Weights::zeros(ctx, c);
+        NetworkWeights weights(ctx, c, values), gradients = NetworkWeights::zeros(ctx, c);
         Side side(ctx, dtype);
         const Tensor x = side.activation({batch, c.in_chans, c.img_height, c.img_width},
                                          normal(5, dtype, batch * c.in_chans * c.img_height * c.img_width));
@@ -375,8 +375,8 @@ void test_recorded()
         change(1.1f);
         weights.params.changed();  // as after an optimiser's step, before the next one is recorded
         ctx.hold_memory(true);
-        const std::shared_ptr<void> graph = ctx.backend().record(
-            ctx, [](void* f) { (*static_cast<decltype(whole_step)*>(f))(); }, &whole_step);
+        const std::shared_ptr<void> graph =
+            ctx.backend().record(ctx, [](void* f) { (*static_cast<decltype(whole_step)*>(f))(); }, &whole_step);
         for (int i = 0; i < 3; i++) {
             ctx.backend().replay(ctx, graph.get());
             const auto replayed = gradients.values();
