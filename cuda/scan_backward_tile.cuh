@@ -100,38 +100,29 @@ __device__ __forceinline__ BackRows back_rows(int index, int tile, int tokens, b
     return {reverse ? begin + count - 1 : begin, count, reverse ? -1 : 1};
 }
 
-// Two neighbouring channels of one token in memory, the second one or both perhaps beyond the last channel.
-struct BackPair {
-    bool aligned;
-    int live;
-
-    template <class V>
-    __device__ __forceinline__ device::Vec<float, 2> load(const V* from, bool valid) const
-    {
-        device::Vec<float, 2> to{};
-        if (!valid || live <= 0) return to;
-        if (aligned) {
-            const device::Vec<V, 2> both = device::load<2>(from);
-            to[0] = device::to_float(both[0]);
-            to[1] = device::to_float(both[1]);
-        } else {
-            to[0] = device::to_float(from[0]);
-            if (live > 1) to[1] = device::to_float(from[1]);
-        }
-        return to;
-    }
-    template <class V>
-    __device__ __forceinline__ void store(V* to, bool valid, float x0, float x1) const
-    {
-        if (!valid || live <= 0) return;
-        if (aligned) {
-            device::store(to, device::Vec<V, 2>{{device::from_float<V>(x0), device::from_float<V>(x1)}});
-        } else {
-            to[0] = device::from_float<V>(x0);
-            if (live > 1) to[1] = device::from_float<V>(x1);
-        }
-    }
+// What a thread has of a tile outside the recurrence: channels 2 pair and 2 pair + 1, tokens from s0 on, `count` of
+// them in the sequence. place: its first element of a tensor (B, len, E); step: elements from token to token.
+struct BackPart {
+    int pair, s0, count, step;
+    Index place;
 };
+
+// Two neighbouring channels of one token in memory; zeros where not valid.
+template <class V>
+__device__ __forceinline__ device::Vec<float, 2> load_pair(const V* from, bool valid)
+{
+    device::Vec<float, 2> to{};
+    if (!valid) return to;
+    const device::Vec<V, 2> both = device::load<2>(from);
+    to[0] = device::to_float(both[0]);
+    to[1] = device::to_float(both[1]);
+    return to;
+}
+template <class V>
+__device__ __forceinline__ void store_pair(V* to, bool valid, float x0, float x1)
+{
+    if (valid) device::store(to, device::Vec<V, 2>{{device::from_float<V>(x0), device::from_float<V>(x1)}});
+}
 
 // ---- q to float
 // ------------------------------------------------------------------------------------------------------
@@ -168,13 +159,14 @@ __device__ __forceinline__ void back_load_q(const BackTile<Shape>& tile, const t
 // ---- delta
 // -----------------------------------------------------------------------------------------------------------
 
-// delta and delta u. u: this thread's channels of the tile's first token; rows are dim elements apart. dt is there.
+// delta and delta u, from u and the tile's dt.
 template <class Shape>
-__device__ __forceinline__ void back_delta(const BackTile<Shape>& tile, const typename Shape::T* u, int dim, int rank,
-                                           const BackRows& rows, BackPair pair_of, int thread)
+__device__ __forceinline__ void back_delta(const BackTile<Shape>& tile, const typename Shape::T* u, int rank,
+                                           const BackPart& own)
 {
     constexpr int deep = Shape::deep, channels = Shape::channels, vector = Shape::vector;
-    const int pair = thread % Shape::pairs, s0 = thread / Shape::pairs * deep;
+    const int pair = own.pair, s0 = own.s0;
+    u += own.place;
     float x[2][deep];
     const auto bias = tile.weight.template load<2>(rank * channels + 2 * pair);
 #pragma unroll
@@ -198,9 +190,8 @@ __device__ __forceinline__ void back_delta(const BackTile<Shape>& tile, const ty
         device::Vec<float, vector> delta[2], du[2];
 #pragma unroll
         for (int i = 0; i < vector; i++) {
-            const int token = s0 + s + i;
-            const bool valid = token < rows.count;
-            const auto in = pair_of.load(u + static_cast<Index>(rows.way * token) * dim, valid);
+            const bool valid = s + i < own.count;
+            const auto in = load_pair(u + (s + i) * own.step, valid);
 #pragma unroll
             for (int k = 0; k < 2; k++) {
                 delta[k][i] = valid ? device::softplus(x[k][s + i]) : 0.0f;
@@ -215,29 +206,26 @@ __device__ __forceinline__ void back_delta(const BackTile<Shape>& tile, const ty
     }
 }
 
-// gy = scale silu(z) dout. z, dout: this thread's channels of the tile's first token.
+// gy = scale silu(z) dout. z: this thread's first element; its rows are twice as long.
 template <class Shape>
 __device__ __forceinline__ void back_gy(const BackTile<Shape>& tile, const typename Shape::T* z,
-                                        const typename Shape::T* dout, int dim, float scale, const BackRows& rows,
-                                        BackPair pair_of, int thread)
+                                        const typename Shape::T* dout, float scale, const BackPart& own)
 {
     constexpr int deep = Shape::deep, vector = Shape::vector;
-    const int pair = thread % Shape::pairs, s0 = thread / Shape::pairs * deep;
+    dout += own.place;
 #pragma unroll
     for (int s = 0; s < deep; s += vector) {
         device::Vec<float, vector> gy[2];
 #pragma unroll
         for (int i = 0; i < vector; i++) {
-            const int token = s0 + s + i;
-            const Index at = static_cast<Index>(rows.way * token) * dim;
-            const auto gate = pair_of.load(z + 2 * at, token < rows.count);
-            const auto in = pair_of.load(dout + at, token < rows.count);
+            const auto gate = load_pair(z + 2 * (s + i) * own.step, s + i < own.count);
+            const auto in = load_pair(dout + (s + i) * own.step, s + i < own.count);
 #pragma unroll
             for (int k = 0; k < 2; k++) gy[k][i] = scale * device::silu(gate[k]) * in[k];
         }
 #pragma unroll
         for (int k = 0; k < 2; k++)
-            tile.gy.template store<vector>(Shape::row_of(pair, k) * Shape::pitch + s0 + s, gy[k]);
+            tile.gy.template store<vector>(Shape::row_of(own.pair, k) * Shape::pitch + own.s0 + s, gy[k]);
     }
 }
 
@@ -255,27 +243,26 @@ __device__ __forceinline__ float softplus_slope(float delta)
     return delta < 0.25f ? delta * p : 1.0f - device::exp2(-device::log2e * delta);
 }
 
-// du to memory; draw and gy u to shared memory; y with its skip to `y`. u, du: this thread's channels of the tile's
-// first token.
+// du to memory; draw and gy u to shared memory; y with its skip to `y`.
 template <class Shape>
 __device__ __forceinline__ void back_finish(const BackTile<Shape>& tile, const typename Shape::T* u,
-                                            typename Shape::T* du, int dim, int rank, const BackRows& rows,
-                                            BackPair pair_of, int thread, float (&y)[2][Shape::deep])
+                                            typename Shape::T* du, int rank, const BackPart& own,
+                                            float (&y)[2][Shape::deep])
 {
     constexpr int deep = Shape::deep, vector = Shape::vector;
     constexpr float ln2 = 0.69314718055994531f;
-    const int pair = thread % Shape::pairs, s0 = thread / Shape::pairs * deep;
-    const auto D = tile.weight.template load<2>((rank + 1) * Shape::channels + 2 * pair);
+    const auto D = tile.weight.template load<2>((rank + 1) * Shape::channels + 2 * own.pair);
+    u += own.place;
+    du += own.place;
 #pragma unroll
     for (int s = 0; s < deep; s += vector) {
         device::Vec<float, 2> in[vector];
 #pragma unroll
-        for (int i = 0; i < vector; i++)
-            in[i] = pair_of.load(u + static_cast<Index>(rows.way * (s0 + s + i)) * dim, s0 + s + i < rows.count);
+        for (int i = 0; i < vector; i++) in[i] = load_pair(u + (s + i) * own.step, s + i < own.count);
         device::Vec<float, vector> out[2];
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            const int at = Shape::row_of(pair, k) * Shape::pitch + s0 + s;
+            const int at = Shape::row_of(own.pair, k) * Shape::pitch + own.s0 + s;
             const auto delta = tile.delta.template load<vector>(at), gy = tile.gy.template load<vector>(at);
             const auto lambda_B = tile.du.template load<vector>(at);
             const auto lambda_A = tile.du.template load<vector>(Shape::array + at);
@@ -292,13 +279,11 @@ __device__ __forceinline__ void back_finish(const BackTile<Shape>& tile, const t
             tile.gy.template store<vector>(at, gyu);
         }
 #pragma unroll
-        for (int i = 0; i < vector; i++)
-            pair_of.store(du + static_cast<Index>(rows.way * (s0 + s + i)) * dim, s0 + s + i < rows.count, out[0][i],
-                          out[1][i]);
+        for (int i = 0; i < vector; i++) store_pair(du + (s + i) * own.step, s + i < own.count, out[0][i], out[1][i]);
     }
 }
 
-// Where a thread's channels of a tile's first token are.
+// Where a thread's elements begin.
 template <class T>
 struct BackGate {
     const T *z, *dout;
@@ -309,37 +294,31 @@ struct BackGate {
 
 // Leaves y for the other direction.
 template <class Shape>
-__device__ __forceinline__ void back_leave(const BackGate<typename Shape::T>& to, int dim, const BackRows& rows,
-                                           BackPair pair_of, int thread, const float (&y)[2][Shape::deep])
+__device__ __forceinline__ void back_leave(float* sum, const BackPart& own, const float (&y)[2][Shape::deep])
 {
-    const int s0 = thread / Shape::pairs * Shape::deep;
 #pragma unroll
-    for (int s = 0; s < Shape::deep; s++)
-        pair_of.store(to.sum + static_cast<Index>(rows.way * (s0 + s)) * dim, s0 + s < rows.count, y[0][s], y[1][s]);
+    for (int s = 0; s < Shape::deep; s++) store_pair(sum + s * own.step, s < own.count, y[0][s], y[1][s]);
 }
 
 // The gated output and the gradient of the gate, from y and, with `add`, what the other direction left.
 template <class Shape>
-__device__ __forceinline__ void back_gate(const BackGate<typename Shape::T>& to, bool add, int dim,
-                                          const BackRows& rows, BackPair pair_of, int thread,
+__device__ __forceinline__ void back_gate(const BackGate<typename Shape::T>& to, bool add, const BackPart& own,
                                           const float (&y)[2][Shape::deep])
 {
-    const int s0 = thread / Shape::pairs * Shape::deep;
 #pragma unroll
     for (int s = 0; s < Shape::deep; s++) {
-        const Index at = static_cast<Index>(rows.way * (s0 + s)) * dim;
-        const bool valid = s0 + s < rows.count;
-        device::Vec<float, 2> sum{}, out, dz;
-        if (add) sum = pair_of.load(to.sum + at, valid);
-        const auto z = pair_of.load(to.z + 2 * at, valid), dout = pair_of.load(to.dout + at, valid);
+        const bool valid = s < own.count;
+        const auto sum = load_pair(to.sum + s * own.step, valid && add);
+        const auto z = load_pair(to.z + 2 * s * own.step, valid), dout = load_pair(to.dout + s * own.step, valid);
+        float out[2], dz[2];
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             const float total = to.scale * (y[k][s] + sum[k]), gate = device::sigmoid(z[k]);
             out[k] = total * (z[k] * gate);
             dz[k] = dout[k] * total * gate * fmaf(z[k], 1.0f - gate, 1.0f);
         }
-        pair_of.store(to.out + at, valid, out[0], out[1]);
-        pair_of.store(to.dz + 2 * at, valid, dz[0], dz[1]);
+        store_pair(to.out + s * own.step, valid, out[0], out[1]);
+        store_pair(to.dz + 2 * s * own.step, valid, dz[0], dz[1]);
     }
 }
 

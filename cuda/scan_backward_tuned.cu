@@ -44,6 +44,13 @@ bool run(Context& ctx, const Scan& a)
     const int bytes = directions * Shape_::layout(static_cast<int>(rank)).bytes;
     if (bytes > most_shared) return false;
 
+    // two channels at a time
+    bool aligned = inner % 2 == 0;
+    for (const Tensor& t : {a.xz, a.out, a.dout, a.dxz}) aligned = aligned && is_aligned(t.data, 2 * size);
+    for (const ScanPass& p : a.passes)
+        aligned = aligned && is_aligned(p.u.data, 2 * size) && is_aligned(p.du.data, 2 * size);
+    if (!aligned) return false;
+
     Arena::Scope scope(ctx.arena());
     TunedBack<T> s{};
     s.groups = static_cast<int>(ceil_div(inner, Shape_::channels));
@@ -60,10 +67,6 @@ bool run(Context& ctx, const Scan& a)
     s.out = a.out.as<T>();
     if (directions == 2) s.sum = size == 4 ? a.out.as<float>() : floats(ctx, a.out.shape);
     s.wide_q = rank % 4 == 0;
-    s.aligned = inner % 2 == 0;
-    for (const void* p : {static_cast<const void*>(s.z), static_cast<const void*>(s.dz),
-                          static_cast<const void*>(s.dout), static_cast<const void*>(s.out)})
-        s.aligned = s.aligned && is_aligned(p, 2 * size);
     const Index blocks = batch * s.groups, tiles = std::min(a.chunk, round_up(len, Shape_::tile)) / Shape_::tile;
     s.chunk_tiles = static_cast<int>(tiles);  // no more than there are
     if (tiles > 1) s.starts = floats(ctx, {blocks * directions, tiles - 1, Shape_::C, back_threads * Shape_::S});
@@ -82,7 +85,6 @@ bool run(Context& ctx, const Scan& a)
         to.parameters = floats(ctx, {batch, state + rank + 2, inner});
         to.reverse = p.reverse;
         s.wide_q = s.wide_q && is_aligned(to.q, 4 * size);
-        s.aligned = s.aligned && is_aligned(to.u, 2 * size) && is_aligned(to.du, 2 * size);
     }
     VIM_LAUNCH((scan_backward_tuned<Shape_>), dim3(static_cast<unsigned>(blocks)),
                static_cast<unsigned>(directions * back_threads), bytes, stream_of(ctx), s);

@@ -41,8 +41,7 @@ struct TunedBack {
     int groups;     // of channels
     int tokens, dim, rank, directions;
     int chunk_tiles, chunks;
-    bool wide_q;   // four elements of q may be read at once
-    bool aligned;  // two channels may be
+    bool wide_q;  // four elements of q may be read at once
     float scale;
 };
 
@@ -61,6 +60,14 @@ __device__ __forceinline__ void get(float (&x)[S], const device::Vec<float, S>& 
     for (int i = 0; i < S; i++) x[i] = from[i];
 }
 
+// Row of channel k of a thread. Every other lane has its channels the other way round, so that two lanes exchange sums
+// over states by sending what they have of their second channel.
+template <class Shape>
+__device__ __forceinline__ int back_row(int thread, int k)
+{
+    return thread / Shape::lanes + (k ^ (thread & 1)) * Shape::slots;
+}
+
 // ---- the recurrence ------------------------------------------------------------------------------------------------
 
 // `step` tokens forward from s on.
@@ -69,12 +76,12 @@ __device__ __forceinline__ void back_run(const BackTile<Shape>& tile, int s, flo
                                          const float (&A)[Shape::C][Shape::S], int thread)
 {
     constexpr int N = Shape::states, C = Shape::C, S = Shape::S, step = Shape::step;
-    const int slot = thread / Shape::lanes, part = thread % Shape::lanes;
+    const int part = thread % Shape::lanes;
     device::Vec<float, step> delta[C], du[C];
 #pragma unroll
     for (int k = 0; k < C; k++) {
-        delta[k] = tile.delta.template load<step>((slot + k * Shape::slots) * Shape::pitch + s);
-        du[k] = tile.du.template load<step>((slot + k * Shape::slots) * Shape::pitch + s);
+        delta[k] = tile.delta.template load<step>(back_row<Shape>(thread, k) * Shape::pitch + s);
+        du[k] = tile.du.template load<step>(back_row<Shape>(thread, k) * Shape::pitch + s);
     }
 #pragma unroll
     for (int i = 0; i < step; i++) {
@@ -86,23 +93,27 @@ __device__ __forceinline__ void back_run(const BackTile<Shape>& tile, int s, flo
     }
 }
 
-// Sums over a channel's lanes: value i belongs to array i / 8, channel i / 4 % 2, token s + i % 4. Arrays follow each
-// other in `to`.
+// Sums over a channel's lanes: value i belongs to channel i / (count / 2), then array i / 4, token s + i % 4. Arrays
+// follow each other in `to`.
 template <class Shape, int count>
 __device__ __forceinline__ void back_sums(device::Shared<float> to, int s, float (&x)[count], int thread)
 {
-    constexpr int lanes = Shape::lanes, step = Shape::step, one = Shape::C * step;
+    constexpr int lanes = Shape::lanes, step = Shape::step, half = count / 2;
     constexpr int kept = count / lanes > 0 ? count / lanes : 1, vector = kept < step ? kept : step;
-    const int slot = thread / lanes, part = thread % lanes;
-    const int first = reduce_scatter<lanes>(x, part);
+    const int part = thread % lanes;
+    float own[half];
+#pragma unroll
+    for (int i = 0; i < half; i++) own[i] = x[i] + device::shuffle_xor(x[half + i], 1);
+    const int first = reduce_scatter<lanes, 2>(own, part);
+    device::sync_warp();  // every lane has read what this may write over
     if (lanes > count && part >= count) return;
 #pragma unroll
     for (int i = 0; i < kept; i += vector) {
         device::Vec<float, vector> out;
 #pragma unroll
-        for (int j = 0; j < vector; j++) out[j] = x[i + j];
-        const int at = first + i, k = at / step % Shape::C;
-        to.store<vector>(at / one * Shape::array + (slot + k * Shape::slots) * Shape::pitch + s + at % step, out);
+        for (int j = 0; j < vector; j++) out[j] = own[i + j];
+        const int at = first + i;
+        to.store<vector>(at / step * Shape::array + back_row<Shape>(thread, 0) * Shape::pitch + s + at % step, out);
     }
 }
 
@@ -115,14 +126,14 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int s, co
 {
     constexpr int N = Shape::states, C = Shape::C, S = Shape::S, step = Shape::step, round = Shape::round;
     constexpr int which = Shape::terms_which;
-    const int slot = thread / Shape::lanes, part = thread % Shape::lanes;
+    const int part = thread % Shape::lanes;
     const int warp = thread / device::warp_size, lane = thread % device::warp_size;
     device::Vec<float, step> delta[C], du[C], gy[C];
 #pragma unroll
     for (int k = 0; k < C; k++) {
-        delta[k] = tile.delta.template load<step>((slot + k * Shape::slots) * Shape::pitch + s);
-        du[k] = tile.du.template load<step>((slot + k * Shape::slots) * Shape::pitch + s);
-        gy[k] = tile.gy.template load<step>((slot + k * Shape::slots) * Shape::pitch + s);
+        delta[k] = tile.delta.template load<step>(back_row<Shape>(thread, k) * Shape::pitch + s);
+        du[k] = tile.du.template load<step>(back_row<Shape>(thread, k) * Shape::pitch + s);
+        gy[k] = tile.gy.template load<step>(back_row<Shape>(thread, k) * Shape::pitch + s);
     }
     float a[step][C][S], state[step + 1][C][S], y[C * step];
 #pragma unroll
@@ -154,7 +165,7 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int s, co
         device::Vec<float, S> dB, dC;
 #pragma unroll
         for (int k = 0; k < C; k++) {
-            float &lambda_B = sums[k * step + i], &lambda_A = sums[(C + k) * step + i];
+            float &lambda_B = sums[2 * k * step + i], &lambda_A = sums[(2 * k + 1) * step + i];
 #pragma unroll
             for (int n = 0; n < S; n++) {
                 const float l = fmaf(gy[k][i], C_[n], lambda[k][n]);
@@ -172,19 +183,23 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int s, co
         tile.terms.template store<S>(terms + (i % round * 2 + 1) * which + lane * S, dC);
         if (i % round != 0) continue;
         device::sync_warp();
+        constexpr int all = round * 2 * N, W = all >= 4 * device::warp_size ? 4 : all / device::warp_size;
 #pragma unroll
-        for (int v = 0; v < round * 2 * N; v += device::warp_size) {  // token, dB or dC, state
-            const int at = v + lane, token = at / (2 * N), n = at % (2 * N);
-            if (round * 2 * N % device::warp_size != 0 && at >= round * 2 * N) continue;
+        for (int v = 0; v < all; v += W * device::warp_size) {  // token, dB or dC, state
+            const int at = v + lane * W, token = at / (2 * N), n = at % (2 * N);
             const int from = terms + (token * 2 + n / N) * which + n % N;
-            float sum = tile.terms[from];
+            auto sum = tile.terms.template load<W>(from);
 #pragma unroll
-            for (int g = 1; g < device::warp_size / Shape::lanes; g++) sum += tile.terms[from + g * N];
-            tile.rows[(warp * Shape::tile + s + i + token) * 2 * N + n] = sum;
+            for (int g = 1; g < device::warp_size / Shape::lanes; g++) {
+                const auto more = tile.terms.template load<W>(from + g * N);
+#pragma unroll
+                for (int j = 0; j < W; j++) sum[j] += more[j];
+            }
+            tile.rows.template store<W>((warp * Shape::tile + s + i + token) * 2 * N + n, sum);
         }
         device::sync_warp();
     }
-    back_sums<Shape>(tile.du, s, sums, thread);  // every lane has read du
+    back_sums<Shape>(tile.du, s, sums, thread);
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
@@ -200,7 +215,7 @@ __global__ void __launch_bounds__(2 * back_threads, 3) scan_backward_tuned(Tuned
     const int group = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.groups)), e0 = group * channels;
     const Index b = blockIdx.x / static_cast<unsigned>(a.groups);
     const int live = a.dim - e0 < channels ? a.dim - e0 : channels;
-    const BackPass<T> p = direction == 0 ? a.pass[0] : a.pass[1];
+    const BackPass<T>& p = a.pass[direction];
     const bool both = a.directions == 2, reverse = p.reverse;
     const int row = a.rank + 2 * N, tiles = (a.tokens + K - 1) / K;
     const BackLayout layout = Shape::layout(a.rank);
@@ -216,11 +231,11 @@ __global__ void __launch_bounds__(2 * back_threads, 3) scan_backward_tuned(Tuned
     }
     for (int i = thread; i < (a.rank + 2) * channels; i += back_threads) tile.totals[i] = 0.0f;
 
-    const int slot = thread / Shape::lanes, part = thread % Shape::lanes;
+    const int part = thread % Shape::lanes;
     float A[C][S], lambda[C][S] = {}, dA[C][S] = {}, h[C][S];
 #pragma unroll
     for (int k = 0; k < C; k++) {
-        const int c = Shape::channel_of(slot + k * Shape::slots);
+        const int c = Shape::channel_of(back_row<Shape>(thread, k));
 #pragma unroll
         for (int n = 0; n < S; n++)
             A[k][n] = c < live ? -expf(p.A_log[static_cast<Index>(e0 + c) * N + part * S + n]) * device::log2e : 0.0f;
@@ -230,11 +245,13 @@ __global__ void __launch_bounds__(2 * back_threads, 3) scan_backward_tuned(Tuned
     auto start_at = [&](int j, int k) { return a.starts + (((own + j - 1) * C + k) * back_threads + thread) * S; };
     auto step_at = [&](int j, int k) { return ((j * C + k) * back_threads + thread) * S; };
 
-    const int pair = thread % Shape::pairs, c0 = 2 * pair;
-    const BackPair pair_of{a.aligned, live - c0};
     const Index image = b * a.tokens;
     const T* const q = p.q + image * row;
-    auto channel = [&](const BackRows& rows) { return (image + rows.first) * a.dim + e0 + c0; };  // of a tile's first
+    auto part_of = [&](const BackRows& rows) {
+        const int pair = thread % Shape::pairs, s0 = thread / Shape::pairs * Shape::deep;
+        const Index place = (image + rows.natural(s0)) * a.dim + e0 + 2 * pair;
+        return BackPart{pair, s0, 2 * pair < live ? rows.count - s0 : 0, rows.way * a.dim, place};
+    };
     auto prepare = [&](const BackRows& rows) {
         sync_direction();  // all have left the tile before
         if (a.wide_q)
@@ -242,7 +259,7 @@ __global__ void __launch_bounds__(2 * back_threads, 3) scan_backward_tuned(Tuned
         else
             back_load_q<1>(tile, q, a.rank, rows, thread);
         sync_direction();
-        back_delta(tile, p.u + channel(rows), a.dim, a.rank, rows, pair_of, thread);
+        back_delta(tile, p.u, a.rank, part_of(rows));
     };
 
     for (int i = 0; i < tiles; i++) {
@@ -255,7 +272,7 @@ __global__ void __launch_bounds__(2 * back_threads, 3) scan_backward_tuned(Tuned
             const float* const entry = p.checkpoints + (b * a.chunks + chunk) * N * a.dim + e0;
 #pragma unroll
             for (int k = 0; k < C; k++) {
-                const int c = Shape::channel_of(slot + k * Shape::slots);
+                const int c = Shape::channel_of(back_row<Shape>(thread, k));
 #pragma unroll
                 for (int n = 0; n < S; n++)
                     h[k][n] = c < live ? entry[static_cast<Index>(part * S + n) * a.dim + c] : 0.0f;
@@ -275,9 +292,10 @@ __global__ void __launch_bounds__(2 * back_threads, 3) scan_backward_tuned(Tuned
         }
 
         const BackRows rows = back_rows(index, K, a.tokens, reverse);
-        const Index place = channel(rows), gate = 2 * place - e0 - c0;
+        const BackPart own = part_of(rows);
+        const Index gate = 2 * own.place - e0 - 2 * own.pair;
         prepare(rows);
-        back_gy(tile, a.z + gate, a.dout + place, a.dim, a.scale, rows, pair_of, thread);
+        back_gy(tile, a.z + gate, a.dout, a.scale, own);
         sync_direction();
 #pragma unroll 1
         for (int j = 0; j < K / step - 1; j++) {
@@ -296,17 +314,20 @@ __global__ void __launch_bounds__(2 * back_threads, 3) scan_backward_tuned(Tuned
         sync_direction();
 
         float y[2][Shape::deep];
-        back_finish(tile, p.u + place, p.du + place, a.dim, a.rank, rows, pair_of, thread, y);
-        const BackGate<T> to{a.z + gate, a.dout + place, a.out + place, a.dz + gate, both ? a.sum + place : nullptr,
-                             a.scale};
+        back_finish(tile, p.u, p.du, a.rank, own, y);
         // Of two directions, the first to come to this tile; of both at once, the one that the other waits for.
         const bool first = both && (i < left || (i == left && direction == 0));
-        if (first) back_leave<Shape>(to, a.dim, rows, pair_of, thread, y);
+        if (first) back_leave<Shape>(a.sum + own.place, own, y);
         if (both)
             device::sync_block();
         else
             sync_direction();
-        if (!first) back_gate<Shape>(to, both, a.dim, rows, pair_of, thread, y);
+        if (!first) {
+            const BackGate<T> to{
+                a.z + gate, a.dout + own.place, a.out + own.place, a.dz + gate, both ? a.sum + own.place : nullptr,
+                a.scale};
+            back_gate<Shape>(to, both, own, y);
+        }
         back_totals(tile, a.rank, thread);
         float* const part_rows = p.part + ((b * a.groups + group) * a.tokens + rows.first) * row;
         back_rows_out(tile, part_rows, a.rank, rows, thread);
@@ -316,7 +337,7 @@ __global__ void __launch_bounds__(2 * back_threads, 3) scan_backward_tuned(Tuned
     float* const parameters = p.parameters + b * (N + a.rank + 2) * a.dim + e0;
 #pragma unroll
     for (int k = 0; k < C; k++) {
-        const int c = Shape::channel_of(slot + k * Shape::slots);
+        const int c = Shape::channel_of(back_row<Shape>(thread, k));
 #pragma unroll
         for (int n = 0; n < S; n++)
             if (c < live) parameters[static_cast<Index>(part * S + n) * a.dim + c] = dA[k][n];
