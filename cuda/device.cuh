@@ -60,8 +60,7 @@ __device__ __forceinline__ void store(T* to, const Vec<T, N>& value)
     *reinterpret_cast<Vec<T, N>*>(to) = value;
 }
 
-// ---- shared memory: one dynamic allocation per block, cut up by the kernel
-// -------------------------------------------
+// ---- shared memory: one dynamic allocation per block, cut up by the kernel -------------------------------------------
 template <class T>
 class Shared {
 public:
@@ -92,8 +91,8 @@ __device__ __forceinline__ Shared<T> shared(int offset, int count)
     return Shared<T>(reinterpret_cast<T*>(vimcore_shared_memory + offset));
 }
 
-// Starts a copy of Bytes (4, 8 or 16) from global to shared memory; zeros where not valid. Seen after cp_async_wait and
-// a barrier.
+// Starts a copy of Bytes (4, 8 or 16) from global to shared memory; zeros where not valid. Seen after cp_async_wait and a
+// barrier.
 template <int Bytes, class T>
 __device__ __forceinline__ void cp_async(Shared<T> to, int index, const T* from, bool valid)
 {
@@ -112,8 +111,7 @@ __device__ __forceinline__ void cp_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// ---- between threads
-// -------------------------------------------------------------------------------------------------
+// ---- between threads -------------------------------------------------------------------------------------------------
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 // Barrier `id` (1..15) of `count` threads of the block, whole warps.
 __device__ __forceinline__ void sync_group(int id, int count)
@@ -162,8 +160,8 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x)
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2(-log2e * x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
-// log(1 + e^x) = max(x, 0) + 2 atanh(t / (2 + t)), t = e^-|x|: no overflow, and accurate however small t is. The
-// polynomial is atanh(s) / s for s <= 1/3, within 2e-9.
+// log(1 + e^x) = max(x, 0) + 2 atanh(t / (2 + t)), t = e^-|x|: no overflow, and accurate however small t is. The polynomial
+// is atanh(s) / s for s <= 1/3, within 2e-9.
 __device__ __forceinline__ float softplus(float x)
 {
     const float t = exp2(-log2e * fabsf(x));

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradients of both scans of ops.h: the tuned kernels where they apply, else the generic one, a launch per pass and
 // 16 states. What blocks leave behind is summed in a fixed order (scan_sums.h).
+#include <stdexcept>
+
 #include "arena.h"
 #include "ops.h"
 #include "scan_args.cuh"
@@ -138,6 +140,10 @@ void run_textbook(Context& ctx, const SelectiveScan& a)
 void scan_backward(Context& ctx, const Scan& args)
 {
     if (args.xz.numel() == 0) return;
+    const ScanKernel kernel = forced_scan();
+    if (kernel != ScanKernel::generic && scan_backward_tuned(ctx, args)) return;
+    if (kernel != ScanKernel::generic && kernel != ScanKernel::automatic)
+        throw std::invalid_argument("[scan backward] the tuned kernel does not apply to these sizes");
     dispatch(args.xz.dtype, [&](auto type) { run_passes<decltype(type)>(ctx, args); });
 }
 

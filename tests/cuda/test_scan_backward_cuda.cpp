@@ -80,8 +80,8 @@ Inputs make_inputs(const Case& c, DType dtype)
     return in;
 }
 
-// Forward, then backward from its checkpoints.
-Outputs run(Side& side, const Case& c, const Inputs& in)
+// Forward, then backward from its checkpoints by `kernel`.
+Outputs run(Side& side, const Case& c, const Inputs& in, ScanKernel kernel = ScanKernel::automatic)
 {
     const auto activation = [&](const Shape& shape, const Floats& values) {
         return side.make(shape, side.dtype, values, c.shift);
@@ -121,7 +121,9 @@ Outputs run(Side& side, const Case& c, const Inputs& in)
     scan.out = result(sequence);
     scan.dout = activation(sequence, in.dout);
     scan.dxz = activation(scan.xz.shape, Floats(in.xz.size(), 7));
+    force_scan(kernel);
     scan_backward(side.ctx, scan);
+    force_scan(ScanKernel::automatic);
     const Floats dxz = side.values(scan.dxz);
     Floats dz;
     bool kept = true;
@@ -155,11 +157,8 @@ Outputs run(Side& side, const Case& c, const Inputs& in)
 
 Outputs run_cuda(const Case& c, const Inputs& in, DType dtype, ScanKernel kernel)
 {
-    force_scan(kernel);
     Side side = Side::cuda(dtype);
-    Outputs result = run(side, c, in);
-    force_scan(ScanKernel::automatic);
-    return result;
+    return run(side, c, in, kernel);
 }
 
 // The same from the loops in double, image by image, direction by direction.
@@ -266,12 +265,26 @@ bool same(const Outputs& a, const Outputs& b)
     return equal;
 }
 
+bool has_tuned(const Case& c, DType dtype)
+{
+    if (c.inner % 2 || c.shift * static_cast<Index>(size_of(dtype)) % (2 * static_cast<Index>(size_of(dtype))))
+        return false;
+    if (c.reverse.size() == 2 && c.reverse[0] == c.reverse[1]) return false;
+    return (c.state == 8 || c.state == 16 || c.state == 32) && c.chunk % 16 == 0;
+}
+
 // f32: what many steps of the recurrence add up to.
 void check_case(const Case& c, DType dtype, double f32_rounding = 1e-5)
 {
     const Inputs in = make_inputs(c, dtype);
     const Outputs want = reference(c, in);
     compare(run_cuda(c, in, dtype, ScanKernel::generic), want, c, dtype, f32_rounding, "generic");
+    if (has_tuned(c, dtype)) {
+        compare(run_cuda(c, in, dtype, ScanKernel::wide), want, c, dtype, f32_rounding, "tuned");
+    } else {
+        CHECK_THROWS(run_cuda(c, in, dtype, ScanKernel::wide), std::invalid_argument);
+        force_scan(ScanKernel::automatic);
+    }
 }
 
 template <class Change>
@@ -299,7 +312,8 @@ void test_lengths()
 void test_sizes()
 {
     for (DType dtype : device_types) {
-        for (Index inner : {1, 3, 32, 33, 64, 65, 136}) check_case(with({}, [&](Case& c) { c.inner = inner; }), dtype);
+        for (Index inner : {1, 2, 3, 32, 34, 64, 65, 136})
+            check_case(with({}, [&](Case& c) { c.inner = inner; }), dtype);
         for (Index state : {1, 3, 8, 15, 17, 32, 33, 64})
             check_case(with({},
                             [&](Case& c) {
