@@ -73,13 +73,6 @@ std::string missing_device()
            ")";
 }
 
-[[noreturn]] void no_backward(const char* op)
-{
-    throw Error("[" + std::string(op) +
-                " backward] not available on cuda yet: train on the CPU, or compute without gradients "
-                "(torch.no_grad())");
-}
-
 }  // namespace
 
 // ---- memory --------------------------------------------------------------------------------------------------------
@@ -239,28 +232,51 @@ void CudaBackend::scale_rows(Context& ctx, const Tensor& matrix, const Tensor& f
     cuda::scale_rows(ctx, matrix, factor, out);
 }
 
+void CudaBackend::scale_rows_backward(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& dout,
+                                      const Tensor& dmatrix, const Tensor& dfactor)
+{
+    const DeviceGuard guard(ctx.device().index);
+    cuda::scale_rows_backward(ctx, matrix, factor, dout, dmatrix, dfactor);
+}
+
+void CudaBackend::accumulate(Context& ctx, std::span<const Tensor> to, std::span<const Tensor> from)
+{
+    const DeviceGuard guard(ctx.device().index);
+    for (std::size_t i = 0; i < to.size(); i++) {
+        const Shape flat{1, 1, to[i].numel()};
+        if (to[i]) cuda::add(ctx, to[i].view(flat), from[i].view(flat), to[i].view(flat), {});
+    }
+}
+
 void CudaBackend::add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
 {
     const DeviceGuard guard(ctx.device().index);
     cuda::add(ctx, a, b, out, row_scale);
 }
 
-// A forward operator: the function of the same name, with the context's device as the current one.
-#define VIM_FORWARD(function, Arguments)                            \
+// An operator: the function of the same name, with the context's device as the current one.
+#define VIM_OPERATOR(function, Arguments)                           \
     void CudaBackend::function(Context& ctx, const Arguments& args) \
     {                                                               \
         const DeviceGuard guard(ctx.device().index);                \
         cuda::function(ctx, args);                                  \
     }
-VIM_FORWARD(norm_forward, NormForward)
-VIM_FORWARD(conv1d_forward, Conv1d)
-VIM_FORWARD(scan_forward, Scan)
-VIM_FORWARD(selective_scan_forward, SelectiveScan)
-VIM_FORWARD(patches_forward, Patches)
-VIM_FORWARD(tokens_forward, Tokens)
-VIM_FORWARD(rope, Rope)
-VIM_FORWARD(readout_forward, Readout)
-#undef VIM_FORWARD
+VIM_OPERATOR(norm_forward, NormForward)
+VIM_OPERATOR(norm_backward, NormBackward)
+VIM_OPERATOR(conv1d_forward, Conv1d)
+VIM_OPERATOR(conv1d_backward, Conv1d)
+VIM_OPERATOR(scan_forward, Scan)
+VIM_OPERATOR(scan_backward, Scan)
+VIM_OPERATOR(selective_scan_forward, SelectiveScan)
+VIM_OPERATOR(selective_scan_backward, SelectiveScan)
+VIM_OPERATOR(patches_forward, Patches)
+VIM_OPERATOR(patches_backward, Patches)
+VIM_OPERATOR(tokens_forward, Tokens)
+VIM_OPERATOR(tokens_backward, Tokens)
+VIM_OPERATOR(rope, Rope)
+VIM_OPERATOR(readout_forward, Readout)
+VIM_OPERATOR(readout_backward, Readout)
+#undef VIM_OPERATOR
 
 void CudaBackend::linear_forward(Context& ctx, std::span<const LinearForward> args)
 {
@@ -268,14 +284,11 @@ void CudaBackend::linear_forward(Context& ctx, std::span<const LinearForward> ar
     cuda::linear_forward(ctx, args);
 }
 
-void CudaBackend::norm_backward(Context&, const NormBackward&) { no_backward("norm"); }
-void CudaBackend::linear_backward(Context&, std::span<const LinearBackward>) { no_backward("linear"); }
-void CudaBackend::conv1d_backward(Context&, const Conv1d&) { no_backward("conv1d"); }
-void CudaBackend::scan_backward(Context&, const Scan&) { no_backward("scan"); }
-void CudaBackend::selective_scan_backward(Context&, const SelectiveScan&) { no_backward("selective_scan"); }
-void CudaBackend::patches_backward(Context&, const Patches&) { no_backward("patches"); }
-void CudaBackend::tokens_backward(Context&, const Tokens&) { no_backward("tokens"); }
-void CudaBackend::readout_backward(Context&, const Readout&) { no_backward("readout"); }
+void CudaBackend::linear_backward(Context& ctx, std::span<const LinearBackward> args)
+{
+    const DeviceGuard guard(ctx.device().index);
+    cuda::linear_backward(ctx, args);
+}
 
 }  // namespace cuda
 

@@ -202,7 +202,7 @@ Blas blas_of(int index, const GemmArgs& args)
 }
 
 // What the choice of an algorithm depends on.
-using Key = std::tuple<int, DType, bool, Index, Index, Index, Index, Index, Index, Index, std::array<std::uint32_t, 4>>;
+using Key = std::tuple<int, DType, DType, std::array<bool, 4>, std::array<Index, 7>, std::array<std::uint32_t, 4>>;
 
 struct Choice {
     Algorithm algorithm{};
@@ -226,28 +226,31 @@ Choice choose(const Key& key, F&& ask)
 }
 
 // Row-major y (m, n) = x (m, k) W (n, k)^T is column-major D (n, m) = A^T B with A = W (k, n) and B = x (k, m): both
-// operands are read along k, and nothing is transposed in memory.
+// operands are read along k, and nothing is transposed in memory. What lies across is A (n, k) or B^T (m, k) as it is.
 bool matmul_rows(Context& ctx, const GemmArgs& g, const void* bias)
 {
     const Functions& call = library().call;
     const Blas device = blas_of(ctx.device().index, g);
-    const auto size = static_cast<Index>(size_of(g.dtype));
+    const auto size = static_cast<Index>(size_of(g.dtype)), y_size = static_cast<Index>(size_of(g.y_dtype));
     const DataType type = data_type(g.dtype);
     const std::array<std::uint32_t, 4> align = {alignment(g.w, g.stride_w * size), alignment(g.x, g.stride_x * size),
-                                                alignment(g.y, g.stride_y * size), alignment(bias, 0)};
+                                                alignment(g.y, g.stride_y * y_size), alignment(bias, 0)};
 
     const Descriptor<Matmul> op(call.matmul_desc_destroy, g, call.matmul_desc_create,
                                 g.dtype == DType::f32 && tf32() ? compute_tf32 : compute_f32, real_f32);
-    set(call.matmul_desc_set, Matmul(op), matmul_transa, std::int32_t{operation_t}, g);
-    set(call.matmul_desc_set, Matmul(op), matmul_transb, std::int32_t{operation_n}, g);
+    set(call.matmul_desc_set, Matmul(op), matmul_transa, std::int32_t{g.w_across ? operation_n : operation_t}, g);
+    set(call.matmul_desc_set, Matmul(op), matmul_transb, std::int32_t{g.x_across ? operation_t : operation_n}, g);
     if (bias) {
         set(call.matmul_desc_set, Matmul(op), matmul_epilogue, std::uint32_t{epilogue_bias}, g);
         set(call.matmul_desc_set, Matmul(op), matmul_bias_pointer, bias, g);
     }
-    auto unsigned_ = [](Index value) { return static_cast<std::uint64_t>(value); };
-    const Descriptor<Layout> a(call.layout_destroy, g, call.layout_create, type, unsigned_(g.k), unsigned_(g.n), g.ldw);
-    const Descriptor<Layout> b(call.layout_destroy, g, call.layout_create, type, unsigned_(g.k), unsigned_(g.m), g.ldx);
-    const Descriptor<Layout> d(call.layout_destroy, g, call.layout_create, type, unsigned_(g.n), unsigned_(g.m), g.ldy);
+    const auto m = static_cast<std::uint64_t>(g.m), n = static_cast<std::uint64_t>(g.n),
+               k = static_cast<std::uint64_t>(g.k);
+    const Descriptor<Layout> a(call.layout_destroy, g, call.layout_create, type, g.w_across ? n : k, g.w_across ? k : n,
+                               g.ldw);
+    const Descriptor<Layout> b(call.layout_destroy, g, call.layout_create, type, g.x_across ? m : k, g.x_across ? k : m,
+                               g.ldx);
+    const Descriptor<Layout> d(call.layout_destroy, g, call.layout_create, data_type(g.y_dtype), n, m, g.ldy);
     if (g.count > 1) {
         const std::pair<Layout, Index> strides[] = {{a, g.stride_w}, {b, g.stride_x}, {d, g.stride_y}};
         for (const auto& [layout, stride] : strides) {
@@ -256,14 +259,21 @@ bool matmul_rows(Context& ctx, const GemmArgs& g, const void* bias)
         }
     }
 
-    const Key key{ctx.device().index, g.dtype, bias != nullptr, g.m, g.n, g.k, g.count, g.ldx, g.ldw, g.ldy, align};
+    const Key key{ctx.device().index,
+                  g.dtype,
+                  g.y_dtype,
+                  {bias != nullptr, g.x_across, g.w_across, g.add},
+                  {g.m, g.n, g.k, g.count, g.ldx, g.ldw, g.ldy},
+                  align};
     const Choice choice = choose(key, [&] {
         const Descriptor<Preference> preference(call.preference_destroy, g, call.preference_create);
         auto prefer = [&](PreferenceAttribute attribute, auto value) {
             set(call.preference_set, Preference(preference), attribute, value, g);
         };
         prefer(preference_max_workspace_bytes, device.workspace);
-        prefer(preference_reduction_scheme_mask, std::uint32_t{reduction_none});  // no split sums: same bits every run
+        // A row of activations is one sum, whatever the rows around it. A gradient of weights sums over all tokens: few
+        // elements, long sums, which may be cut; the parts are added by a second kernel in a fixed order.
+        prefer(preference_reduction_scheme_mask, std::uint32_t{g.x_across ? reduction_compute_type : reduction_none});
         prefer(preference_min_alignment_a_bytes, align[0]);
         prefer(preference_min_alignment_b_bytes, align[1]);
         prefer(preference_min_alignment_c_bytes, align[2]);
@@ -289,8 +299,8 @@ bool matmul_rows(Context& ctx, const GemmArgs& g, const void* bias)
         workspace = reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(space.data) + align_to - 1) / align_to *
                                             align_to);
     }
-    const float one = 1.0f, zero = 0.0f;
-    check_lt(call.matmul(device.handle, op, &one, g.w, a, g.x, b, &zero, g.y, d, g.y, d, &choice.algorithm, workspace,
+    const float one = 1.0f, beta = g.add ? 1.0f : 0.0f;
+    check_lt(call.matmul(device.handle, op, &one, g.w, a, g.x, b, &beta, g.y, d, g.y, d, &choice.algorithm, workspace,
                          choice.workspace, stream_of(ctx)),
              "cublasLtMatmul", g);
     after_launch(cudaSuccess, "cublasLtMatmul", __FILE__, __LINE__, stream_of(ctx));
@@ -302,15 +312,25 @@ bool matmul_rows(Context& ctx, const GemmArgs& g, const void* bias)
 bool matmul(Context& ctx, const GemmArgs& args, const void* bias)
 {
     if (!library().found) return false;
-    // Rows of one call: no matrix reaches 2^31 elements, which not every algorithm is made for.
-    const Index most = std::max<Index>(256, ((Index{1} << 31) - 1) / std::max(args.ldx, args.ldy) / 256 * 256);
-    const auto size = static_cast<Index>(size_of(args.dtype));
-    for (Index row = 0; row < args.m; row += most) {
+    // Tokens of one call: no matrix reaches 2^31 elements, which not every algorithm is made for.
+    const Index widest = std::max(args.ldx, args.x_across ? args.ldw : args.ldy);
+    const Index most = std::max<Index>(256, ((Index{1} << 31) - 1) / widest / 256 * 256);
+    const auto size = static_cast<Index>(size_of(args.dtype)), y_size = static_cast<Index>(size_of(args.y_dtype));
+    const Index tokens = args.x_across ? args.k : args.m;
+    for (Index token = 0; token < tokens; token += most) {
         GemmArgs part = args;
-        part.m = std::min(most, args.m - row);
-        part.x = static_cast<const char*>(args.x) + row * args.ldx * size;
-        part.y = static_cast<char*>(args.y) + row * args.ldy * size;
-        if (!matmul_rows(ctx, part, bias)) return false;
+        part.x = static_cast<const char*>(args.x) + token * args.ldx * size;
+        if (args.x_across) {
+            part.k = std::min(most, tokens - token);
+            part.w = static_cast<const char*>(args.w) + token * args.ldw * size;
+            part.add = args.add || token > 0;
+        } else {
+            part.m = std::min(most, tokens - token);
+            part.y = static_cast<char*>(args.y) + token * args.ldy * y_size;
+        }
+        if (matmul_rows(ctx, part, bias)) continue;
+        if (token == 0) return false;
+        gemm(ctx, part);  // the last part has a size of its own
     }
     return true;
 }

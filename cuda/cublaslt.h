@@ -17,7 +17,7 @@ enum DataType : int { real_f32 = 0, real_f16 = 2, real_bf16 = 14 };             
 enum ComputeType : int { compute_f32 = 68, compute_tf32 = 77 };                          // cublasComputeType_t
 enum Operation : int { operation_n = 0, operation_t = 1 };                               // cublasOperation_t
 enum Epilogue : unsigned { epilogue_default = 1, epilogue_bias = 4 };                    // cublasLtEpilogue_t
-enum Reduction : unsigned { reduction_none = 0 };                                        // cublasLtReductionScheme_t
+enum Reduction : unsigned { reduction_none = 0, reduction_compute_type = 2 };            // cublasLtReductionScheme_t
 enum LayoutAttribute : int { layout_batch_count = 5, layout_strided_batch_offset = 6 };  // int32, int64
 enum MatmulAttribute : int {                                                             // int32, unless noted
     matmul_transa = 3,
@@ -76,7 +76,7 @@ struct Functions {
 
 }  // namespace lt
 
-// Runs args through cuBLASLt, `bias` being args.bias in the type args.dtype. False: it is not there, or has no
+// Runs args through cuBLASLt, `bias` being args.bias in the type args.y_dtype. False: it is not there, or has no
 // algorithm for this problem; use gemm().
 bool matmul(Context& ctx, const GemmArgs& args, const void* bias);
 

@@ -2,8 +2,10 @@
 // Sums, copies and scalings element by element.
 //   add         out = a + row_scale[b] b over (B, L, D); each of the three T or float; out may be a or b
 //   copy        between float types
-//   scale_rows  out[i, :] = factor[i] matrix[i, :], float
-// Parallel mapping: a thread per V neighbouring elements, in vectors of 16 bytes where sizes and addresses allow it.
+//   scale_rows  out[i, :] = factor[i] matrix[i, :], float; backward: dmatrix[i, :] += factor[i] dout[i, :],
+//               dfactor[i] += sum_j matrix[i, j] dout[i, j]
+// Parallel mapping: a thread per V neighbouring elements, in vectors of 16 bytes where sizes and addresses allow it;
+// scale_rows backward: a warp per row.
 #include <stdexcept>
 
 #include "ops.h"
@@ -76,6 +78,22 @@ __global__ void scale_rows_kernel(const float* matrix, const float* factor, floa
     if (i < count) out[i] = factor[i / columns] * matrix[i];
 }
 
+constexpr int rows_per_block = 4;
+
+__global__ void scale_rows_backward_kernel(const float* matrix, const float* factor, const float* dout, float* dmatrix,
+                                           float* dfactor, Index rows, Index columns)
+{
+    const Index row = static_cast<Index>(blockIdx.x) * rows_per_block + threadIdx.x / device::warp_size;
+    if (row >= rows) return;
+    float sum = 0;
+    for (Index i = row * columns + threadIdx.x % device::warp_size; i < (row + 1) * columns; i += device::warp_size) {
+        sum = fmaf(matrix[i], dout[i], sum);
+        if (dmatrix) dmatrix[i] = fmaf(factor[row], dout[i], dmatrix[i]);
+    }
+    sum = device::warp_sum(sum);
+    if (dfactor && threadIdx.x % device::warp_size == 0) dfactor[row] += sum;
+}
+
 bool is_float(DType dtype) { return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16; }
 
 }  // namespace
@@ -116,6 +134,16 @@ void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const 
     if (count)
         VIM_LAUNCH(scale_rows_kernel, flat_grid(count), flat_block, 0, stream_of(ctx), matrix.as<float>(),
                    factor.as<float>(), out.as<float>(), count, matrix.size(1));
+}
+
+void scale_rows_backward(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& dout,
+                         const Tensor& dmatrix, const Tensor& dfactor)
+{
+    const Index rows = matrix.size(0), columns = matrix.size(1);
+    if (rows)
+        VIM_LAUNCH(scale_rows_backward_kernel, static_cast<unsigned>(ceil_div(rows, rows_per_block)),
+                   rows_per_block * device::warp_size, 0, stream_of(ctx), matrix.as<float>(), factor.as<float>(),
+                   dout.as<float>(), dmatrix.as<float>(), dfactor.as<float>(), rows, columns);
 }
 
 }  // namespace vimcore::cuda

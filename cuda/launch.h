@@ -17,7 +17,7 @@ namespace vimcore::cuda {
 
 using Index = std::int64_t;
 
-inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 inline Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
 // Throws vimcore::Error unless status is cudaSuccess.

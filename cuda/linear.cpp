@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x W^T + bias. Weights and biases are float32; beside 16-bit activations they are cast once and kept in the weight
-// cache. Two problems of one size at a fixed distance from each other (x_proj of both directions) run as one batch.
+// y = x W^T + bias; backward dx = dy W, dW += dy^T x, dbias += the rows of dy. Weights, biases and their gradients are
+// float32; beside 16-bit activations weights and biases are cast once and kept in the weight cache, and gradients are
+// accumulated in float32 by the products themselves. Two problems of one size at a fixed distance from each other
+// (x_proj of both directions) run as one batch.
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 
@@ -45,7 +48,7 @@ const void* cast_pair(Context& ctx, const Tensor& first, const Tensor& second, D
 GemmArgs problem(const LinearForward& a)
 {
     GemmArgs g;
-    g.dtype = a.x.dtype;
+    g.dtype = g.y_dtype = a.x.dtype;
     g.x = a.x.data;
     g.bias = a.bias.as<float>();
     g.y = a.y.data;
@@ -67,26 +70,111 @@ std::optional<Index> distance(const Tensor& a, const Tensor& b)
     return bytes / size;
 }
 
+// dx (rows, K) = dy (rows, N) W, without W.
+GemmArgs input_problem(const LinearBackward& a)
+{
+    GemmArgs g;
+    g.dtype = g.y_dtype = a.dy.dtype;
+    g.x = a.dy.data;
+    g.w_across = true;
+    g.y = a.dx.data;
+    g.add = a.accumulate_dx;
+    g.k = g.ldx = a.weight.size(0);
+    g.n = g.ldw = g.ldy = a.weight.size(1);
+    g.m = g.n ? a.dx.numel() / g.n : 0;
+    return g;
+}
+
+// dW (N, K) += dy^T x, sums over rows.
+GemmArgs weight_problem(const LinearBackward& a)
+{
+    GemmArgs g;
+    g.dtype = a.dy.dtype;
+    g.y_dtype = DType::f32;
+    g.x = a.dy.data;
+    g.w = a.x.data;
+    g.y = a.dweight.data;
+    g.x_across = g.w_across = g.add = true;
+    g.m = g.ldx = a.dweight.size(0);
+    g.n = g.ldw = g.ldy = a.dweight.size(1);
+    g.k = g.m ? a.dy.numel() / g.m : 0;
+    return g;
+}
+
+// g and the same problem at these distances from it as one batch; nothing where a distance is missing.
+std::optional<GemmArgs> pair(GemmArgs g, std::optional<Index> x, std::optional<Index> w, std::optional<Index> y)
+{
+    if (!x || !w || !y) return {};
+    g.count = 2;
+    g.stride_x = *x;
+    g.stride_w = *w;
+    g.stride_y = *y;
+    return g;
+}
+
+// Distance of the second weight in a cast pair.
+Index cast_distance(const Tensor& weight) { return round_up(weight.numel(), 64); }
+
 // Both as one batch of two, where they are of one size and lie in the same order.
 std::optional<GemmArgs> pair(const LinearForward& a, const LinearForward& b)
 {
     if (a.bias || b.bias || a.weight.shape != b.weight.shape || a.x.dtype != b.x.dtype || a.x.numel() != b.x.numel())
         return {};
-    const std::optional<Index> x = distance(a.x, b.x), y = distance(a.y, b.y);
-    if (!x || !y) return {};
-    GemmArgs g = problem(a);
-    g.count = 2;
-    g.stride_x = *x;
-    g.stride_y = *y;
-    g.stride_w = round_up(a.weight.numel(), 64);
-    return g;
+    return pair(problem(a), distance(a.x, b.x), cast_distance(a.weight), distance(a.y, b.y));
 }
 
 void multiply(Context& ctx, const GemmArgs& g, const Tensor& bias)
 {
     if (g.m == 0 || g.n == 0) return;
-    if (g.k > 0 && has_cublaslt() && matmul(ctx, g, cast(ctx, bias, cache_bias, g.dtype))) return;
+    if (g.k > 0 && has_cublaslt() && matmul(ctx, g, cast(ctx, bias, cache_bias, g.y_dtype))) return;
     gemm(ctx, g);
+}
+
+// Whether two projections have the same sizes and want their gradients in the same way.
+bool alike(const LinearBackward& a, const LinearBackward& b)
+{
+    return a.dy.dtype == b.dy.dtype && a.dy.shape == b.dy.shape && a.dx.shape == b.dx.shape &&
+           a.accumulate_dx == b.accumulate_dx && a.weight.shape == b.weight.shape && a.dweight.shape == b.dweight.shape;
+}
+
+void input_gradients(Context& ctx, std::span<const LinearBackward> args)
+{
+    for (std::size_t i = 0; i < args.size(); i++) {
+        const LinearBackward& a = args[i];
+        if (!a.dx) continue;
+        if (i + 1 < args.size() && alike(a, args[i + 1])) {
+            const LinearBackward& b = args[i + 1];
+            if (std::optional<GemmArgs> both =
+                    pair(input_problem(a), distance(a.dy, b.dy), cast_distance(a.weight), distance(a.dx, b.dx))) {
+                both->w = cast_pair(ctx, a.weight, b.weight, both->dtype, both->stride_w);
+                multiply(ctx, *both, {});
+                i++;
+                continue;
+            }
+        }
+        GemmArgs g = input_problem(a);
+        g.w = cast(ctx, a.weight, cache_weight, g.dtype);
+        multiply(ctx, g, {});
+    }
+}
+
+void weight_gradients(Context& ctx, std::span<const LinearBackward> args)
+{
+    for (std::size_t i = 0; i < args.size(); i++) {
+        const LinearBackward& a = args[i];
+        if (!a.dweight) continue;
+        const GemmArgs g = weight_problem(a);
+        if (i + 1 < args.size() && alike(a, args[i + 1])) {
+            const LinearBackward& b = args[i + 1];
+            if (const std::optional<GemmArgs> both =
+                    pair(g, distance(a.dy, b.dy), distance(a.x, b.x), distance(a.dweight, b.dweight))) {
+                multiply(ctx, *both, {});
+                i++;
+                continue;
+            }
+        }
+        if (g.k > 0) multiply(ctx, g, {});
+    }
 }
 
 }  // namespace
@@ -107,6 +195,19 @@ void linear_forward(Context& ctx, std::span<const LinearForward> args)
         GemmArgs g = problem(a);
         g.w = cast(ctx, a.weight, cache_weight, g.dtype);
         multiply(ctx, g, a.bias);
+    }
+}
+
+void linear_backward(Context& ctx, std::span<const LinearBackward> args)
+{
+    Arena::Scope scope(ctx.arena());
+    weight_gradients(ctx, args);  // before dx, which may lie over dy
+    input_gradients(ctx, args);
+    for (const LinearBackward& a : args) {
+        const Index outputs = a.dy.shape[-1];
+        const ColumnSum bias{a.dbias ? a.dy.view({a.dy.numel() / std::max<Index>(outputs, 1), outputs}) : Tensor{},
+                          a.dbias};
+        if (a.dbias) sum_columns(ctx, {&bias, 1});
     }
 }
 

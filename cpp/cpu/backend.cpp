@@ -221,6 +221,42 @@ void CpuBackend::scale_rows(Context&, const Tensor& matrix, const Tensor& factor
     });
 }
 
+void CpuBackend::scale_rows_backward(Context&, const Tensor& matrix, const Tensor& factor, const Tensor& dout,
+                                     const Tensor& dmatrix, const Tensor& dfactor)
+{
+    dispatch(matrix.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const T *d = dout.as<T>(), *w = matrix.as<T>(), *f = factor.as<T>();
+        const Index columns = matrix.size(1);
+        for (Index i = 0; i < matrix.size(0); i++) {
+            T sum = 0;
+            for (Index j = i * columns; j < (i + 1) * columns; j++) {
+                if (dmatrix) dmatrix.as<T>()[j] += f[i] * d[j];
+                sum += w[j] * d[j];
+            }
+            if (dfactor) dfactor.as<T>()[i] += sum;
+        }
+    });
+}
+
+// Every thread takes its share of every tensor.
+void CpuBackend::accumulate(Context& ctx, std::span<const Tensor> to, std::span<const Tensor> from)
+{
+    const Index workers = ctx.threads();
+    parallel_for(ctx.threads(), workers, [&](Index worker) {
+        for (std::size_t i = 0; i < to.size(); i++) {
+            if (!to[i]) continue;
+            const Index n = to[i].numel(), begin = n * worker / workers, end = n * (worker + 1) / workers;
+            dispatch(to[i].dtype, [&](auto zero) {
+                using T = decltype(zero);
+                T* sum = to[i].as<T>();
+                const T* part = from[i].as<T>();
+                for (Index j = begin; j < end; j++) sum[j] += part[j];
+            });
+        }
+    });
+}
+
 void CpuBackend::change_stream(Context&, void*, void*)
 {
     throw std::invalid_argument("[context] stream: the cpu has none");

@@ -103,6 +103,9 @@ public:
     void copy(Context& ctx, const Tensor& from, const Tensor& to) override;
     void fill_zero(Context&, const Tensor& tensor) override { std::memset(tensor.data, 0, tensor.bytes()); }
     void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out) override;
+    void scale_rows_backward(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& dout,
+                             const Tensor& dmatrix, const Tensor& dfactor) override;
+    void accumulate(Context& ctx, std::span<const Tensor> to, std::span<const Tensor> from) override;
     void change_stream(Context& ctx, void* from, void* to) override;
     std::shared_ptr<void> mark(Context&) override { return nullptr; }
     void await(Context&, void*) override {}

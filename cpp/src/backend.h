@@ -33,6 +33,11 @@ public:
     virtual void fill_zero(Context& ctx, const Tensor& tensor) = 0;
     // out[i, :] = factor[i] matrix[i, :], of parameters
     virtual void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out) = 0;
+    // dmatrix[i, :] += factor[i] dout[i, :], dfactor[i] += sum_j matrix[i, j] dout[i, j]; either or none
+    virtual void scale_rows_backward(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& dout,
+                                     const Tensor& dmatrix, const Tensor& dfactor) = 0;
+    // to[i] += from[i], gradients of parameters; those that are none are passed over
+    virtual void accumulate(Context& ctx, std::span<const Tensor> to, std::span<const Tensor> from) = 0;
     // Makes work on stream `to` wait for what was queued on `from`.
     virtual void change_stream(Context& ctx, void* from, void* to) = 0;
     // A mark behind what is queued on the context's stream, for another stream to wait for; none where calls complete.

@@ -110,7 +110,7 @@ void for_each_group(const Network& net, BlockParams& dblock, F&& f)
         void run(Context& own, int slot) const
         {
             const std::int64_t begin = (first + slot) * size;
-            BlockParams part = parts.start(slot);
+            BlockParams part = parts.start(own, slot);
             f(own, begin, std::min(net.batch, begin + size), part);
         }
     } work{net, parts, f, 0, size};

@@ -313,7 +313,9 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
         linear_backward(ctx, {&args, 1});
     }
 
-    // u again, then both scans backward
+    // u again, then both scans backward. What belongs to the directions lies side by side: equal distances let a
+    // backend batch their products.
+    const Tensor us = take({r.projections, s.batch, s.len, s.inner}), dus = take(us.shape);
     ConvPass conv[2];
     for (std::size_t p = 0; p < projections; p++) {
         const Route& route = r.route[p];
@@ -321,12 +323,13 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
                    .weight = route.weights.conv_weight,
                    .bias = route.weights.conv_bias,
                    .begin = 0,
-                   .u = take(sequence),
-                   .du = take(sequence),
+                   .u = us[static_cast<std::int64_t>(p)],
+                   .du = dus[static_cast<std::int64_t>(p)],
                    .dweight = route.gradients->conv_weight,
                    .dbias = route.gradients->conv_bias};
     }
     conv1d_forward(ctx, {.x = saved.xz, .passes = {conv, projections}, .silu = true, .dx = {}});
+    const Tensor dqs = take({r.count, s.batch, s.len, s.q});
     ScanPass scan[2];
     for (std::size_t p = 0; p < passes; p++) {
         const std::size_t source = std::min(p, projections - 1);
@@ -345,7 +348,7 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
                    .finish = true,
                    .checkpoints = saved.checkpoints[static_cast<std::int64_t>(p)],
                    .du = p == source ? conv[p].du : take(sequence),
-                   .dq = take({s.batch, s.len, s.q}),
+                   .dq = dqs[static_cast<std::int64_t>(p)],
                    .dA_log = r.route[p].gradients->A_log,
                    .dD = d.D,
                    .ddt_weight = d.dt_weight,
@@ -364,29 +367,18 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
     }
 
     // out_proj's own gradient, now that its input is known again
-    const LinearBackward out_grad{.x = y,
-                                  .weight = {},
-                                  .dy = g.dout,
-                                  .dx = {},
-                                  .dweight = params.gamma ? take(params.out_proj.shape) : dparams.out_proj,
-                                  .dbias = {}};
+    const LinearBackward out_grad{
+        .x = y,
+        .weight = {},
+        .dy = g.dout,
+        .dx = {},
+        .dweight = params.gamma ? ctx.arena().take(params.out_proj.shape, params.out_proj.dtype) : dparams.out_proj,
+        .dbias = {}};
     if (params.gamma) ctx.backend().fill_zero(ctx, out_grad.dweight);
     if (out_grad.dweight) linear_backward(ctx, {&out_grad, 1});
-    if (params.gamma) {
-        auto split = [&](auto zero) {  // d(gamma W) into dW and dgamma
-            using T = decltype(zero);
-            const T *d = out_grad.dweight.as<T>(), *w = params.out_proj.as<T>(), *gamma = params.gamma.as<T>();
-            for (std::int64_t i = 0; i < s.dim; i++) {
-                T sum = 0;
-                for (std::int64_t j = i * s.inner; j < (i + 1) * s.inner; j++) {
-                    if (dparams.out_proj) dparams.out_proj.as<T>()[j] += gamma[i] * d[j];
-                    sum += w[j] * d[j];
-                }
-                if (dparams.gamma) dparams.gamma.as<T>()[i] += sum;
-            }
-        };
-        s.dtype == DType::f32 ? split(float{}) : split(double{});
-    }
+    if (params.gamma)  // d(gamma W) into dW and dgamma
+        ctx.backend().scale_rows_backward(ctx, params.out_proj, params.gamma, out_grad.dweight, dparams.out_proj,
+                                          dparams.gamma);
 
     // x_proj, convolution
     LinearBackward x_proj[2];

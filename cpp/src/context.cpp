@@ -28,6 +28,7 @@ Context& Context::worker(int index)
     while (static_cast<int>(workers_.size()) <= index) workers_.push_back(std::make_unique<Context>(device_, 1));
     Context& worker = *workers_[static_cast<std::size_t>(index)];
     worker.cache = cache;
+    worker.training = training;
     worker.tile = tile;
     return worker;
 }

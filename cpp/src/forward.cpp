@@ -223,6 +223,7 @@ void forward(Context& ctx, const Config& config, const Params& params, const Ten
              Saved* saved, const Draws& draws)
 {
     const Network net(ctx, config, params, images, draws);
+    ctx.training = saved != nullptr;
     if (saved) saved->prepare(config, net.batch, net.dtype, ctx.device());
     if (net.batch > 0) run_together(ctx, [&] { run(net, images, out, saved); });
 }

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <array>
-#include <cstring>
 
 #include "arena.h"
 #include "backend.h"
@@ -24,38 +23,21 @@ public:
         memory_ = ctx.arena().take({count, elements_}, dtype_);
     }
 
-    // The gradients of group `slot`, set to zero.
-    BlockParams start(int slot) const
+    // The gradients of group `slot`, set to zero by whoever runs it.
+    BlockParams start(Context& own, int slot) const
     {
-        BlockParams part;
-        const Tensor own = memory_[slot];
-        std::memset(own.data, 0, own.bytes());
-        std::int64_t used = 0;
-        auto to = tensors(part);
-        const auto like = tensors(sum_);
-        for (std::size_t i = 0; i < to.size(); i++) {
-            if (!*like[i]) continue;
-            *to[i] = own.slice(used, used + like[i]->numel()).view(like[i]->shape);
-            used += (like[i]->numel() + 15) / 16 * 16;
-        }
-        return part;
+        own.backend().fill_zero(own, memory_[slot]);
+        return part(slot);
     }
 
-    // Adds the first `count` groups to the sum. Tensors are dealt out to the threads.
+    // Adds the first `count` groups to the sum.
     void finish(int count) const
     {
-        struct Work {
-            const GroupGradients& self;
-            int count, workers;
-        } work{*this, count, ctx_.threads()};
-        ctx_.backend().run_workers(
-            ctx_, work.workers,
-            [](void* context, int index) {
-                const Work& w = *static_cast<Work*>(context);
-                w.self.dtype_ == DType::f32 ? w.self.add<float>(w.count, index, w.workers)
-                                            : w.self.add<double>(w.count, index, w.workers);
-            },
-            &work);
+        const auto to = values(sum_);
+        for (int slot = 0; slot < count; slot++) {
+            BlockParams own = part(slot);
+            ctx_.backend().accumulate(ctx_, to, values(own));
+        }
     }
 
 private:
@@ -67,21 +49,27 @@ private:
                 &f.dt_bias,   &r.dt_bias,     &p.gamma,       &p.norm_weight, &p.norm_bias};
     }
 
-    // Every thread takes its share of every tensor.
-    template <class T>
-    void add(int count, int index, int workers) const
+    static std::array<Tensor, 19> values(BlockParams& p)
     {
+        std::array<Tensor, 19> values;
+        const auto from = tensors(p);
+        for (std::size_t i = 0; i < from.size(); i++) values[i] = *from[i];
+        return values;
+    }
+
+    BlockParams part(int slot) const
+    {
+        BlockParams part;
+        const Tensor own = memory_[slot];
         std::int64_t used = 0;
-        for (const Tensor* tensor : tensors(sum_)) {
-            if (!*tensor) continue;
-            const std::int64_t n = tensor->numel(), begin = n * index / workers, end = n * (index + 1) / workers;
-            T* sum = tensor->as<T>();
-            for (int slot = 0; slot < count; slot++) {
-                const T* part = memory_[slot].as<T>() + used;
-                for (std::int64_t i = begin; i < end; i++) sum[i] += part[i];
-            }
-            used += (n + 15) / 16 * 16;
+        auto to = tensors(part);
+        const auto like = tensors(sum_);
+        for (std::size_t i = 0; i < to.size(); i++) {
+            if (!*like[i]) continue;
+            *to[i] = own.slice(used, used + like[i]->numel()).view(like[i]->shape);
+            used += (like[i]->numel() + 15) / 16 * 16;
         }
+        return part;
     }
 
     Context& ctx_;

@@ -129,7 +129,8 @@ void Network::rotate(const Tensor& x, bool inverse) const
 {
     const std::int64_t count = 2 * config.patches() * dim;
     Arena::Scope scope(ctx.arena());
-    constexpr int kind = 1000;  // beyond the kinds of the backends
+    // beyond the kinds of the backends, and different for tables of one size
+    const int kind = static_cast<int>(1000 + (config.rope_grid << 12) + config.grid_height());
     Tensor both{nullptr, {2, config.patches(), dim}, wide(dtype), ctx.device()};
     auto fill = [&](void* out) {
         both.data = out;
@@ -141,7 +142,7 @@ void Network::rotate(const Tensor& x, bool inverse) const
         both.dtype == DType::f32 ? upload(float{}) : upload(double{});
     };
     if (ctx.cache)
-        both.data = const_cast<void*>(ctx.cache->get(ctx, &config.rope_grid, kind, both.bytes(), fill));
+        both.data = const_cast<void*>(ctx.cache->get(ctx, &config.rope_grid, kind, both.bytes(), fill, true));
     else
         fill(take_wide({count}).data);
     vimcore::rope(ctx, {.x = x, .cos = both[0], .sin = both[1], .skip = len - config.patches(), .inverse = inverse});

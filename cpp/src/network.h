@@ -16,7 +16,11 @@ bool block_may_stop_early(Context& ctx, const Config& config);
 
 struct Network {
     Network(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Draws& draws);
-    ~Network() { ctx.cache = outer_cache; }
+    ~Network()
+    {
+        ctx.cache = outer_cache;
+        ctx.training = false;
+    }
     Network(const Network&) = delete;
     Network& operator=(const Network&) = delete;
 

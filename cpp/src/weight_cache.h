@@ -21,22 +21,26 @@ namespace vimcore {
 class WeightCache {
 public:
     // The packed form `kind` of the weight at `weight`; fill writes it when it is missing or stale.
-    // On a device with streams, `fill` queues its work on the context's stream; other streams wait for it.
+    // On a device with streams, `fill` queues its work on the context's stream; other streams wait for it. A training
+    // step that is recorded in a graph fills again in every replay, as weights will have changed. A table is filled
+    // once.
     const void* get(Context& ctx, const void* weight, int kind, std::size_t bytes,
-                    const std::function<void(void*)>& fill)
+                    const std::function<void(void*)>& fill, bool table = false)
     {
         const Key key{weight, kind};
-        {
+        auto current = [&](const Entry& entry) {
+            return entry.bytes == bytes && (entry.version == version_ || (table && entry.version >= 0));
+        };
+        const bool fill_in_graph = ctx.training && !table && ctx.backend().recording(ctx);
+        if (!fill_in_graph) {
             std::shared_lock lock(mutex_);
             auto found = entries_.find(key);
-            if (found != entries_.end() && found->second.version == version_ && found->second.bytes == bytes)
-                return found->second.use(ctx);
+            if (found != entries_.end() && current(found->second)) return found->second.use(ctx);
         }
-        if (ctx.backend().recording(ctx))
-            throw Error("[weights] not prepared yet: make the call once before recording it in a graph");
+        if (ctx.backend().recording(ctx)) return recorded(ctx, key, bytes, fill_in_graph ? &fill : nullptr);
         std::unique_lock lock(mutex_);
         Entry& entry = entries_[key];
-        if (entry.version != version_ || entry.bytes != bytes) {
+        if (!current(entry)) {
             if (entry.bytes != bytes) {
                 entry.data = take(ctx.device(), bytes);
                 entry.bytes = bytes;
@@ -61,6 +65,7 @@ private:
         void* data = nullptr;  // in a slab
         std::size_t bytes = 0;
         std::int64_t version = -1;
+        std::int64_t recorded = -1;    // version for which a graph fills it
         void* stream = nullptr;        // that filled it
         std::shared_ptr<void> filled;  // when that was done
 
@@ -70,6 +75,23 @@ private:
             return data;
         }
     };
+    // While a graph is recorded: memory that was used before and is filled by the graph, now or earlier in it.
+    const void* recorded(Context& ctx, const Key& key, std::size_t bytes, const std::function<void(void*)>* fill)
+    {
+        std::unique_lock lock(mutex_);
+        const auto found = entries_.find(key);
+        const bool known = found != entries_.end() && found->second.bytes == bytes;
+        if (!known || (!fill && found->second.recorded != version_))
+            throw Error("[weights] not prepared yet: make the call once before recording it in a graph");
+        Entry& entry = found->second;
+        if (fill) {
+            entry.use(ctx);  // behind an earlier fill
+            (*fill)(entry.data);
+            entry.recorded = version_;
+        }
+        return entry.data;
+    }
+
     // From the last slab, or a new one: few large blocks of memory are had much faster than many small ones.
     void* take(Device device, std::size_t bytes)
     {

@@ -2,6 +2,8 @@
 // The whole network for vimcore.nn, and Engine, the network of a file for vimcore.Runtime.
 #include <atomic>
 #include <bit>
+#include <map>
+#include <mutex>
 
 #include "place.h"
 #include "saved.h"
@@ -108,12 +110,19 @@ public:
         return std::make_unique<Weights>(std::move(params), std::move(all));
     }
 
-    std::unique_ptr<SavedHandle> saved(const std::string& memory) const
+    std::unique_ptr<SavedHandle> saved(const std::string& memory, std::uintptr_t stream, bool capturing)
     {
-        return std::make_unique<SavedHandle>(to_memory(memory), pool_);
+        std::lock_guard lock(mutex_);
+        std::shared_ptr<SavedPool>& pool = pools_[stream];
+        if (!pool) pool = std::make_shared<SavedPool>();
+        return std::make_unique<SavedHandle>(to_memory(memory), pool, capturing);
     }
 
-    void release() { pool_->clear(); }
+    void release()
+    {
+        std::lock_guard lock(mutex_);
+        for (auto& [stream, pool] : pools_) pool->clear();
+    }
 
     void forward(Weights& weights, const In& images, const MaybeOut& logits, const MaybeOut& tokens,
                  const std::vector<std::int64_t>& layers, const std::vector<Out>& intermediates, SavedHandle* saved,
@@ -135,7 +144,7 @@ public:
                   const MaybeIn& dtokens, const std::vector<std::int64_t>& layers,
                   const std::vector<In>& dintermediates, const Out& gradients, const std::vector<std::int64_t>& offsets,
                   const MaybeOut& dimages, const MaybeIn& drop_path, const MaybeIn& mask, bool flip,
-                  std::int64_t class_position, int threads)
+                  std::int64_t class_position, int threads, std::uintptr_t stream, bool capturing)
     {
         const Tensor x = to_tensor(images, "VisionMamba", "images");
         const Tensor dx = to_tensor(dimages, "VisionMamba", "dimages");
@@ -143,7 +152,9 @@ public:
         const Outputs out = outputs(x, dlogits, dtokens, layers, dintermediates);
         const Draws draws = to_draws(x, {drop_path, mask, flip, class_position});
         expect("dimages", dx, x.shape, x);
-        if (flat.dtype != weights.dtype()) fail("gradients", "expected the type of the weights, got " + describe(flat));
+        if (flat.dtype != weights.dtype() || flat.device != weights.device() || x.device != weights.device())
+            fail("gradients", "expected " + std::string(name_of(weights.dtype())) + " " + to_string(weights.device()) +
+                                  " as the weights, got " + describe(flat) + " beside images " + describe(x));
         Params dparams;
         std::size_t index = 0;
         for_each_param(config_, dparams, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
@@ -156,7 +167,7 @@ public:
             tensor.data = flat.as<char>() + static_cast<std::size_t>(offset) * size_of(flat.dtype);
             tensor.shape = shape;
         });
-        with_context(x.device, {.threads = threads}, [&](Context& ctx) {
+        with_context(x.device, {threads, stream, capturing}, [&](Context& ctx) {
             vimcore::backward(ctx, config_, weights.refreshed(), x, *saved, out, dparams, dx, draws);
         });
     }
@@ -216,7 +227,8 @@ private:
     }
 
     Config config_;
-    std::shared_ptr<SavedPool> pool_ = std::make_shared<SavedPool>();
+    std::mutex mutex_;
+    std::map<std::uintptr_t, std::shared_ptr<SavedPool>> pools_;  // by stream; 0 on the CPU
 };
 
 std::int64_t saved_bytes(const std::string& json, const std::string& memory, std::int64_t batch, bool float64)
@@ -319,8 +331,10 @@ void bind_network(nb::module_& m)
     nb::class_<SavedHandle>(m, "Saved")
         .def(
             "__init__",
-            [](SavedHandle* self, const std::string& memory) { new (self) SavedHandle(to_memory(memory), nullptr); },
-            nb::arg("memory") = "lean")
+            [](SavedHandle* self, const std::string& memory, bool capturing) {
+                new (self) SavedHandle(to_memory(memory), nullptr, capturing);
+            },
+            nb::arg("memory") = "lean", nb::arg("capturing") = false)
         .def_prop_ro("bytes", &SavedHandle::bytes)
         .def_prop_ro("memory", &SavedHandle::memory)
         .def_prop_ro("token", &token_of)
@@ -333,7 +347,7 @@ void bind_network(nb::module_& m)
     nb::class_<Network>(m, "Network")
         .def(nb::init<const std::string&>(), nb::arg("config_json"))
         .def("bind", &Network::bind, nb::arg("parameters").noconvert())
-        .def("saved", &Network::saved, nb::arg("memory") = "lean")
+        .def("saved", &Network::saved, nb::arg("memory") = "lean", nb::arg("stream") = 0, nb::arg("capturing") = false)
         .def("release", &Network::release)
         .def("forward", &Network::forward, nb::arg("weights"), nb::arg("images").noconvert(),
              nb::arg("logits").noconvert().none() = nb::none(), nb::arg("tokens").noconvert().none() = nb::none(),
@@ -346,7 +360,8 @@ void bind_network(nb::module_& m)
              nb::arg("layers") = std::vector<std::int64_t>{}, nb::arg("dintermediates").noconvert() = std::vector<In>{},
              nb::arg("gradients").noconvert(), nb::arg("offsets"), nb::arg("dimages").noconvert().none() = nb::none(),
              nb::arg("drop_path").noconvert().none() = nb::none(), nb::arg("mask").noconvert().none() = nb::none(),
-             nb::arg("flip") = false, nb::arg("class_position") = -1, nb::arg("threads") = 0);
+             nb::arg("flip") = false, nb::arg("class_position") = -1, nb::arg("threads") = 0, nb::arg("stream") = 0,
+             nb::arg("capturing") = false);
 
     nb::class_<Engine>(m, "Engine")
         .def(nb::init<const std::string&, int, std::int64_t, std::int64_t, int, const std::string&>(), nb::arg("path"),

@@ -34,8 +34,8 @@ void norm_forward(const std::string& kind, double eps, const In& x, const MaybeI
 }
 
 void norm_backward(const std::string& kind, double eps, const In& x, const In& weight, const In& dout,
-                   const MaybeIn& dresidual_out, const Out& dx, const MaybeOut& dweight, const MaybeOut& dbias,
-                   int threads)
+                   const MaybeIn& dresidual_out, const Out& dresidual, const MaybeOut& dx, const MaybeOut& dweight,
+                   const MaybeOut& dbias, int threads, std::uintptr_t stream, bool capturing)
 {
     const char* op = kind == "layer" ? "layer_norm" : "rms_norm";
     NormBackward a;
@@ -45,10 +45,11 @@ void norm_backward(const std::string& kind, double eps, const In& x, const In& w
     a.weight = to_tensor(weight, op, "weight");
     a.dout = to_tensor(dout, op, "dout");
     a.dresidual_out = to_tensor(dresidual_out, op, "dresidual_out");
-    a.dresidual = to_tensor(dx, op, "dx");
+    a.dresidual = to_tensor(dresidual, op, "dresidual");
+    a.dh = to_tensor(dx, op, "dx");
     a.dweight = to_tensor(dweight, op, "dweight");
     a.dbias = to_tensor(dbias, op, "dbias");
-    with_context(Device::cpu(), {.threads = threads}, [&](Context& ctx) { vimcore::norm_backward(ctx, a); });
+    with_context(a.x.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::norm_backward(ctx, a); });
 }
 
 // ---- convolution ---------------------------------------------------------------------------------------------------
@@ -70,7 +71,8 @@ void conv1d_forward(const In& x, const In& weight, const MaybeIn& bias, bool sil
 }
 
 void conv1d_backward(const In& x, const In& weight, const MaybeIn& bias, bool silu, bool reverse, const In& u,
-                     const In& du, const Out& dx, const MaybeOut& dweight, const MaybeOut& dbias, int threads)
+                     const In& du, const Out& dx, const MaybeOut& dweight, const MaybeOut& dbias, int threads,
+                     std::uintptr_t stream, bool capturing)
 {
     const char* op = "causal_conv1d";
     ConvPass pass;
@@ -86,7 +88,7 @@ void conv1d_backward(const In& x, const In& weight, const MaybeIn& bias, bool si
     a.passes = {&pass, 1};
     a.silu = silu;
     a.dx = to_tensor(dx, op, "dx");
-    with_context(Device::cpu(), {.threads = threads}, [&](Context& ctx) { vimcore::conv1d_backward(ctx, a); });
+    with_context(a.x.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::conv1d_backward(ctx, a); });
 }
 
 // ---- scan on its own -----------------------------------------------------------------------------------------------
@@ -115,7 +117,8 @@ void selective_scan_forward(const std::vector<MaybeIn>& inputs, bool softplus, b
 }
 
 void selective_scan_backward(const std::vector<MaybeIn>& inputs, bool softplus, bool reverse, const Out& out,
-                             const In& dout, const std::vector<MaybeOut>& gradients, int threads)
+                             const In& dout, const std::vector<MaybeOut>& gradients, int threads, std::uintptr_t stream,
+                             bool capturing)
 {
     const char* op = "selective_scan";
     if (gradients.size() != 8) throw std::invalid_argument("[selective_scan] gradients: expected 8 arrays");
@@ -123,7 +126,8 @@ void selective_scan_backward(const std::vector<MaybeIn>& inputs, bool softplus, 
     a.dout = to_tensor(dout, op, "dout");
     Tensor* const places[] = {&a.du, &a.ddelta, &a.dA, &a.dB, &a.dC, &a.dD, &a.dz, &a.ddelta_bias};
     for (std::size_t i = 0; i < 8; i++) *places[i] = to_tensor(gradients[i], op, "gradient");
-    with_context(Device::cpu(), {.threads = threads}, [&](Context& ctx) { vimcore::selective_scan_backward(ctx, a); });
+    with_context(a.out.device, {threads, stream, capturing},
+                 [&](Context& ctx) { vimcore::selective_scan_backward(ctx, a); });
 }
 
 // ---- both directions, with dt projection, skip, sum and gate -------------------------------------------------------
@@ -166,7 +170,7 @@ void scan_forward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs,
 
 void scan_backward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs,
                    const std::vector<std::vector<MaybeOut>>& outputs, double scale, std::int64_t chunk, const Out& out,
-                   const In& dout, const Out& dxz, int threads)
+                   const In& dout, const Out& dxz, int threads, std::uintptr_t stream, bool capturing)
 {
     if (inputs.size() != 2 || outputs.size() != 2)
         throw std::invalid_argument("[bidirectional_scan] inputs: expected two directions");
@@ -179,7 +183,7 @@ void scan_backward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs
     a.out = to_tensor(out, "bidirectional_scan", "out");
     a.dout = to_tensor(dout, "bidirectional_scan", "dout");
     a.dxz = to_tensor(dxz, "bidirectional_scan", "dxz");
-    with_context(Device::cpu(), {.threads = threads}, [&](Context& ctx) { vimcore::scan_backward(ctx, a); });
+    with_context(a.out.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::scan_backward(ctx, a); });
 }
 
 // ---- one block -----------------------------------------------------------------------------------------------------
@@ -214,15 +218,17 @@ void block_forward(const std::string& json, const std::vector<In>& parameters, c
     block.residual_out = to_tensor(residual_out, "vim_block", "residual_out");
     block.out = to_tensor(out, "vim_block", "out");
     with_context(block.out.device, {threads, stream, capturing}, [&](Context& ctx) {
-        if (saved) (**saved).prepare(config, block.out.size(0), block.out.dtype);
+        if (saved) (**saved).prepare(config, block.out.size(0), block.out.dtype, block.out.device);
         vimcore::block_forward(ctx, config, params, block, saved ? &(**saved).blocks[0] : nullptr);
     });
 }
 
-// residual_out: the forward's. gradients: one per parameter, added to, or None.
+// residual_out: the forward's. dresidual: of the residual, and of x beside it; dx: of x in the type of activations, or
+// None. gradients: one per parameter, added to, or None.
 void block_backward(const std::string& json, const std::vector<In>& parameters, const In& residual_out, bool reverse,
-                    SavedHandle& saved, const In& dout, const MaybeIn& dresidual_out, const Out& dx,
-                    const std::vector<MaybeOut>& gradients, int threads)
+                    SavedHandle& saved, const In& dout, const MaybeIn& dresidual_out, const Out& dresidual,
+                    const MaybeOut& dx, const std::vector<MaybeOut>& gradients, int threads, std::uintptr_t stream,
+                    bool capturing)
 {
     const Config config = Config::from_json(json);
     const BlockParams params = to_block_params(config, parameters, false);
@@ -234,8 +240,9 @@ void block_backward(const std::string& json, const std::vector<In>& parameters, 
     BlockGradients g;
     g.dout = to_tensor(dout, "vim_block", "dout");
     g.dresidual_out = to_tensor(dresidual_out, "vim_block", "dresidual_out");
-    g.dresidual = to_tensor(dx, "vim_block", "dx");
-    with_context(Device::cpu(), {.threads = threads},
+    g.dresidual = to_tensor(dresidual, "vim_block", "dresidual");
+    g.dh = to_tensor(dx, "vim_block", "dx");
+    with_context(g.dout.device, {threads, stream, capturing},
                  [&](Context& ctx) { vimcore::block_backward(ctx, config, params, block, kept, g, dparams); });
 }
 
@@ -249,35 +256,39 @@ void bind_ops(nb::module_& m)
           nb::arg("stream") = 0, nb::arg("capturing") = false);
     m.def("norm_backward", &norm_backward, nb::arg("kind"), nb::arg("eps"), nb::arg("x").noconvert(),
           nb::arg("weight").noconvert(), nb::arg("dout").noconvert(), nb::arg("dresidual_out").noconvert().none(),
-          nb::arg("dx").noconvert(), nb::arg("dweight").noconvert().none(), nb::arg("dbias").noconvert().none(),
-          nb::arg("threads") = 0);
+          nb::arg("dresidual").noconvert(), nb::arg("dx").noconvert().none(), nb::arg("dweight").noconvert().none(),
+          nb::arg("dbias").noconvert().none(), nb::arg("threads") = 0, nb::arg("stream") = 0,
+          nb::arg("capturing") = false);
     m.def("conv1d_forward", &conv1d_forward, nb::arg("x").noconvert(), nb::arg("weight").noconvert(),
           nb::arg("bias").noconvert().none(), nb::arg("silu"), nb::arg("reverse"), nb::arg("out").noconvert(),
           nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
     m.def("conv1d_backward", &conv1d_backward, nb::arg("x").noconvert(), nb::arg("weight").noconvert(),
           nb::arg("bias").noconvert().none(), nb::arg("silu"), nb::arg("reverse"), nb::arg("out").noconvert(),
           nb::arg("dout").noconvert(), nb::arg("dx").noconvert(), nb::arg("dweight").noconvert().none(),
-          nb::arg("dbias").noconvert().none(), nb::arg("threads") = 0);
+          nb::arg("dbias").noconvert().none(), nb::arg("threads") = 0, nb::arg("stream") = 0,
+          nb::arg("capturing") = false);
     m.def("selective_scan_forward", &selective_scan_forward, nb::arg("inputs").noconvert(), nb::arg("delta_softplus"),
           nb::arg("reverse"), nb::arg("out").noconvert(), nb::arg("threads") = 0, nb::arg("stream") = 0,
           nb::arg("capturing") = false);
     m.def("selective_scan_backward", &selective_scan_backward, nb::arg("inputs").noconvert(), nb::arg("delta_softplus"),
           nb::arg("reverse"), nb::arg("out").noconvert(), nb::arg("dout").noconvert(), nb::arg("gradients").noconvert(),
-          nb::arg("threads") = 0);
+          nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
     m.def("scan_forward", &scan_forward, nb::arg("xz").noconvert(), nb::arg("inputs").noconvert(),
           nb::arg("outputs").noconvert(), nb::arg("scale"), nb::arg("chunk"), nb::arg("out").noconvert(),
           nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
     m.def("scan_backward", &scan_backward, nb::arg("xz").noconvert(), nb::arg("inputs").noconvert(),
           nb::arg("outputs").noconvert(), nb::arg("scale"), nb::arg("chunk"), nb::arg("out").noconvert(),
-          nb::arg("dout").noconvert(), nb::arg("dxz").noconvert(), nb::arg("threads") = 0);
+          nb::arg("dout").noconvert(), nb::arg("dxz").noconvert(), nb::arg("threads") = 0, nb::arg("stream") = 0,
+          nb::arg("capturing") = false);
     m.def("block_forward", &block_forward, nb::arg("config_json"), nb::arg("parameters").noconvert(),
           nb::arg("x").noconvert(), nb::arg("residual").noconvert().none(), nb::arg("reverse"),
           nb::arg("residual_out").noconvert(), nb::arg("out").noconvert(), nb::arg("saved").none(),
           nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
     m.def("block_backward", &block_backward, nb::arg("config_json"), nb::arg("parameters").noconvert(),
           nb::arg("residual_out").noconvert(), nb::arg("reverse"), nb::arg("saved"), nb::arg("dout").noconvert(),
-          nb::arg("dresidual_out").noconvert().none(), nb::arg("dx").noconvert(), nb::arg("gradients").noconvert(),
-          nb::arg("threads") = 0);
+          nb::arg("dresidual_out").noconvert().none(), nb::arg("dresidual").noconvert(),
+          nb::arg("dx").noconvert().none(), nb::arg("gradients").noconvert(), nb::arg("threads") = 0,
+          nb::arg("stream") = 0, nb::arg("capturing") = false);
 }
 
 }  // namespace vimcore::python

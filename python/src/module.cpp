@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The extension module vimcore._core. Everything here is private to the package vimcore.
 #include "place.h"
+#include "saved.h"
 
 namespace vimcore::python {
 
@@ -78,7 +79,10 @@ NB_MODULE(_core, m)
     m.def("config_facts", config_facts, nb::arg("config_json"));
     m.def("param_shapes", param_shapes, nb::arg("config_json"));
     m.def("flops", [](const std::string& json) { return parse(json).flops(); }, nb::arg("config_json"));
-    m.def("release_memory", [] { contexts().clear(); });
+    m.def("release_memory", [] {
+        contexts().clear();
+        captured_saved().clear();
+    });
 
     bind_network(m);
     bind_ops(m);

@@ -15,10 +15,19 @@ inline Memory to_memory(const std::string& name)
 
 using SavedPool = Pool<Saved>;
 
-// What one forward keeps for its backward; the memory returns to the network's pool with the last reference.
+// What captured graphs have written down the addresses of: kept until release_memory().
+inline SavedPool& captured_saved()
+{
+    static auto* all = new SavedPool;  // never destroyed, as contexts()
+    return *all;
+}
+
+// What one forward keeps for its backward; the memory returns to the network's pool with the last reference. A pool
+// serves one stream: there, what a backward still reads comes before what the next forward writes.
 class SavedHandle {
 public:
-    SavedHandle(Memory memory, std::shared_ptr<SavedPool> pool) : pool_(std::move(pool))
+    SavedHandle(Memory memory, std::shared_ptr<SavedPool> pool, bool capturing)
+        : pool_(capturing ? nullptr : std::move(pool)), capturing_(capturing)
     {
         saved_ = pool_ ? pool_->take([] { return std::make_unique<Saved>(); }) : std::make_unique<Saved>();
         saved_->memory = memory;
@@ -27,6 +36,7 @@ public:
     SavedHandle& operator=(const SavedHandle&) = delete;
     ~SavedHandle()
     {
+        if (capturing_) captured_saved().give(std::move(saved_));
         if (pool_) pool_->give(std::move(saved_));
     }
 
@@ -41,6 +51,7 @@ public:
 
 private:
     std::shared_ptr<SavedPool> pool_;
+    bool capturing_;
     std::unique_ptr<Saved> saved_;
 };
 

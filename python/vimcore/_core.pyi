@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# The extension module: private to the package. Arrays are contiguous and checked; on the CPU, or for forward
-# functions all on one CUDA device. `stream` is a cudaStream_t, `capturing` says that it is being captured.
+# The extension module: private to the package. Arrays are contiguous and checked, all on the CPU or all on
+# one CUDA device. `stream` is a cudaStream_t, `capturing` says that it is being captured.
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -29,7 +29,7 @@ class Weights:
     def changed(self) -> None: ...
 
 class Saved:
-    def __init__(self, memory: str = "lean") -> None: ...
+    def __init__(self, memory: str = "lean", capturing: bool = False) -> None: ...
     @property
     def bytes(self) -> int: ...
     @property
@@ -46,7 +46,7 @@ class Saved:
 class Network:
     def __init__(self, config_json: str) -> None: ...
     def bind(self, parameters: Sequence[Array]) -> Weights: ...
-    def saved(self, memory: str = "lean") -> Saved: ...
+    def saved(self, memory: str = "lean", stream: int = 0, capturing: bool = False) -> Saved: ...
     def release(self) -> None: ...
     def forward(
         self,
@@ -83,6 +83,8 @@ class Network:
         flip: bool = False,
         class_position: int = -1,
         threads: int = 0,
+        stream: int = 0,
+        capturing: bool = False,
     ) -> None: ...
 
 class Engine:
@@ -122,10 +124,13 @@ def norm_backward(
     weight: Array,
     dout: Array,
     dresidual_out: Array | None,
-    dx: Array,
+    dresidual: Array,
+    dx: Array | None,
     dweight: Array | None,
     dbias: Array | None,
     threads: int = 0,
+    stream: int = 0,
+    capturing: bool = False,
 ) -> None: ...
 def conv1d_forward(
     x: Array,
@@ -150,6 +155,8 @@ def conv1d_backward(
     dweight: Array | None,
     dbias: Array | None,
     threads: int = 0,
+    stream: int = 0,
+    capturing: bool = False,
 ) -> None: ...
 def selective_scan_forward(
     inputs: Sequence[Array | None],
@@ -168,6 +175,8 @@ def selective_scan_backward(
     dout: Array,
     gradients: Sequence[Array | None],
     threads: int = 0,
+    stream: int = 0,
+    capturing: bool = False,
 ) -> None: ...
 def scan_forward(
     xz: Array,
@@ -190,6 +199,8 @@ def scan_backward(
     dout: Array,
     dxz: Array,
     threads: int = 0,
+    stream: int = 0,
+    capturing: bool = False,
 ) -> None: ...
 def block_forward(
     config_json: str,
@@ -212,9 +223,12 @@ def block_backward(
     saved: Saved,
     dout: Array,
     dresidual_out: Array | None,
-    dx: Array,
+    dresidual: Array,
+    dx: Array | None,
     gradients: Sequence[Array | None],
     threads: int = 0,
+    stream: int = 0,
+    capturing: bool = False,
 ) -> None: ...
 def read_safetensors(path: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]]: ...
 def safetensors_header(path: str) -> tuple[list[tuple[str, str, tuple[int, ...]]], dict[str, str]]: ...

@@ -189,7 +189,8 @@ def interleave(
     return found
 
 
-def _training_call(model: Any, images: Any, targets: Any) -> Call:
+def training_call(model: Any, images: Any, targets: Any) -> Call:
+    """A forward and a backward of the cross-entropy with these classes."""
     from torch.nn.functional import cross_entropy
 
     model.train()
@@ -240,7 +241,7 @@ def _peer_call(
         if name != "torch":
             with _quiet():
                 return getattr(deit, name)(model, images, threads)
-    return _forward_call(model, images) if targets is None else _training_call(model, images, targets)
+    return _forward_call(model, images) if targets is None else training_call(model, images, targets)
 
 
 def _case(
@@ -257,7 +258,7 @@ def _case(
     model = vimcore.VisionMamba(img_size=side, embed_dim=width, memory=args.memory)
     images = torch.randn(batch, 3, side, side)
     targets = torch.randint(1000, (batch,)) if args.train else None
-    ours = _forward_call(model, images) if targets is None else _training_call(model, images, targets)
+    ours = _forward_call(model, images) if targets is None else training_call(model, images, targets)
     floor = batch * floor_flops(Sizes(side, width, model.flops()))
 
     def peak() -> float:

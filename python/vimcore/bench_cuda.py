@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vimcore bench --device cuda`: forward speed against peers on one GPU, in interleaved pairs in one process.
+"""`vimcore bench --device cuda`: speed against peers on one GPU, in interleaved pairs in one process: of the
+forward, or with `--train` of forward and backward.
 
 A sample is as many calls back to back as fill `--sample` seconds, between two CUDA events; figures are
 medians over pairs (ours, peer, ours, peer, ...). Everything is measured twice: called from Python, and
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from . import _core
-from .bench import WIDTHS, load_module
+from .bench import WIDTHS, load_module, training_call
 from .nn import VisionMamba
 
 Call = Callable[[], Any]
@@ -97,6 +98,13 @@ def _forward(model: Any, images: torch.Tensor) -> Call:
     return forward
 
 
+def _call(args: argparse.Namespace, model: Any, images: torch.Tensor) -> Call:
+    """What is measured of a model."""
+    if not args.train:
+        return _forward(model.eval(), images)
+    return training_call(model, images, torch.randint(1000, (len(images),), device=images.device))
+
+
 def _interleave(ours: Call, peer: Call | None, args: argparse.Namespace) -> dict[str, list[float]]:
     calls = {"ours": ours} if peer is None else {"ours": ours, "peer": peer}
     counts = {name: calls_for(call, args.sample) for name, call in calls.items()}
@@ -112,8 +120,6 @@ def _interleave(ours: Call, peer: Call | None, args: argparse.Namespace) -> dict
 
 def prepare(args: argparse.Namespace) -> str:
     """Description of the device; an error that says why nothing can be measured."""
-    if args.train:
-        raise ValueError("--train: there is no backward pass on CUDA yet")
     device = torch.device(args.device)
     description = _core.cuda_description(device.index or 0)
     if not torch.cuda.is_available():
@@ -133,9 +139,9 @@ def case(
         peers = [name for name in args.peers if name in PEERS]
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
-    model = VisionMamba(img_size=side, embed_dim=WIDTHS[args.model]).to(args.device).eval()
+    model = VisionMamba(img_size=side, embed_dim=WIDTHS[args.model], memory=args.memory).to(args.device)
     images = torch.randn(batch, 3, side, side, device=args.device).to(dtype)
-    eager = _forward(model, images)
+    eager = _call(args, model, images)
     table = sys.stderr if args.json == "-" else sys.stdout
     rows = []
     for graph in (False, True):
@@ -144,14 +150,14 @@ def case(
         for name in peers:
             peer: Call | None = None
             if name is not None and folder is not None:
-                other = load_module(folder, PEERS[name]).build(size, side).to(args.device, dtype).eval()
-                peer = graphed(_forward(other, images)) if graph else _forward(other, images)
+                other = load_module(folder, PEERS[name]).build(size, side).to(args.device, dtype)
+                peer = graphed(_call(args, other, images)) if graph else _call(args, other, images)
             found = _interleave(ours, peer, args)
             row: dict[str, Any] = {
                 "model": args.model,
                 "size": side,
                 "batch": batch,
-                "mode": "forward",
+                "mode": "train" if args.train else "forward",
                 "dtype": args.dtype,
                 "graph": graph,
                 "peer": name,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .place import exported, on_cuda, place, wide
+from .place import exported, place, wide
 
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -208,7 +208,8 @@ class NetworkFunction(torch.autograd.Function):
     def forward(
         ctx: Any, core: Core, request: Request, images: Tensor, *params: Tensor
     ) -> tuple[Tensor, ...]:
-        saved = core.network.saved(request.memory)
+        _, stream, capturing = place(images)
+        saved = core.network.saved(request.memory, stream, capturing)
         outputs = core.run(request, images, params, saved)
         # The token owns what was saved: autograd frees it together with its other saved tensors.
         ctx.save_for_backward(saved.token, images, *params)
@@ -226,25 +227,30 @@ class NetworkFunction(torch.autograd.Function):
             return nothing
         token, images, *params = ctx.saved_tensors
         dimages = torch.zeros_like(images) if ctx.needs_input_grad[2] else None
+        # named, so that they live until the call has queued its work
+        incoming = [None if g is None else g.contiguous() for g in gradients]
         where: dict[str, Any] = {}
         if request.kind == "layers":
-            pairs = [(i, g.contiguous()) for i, g in zip(request.layers, gradients) if g is not None]
+            pairs = [(i, exported(g)) for i, g in zip(request.layers, incoming) if g is not None]
             where = {"layers": [i for i, _ in pairs], "dintermediates": [g for _, g in pairs]}
         else:
-            where = {"dtokens" if request.kind == "tokens" else "dlogits": _contiguous(gradients[0])}
+            where = {"dtokens" if request.kind == "tokens" else "dlogits": exported(incoming[0])}
         part = core.taking_part(request.kind, where.get("layers", ()))
         wanted = tuple([want and p for want, p in zip(wanted, part)])
         total, offsets, sizes = core.layout(params, wanted)
-        flat = images.new_zeros(total)
+        flat = params[0].new_zeros(total)
         if images.shape[0]:
+            threads, stream, capturing = place(images)
             core.network.backward(
-                core.weights(params),
-                images.detach(),
+                core.weights(params, capturing),
+                exported(images),
                 _core.Saved.of(token),
-                gradients=flat,
+                gradients=exported(flat),
                 offsets=offsets,
-                dimages=dimages,
-                threads=torch.get_num_threads(),
+                dimages=exported(dimages),
+                threads=threads,
+                stream=stream,
+                capturing=capturing,
                 **where,
                 **request.draws.arguments(),
             )
@@ -262,8 +268,9 @@ def _fresh(like: Tensor | None) -> Tensor | None:
     return None if like is None else torch.zeros_like(like)
 
 
-def _detached(tensors: Sequence[Tensor | None]) -> list[Any]:
-    return [None if t is None else t.detach() for t in tensors]
+def _narrow(total: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A place for the gradient of x beside the wide one of its sum with the residual; None where one does."""
+    return None if total.dtype == dtype else torch.empty_like(total, dtype=dtype)
 
 
 def _exported(tensors: Sequence[Tensor | None]) -> list[Any]:
@@ -292,21 +299,25 @@ class NormFunction(torch.autograd.Function):
         _core.norm_forward(kind, eps, x_, residual_, weight_, bias_, total_, out_, *place(out))
         ctx.save_for_backward(total.detach(), weight, bias)
         ctx.set_materialize_grads(False)
-        ctx.kind, ctx.eps = kind, eps
+        ctx.kind, ctx.eps, ctx.dtype = kind, eps, x.dtype
         return out, total
 
     @staticmethod
     @_once
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, bias = ctx.saved_tensors
+        residual = ctx.needs_input_grad[5]
         if dout is None:
-            return None, None, dtotal, None, None, dtotal if ctx.needs_input_grad[5] else None
-        dx, dweight, dbias = torch.empty_like(total), torch.zeros_like(weight), _fresh(bias)
-        total_, weight_ = _detached([total, weight])
+            dx = None if dtotal is None else dtotal.to(ctx.dtype)
+            return None, None, dx, None, None, dtotal if residual else None
+        dsum, dx = torch.empty_like(total), _narrow(total, ctx.dtype)
+        dweight, dbias = torch.zeros_like(weight), _fresh(bias)
         dout, dtotal = dout.contiguous(), _contiguous(dtotal)
-        threads = torch.get_num_threads()
-        _core.norm_backward(ctx.kind, ctx.eps, total_, weight_, dout, dtotal, dx, dweight, dbias, threads)
-        return None, None, dx, dweight, dbias, dx.clone() if ctx.needs_input_grad[5] else None
+        arguments = [*_exported([total, weight, dout, dtotal, dsum, dx, dweight, dbias]), *place(total)]
+        _core.norm_backward(ctx.kind, ctx.eps, *arguments)
+        if dx is None:
+            dx = dsum.clone() if residual else dsum
+        return None, None, dx, dweight, dbias, dsum if residual else None
 
 
 class Conv1dFunction(torch.autograd.Function):
@@ -326,12 +337,12 @@ class Conv1dFunction(torch.autograd.Function):
     @staticmethod
     @_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, out = _detached(ctx.saved_tensors)
+        x, weight, bias, out = ctx.saved_tensors
         dx, dweight, dbias = torch.zeros_like(x), torch.zeros_like(weight), _fresh(bias)
-        threads = torch.get_num_threads()
-        _core.conv1d_backward(
-            x, weight, bias, ctx.silu, ctx.reverse, out, dout.contiguous(), dx, dweight, dbias, threads
-        )
+        dout = dout.contiguous()
+        x_, weight_, bias_ = _exported([x, weight, bias])
+        arguments = [*_exported([out, dout, dx, dweight, dbias]), *place(x)]
+        _core.conv1d_backward(x_, weight_, bias_, ctx.silu, ctx.reverse, *arguments)
         return None, None, dx, dweight, dbias
 
 
@@ -350,11 +361,13 @@ class SelectiveScanFunction(torch.autograd.Function):
     @staticmethod
     @_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = _detached(ctx.saved_tensors)
+        inputs = ctx.saved_tensors
         gradients = [_fresh(t) for t in inputs]
-        out, threads = torch.empty(dout.shape, dtype=dout.dtype), torch.get_num_threads()
+        dout = dout.contiguous()
+        out = torch.empty_like(dout)
+        inputs_, gradients_, (out_, dout_) = _exported(inputs), _exported(gradients), _exported([out, dout])
         _core.selective_scan_backward(
-            inputs, ctx.softplus, ctx.reverse, out, dout.contiguous(), gradients, threads
+            inputs_, ctx.softplus, ctx.reverse, out_, dout_, gradients_, *place(out)
         )
         return (None, None, *gradients)
 
@@ -368,7 +381,8 @@ class BidirectionalScanFunction(torch.autograd.Function):
         xz = z.new_zeros(batch, length, 2 * inner)
         xz[:, :, inner:] = z.detach()
         shape = (batch, (length + chunk - 1) // chunk, inputs[2].shape[1], inner)
-        states = [None if on_cuda(z) else z.new_empty(shape) for _ in range(2)]  # for backward
+        needed = any(ctx.needs_input_grad)
+        states = [z.new_empty(shape, dtype=wide(z.dtype)) if needed else None for _ in range(2)]
         out = torch.empty_like(z)
         values = _exported(inputs)
         outputs = [[exported(state)] for state in states]
@@ -381,12 +395,14 @@ class BidirectionalScanFunction(torch.autograd.Function):
     @staticmethod
     @_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        xz, first, second, *inputs = _detached(ctx.saved_tensors)
+        xz, first, second, *inputs = ctx.saved_tensors
         gradients = [torch.zeros_like(t) for t in inputs]
-        dxz, out = torch.zeros_like(xz), torch.empty(dout.shape, dtype=dout.dtype)
-        passes = [[first, *gradients[:6]], [second, *gradients[6:]]]
-        values, threads = [inputs[:6], inputs[6:]], torch.get_num_threads()
-        _core.scan_backward(xz, values, passes, ctx.scale, ctx.chunk, out, dout.contiguous(), dxz, threads)
+        dout = dout.contiguous()
+        dxz, out = torch.zeros_like(xz), torch.empty_like(dout)
+        passes = [_exported([first, *gradients[:6]]), _exported([second, *gradients[6:]])]
+        values = [_exported(inputs[:6]), _exported(inputs[6:])]
+        arguments = [*_exported([out, dout, dxz]), *place(out)]
+        _core.scan_backward(exported(xz), values, passes, ctx.scale, ctx.chunk, *arguments)
         return (None, None, dxz[:, :, xz.shape[2] // 2 :].contiguous(), *gradients)
 
 
@@ -403,7 +419,8 @@ class BlockFunction(torch.autograd.Function):
         residual: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        saved = None if on_cuda(x) else _core.Saved(memory)
+        _, _, capturing = place(x)
+        saved = _core.Saved(memory, capturing) if any(ctx.needs_input_grad) else None
         out, total = torch.empty_like(x), torch.empty_like(x, dtype=wide(x.dtype))
         x_, residual_, total_, out_, *params_ = _exported([x, residual, total, out, *params])
         _core.block_forward(config_json, params_, x_, residual_, reverse, total_, out_, saved, *place(out))
@@ -411,22 +428,24 @@ class BlockFunction(torch.autograd.Function):
             return out, total
         ctx.save_for_backward(saved.token, total.detach(), *params)
         ctx.set_materialize_grads(False)
-        ctx.config_json, ctx.reverse = config_json, reverse
+        ctx.config_json, ctx.reverse, ctx.dtype = config_json, reverse, x.dtype
         return out, total
 
     @staticmethod
     @_once
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        token, total, *params = _detached(ctx.saved_tensors)
-        saved = _core.Saved.of(token)
+        token, total, *params = ctx.saved_tensors
+        saved, residual = _core.Saved.of(token), ctx.needs_input_grad[4]
         gradients = [torch.zeros_like(p) for p in params]
-        dx = torch.zeros_like(total)
-        dout = torch.zeros_like(total) if dout is None else dout.contiguous()
-        dtotal, threads = _contiguous(dtotal), torch.get_num_threads()
-        _core.block_backward(
-            ctx.config_json, params, total, ctx.reverse, saved, dout, dtotal, dx, gradients, threads
-        )
-        return (None, None, None, dx, dx.clone() if ctx.needs_input_grad[4] else None, *gradients)
+        dsum, dx = torch.zeros_like(total), _narrow(total, ctx.dtype)
+        dout = torch.zeros_like(total, dtype=ctx.dtype) if dout is None else dout.contiguous()
+        dtotal = _contiguous(dtotal)
+        total_, params_ = exported(total), _exported(params)
+        arguments = [*_exported([dout, dtotal, dsum, dx]), _exported(gradients), *place(total)]
+        _core.block_backward(ctx.config_json, params_, total_, ctx.reverse, saved, *arguments)
+        if dx is None:
+            dx = dsum.clone() if residual else dsum
+        return (None, None, None, dx, dsum if residual else None, *gradients)
 
 
 def block_parameters(config_json: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import _core
 from .functions import Core, Draws, NetworkFunction, Request, describe
 from .layers import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
-from .place import autocast_type, check_trainable, from_device, on_cuda, wide
+from .place import autocast_type, from_device, on_cuda, wide
 
 _PER_TOKEN = ("max", "all")  # without class token: the head sees every token
 
@@ -26,10 +26,11 @@ class VisionMamba(nn.Module):
 
     Submodules only hold parameters: the whole network is one call of the C++ core, so their forward hooks do
     not run. Computes on the CPU in the type of the parameters, float32 or float64; under
-    `torch.autocast("cpu")` in float32. Computes on CUDA, without gradients for now, with float32 parameters
-    and activations of the images' type: float32, bfloat16 or float16; under `torch.autocast("cuda")` of its
-    type. Weights may be written in place in any way that torch sees; on the CPU, writes through `.data` or a
-    numpy view are seen when they change a whole float32 tensor, or anything of a float64 one.
+    `torch.autocast("cpu")` in float32. Computes on CUDA with float32 parameters and gradients of them, and
+    activations of the images' type: float32, bfloat16 or float16; under `torch.autocast("cuda")` of its type.
+    With float16 scale the loss (`torch.amp.GradScaler`). Weights may be written in place in any way that
+    torch sees; on the CPU, writes through `.data` or a numpy view are seen when they change a whole float32
+    tensor, or anything of a float64 one.
 
     Args:
         img_size: side or (height, width) in pixels; images of another size are an error.
@@ -198,7 +199,6 @@ class VisionMamba(nn.Module):
 
         Raises:
             ValueError: shape, type or device of the images or of a parameter do not fit.
-            NotImplementedError: on CUDA, a gradient is wanted.
         """
         if self._head_is_fused():
             return self._call("logits", images)[0]
@@ -278,8 +278,6 @@ class VisionMamba(nn.Module):
         if torch.is_grad_enabled():
             part = core.taking_part(kind, layers)
             differentiated = images.requires_grad or any(p.requires_grad for p, t in zip(params, part) if t)
-        if differentiated:
-            check_trainable("VisionMamba", images)
         request = Request(kind, layers, self._draws(kind, images), self.memory)
         if differentiated:
             return NetworkFunction.apply(core, request, images, *params)

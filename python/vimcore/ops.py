@@ -3,10 +3,10 @@
 
 Sizes: B batch, L tokens, D width, E inner width, N state, R rank of dt, K convolution width. On the CPU all
 tensors of a call are of one type, float32 or float64; under `torch.autocast("cpu")` half types are widened to
-float32. On CUDA, without gradients for now, the activations (x, u, delta, B, C, q, z and the result) are of
-one type, float32, bfloat16 or float16, and the others float32; `torch.autocast("cuda")` converts. Arrays of
-other libraries on a CUDA device (CuPy, ...) are taken without a copy. What does not fit is a ValueError that
-names the argument. Second derivatives are an error.
+float32. On CUDA the activations (x, u, delta, B, C, q, z and the result) and their gradients are of one type,
+float32, bfloat16 or float16, and the others float32; `torch.autocast("cuda")` converts. Arrays of other
+libraries on a CUDA device (CuPy, ...) are taken without a copy. What does not fit is a ValueError that names
+the argument. Second derivatives are an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .functions import (
     block_parameters,
     describe,
 )
-from .place import autocast_type, check_trainable, from_device, on_cuda, wide
+from .place import autocast_type, from_device, on_cuda, wide
 
 __all__ = ["bidirectional_scan", "causal_conv1d", "layer_norm", "rms_norm", "selective_scan", "vim_block"]
 
@@ -67,8 +67,6 @@ def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
             place = "the cpu or cuda" if tensor.is_meta else device
             raise ValueError(f"[{op}] {name}: expected a {wanted} tensor on {place}, got {describe(tensor)}")
         out.append(tensor.contiguous())
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in out):
-        check_trainable(op, out[0])
     return out
 
 

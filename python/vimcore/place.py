@@ -3,7 +3,8 @@
 
 On CUDA a call is queued on torch's current stream of the tensor's device, and what it writes was allocated by
 torch: streams, lifetimes and `torch.cuda.graph` work as with torch's own operators. Before a capture, run the
-call once; a graph keeps the weights that were there when it was captured.
+call once. A captured inference keeps the weights that were there when it was captured; a captured training
+step reads them anew in every replay.
 """
 
 from __future__ import annotations
@@ -59,12 +60,3 @@ def from_device(value: Any) -> Any:
     if isinstance(value, Tensor) or not hasattr(value, "__dlpack_device__"):
         return value
     return torch.from_dlpack(value) if int(value.__dlpack_device__()[0]) == _CUDA else value
-
-
-def check_trainable(op: str, tensor: Tensor) -> None:
-    """Refuses a call beside `tensor` that would have to be differentiated, where that is not possible."""
-    if on_cuda(tensor):
-        raise NotImplementedError(
-            f"[{op}] there is no backward pass on {tensor.device} yet: call it under torch.inference_mode() "
-            "or torch.no_grad(), or train on the CPU"
-        )

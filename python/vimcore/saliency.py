@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from .place import check_trainable
-
 if TYPE_CHECKING:
     from .nn import VisionMamba
 
@@ -39,7 +37,7 @@ def saliency(
 
     Args:
         model: a VisionMamba with a head; used in eval mode, its mode and gradients are left alone.
-        images: (B, C, H, W), normalised as for the model; on the CPU, as gradients are needed.
+        images: (B, C, H, W), normalised as for the model.
         target: class index, for all images or one each; default: the class the model decides for.
         steps: gradients per image; the cost is `steps` forward and backward passes.
 
@@ -50,7 +48,6 @@ def saliency(
         raise ValueError(f"[saliency] images: expected (B, C, H, W), got {tuple(images.shape)}")
     if steps < 1:
         raise ValueError(f"[saliency] steps: expected at least 1, got {steps}")
-    check_trainable("saliency", images)
     was_training = model.training
     model.eval()
     try:

@@ -80,6 +80,22 @@ int main(int, char** arguments)
     CHECK((counts(library) == Counts{6, 11, 2}));
     CHECK(side.values(product) == (Floats{30, 70, 70, 174}));
 
+    // Backward: both gradients of both projections in two batches; those of the weights are added to, in float32.
+    const Tensor dw = side.parameter({2, n, k}, Floats(static_cast<std::size_t>(2 * n * k), 0.5f));
+    const Tensor dy = side.activation({2, m, n}, Floats(2 * m * n, 1));
+    const Tensor dx = side.result({2, m, k});
+    LinearBackward gradients[2];
+    for (int i = 0; i < 2; i++)
+        gradients[i] = {.x = x[i], .weight = w[i], .dy = dy[i], .dx = dx[i], .dweight = dw[i], .dbias = {}};
+    for (int i = 0; i < 2; i++) linear_backward(side.ctx, gradients);
+    CHECK((counts(library) == Counts{8, 15, 6}));
+    CHECK(side.values(dx) == Floats(2 * m * k, n));
+    CHECK(side.values(dw) == Floats(2 * n * k, 2 * m + 0.5f));
+    gradients[0].accumulate_dx = true;  // not alike: one after the other
+    linear_backward(side.ctx, gradients);
+    CHECK((counts(library) == Counts{11, 19, 6}));
+    CHECK(side.values(dx[0]) == Floats(m * k, 2 * n) && side.values(dx[1]) == Floats(m * k, n));
+
     // What the library answers is in the error.
     std::string error;
     cuda::GemmArgs wrong;

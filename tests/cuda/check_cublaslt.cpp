@@ -24,6 +24,7 @@ static_assert(int{operation_t} == CUBLAS_OP_T);
 static_assert(int{epilogue_default} == CUBLASLT_EPILOGUE_DEFAULT);
 static_assert(int{epilogue_bias} == CUBLASLT_EPILOGUE_BIAS);
 static_assert(int{reduction_none} == CUBLASLT_REDUCTION_SCHEME_NONE);
+static_assert(int{reduction_compute_type} == CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
 static_assert(int{layout_batch_count} == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT);
 static_assert(int{layout_strided_batch_offset} == CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET);
 static_assert(int{matmul_transa} == CUBLASLT_MATMUL_DESC_TRANSA);

@@ -158,14 +158,17 @@ EXPORT Status cublasLtMatmulPreferenceDestroy(Preference preference)
 }
 
 // Knows no algorithm for problems of 13 columns, so that there is one to go elsewhere.
-EXPORT Status cublasLtMatmulAlgoGetHeuristic(Handle, Matmul, Layout a, Layout, Layout, Layout d, Preference preference,
-                                             int wanted, HeuristicResult results[], int* found)
+EXPORT Status cublasLtMatmulAlgoGetHeuristic(Handle, Matmul m, Layout a, Layout, Layout, Layout d,
+                                             Preference preference, int wanted, HeuristicResult results[], int* found)
 {
     heuristics++;
     *found = 0;
     auto& values = preference->values;
     if (values[preference_max_workspace_bytes] < workspace_bytes || wanted < 2) return invalid;
-    if (values[preference_reduction_scheme_mask] != reduction_none) return invalid;
+    // sums over tokens may be cut, those along a row may not
+    const bool over_tokens = m->transa == operation_n && m->transb == operation_t;
+    if (values[preference_reduction_scheme_mask] != (over_tokens ? reduction_compute_type : reduction_none))
+        return invalid;
     if (d->rows == 13) return status_not_supported;
     const Chosen chosen = {0x5eed,
                            {values[preference_min_alignment_a_bytes], values[preference_min_alignment_b_bytes],
@@ -187,13 +190,18 @@ EXPORT Status cublasLtMatmul(Handle handle, Matmul m, const void* alpha, const v
 {
     Chosen chosen{};
     std::memcpy(&chosen, algorithm, sizeof chosen);
-    const bool tf32 = ld->type == real_f32 && std::getenv("VIMCORE_TF32");
-    const bool known = handle && chosen.tag == 0x5eed && c == d && lc == ld && m->transa == operation_t &&
-                       m->transb == operation_n && m->compute == (tf32 ? compute_tf32 : compute_f32);
-    if (!known || *static_cast<const float*>(alpha) != 1 || *static_cast<const float*>(beta) != 0) return invalid;
+    const bool tf32 = la->type == real_f32 && std::getenv("VIMCORE_TF32");
+    const bool known = handle && chosen.tag == 0x5eed && c == d && lc == ld && la->type == lb->type &&
+                       (ld->type == la->type || ld->type == real_f32) &&
+                       m->compute == (tf32 ? compute_tf32 : compute_f32);
+    const float old = *static_cast<const float*>(beta);
+    if (!known || *static_cast<const float*>(alpha) != 1 || (old != 0 && old != 1)) return invalid;
     if (bytes < workspace_bytes || !workspace || !aligned(workspace, 256)) return invalid;
     if (!aligned(a, chosen.align[0]) || !aligned(b, chosen.align[1]) || !aligned(d, chosen.align[2])) return invalid;
-    if (la->rows != lb->rows || la->columns != ld->rows || lb->columns != ld->columns) return invalid;
+    const bool ta = m->transa == operation_t, tb = m->transb == operation_t;
+    const std::uint64_t sum_a = ta ? la->rows : la->columns, sum_b = tb ? lb->columns : lb->rows;
+    if (sum_a != sum_b || (ta ? la->columns : la->rows) != ld->rows || (tb ? lb->rows : lb->columns) != ld->columns)
+        return invalid;
     if (la->count != ld->count || lb->count != ld->count || (m->bias != nullptr) != (m->epilogue == epilogue_bias))
         return invalid;
     std::memset(workspace, 0xff, workspace_bytes);
@@ -203,11 +211,13 @@ EXPORT Status cublasLtMatmul(Handle handle, Matmul m, const void* alpha, const v
     for (std::int64_t batch = 0; batch < ld->count; batch++)
         for (std::int64_t j = 0; j < columns; j++)
             for (std::int64_t i = 0; i < rows; i++) {
+                const std::int64_t at = batch * ld->stride + j * ld->ld + i;
                 float sum = m->bias ? get(m->bias, i, ld->type) : 0;
-                for (std::int64_t k = 0; k < static_cast<std::int64_t>(la->rows); k++)
-                    sum += get(a, batch * la->stride + i * la->ld + k, la->type) *
-                           get(b, batch * lb->stride + j * lb->ld + k, lb->type);
-                put(d, batch * ld->stride + j * ld->ld + i, ld->type, sum);
+                if (old == 1) sum += get(d, at, ld->type);
+                for (std::int64_t k = 0; k < static_cast<std::int64_t>(sum_a); k++)
+                    sum += get(a, batch * la->stride + (ta ? i * la->ld + k : k * la->ld + i), la->type) *
+                           get(b, batch * lb->stride + (tb ? k * lb->ld + j : j * lb->ld + k), lb->type);
+                put(d, at, ld->type, sum);
             }
     return status_success;
 }

@@ -1,52 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The whole network on the device: the golden files, agreement with the CPU for every design and type, sessions with
 // and without recorded graphs, repeatability. Usage: test_network_cuda FOLDER_OF_GOLDEN_FILES
-#include <cmath>
 #include <cstdio>
-#include <deque>
 #include <filesystem>
 #include <fstream>
 
 #include "../cpp/golden.h"
 #include "arena.h"
-#include "check_cuda.h"
-#include "vimcore/vimcore.h"
+#include "network_cuda.h"
 
 using namespace vimcore;
 using namespace vimcore::test;
 
 namespace {
-
-// Weights of one network on one device.
-class Weights {
-public:
-    template <class F>  // values(name, shape)
-    Weights(Context& ctx, const Config& config, F&& values)
-    {
-        for_each_param(config, params, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
-            tensor = {nullptr, shape, DType::f32, ctx.device()};
-            tensor.data = memory_.emplace_back(tensor.bytes(), ctx.device()).data();
-            assign(ctx, tensor, values(name, shape));
-        });
-        params.changed();
-    }
-    Params params;
-
-private:
-    std::deque<Buffer> memory_;
-};
-
-Floats random_weight(const Config& config, const std::string& name, const Shape& shape)
-{
-    Random random(std::hash<std::string>{}(name));
-    Floats values = random.normal(shape.numel(), 0.2f);
-    const bool decay = name.find("A_log") != std::string::npos || name.find("A_b_log") != std::string::npos;
-    for (std::size_t i = 0; i < values.size(); i++) {
-        if (decay) values[i] = std::log(1.0f + static_cast<float>(i % static_cast<std::size_t>(config.d_state)));
-        if (name.find("norm") != std::string::npos) values[i] += 1.0f;
-    }
-    return values;
-}
 
 struct Result {
     Floats logits, tokens, intermediate;
@@ -56,13 +22,11 @@ struct Result {
 Result run(Context& ctx, const Config& c, const Params& params, DType dtype, const Floats& images, std::int64_t batch,
            bool all, Saved* saved = nullptr)
 {
-    const bool per_token = c.class_token == ClassToken::none && c.pool == Pool::all;
-    const std::int64_t width = c.num_classes > 0 ? c.num_classes : c.embed_dim;
     Side side(ctx, dtype);
     const Tensor x = side.activation({batch, c.in_chans, c.img_height, c.img_width}, images);
     const Shape sequence{batch, c.tokens(), c.embed_dim};
     vimcore::Outputs out;
-    out.logits = side.result(per_token ? Shape{batch, c.tokens(), width} : Shape{batch, width});
+    out.logits = side.result(logits_shape(c, batch));
     if (all) {
         out.tokens = side.result(sequence);
         out.layers = {1};
@@ -82,7 +46,7 @@ void test_golden(const std::string& folder)
         files++;
         const SafetensorsFile file = SafetensorsFile::open(entry.path().string());
         const Config c = golden::config_of(file.metadata());
-        const Weights weights(ctx, c, [&](const std::string& name, const Shape&) {
+        const NetworkWeights weights(ctx, c, [&](const std::string& name, const Shape&) {
             return golden::values<float>(*file.find("weights." + name));
         });
         const Tensor &input = *file.find("input"), &logits = *file.find("logits");
@@ -98,53 +62,11 @@ void test_golden(const std::string& folder)
     CHECK(files == 18);
 }
 
-std::vector<Config> designs()
-{
-    std::vector<Config> all;
-    auto add = [&](auto&& change) {
-        Config c;
-        c.img_height = 20;
-        c.img_width = 28;
-        c.patch_size = c.stride = 4;
-        c.embed_dim = 24;
-        c.depth = 2;
-        c.num_classes = 5;
-        change(c);
-        c.validate();
-        all.push_back(c);
-    };
-    for (Directions d :
-         {Directions::none, Directions::sequence, Directions::block, Directions::ssm, Directions::ssm_conv})
-        add([&](Config& c) { c.directions = d; });
-    for (ClassToken t : {ClassToken::head, ClassToken::double_, ClassToken::random})
-        add([&](Config& c) { c.class_token = t; });
-    for (Pool p : {Pool::mean, Pool::max, Pool::last, Pool::all})
-        add([&](Config& c) { c.class_token = ClassToken::none, c.pool = p; });
-    add([](Config& c) { c.norm = Norm::layer, c.layer_scale = 0.1; });
-    add([](Config& c) { c.rope = true, c.class_token = ClassToken::none; });
-    add([](Config& c) { c.rope = c.rope_residual = true, c.class_token = ClassToken::head; });
-    add([](Config& c) { c.stride = 2, c.pos_embed = false, c.average_directions = false; });
-    add([](Config& c) { c.d_state = 8, c.d_conv = 3, c.num_classes = 0, c.in_chans = 1; });
-    add([](Config& c) { c.d_state = 5, c.d_conv = 2, c.expand = 3, c.dt_rank = 7; });
-    add([](Config& c) { c.embed_dim = 64, c.img_height = c.img_width = 4; });  // one patch and the class token
-    return all;
-}
-
-double difference(const Floats& a, const Floats& b)
-{
-    double difference = 0, norm = 0;
-    for (std::size_t i = 0; i < b.size(); i++) {
-        difference += (static_cast<double>(a[i]) - b[i]) * (static_cast<double>(a[i]) - b[i]);
-        norm += static_cast<double>(b[i]) * b[i];
-    }
-    return a.size() == b.size() ? std::sqrt(difference / norm) : NAN;
-}
-
 void test_designs()
 {
     for (const Config& c : designs()) {
         auto values = [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); };
-        const Weights here(cpu_context(), c, values), there(cuda_context(), c, values);
+        const NetworkWeights here(cpu_context(), c, values), there(cuda_context(), c, values);
         const std::int64_t batch = 3, image = c.in_chans * c.img_height * c.img_width;
         const Floats images = Random(5).normal(batch * image, 0.5f);
         const Result want = run(cpu_context(), c, here.params, DType::f32, images, batch, true);
@@ -178,8 +100,8 @@ void test_session()
     c.depth = 3;
     c.num_classes = 7;
     const std::string path = "test_network_cuda.safetensors";
-    const Weights weights(cpu_context(), c,
-                          [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); });
+    const NetworkWeights weights(
+        cpu_context(), c, [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); });
     std::vector<std::pair<std::string, Tensor>> tensors;
     Params params = weights.params;
     for_each_param(c, params,
@@ -217,8 +139,8 @@ void test_session()
 void test_no_allocation()
 {
     const Config c = designs().front();
-    const Weights weights(cuda_context(), c,
-                          [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); });
+    const NetworkWeights weights(
+        cuda_context(), c, [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); });
     Context ctx(Device::cuda());
     const Floats images(static_cast<std::size_t>(2 * c.in_chans * c.img_height * c.img_width), 0.25f);
     std::size_t after_two = 0;

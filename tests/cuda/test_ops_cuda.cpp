@@ -224,7 +224,7 @@ void test_fill_and_scale()
 void test_gemm(DType dtype, Index m, Index n, Index k, Index count, bool bias, Index gap)
 {
     cuda::GemmArgs g;
-    g.dtype = dtype;
+    g.dtype = g.y_dtype = dtype;
     g.m = m;
     g.n = n;
     g.k = k;

@@ -67,6 +67,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         yield state
 
 
+@pytest.fixture
+def training(gpu: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same with gradients."""
+    with torch.enable_grad():
+        yield gpu
+
+
 def twin(model: vimcore.VisionMamba) -> Any:
     """The same network in the shim's package."""
     other = vimcore_shim.VisionMamba(**model.config)
@@ -210,26 +217,6 @@ def test_weights_that_change(gpu: dict[str, Any]) -> None:
     assert relative(after, cpu(images)) < TOLERANCE[torch.bfloat16]
 
 
-def test_gradients_are_refused_before_any_work(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = twin(build(SMALL)), images_for(SMALL, 2, torch.float32)
-    x = torch.randn(1, 2, 4, requires_grad=True)
-
-    def work(*args: Any, **options: Any) -> None:
-        raise AssertionError("work was done")
-
-    monkeypatch.setattr(functions.Core, "run", work)
-    monkeypatch.setattr(nn.VisionMamba, "_draws", work)
-    monkeypatch.setattr(vimcore_shim._core, "norm_forward", work)
-    for mode in (True, False):
-        model.train(mode)
-        with torch.enable_grad(), pytest.raises(NotImplementedError, match=r"no_grad.*train on the CPU"):
-            model(images)
-    with torch.enable_grad(), pytest.raises(NotImplementedError, match=r"\[rms_norm\] there is no backward"):
-        ops.rms_norm(x, torch.ones(4))
-    with pytest.raises(NotImplementedError, match=r"\[saliency\]"):
-        vimcore_shim.saliency(model, images)
-
-
 def test_wrong_types_and_devices(gpu: dict[str, Any]) -> None:
     model, images = twin(build(SMALL)), images_for(SMALL, 2, torch.float32)
     with pytest.raises(
@@ -258,6 +245,158 @@ def test_streams_and_captures(gpu: dict[str, Any]) -> None:
 
 def test_batch_of_nothing(gpu: dict[str, Any]) -> None:
     assert twin(build(SMALL)).eval()(torch.zeros(0, 3, 8, 12)).shape == (0, 3)
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+# Gradients: every activation and its gradient are rounded.
+GRADIENTS = {torch.float32: 1e-4, torch.bfloat16: 0.12, torch.float16: 2e-2}
+
+
+def autocast(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None) -> None:
+    """As under torch.autocast("cuda", dtype), which a torch without CUDA refuses; None: as outside of it."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda" and dtype is not None)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: {"cuda": dtype}[device])
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def agree(found: Any, wanted: Any, tolerance: float) -> None:
+    """Gradients of two networks; those that are nearly nothing are measured against the largest."""
+    assert found.keys() == wanted.keys()
+    largest = max(float(g.norm()) for g in wanted.values())
+    for name, g in wanted.items():
+        assert found[name].dtype == torch.float32
+        assert float((found[name] - g).norm()) < tolerance * max(float(g.norm()), 1e-3 * largest), name
+
+
+@pytest.mark.parametrize("memory", ["lean", "fast"])
+@pytest.mark.parametrize(
+    "name", ["v2_middle", "v2_double", "none_pairs_middle", "v2_rope_residual_head", "v2_layer_scale"]
+)
+def test_gradients_golden(name: str, memory: str, training: dict[str, Any]) -> None:
+    g = golden.load(name)
+    model = twin(build(g.config, g.weights))
+    model.memory = memory
+    images = g.input.clone().requires_grad_()
+    model(images).backward(g.probe)
+    assert relative(images.grad, g.grads["input"]) < 1e-4
+    for key, p in model.named_parameters():
+        assert relative(p.grad, g.grads[key]) < 1e-4, key
+
+
+@pytest.mark.parametrize("dtype", list(GRADIENTS))
+def test_autocast_and_accumulation(
+    dtype: torch.dtype, training: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-batches under autocast, float16 with a scaler, against the CPU in float64."""
+    cpu, model = build(SMALL).eval().double(), twin(build(SMALL).eval())
+    images, labels = images_for(SMALL, 4, torch.float32).requires_grad_(), torch.tensor([0, 1, 2, 1])
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=256.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    wanted = images.detach().double().requires_grad_()
+    for part in (slice(0, 2), slice(2, 4)):
+        torch.nn.functional.cross_entropy(cpu(wanted[part]), labels[part]).backward()
+        autocast(monkeypatch, dtype if dtype != torch.float32 else None)
+        logits = model(images[part])
+        autocast(monkeypatch, None)
+        assert logits.dtype == dtype
+        scaler.scale(torch.nn.functional.cross_entropy(logits.float(), labels[part])).backward()
+    scaler.unscale_(optimizer)
+    assert images.grad is not None
+    assert images.grad.dtype == torch.float32
+    agree(gradients(model), gradients(cpu), GRADIENTS[dtype])
+    assert relative(images.grad / scaler.get_scale(), wanted.grad) < GRADIENTS[dtype]
+
+
+def test_overflow_reaches_the_scaler(training: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = twin(build(SMALL))
+    autocast(monkeypatch, torch.float16)
+    logits = model(images_for(SMALL, 2, torch.float32))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler.scale(logits.float().square().sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**39
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_two_runs_and_two_passes_before_backward(training: dict[str, Any]) -> None:
+    """The same bits; what one forward saved is not written by the next."""
+    model, images = twin(build(SMALL)).eval(), images_for(SMALL, 4, torch.float32)
+    runs = []
+    for _ in range(2):
+        model.zero_grad()
+        first, second = model(images[:2]), model(images[2:].bfloat16())
+        (first.square().sum() + second.float().sum()).backward()
+        runs.append(gradients(model))
+    assert all(torch.equal(g, runs[1][name]) for name, g in runs[0].items())
+    model.zero_grad()
+    model(images[:2]).square().sum().backward()
+    model(images[2:].bfloat16()).float().sum().backward()
+    agree(gradients(model), runs[0], 1e-6)
+
+
+def test_frozen_parameters_and_other_outputs(training: dict[str, Any]) -> None:
+    cpu = build(SMALL).eval()
+    model, images = twin(cpu), images_for(SMALL, 2, torch.float32)
+    for net in (cpu, model):
+        net.layers[0].requires_grad_(False)
+        net.pos_embed.requires_grad_(False)
+        tokens, maps = net.forward_features(images), net.forward_intermediates(images, [0, 1])
+        (tokens.square().sum() + maps[0].sum() + maps[1].square().sum()).backward()
+    agree(gradients(model), gradients(cpu), 1e-4)
+    assert model.pos_embed.grad is None
+
+
+def test_training_follows_the_cpu(training: dict[str, Any]) -> None:
+    """Steps of AdamW with dropout and drop path: the loss falls as it does on the CPU, also in 16 bits."""
+    configuration = small(drop_rate=0.1, drop_path_rate=0.2)
+    images, labels = images_for(SMALL, 6, torch.float32), torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def curve(model: Any, dtype: torch.dtype) -> Tensor:
+        model.train()
+        torch.manual_seed(0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(12):
+            loss = torch.nn.functional.cross_entropy(model(images.to(dtype)).float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    wanted = curve(build(configuration), torch.float32)
+    assert wanted[-1] < 0.7 * wanted[0]
+    for dtype, most in ((torch.float32, 1e-3), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        assert float((curve(twin(build(configuration)), dtype) - wanted).abs().max()) < most
+
+
+def test_a_captured_step_keeps_its_memory(training: dict[str, Any]) -> None:
+    model, images = twin(build(SMALL)).eval(), images_for(SMALL, 2, torch.float32)
+    wanted = []
+    for training["capturing"] in (False, True, False, True, False):
+        model.zero_grad()
+        model(images).square().sum().backward()
+        wanted.append(gradients(model))
+    assert all(torch.equal(g[name], wanted[0][name]) for g in wanted for name in g)
+    vimcore_shim._core.release_memory()
+
+
+def test_saliency_and_second_derivatives(training: dict[str, Any]) -> None:
+    cpu = build(SMALL).eval()
+    model, images = twin(cpu), images_for(SMALL, 2, torch.float32)
+    wanted = vimcore.saliency(cpu, images, steps=2)
+    assert relative(vimcore_shim.saliency(model, images, steps=2), wanted) < 1e-4
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        gradient.sum().backward()
 
 
 # ---- operators ---------------------------------------------------------------------------------------------
@@ -343,6 +482,56 @@ def test_operators(name: str, dtype: torch.dtype, gpu: dict[str, Any]) -> None:
     for a, b in zip(found, wanted, strict=True):
         assert a.shape == b.shape
         assert relative(a, b) < TOLERANCE[dtype]
+
+
+def leaves(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments, by name, made to want gradients."""
+    found: dict[str, Tensor] = {}
+    for key, value in arguments.items():
+        if isinstance(value, Tensor):
+            found[key] = value.requires_grad_()
+        elif isinstance(value, list):
+            found.update({f"{key}{i}": t.requires_grad_() for i, t in enumerate(value)})
+        elif isinstance(value, dict):
+            found.update({k: t.requires_grad_() for k, t in value.items()})
+    return found
+
+
+def copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    def copy(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().clone()
+        if isinstance(value, list):
+            return [copy(v) for v in value]
+        return {k: copy(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return {key: copy(value) for key, value in arguments.items()}
+
+
+@pytest.mark.parametrize("dtype", list(GRADIENTS))
+@pytest.mark.parametrize("name", list(OPERATORS))
+def test_gradients_of_operators(name: str, dtype: torch.dtype, training: dict[str, Any]) -> None:
+    arguments = copied(OPERATORS[name]())
+    wanted_of = leaves(copied(arguments))
+    results = []
+    for package, call, own in (
+        (vimcore.ops, arguments, torch.float32),
+        (ops, narrowed(arguments, dtype), dtype),
+    ):
+        call = copied(call)
+        inputs = leaves(call)
+        out = getattr(package, name)(**call)
+        out = (out,) if isinstance(out, Tensor) else out
+        torch.manual_seed(1)
+        probes = [torch.randn(t.shape) for t in out]
+        results.append(
+            torch.autograd.grad(out, list(inputs.values()), [p.to(t.dtype) for p, t in zip(probes, out)])
+        )
+        assert all(g.dtype == t.dtype for g, t in zip(results[-1], inputs.values()))
+        assert own == out[0].dtype
+    assert wanted_of.keys() == inputs.keys()
+    for key, found, wanted in zip(wanted_of, results[1], results[0], strict=True):
+        assert relative(found, wanted) < GRADIENTS[dtype], key
 
 
 def test_operators_under_autocast(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,7 +652,8 @@ def test_predict_on_the_device(tmp_path: Path, file: str, capsys: pytest.Capture
     assert 1e-5 < np.linalg.norm(lines[2] - lines[0]) / np.linalg.norm(lines[0]) < 3e-2
 
 
-def test_bench_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("train", [False, True])
+def test_bench_rows(train: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The arithmetic of the report, with a clock that ticks 2 ms for ours and 8 ms for the peer."""
     ticks = iter([0.002, 0.008] * 100)
     monkeypatch.setattr(bench_cuda, "event_seconds", lambda call, count: next(ticks))
@@ -472,7 +662,7 @@ def test_bench_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     monkeypatch.setattr(bench_cuda, "graphed", lambda call: call)
     args = SimpleNamespace(
         model="vim_tiny", device="cpu", dtype="bfloat16", json=None, pairs=3, seconds=60.0, sample=0.1,
-        peers=["torch", "openvino"],
+        peers=["torch", "openvino"], train=train, memory="lean",
     )  # fmt: skip
     skipped: dict[str, str] = {}
     peers = Path(__file__).resolve().parents[1] / "bench"
@@ -481,6 +671,7 @@ def test_bench_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert [row["graph"] for row in rows] == [False, True]
     for row in rows:
         assert (row["peer"], row["pairs"], row["size"], row["batch"]) == ("torch", 3, 32, 4)
+        assert row["mode"] == ("train" if train else "forward")
         assert row["images_per_s"] == pytest.approx(2000)
         assert row["peer_images_per_s"] == pytest.approx(500)
         assert row["ratio"] == pytest.approx(0.25)
@@ -490,8 +681,6 @@ def test_bench_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 def test_bench_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     parse = bench_arguments()
-    assert bench.main(parse("--device", "cuda", "--train")) == 1
-    assert "no backward pass on CUDA yet" in capsys.readouterr().err
     assert bench.main(parse("--dtype", "bfloat16")) == 1
     assert "the CPU computes in float32" in capsys.readouterr().err
     if not torch.cuda.is_available():

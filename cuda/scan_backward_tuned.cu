@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host side of the scan's tuned gradient, of one pass or of both directions: where it applies, scratch, sums.
+#include "scan_backward_tuned.cuh"
+
+#include <algorithm>
+
+#include "arena.h"
+#include "ops.h"
+#include "scan_sums.h"
+
+namespace vimcore::cuda {
+
+namespace {
+
+constexpr int most_shared = 99 * 1024;  // bytes of shared memory that every device since sm_80 grants a block
+constexpr Index large = Index{1} << 28;
+
+bool is_aligned(const void* p, Index bytes)
+{
+    return reinterpret_cast<std::uintptr_t>(p) % static_cast<std::uintptr_t>(bytes) == 0;
+}
+
+// Two passes that one launch can run: opposite ways, of one size.
+bool meet(const Scan& a)
+{
+    if (a.passes.size() != 2) return false;
+    const ScanPass &p = a.passes[0], &q = a.passes[1];
+    return p.reverse != q.reverse && p.A_log.size(1) == q.A_log.size(1) && p.dt_weight.size(1) == q.dt_weight.size(1);
+}
+
+float* floats(Context& ctx, const Shape& shape)
+{
+    return static_cast<float*>(ctx.arena().take(shape, DType::f32).data);
+}
+
+template <class Shape_>
+bool run(Context& ctx, const Scan& a)
+{
+    using T = typename Shape_::T;
+    const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2, size = sizeof(T);
+    const Index state = Shape_::states, rank = a.passes[0].dt_weight.size(1), row = rank + 2 * state;
+    const auto directions = static_cast<int>(a.passes.size());
+    if (a.chunk % Shape_::tile != 0 || rank > most_shared) return false;
+    const int bytes = directions * Shape_::layout(static_cast<int>(rank)).bytes;
+    if (bytes > most_shared) return false;
+
+    // two channels at a time
+    bool aligned = inner % 2 == 0;
+    for (const Tensor& t : {a.xz, a.out, a.dout, a.dxz}) aligned = aligned && is_aligned(t.data, 2 * size);
+    for (const ScanPass& p : a.passes)
+        aligned = aligned && is_aligned(p.u.data, 2 * size) && is_aligned(p.du.data, 2 * size);
+    if (!aligned) return false;
+
+    Arena::Scope scope(ctx.arena());
+    TunedBack<T> s{};
+    s.groups = static_cast<int>(ceil_div(inner, Shape_::channels));
+    s.tokens = static_cast<int>(len);
+    s.dim = static_cast<int>(inner);
+    s.rank = static_cast<int>(rank);
+    s.directions = directions;
+    s.chunk_tiles = static_cast<int>(a.chunk / Shape_::tile);
+    s.chunks = static_cast<int>(ceil_div(len, a.chunk));
+    s.scale = static_cast<float>(a.scale);
+    s.z = a.xz.as<T>() + inner;
+    s.dz = a.dxz.as<T>() + inner;
+    s.dout = a.dout.as<T>();
+    s.out = a.out.as<T>();
+    if (directions == 2) s.sum = size == 4 ? a.out.as<float>() : floats(ctx, a.out.shape);
+    s.wide_q = rank % 4 == 0;
+    const Index blocks = batch * s.groups, tiles = std::min(a.chunk, round_up(len, Shape_::tile)) / Shape_::tile;
+    s.chunk_tiles = static_cast<int>(tiles);  // no more than there are
+    if (tiles > 1) s.starts = floats(ctx, {blocks * directions, tiles - 1, Shape_::C, back_threads * Shape_::S});
+    for (int i = 0; i < directions; i++) {
+        const ScanPass& p = a.passes[static_cast<std::size_t>(i)];
+        BackPass<T>& to = s.pass[i];
+        to.u = p.u.as<T>();
+        to.q = p.q.as<T>();
+        to.A_log = p.A_log.as<float>();
+        to.D = p.D.as<float>();
+        to.dt_weight = p.dt_weight.as<float>();
+        to.dt_bias = p.dt_bias.as<float>();
+        to.checkpoints = p.checkpoints.as<float>();
+        to.du = p.du.as<T>();
+        to.part = floats(ctx, {batch, s.groups, len, row});
+        to.parameters = floats(ctx, {batch, state + rank + 2, inner});
+        to.reverse = p.reverse;
+        s.wide_q = s.wide_q && is_aligned(to.q, 4 * size);
+    }
+    VIM_LAUNCH((scan_backward_tuned<Shape_>), dim3(static_cast<unsigned>(blocks)),
+               static_cast<unsigned>(directions * back_threads), bytes, stream_of(ctx), s);
+
+    RowSum<T> rows[2];
+    PartialSum sums[8];
+    for (int i = 0; i < directions; i++) {
+        const ScanPass& p = a.passes[static_cast<std::size_t>(i)];
+        const BackPass<T>& from = s.pass[i];
+        rows[i] = {from.part, batch, s.groups, len, row, row, p.dq.as<T>(), nullptr, row, 0};
+        const Index stride = (state + rank + 2) * inner;
+        const float *const weight = from.parameters + state * inner, *const bias = weight + rank * inner;
+        sums[4 * i] = {from.parameters, batch, stride, state, inner, from.A_log, p.dA_log.as<float>(), false};
+        sums[4 * i + 1] = {weight, batch, stride, rank, inner, nullptr, p.ddt_weight.as<float>(), false};
+        sums[4 * i + 2] = {bias, batch, stride, 1, inner, nullptr, p.ddt_bias.as<float>(), false};
+        sums[4 * i + 3] = {bias + inner, batch, stride, 1, inner, nullptr, p.dD.as<float>(), false};
+    }
+    sum_rows<T>(ctx, {rows, a.passes.size()});
+    add_partials(ctx, {sums, 4 * a.passes.size()});
+    return true;
+}
+
+}  // namespace
+
+bool scan_backward_tuned(Context& ctx, const Scan& args)
+{
+    if (std::max({args.xz.size(1), args.xz.size(2), args.chunk}) >= large) return false;
+    if (args.passes.size() != 1 && !meet(args)) return false;
+    bool done = false;
+    dispatch(args.xz.dtype, [&](auto type) {
+        select<8, 16, 32>(args.passes[0].A_log.size(1),
+                          [&](auto N) { done = run<BackShape<decltype(type), decltype(N)::value>>(ctx, args); });
+    });
+    return done;
+}
+
+}  // namespace vimcore::cuda
