@@ -241,7 +241,9 @@ def _plot(args: argparse.Namespace) -> int:
         if error.name is None or error.name.startswith("vimcore"):
             raise
         raise RuntimeError(f"plotting needs {error.name}: pip install 'vimcore[demo]'") from error
-    written = plot_runs(args.runs, args.out, args.format, args.mistakes)
+    written, notes = plot_runs(args.runs, args.out, args.format, args.mistakes)
+    for note in notes:
+        print(f"vimcore: {note}", file=sys.stderr)
     print(json.dumps({"written": written}) if args.json else "\n".join(written))
     return 0
 

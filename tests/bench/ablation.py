@@ -16,6 +16,7 @@ FOLDER/ablation.md are written. The same seeds give the same numbers on the same
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
 import functools
 import json
@@ -136,9 +137,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     networks = {name: o for table in TABLES.values() for name, o in table.items() if name not in SHARED}
     tasks = [(n, o, seed, args.epochs, args.digits) for seed in args.seeds for n, o in networks.items()]
     runs = []
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        # in the order of the tasks, whoever is first
-        for i, result in enumerate(pool.imap(run, tasks), 1):
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+        for i, result in enumerate(pool.map(run, tasks), 1):  # in the order of the tasks
             runs.append(result)
             done = f"{100 * result['accuracy']:.2f} %, {result['seconds']:.0f} s"
             print(f"[{i}/{len(tasks)}] {result['name']}, seed {result['seed']}: {done}", file=sys.stderr)
