@@ -2,7 +2,8 @@
 """Vision Mamba with a C++ core: train, load, explain and run Vim on the CPU, run it on CUDA.
 
 `import vimcore` does not import torch; what needs torch (`VisionMamba`, `create_model`, `load_checkpoint`,
-`saliency`, `vimcore.ops`, `vimcore.train`) is imported when it is first used. `Runtime` never needs torch.
+`saliency`, `health`, `vimcore.ops`, `vimcore.train`) is imported when it is first used. `Runtime` never needs
+torch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .runtime import Runtime
 
 if TYPE_CHECKING:
     from . import io, ops, train
+    from .health import health
     from .io import load_checkpoint
     from .models import create_model
     from .nn import VisionMamba
@@ -32,6 +34,7 @@ __all__ = [
     "build_info",
     "create_model",
     "cuda_is_available",
+    "health",
     "io",
     "list_models",
     "load_checkpoint",
@@ -43,6 +46,7 @@ __all__ = [
 _LAZY = {
     "VisionMamba": "nn",
     "create_model": "models",
+    "health": "health",
     "load_checkpoint": "io",
     "saliency": "saliency",
 }
@@ -55,11 +59,11 @@ def cuda_is_available() -> bool:
 
 
 class _Package(types.ModuleType):
-    """Keeps `vimcore.saliency` the function, also after the submodule of that name was imported."""
+    """Keeps `vimcore.saliency` and `health` the functions, also after submodules so named were imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "saliency" and isinstance(value, types.ModuleType):
-            value = value.saliency
+        if name in ("health", "saliency") and isinstance(value, types.ModuleType):
+            value = getattr(value, name)
         super().__setattr__(name, value)
 
 

@@ -222,6 +222,51 @@ def _bench(args: argparse.Namespace) -> int:
     return int(bench.main(args))
 
 
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder that `vimcore train` wrote")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="where to write (default: the run, or the current folder for several)"
+    )
+    parser.add_argument("--format", choices=("png", "svg"), default="png", help="default: %(default)s")
+    parser.add_argument(
+        "--mistakes", type=_positive, default=24, metavar="N", help="pictures to show (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+
+
+def _plot(args: argparse.Namespace) -> int:
+    try:
+        from .run_plots import plot_runs
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("vimcore"):
+            raise
+        raise RuntimeError(f"plotting needs {error.name}: pip install 'vimcore[demo]'") from error
+    written, notes = plot_runs(args.runs, args.out, args.format, args.mistakes)
+    for note in notes:
+        print(f"vimcore: {note}", file=sys.stderr)
+    print(json.dumps({"written": written}) if args.json else "\n".join(written))
+    return 0
+
+
+def _health_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "images", nargs="*", metavar="IMAGE|FOLDER", help="pictures to compute (default: noise)"
+    )
+    parser.add_argument("--weights", required=True, metavar="FILE", help="vimcore safetensors file")
+    parser.add_argument(
+        "--count", type=_positive, default=4, metavar="N", help="images to look at (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="every range as JSON")
+
+
+def _health(args: argparse.Namespace) -> int:
+    from .health import health_of_file
+
+    found = health_of_file(args.weights, args.images, args.count)
+    print(json.dumps(found.to_dict()) if args.json else found)
+    return 0 if found.first_nonfinite is None else 1
+
+
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
 
@@ -255,6 +300,8 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "convert": ("make a vimcore file from the authors' weights", _convert_arguments, _convert),
     "info": ("show what a vimcore file holds", _info_arguments, _info),
     "bench": ("measure speed against other networks and libraries", _bench_arguments, _bench),
+    "plot": ("draw training curves, confusion matrix and worst mistakes of runs", _plot_arguments, _plot),
+    "health": ("show the ranges inside a network and the precision it bears", _health_arguments, _health),
     "doctor": (
         "show build and machine, and test the kernels against a float64 reference",
         _doctor_arguments,

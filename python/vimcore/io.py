@@ -243,6 +243,23 @@ def _fill(
             parameter.copy_(given[name])
 
 
+def fitted(model: VisionMamba, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict whose position table fits the model's grid, with the model's own rotation tables.
+
+    Raises:
+        ValueError: the table is of no square grid, or the file has rotations other than the model's.
+    """
+    config = dict(model.config)
+    if faults := _rope_faults(state, config):
+        raise ValueError("; ".join(faults))
+    own = model.state_dict()
+    out = {k: v for k, v in state.items() if k not in ROPE_TABLES}
+    out.update({k: own[k] for k in ROPE_TABLES if k in own})
+    if "pos_embed" in out and "pos_embed" in own and out["pos_embed"].ndim == 3:
+        out["pos_embed"] = _fit_table(out["pos_embed"], own["pos_embed"], config, None, "correct")
+    return out
+
+
 def _fit_table(
     table: torch.Tensor,
     wanted: torch.Tensor,

@@ -29,6 +29,14 @@ def list_models() -> list[str]:
     return list(_MODELS)
 
 
+def model_options(name: str) -> dict[str, Any]:
+    """Arguments of `VisionMamba` that make the model `name`; ValueError: the name is unknown."""
+    if name not in _MODELS:
+        close = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5) or list(_MODELS)
+        raise ValueError(f"[create_model] name: unknown model {name!r}; close to it: {', '.join(close)}")
+    return dict(_MODELS[name])
+
+
 def create_model(name: str, **options: Any) -> VisionMamba:
     """A `VisionMamba` of a published size, with random weights.
 
@@ -40,9 +48,7 @@ def create_model(name: str, **options: Any) -> VisionMamba:
         ValueError: the name is unknown, or an option is out of range.
         TypeError: `VisionMamba` has no such option.
     """
-    if name not in _MODELS:
-        close = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5) or list(_MODELS)
-        raise ValueError(f"[create_model] name: unknown model {name!r}; close to it: {', '.join(close)}")
+    options = {**model_options(name), **options}
     from .nn import VisionMamba
 
-    return VisionMamba(**{**_MODELS[name], **options})
+    return VisionMamba(**options)

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of the demo. Drawn without a display; nothing of matplotlib's global state is touched."""
+"""The pictures of the demo, and what other pictures share. Drawn without a display."""
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from .train import History
+if TYPE_CHECKING:
+    from .train import History
 
 INK, PAPER, MUTED = "#22223b", "#ffffff", "#8a8fa3"
 BLUE, ORANGE, RED, GREEN = "#3366cc", "#f28e2b", "#d62839", "#2a9d5c"
@@ -22,19 +27,46 @@ HEAT = LinearSegmentedColormap.from_list("heat", ["#00000000", "#f94144aa", "#f9
 Answer = tuple[int, Any, float]  # class index, label, probability
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure; nothing of pyplot's global state is touched."""
     figure = Figure(figsize=(width, height), facecolor=PAPER, dpi=160)
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, metadata={"Software": None}, bbox_inches="tight", pad_inches=0.2)
+def save_figure(figure: Figure, path: Path) -> None:
+    """PNG or SVG by suffix, whole or not at all; the same figure gives the same bytes."""
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise ValueError(f"{path}: expected a name that ends in .png or .svg")
+    memory = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "vimcore"}):
+        metadata: dict[str, Any] = {"Software": None} if kind == "png" else {"Date": None}
+        figure.savefig(memory, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.2)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(memory.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def tidy(axes: Axes) -> None:
+    """No frame, a light grid."""
+    axes.grid(color="#e6e8ef")
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
 
 
 def plot_curve(history: History, path: Path) -> None:
     """Loss and held-out accuracy over the epochs."""
-    figure = _figure(8.4, 3.6)
+    figure = new_figure(8.4, 3.6)
     loss, accuracy = figure.subplots(1, 2)
     epochs = np.arange(1, len(history.loss) + 1)
     loss.plot(epochs, history.loss, color=BLUE, lw=2, label="training (jiggled, smoothed labels)")
@@ -57,15 +89,11 @@ def plot_curve(history: History, path: Path) -> None:
         axes.set_xlabel("epoch")
         axes.set_xlim(1, max(len(epochs), 2))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.grid(color="#e6e8ef")
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=INK, length=0)
-        for side in ("top", "right", "left", "bottom"):
-            axes.spines[side].set_visible(False)
+        tidy(axes)
         axes.legend(frameon=False, loc="best", fontsize=9)
     figure.suptitle("Vision Mamba learns handwritten digits", color=INK, weight="bold", x=0.02, ha="left")
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_predictions(
@@ -79,7 +107,7 @@ def plot_predictions(
     """A grid of pictures (n, H, W) with the answer under each; wrong ones framed in red with the truth."""
     rows = -(-len(pictures) // columns)
     height = rows * 1.22 + 0.6
-    figure = _figure(columns * 1.0, height)
+    figure = new_figure(columns * 1.0, height)
     layout = {"hspace": 0.36, "wspace": 0.12, "left": 0, "right": 1, "bottom": 0, "top": 1 - 0.5 / height}
     grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw=layout)
     for axes in grid.flat:
@@ -99,7 +127,7 @@ def plot_predictions(
         axes.text(0.98, -0.09, percent, ha="right", color=MUTED if right else RED, size=8, **below)
     title = f"Held-out digits with the network's answers: {100 * accuracy:.1f} % of all are right"
     figure.suptitle(title, color=INK, weight="bold", x=0, ha="left", y=1)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_maps(
@@ -113,7 +141,7 @@ def plot_maps(
     columns = 5
     rows = -(-len(pictures) // columns)
     height = rows * 1.4 + 0.7
-    figure = _figure(columns * 2.3, height)
+    figure = new_figure(columns * 2.3, height)
     layout = {"hspace": 0.24, "wspace": 0.06, "left": 0, "right": 1, "bottom": 0, "top": 1 - 0.75 / height}
     grid = figure.subplots(rows, 2 * columns, squeeze=False, gridspec_kw=layout)
     for axes in grid.flat:
@@ -132,4 +160,4 @@ def plot_maps(
     figure.suptitle("Where the decision comes from", color=INK, weight="bold", x=0, ha="left", y=1)
     note = "bright: speaks for the answer, be it ink or the lack of it"
     figure.text(0, 1 - 0.32 / height, note, color=MUTED, size=9, va="center")
-    _save(figure, path)
+    save_figure(figure, path)

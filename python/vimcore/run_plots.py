@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vimcore plot`: curves of runs, and of each the confusion matrix and the worst mistakes. Needs no torch.
+
+Reads RUN/log.jsonl, lines of kind "step" and "eval", and RUN/eval.npz: labels, predictions, probabilities,
+names (of the classes), files.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from . import _core
+from .data import load_digits, split_digits
+from .images import decode
+from .plots import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, new_figure, save_figure, tidy
+
+COLOURS = (BLUE, ORANGE, GREEN, RED, "#7b4fb5", "#17a2b8", "#8c6d31", "#c2478d")
+SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, "#c9d8f2", BLUE, "#1b2a5c"])
+POINTS = 300  # of a curve: more are averaged
+NAMED = 60  # classes whose names fit beside the matrix
+COUNTED = 25  # classes whose counts fit into it
+SIDE = 192  # pixels of a picture among the mistakes
+
+
+@dataclass(frozen=True)
+class Log:
+    """The lines of log.jsonl of either kind, by step, as columns; what a line lacks is NaN."""
+
+    steps: dict[str, NDArray[np.float64]]
+    evals: dict[str, dict[str, NDArray[np.float64]]]  # "raw" and "ema" weights
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a network said of N images.
+
+    Attributes:
+        labels, predictions: (N,) class indices.
+        probabilities: (N, classes).
+        names: of the classes.
+        files: (N,) where the pictures lie; "": nowhere.
+    """
+
+    labels: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+    names: list[str]
+    files: list[str]
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def read_log(path: Path) -> Log:
+    """The log of a run, also while it is being written: a last line without an end is left out.
+
+    Raises:
+        ValueError: a line is not JSON or holds no numbers where they belong; names file and line.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            entry = json.loads(line)
+            kind = entry["kind"]
+            if kind in ("step", "eval"):
+                key = "step" if kind == "step" else str(entry["weights"])
+                found.setdefault(key, {})[int(entry["step"])] = entry  # of a step done again, the last
+                float(entry["epoch"]), float(entry["loss"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: no entry of a log ({error})") from None
+    columns = {
+        key: _columns([rows[step] for step in sorted(rows)], _FIELDS["step" if key == "step" else "eval"])
+        for key, rows in found.items()
+    }
+    steps = columns.pop("step", {name: np.empty(0) for name in _FIELDS["step"]})
+    return Log(steps, columns)
+
+
+_FIELDS = {
+    "step": ("step", "epoch", "loss", "lr", "images_per_second", "grad_norm"),
+    "eval": ("step", "epoch", "loss", "top1", "top5"),
+}
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    return {
+        name: np.array([math.nan if row.get(name) is None else row[name] for row in rows], np.float64)
+        for name in fields
+    }
+
+
+def read_answers(path: Path) -> Answers:
+    """The arrays of eval.npz; ValueError says what is wrong with them."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            labels, predictions = arrays["labels"], arrays["predictions"]
+            probabilities = arrays["probabilities"]
+            names, files = [str(n) for n in arrays["names"]], [str(f) for f in arrays["files"]]
+    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not the answers of a run: {error}") from None
+    count, classes = len(labels), len(names)
+    for name, found, shape in (
+        ("labels", labels, (count,)),
+        ("predictions", predictions, (count,)),
+        ("probabilities", probabilities, (count, classes)),
+    ):
+        if found.shape != shape:
+            raise ValueError(f"{path}: {name}: expected {shape}, got {found.shape}")
+    for name, index in (("labels", labels), ("predictions", predictions)):
+        if index.dtype.kind not in "iu" or (count and not 0 <= index.min() <= index.max() < classes):
+            raise ValueError(f"{path}: {name}: expected class indices from 0 to {classes - 1}")
+    if len(files) != count or count == 0:
+        raise ValueError(
+            f"{path}: files: expected one for each of at least one image, got {len(files)} for {count}"
+        )
+    return Answers(labels.astype(np.int64), predictions.astype(np.int64), probabilities, names, files)
+
+
+# ---- curves ------------------------------------------------------------------------------------------------
+
+
+def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
+    """Loss, accuracy, learning rate, gradient norm (or images a second) of runs by name, over the epochs."""
+    figure = new_figure(10.5, 7)
+    (loss, accuracy), (rate, last) = figure.subplots(2, 2)
+    normed = any(np.isfinite(log.steps["grad_norm"]).any() for log in logs.values())
+    field, label = ("grad_norm", "gradient norm") if normed else ("images_per_second", "images per second")
+    several = len(logs) > 1
+    for i, log in enumerate(logs.values()):
+        colour = COLOURS[i % len(COLOURS)]
+        held_out = colour if several else ORANGE
+        loss.plot(*_curve(log.steps, "loss"), color=colour, lw=1.2, alpha=0.55 if several else 1)
+        for weights, rows in log.evals.items():
+            style = _style(weights, rows)
+            loss.plot(rows["epoch"], rows["loss"], color=held_out, lw=2, **style)
+            accuracy.plot(rows["epoch"], 100 * rows["top1"], color=held_out, lw=2, **style)
+            if not several and np.nanmin(rows["top5"], initial=1) < 1:
+                accuracy.plot(rows["epoch"], 100 * rows["top5"], color=MUTED, lw=1.2, **style)
+        _mark_best(accuracy, log, held_out, several)
+        rate.plot(*_curve(log.steps, "lr"), color=colour, lw=2)
+        last.plot(*_curve(log.steps, field), color=colour, lw=1.2)
+    names = ("cross-entropy", "right answers, %", "learning rate", label)
+    for axes, text in zip((loss, accuracy, rate, last), names):
+        axes.set_title(text, color=INK, loc="left", fontsize=11)
+        axes.set_xlabel("epoch", color=INK)
+        tidy(axes)
+    loss.set_ylim(bottom=0)
+    rate.set_ylim(bottom=0)
+    last.set_ylim(bottom=0)
+    rate.yaxis.set_major_locator(MaxNLocator(5))
+    rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    accuracy.set_ylim(top=101)
+    loss.legend(handles=_legend(logs), frameon=False, fontsize=9)
+    if not several and len(accuracy.lines) > 1:
+        accuracy.legend(handles=_accuracy_legend(logs), frameon=False, fontsize=9, loc="lower right")
+    title = "Training of " + (", ".join(logs) if len(logs) <= 3 else f"{len(logs)} runs")
+    figure.suptitle(title, color=INK, weight="bold", x=0.02, ha="left")
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def _style(weights: str, rows: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
+    marker = "o" if len(rows["epoch"]) <= 30 else None
+    return {"ls": "--" if weights == "ema" else "-", "marker": marker, "ms": 3.5}
+
+
+def _curve(
+    steps: Mapping[str, NDArray[np.float64]], name: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """At most POINTS means of neighbours."""
+    x, y = steps["epoch"], steps[name]
+    size = -(-len(x) // POINTS)
+    if size <= 1:
+        return x, y
+    begins = np.arange(0, len(x), size)
+    counts = np.diff(np.append(begins, len(x)))
+    return np.add.reduceat(x, begins) / counts, np.add.reduceat(y, begins) / counts
+
+
+def _mark_best(axes: Axes, log: Log, colour: str, several: bool) -> None:
+    """The best accuracy, written beside its point."""
+    points = [(t, e) for rows in log.evals.values() for e, t in zip(rows["epoch"], rows["top1"]) if t == t]
+    if not points:
+        return
+    best, epoch = max(points)
+    axes.plot([epoch], [100 * best], "o", color=colour, ms=7, mfc=PAPER, mew=2, zorder=3)
+    if not several:
+        place: dict[str, Any] = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{100 * best:.2f} %", (epoch, 100 * best), color=colour, weight="bold", **place)
+
+
+def _legend(logs: Mapping[str, Log]) -> list[Line2D]:
+    """Runs by colour, then what kinds of line there are."""
+    ema = any("ema" in log.evals for log in logs.values())
+    raw = any("raw" in log.evals for log in logs.values())
+    if len(logs) > 1:
+        lines = [
+            Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2, label=name) for i, name in enumerate(logs)
+        ]
+        train = Line2D([], [], color=MUTED, lw=1.2, alpha=0.55, label="training")
+        colour = MUTED
+    else:
+        lines, train, colour = [], Line2D([], [], color=BLUE, lw=1.2, label="training"), ORANGE
+    lines.append(train)
+    if raw:
+        lines.append(Line2D([], [], color=colour, lw=2, label="held out"))
+    if ema:
+        lines.append(Line2D([], [], color=colour, lw=2, ls="--", label="held out, averaged weights"))
+    return lines
+
+
+def _accuracy_legend(logs: Mapping[str, Log]) -> list[Line2D]:
+    (log,) = logs.values()
+    lines = []
+    for weights, rows in log.evals.items():
+        of = ", averaged weights" if weights == "ema" else ""
+        ls = "--" if weights == "ema" else "-"
+        lines.append(Line2D([], [], color=ORANGE, lw=2, ls=ls, label=f"top-1{of}"))
+        if np.nanmin(rows["top5"], initial=1) < 1:
+            lines.append(Line2D([], [], color=MUTED, lw=1.2, ls=ls, label=f"top-5{of}"))
+    return lines
+
+
+# ---- confusion matrix --------------------------------------------------------------------------------------
+
+
+def plot_confusion(answers: Answers, path: Path, title: str = "") -> None:
+    """How often a class (row) was taken for another (column), and the most frequent confusions in words."""
+    classes = len(answers.names)
+    matrix = np.zeros((classes, classes), np.int64)
+    np.add.at(matrix, (answers.labels, answers.predictions), 1)
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = min(max(0.42 * classes, 4.0), 11.0)
+    figure = new_figure(side + 1.2, side + 0.6)
+    axes = figure.subplots()
+    image = axes.imshow(100 * share, cmap=SHADES, norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    axes.set_xlabel("taken for", color=INK)
+    axes.set_ylabel("is", color=INK)
+    axes.tick_params(colors=INK, length=0)
+    for spine in axes.spines.values():
+        spine.set_color("#d9dce6")
+    if classes <= NAMED:
+        names = [_short(name, 16) for name in answers.names]
+        size = 9 if classes <= COUNTED else 6
+        axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
+        axes.set_yticks(range(classes), names, fontsize=size)
+    if classes <= COUNTED:
+        for row, column in zip(*np.nonzero(matrix)):
+            colour = PAPER if share[row, column] > 0.25 else INK
+            count = f"{matrix[row, column]}"
+            axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
+    scale = axes.inset_axes((1 + 0.12 / side, 0, 0.16 / side, 1))
+    bar = figure.colorbar(image, cax=scale, ticks=[0, 1, 5, 10, 25, 50, 100])
+    scale.set_xlabel("% of row", color=INK, fontsize=8)
+    scale.tick_params(colors=INK, length=0, labelsize=8)
+    bar.outline.set_visible(False)
+    right = int((answers.labels == answers.predictions).sum())
+    head = f"{title}: " if title else ""
+    text = f"{head}{right} of {len(answers.labels)} right, {100 * right / len(answers.labels):.2f} %"
+    axes.set_title(text, color=INK, weight="bold", loc="left", fontsize=11)
+    beside: dict[str, Any] = {"xytext": (66, 0), "textcoords": "offset points", "va": "top"}
+    words = "\n".join(_confusions(matrix, answers.names))
+    axes.annotate(words, (1, 1), xycoords="axes fraction", color=INK, fontsize=9, linespacing=1.5, **beside)
+    save_figure(figure, path)
+
+
+def _confusions(matrix: NDArray[np.int64], names: Sequence[str], most: int = 12) -> list[str]:
+    """The most frequent ones in words."""
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    order = [divmod(int(at), len(names)) for at in np.argsort(-wrong, axis=None, kind="stable")[:most]]
+    lines = [
+        f"{wrong[row, column]} \u00d7  {_short(names[row], 28)} \u2192 {_short(names[column], 28)}"
+        for row, column in order
+        if wrong[row, column]
+    ]
+    return ["most frequent", *lines] if lines else ["no mistakes"]
+
+
+def _short(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "\u2026"
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------
+
+
+def plot_mistakes(answers: Answers, path: Path, count: int = 24, title: str = "") -> None:
+    """The wrong answers that gave the truth the least probability; without any, the least sure right ones."""
+    truth = answers.probabilities[np.arange(len(answers.labels)), answers.labels]
+    wrong = np.flatnonzero(answers.labels != answers.predictions)
+    some = len(wrong) > 0
+    pool = wrong if some else np.arange(len(answers.labels))
+    chosen = pool[np.argsort(truth[pool], kind="stable")[:count]]
+    pictures = _pictures(answers)
+    columns = min(6, max(len(chosen), 3))
+    rows = -(-len(chosen) // columns)
+    height = rows * 2.05 + 0.6
+    figure = new_figure(columns * 1.7, height)
+    layout = {"hspace": 0.42, "wspace": 0.12, "left": 0, "right": 1, "bottom": 0, "top": 1 - 0.55 / height}
+    grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw=layout)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, i in zip(grid.flat, chosen):
+        _tile(axes, answers, int(i), pictures)
+    head = f"{title}: " if title else ""
+    if some:
+        text = f"{head}{len(wrong)} of {len(answers.labels)} wrong"
+        text += f", the worst {len(chosen)}" if len(chosen) < len(wrong) else ""
+    else:
+        text = f"{head}no mistakes; the least sure answers"
+    figure.suptitle(text, color=INK, weight="bold", x=0, ha="left", y=1)
+    save_figure(figure, path)
+
+
+def _tile(axes: Axes, answers: Answers, i: int, pictures: Callable[[int], NDArray[Any] | str]) -> None:
+    picture = pictures(i)
+    axes.axis("on")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_color("#d9dce6")
+    if isinstance(picture, str):
+        axes.set_facecolor("#f2f3f7")
+        axes.text(0.5, 0.5, picture, transform=axes.transAxes, ha="center", va="center", color=MUTED, size=7)
+    else:
+        grey: dict[str, Any] = {"cmap": "gray"} if picture.ndim == 2 else {}
+        axes.imshow(_square(picture), interpolation="bicubic" if len(picture) < 64 else "antialiased", **grey)
+    is_, said = int(answers.labels[i]), int(answers.predictions[i])
+    p = answers.probabilities[i]
+    below: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "size": 7.5}
+    colour = GREEN if is_ == said else RED
+    first = f"{_short(answers.names[said], 17)}, {100 * p[said]:.0f} %"
+    second = _short(os.path.basename(answers.files[i]), 24) if is_ == said else ""
+    if is_ != said:
+        second = f"is {_short(answers.names[is_], 17)}, {100 * p[is_]:.2g} %"
+    axes.text(0.0, -0.03, first, color=colour, weight="bold", **below)
+    axes.text(0.0, -0.15, second, color=INK, **below)
+
+
+def _pictures(answers: Answers) -> Callable[[int], NDArray[Any] | str]:
+    """What gives the pixels of image i, grey or RGB, or says why there are none."""
+    if not any(answers.files):
+        digits, labels = load_digits()
+        held_out = split_digits(labels)[1]
+        if np.array_equal(labels[held_out], answers.labels):
+            return lambda i: np.asarray(digits[held_out[i]])
+    return lambda i: _picture(answers.files[i])
+
+
+def _picture(file: str) -> NDArray[Any] | str:
+    if not file:
+        return "no file"
+    try:
+        data = Path(file).read_bytes()
+        if file.endswith(".npy"):
+            return _channels(np.load(io.BytesIO(data), allow_pickle=False))
+        pixels = decode(data, file)
+    except OSError as error:
+        return f"{_short(os.path.basename(file), 24)}\n{error.strerror or error}"
+    except (_core.Error, EOFError, ValueError):
+        return f"{_short(os.path.basename(file), 24)}\ncannot be read"
+    height, width = pixels.shape[:2]
+    scale = SIDE / max(height, width)
+    if scale < 1:
+        size = max(round(height * scale), 1), max(round(width * scale), 1)
+        pixels = _core.resize_bicubic(np.ascontiguousarray(pixels), *size)
+    return pixels
+
+
+def _square(picture: NDArray[Any]) -> NDArray[Any]:
+    """With paper at the shorter sides."""
+    side = max(picture.shape[:2])
+    around = [((side - n) // 2, side - n - (side - n) // 2) for n in picture.shape[:2]]
+    paper = 255 if picture.dtype == np.uint8 and picture.ndim == 3 else picture.max(initial=0)
+    return np.pad(picture, [*around, (0, 0)][: picture.ndim], constant_values=paper)
+
+
+def _channels(array: NDArray[Any]) -> NDArray[np.float64]:
+    """(C, H, W) as a picture: the first three channels, or the first, from black to white."""
+    if array.ndim != 3:
+        raise ValueError(array.shape)
+    shown = array[:3] if len(array) >= 3 else array[:1]
+    low, high = (f(shown, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
+    scaled = (shown - low) / np.maximum(high - low, 1e-12)
+    return np.asarray(scaled[0] if len(scaled) == 1 else np.moveaxis(scaled, 0, 2), np.float64)
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def plot_runs(
+    runs: Sequence[str], out: str | None = None, kind: str = "png", mistakes: int = 24
+) -> tuple[list[str], list[str]]:
+    """Draws curves, and of every run that has answers the confusion matrix and the worst mistakes.
+
+    Args:
+        runs: folders; their last parts name them, the whole paths where two are the same.
+        out: folder to write to; default: the run, or the current folder for several.
+        kind: "png" or "svg".
+
+    Returns:
+        the files that were written; notes on what there was not.
+    """
+    names = [Path(run).resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(Path(run)) for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a run is named twice among {', '.join(runs)}")
+    folder = Path(out) if out is not None else Path(runs[0] if len(runs) == 1 else ".")
+    logs: dict[str, Log] = {}
+    answers: dict[str, Answers] = {}
+    notes = []
+    for run, name in zip(runs, names):
+        log, evaluated = Path(run) / "log.jsonl", Path(run) / "eval.npz"
+        if not log.is_file() and not evaluated.is_file():
+            raise ValueError(f"{run}: no run: neither log.jsonl nor eval.npz is there")
+        if log.is_file():
+            logs[name] = read_log(log)
+        if evaluated.is_file():
+            answers[name] = read_answers(evaluated)
+        else:
+            notes.append(f"{run}: no eval.npz yet, so no confusion matrix and no mistakes")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    if logs:
+        written.append(folder / f"curves.{kind}")
+        plot_curves(logs, written[-1])
+    for name, found in answers.items():
+        prefix = "" if len(runs) == 1 else name.strip("/").replace("/", "-") + "-"
+        confusion, worst = (folder / f"{prefix}{what}.{kind}" for what in ("confusion", "mistakes"))
+        plot_confusion(found, confusion, name)
+        plot_mistakes(found, worst, mistakes, name)
+        written += [confusion, worst]
+    return [str(path) for path in written], notes

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision Mamba in timm: `import vimcore.timm` registers "vimcore_" + each name of `vimcore.list_models()`.
+
+    timm.create_model("vimcore_vim_tiny_patch16_224", num_classes=10)
+    timm.create_model("vimcore_vim_tiny_patch16_224", features_only=True)
+    python -m vimcore.timm train.py --model vimcore_vim_tiny_patch16_224 ...    # a script of timm's
+
+No weights are downloaded. A local file comes by timm's ways: `checkpoint_path=FILE`, or for another number of
+classes, channels or pixels `pretrained=True, pretrained_cfg_overlay={"file": FILE}`.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.split(".")[0] != "timm":
+        raise
+    raise ImportError("vimcore.timm needs timm: pip install 'vimcore[train]'") from error
+
+from . import _core, io, ops
+from .metadata import IMAGENET_MEAN, IMAGENET_STD
+from .models import list_models, model_options
+from .nn import VisionMamba
+
+_POOLS: dict[str, dict[str, str]] = {
+    "token": {},
+    "avg": {"class_token": "none", "pool": "mean"},
+    "max": {"class_token": "none", "pool": "max"},
+    "": {"class_token": "none", "pool": "all"},
+}
+
+
+class TimmVisionMamba(VisionMamba):
+    """`VisionMamba` under timm's conventions: the same parameters, keys and results.
+
+    Where the two differ, timm's meaning holds: `drop_rate` is dropout before the head, `pos_drop_rate` that
+    of the tokens, and `forward_intermediates` has timm's arguments. Tokens keep the image's order: a middle
+    class token stands in the middle, not first.
+
+    Args:
+        global_pool: "token" for the class token; "avg", "max" and "" (logits of every token) build the
+            network without one. Fixed at construction: the position table has a row for the class token.
+        drop_rate, pos_drop_rate: dropout before the head, and of the tokens after the position table.
+        device, dtype: where and as what the parameters are made.
+        options: the other arguments of `VisionMamba`.
+
+    Raises:
+        ValueError: an option is out of range or two do not go together.
+    """
+
+    def __init__(
+        self,
+        *,
+        global_pool: str | None = None,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        if global_pool is not None:
+            if global_pool not in _POOLS:
+                expected = ", ".join(map(repr, _POOLS))
+                raise ValueError(
+                    f"[VisionMamba] global_pool: expected one of {expected}, got {global_pool!r}"
+                )
+            options = {**options, **_POOLS[global_pool]}
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"[VisionMamba] drop_rate: expected 0 <= drop_rate < 1, got {drop_rate}")
+        if drop_rate and (options.get("class_token") == "random" or options.get("pool") in ("max", "all")):
+            raise ValueError(
+                "[VisionMamba] drop_rate: dropout before the head goes with one token or a mean, not with "
+                'class_token="random" or a head that sees every token'
+            )
+        super().__init__(drop_rate=pos_drop_rate, **options)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head_hidden_size = self.embed_dim
+        self._describe_features()
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
+
+    def _describe_features(self) -> None:
+        """What `features_only` tells its users: one entry for each layer that has an output."""
+        c = self._config
+        first, step = (1, 2) if c["directions"] == "block" else (0, 1)
+        self._taps = list(range(first, c["depth"], step))
+        self.feature_info: list[dict[str, Any]] = [
+            {"module": f"layers.{i}", "num_chs": c["embed_dim"], "reduction": c["stride"]} for i in self._taps
+        ]
+
+    # ---- what timm asks ------------------------------------------------------------------------------------
+
+    @property
+    def in_chans(self) -> int:
+        return int(self._config["in_chans"])
+
+    @property
+    def global_pool(self) -> str:
+        """timm's name of how the head reads the tokens."""
+        if self._config["class_token"] != "none":
+            return "token"
+        return {"mean": "avg", "all": ""}.get(self._config["pool"], self._config["pool"])
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        return self.memory == "lean"
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Backward recomputes more (memory="lean", the default), or keeps more ("fast")."""
+        self.memory = "lean" if enable else "fast"
+
+    def get_classifier(self) -> nn.Module:
+        """The head: nn.Linear, or nn.Identity without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the head by a new one with random weights; 0: no head."""
+        if global_pool and global_pool != self.global_pool:
+            raise ValueError(
+                f"[VisionMamba] global_pool: expected {self.global_pool!r} as at construction, "
+                f"got {global_pool!r}; create the model with global_pool={global_pool!r}"
+            )
+        super().reset_classifier(num_classes)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names from input to output, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+        }
+
+    def load_pretrained(self, path: str) -> None:
+        """Weights of a local file; for a pretrained_cfg with custom_load. See `vimcore.load_checkpoint`."""
+        io.load_checkpoint(self, path)
+
+    # ---- computing -----------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, C, H, W), see `VisionMamba.forward`."""
+        if self.training and self.head_drop.p > 0:
+            return self.forward_head(self.forward_features(x))
+        return super().forward(x)
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools normalised tokens (B, L, D) and applies the head.
+
+        Args:
+            pre_logits: stop before the head: (B, D), or (B, L, D) where the head sees every token, that is
+                with global_pool "max" and "".
+        """
+        c, at = self._config, self._facts["class_position"]
+        if c["class_token"] == "none" and c["pool"] in ("max", "all"):
+            return tokens if pre_logits else super().forward_head(tokens)
+        if c["class_token"] == "double":
+            pooled = (tokens[:, 0] + tokens[:, -1]) / 2
+        elif c["class_token"] != "none":
+            pooled = tokens[:, at]
+        else:
+            pooled = tokens[:, -1] if c["pool"] == "last" else tokens.mean(1)
+        pooled = self.head_drop(pooled)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward_intermediates(  # timm's arguments and result
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """The residual stream after these layers, class tokens taken out. One pass of the network.
+
+        Args:
+            x: images (B, C, H, W).
+            indices: entries of `feature_info`: the last n for a number, all for None, negative ones counted
+                from the end. With directions="block" there is one for each pair of layers.
+            return_prefix_tokens: add the class tokens (B, 1 or 2, D) of each.
+            norm: apply the last normalisation to each.
+            stop_early: stop at the last of these layers, also for the final features.
+            output_fmt: "NCHW" for (B, D, h, w), "NLC" for (B, h w, D).
+
+        Returns:
+            (final features (B, L, D), list); the list alone with intermediates_only; with output_dict a
+            dictionary with "image_features", "image_intermediates" and "image_intermediates_prefix".
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"[VisionMamba] output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
+        wanted = [self._taps[i] for i in _chosen(len(self._taps), indices)]
+        last = max(wanted) if stop_early or intermediates_only else self._config["depth"] - 1
+        layers = tuple(sorted({*wanted} if intermediates_only else {*wanted, last}))
+        streams = dict(zip(layers, self._call("layers", x, layers)))
+        chosen = [self._normalised(streams[i]) if norm else streams[i] for i in sorted(set(wanted))]
+        maps = [self._patches(y) for y in chosen]
+        if output_fmt == "NCHW":
+            maps = [y.transpose(1, 2).unflatten(2, self._facts["grid"]).contiguous() for y in maps]
+        prefix = [self._class_tokens(y) for y in chosen] if self._facts["class_tokens"] else None
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": maps}
+            if return_prefix_tokens and prefix is not None:
+                result["image_intermediates_prefix"] = prefix
+            if not intermediates_only:
+                result["image_features"] = self._normalised(streams[last])
+            return result
+        out: list[Any] = list(zip(maps, prefix)) if return_prefix_tokens and prefix is not None else maps
+        return out if intermediates_only else (self._normalised(streams[last]), out)
+
+    def _normalised(self, stream: Tensor) -> Tensor:
+        c, norm = self._config, self.norm_f
+        if c["norm"] == "layer":
+            return ops.layer_norm(stream, norm.weight, norm.bias, eps=c["norm_eps"])  # type: ignore[return-value]
+        return ops.rms_norm(stream, norm.weight, eps=c["norm_eps"])  # type: ignore[return-value]
+
+    def _class_tokens(self, tokens: Tensor) -> Tensor:
+        at = self._facts["class_position"]
+        if self._facts["class_tokens"] == 2:
+            return tokens[:, [0, -1]]
+        return tokens[:, at : at + 1]
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Cuts off the layers behind the last of these entries of `feature_info`.
+
+        Args:
+            prune_norm: the last normalisation no longer learns (its weights stay, the core needs them).
+            prune_head: take the head away.
+
+        Returns:
+            the entries, counted from 0.
+        """
+        take = _chosen(len(self._taps), indices)
+        before, depth = self._config["depth"], self._taps[max(take)] + 1
+        # drop path grows with the layer: what is left keeps its rates
+        rate = self._config["drop_path_rate"] * (depth - 1) / (before - 1) if before > 1 else 0.0
+        if depth < before:
+            self._config = {**self._config, "depth": depth, "drop_path_rate": rate}
+            self._facts = _core.config_facts(json.dumps(self._config))
+            self.layers = self.layers[:depth]
+            self._core = self._places = None
+            self._describe_features()
+        if prune_norm:
+            self.norm_f.requires_grad_(False)
+        if prune_head:
+            self.reset_classifier(0)
+        return take
+
+
+def _chosen(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Entries 0 .. count - 1: the last n for a number, all for None, negative ones counted from the end."""
+    if indices is None or isinstance(indices, int):
+        n = count if indices is None else indices
+        if not 0 < n <= count:
+            raise ValueError(f"[VisionMamba] indices: expected a number from 1 to {count}, got {n}")
+        return list(range(count - n, count))
+    wrong = [i for i in indices if not -count <= i < count]
+    if wrong or not indices:
+        raise ValueError(f"[VisionMamba] indices: expected {-count} to {count - 1}, got {list(indices)}")
+    return [i % count for i in indices]
+
+
+def checkpoint_filter_fn(state: Mapping[str, Tensor], model: VisionMamba) -> dict[str, Tensor]:
+    """A checkpoint's tensors for this model: the position table on its grid, no rotation tables.
+
+    Raises:
+        ValueError: the position table is of no square grid, or the rotations are others than the model's.
+    """
+    weights = state.get("model", state.get("state_dict", state))
+    assert isinstance(weights, Mapping)
+    return io.fitted(model, weights)
+
+
+# ---- registration ------------------------------------------------------------------------------------------
+
+
+def _default_cfg(options: Mapping[str, Any]) -> dict[str, Any]:
+    size = int(options["img_size"])
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "pool_size": None,
+        "fixed_input_size": True,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "paper_ids": "arXiv:2401.09417",
+    }
+
+
+def _quarters(depth: int, directions: str) -> tuple[int, ...]:
+    """Entries of `feature_info` at the ends of the four quarters: 5, 11, 17, 23 of 24 layers."""
+    count = depth // 2 if directions == "block" else depth
+    return tuple(sorted({max(count * i // 4 - 1, 0) for i in range(1, 5)}))
+
+
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
+    """What timm calls to make the model `name` of vimcore."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        options = {**model_options(name), **kwargs}
+        quarters = _quarters(options["depth"], options.get("directions", "ssm_conv"))
+        model: nn.Module = build_model_with_cfg(
+            TimmVisionMamba,
+            f"vimcore_{name}",
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": quarters, "feature_cls": "getter"},
+            **options,
+        )
+        return model
+
+    create.__name__ = create.__qualname__ = f"vimcore_{name}"
+    create.__doc__ = f"`vimcore.create_model({name!r})` with timm's arguments."
+    return create
+
+
+if __name__ != "__main__":
+    __all__ = ["TimmVisionMamba", "checkpoint_filter_fn"]
+    default_cfgs = generate_default_cfgs(
+        {f"vimcore_{n}": _default_cfg(model_options(n)) for n in list_models()}
+    )
+    globals().update({f"vimcore_{name}": register_model(_entrypoint(name)) for name in list_models()})
+elif len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+    print(f"usage: python -m vimcore.timm SCRIPT ...\n\n{__doc__}")
+    sys.exit(0 if len(sys.argv) > 1 else 2)
+else:
+    import vimcore.timm  # noqa: F401  registers, under its own name
+
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
