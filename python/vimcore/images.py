@@ -25,11 +25,19 @@ def network_input(data: bytes, name: str, preprocess_json: str) -> NDArray[np.fl
     Raises:
         vimcore._core.Error: the file is damaged or of a kind that is not supported.
     """
-    built = _core.build_info()
-    missing = [kind for kind, magic in _MAGIC.items() if data.startswith(magic) and not built[kind]]
-    if not missing:
+    if _core_decodes(data):
         return _core.preprocess_image(data, name, preprocess_json)
     return _core.preprocess_pixels(decode_with_pillow(data, name), preprocess_json)
+
+
+def decode(data: bytes, name: str) -> NDArray[np.uint8]:
+    """(H, W, 3) uint8 of a JPEG, PNG, PPM or PGM file; arguments and errors as for `network_input`."""
+    return _core.decode_image(data, name) if _core_decodes(data) else decode_with_pillow(data, name)
+
+
+def _core_decodes(data: bytes) -> bool:
+    built = _core.build_info()
+    return not any(data.startswith(magic) and not built[kind] for kind, magic in _MAGIC.items())
 
 
 def decode_with_pillow(data: bytes, name: str) -> NDArray[np.uint8]:
