@@ -60,19 +60,13 @@ def _settings(args: argparse.Namespace) -> Settings:
     if args.resume is not None:
         if args.out or args.preset or args.config:
             raise ValueError(
-                "--resume: takes everything from the run; --out, --preset and --config do not go with it"
+                "--resume: the run has its settings; --out, --preset, --config do not go with it"
             )
         from .run import resumed
 
         return resumed(Path(args.resume), flags)
-    settings = Settings().merged(PRESETS[args.preset or "tiny-released"])
-    if args.config:
-        try:
-            settings = settings.merged(read_toml(args.config))
-        except ValueError as error:
-            text = str(error)
-            raise ValueError(text if text.startswith(args.config) else f"{args.config}: {text}") from None
-    return settings.merged(flags)
+    of_file = read_toml(args.config) if args.config else {}
+    return Settings().merged({**PRESETS[args.preset or "tiny-released"], **of_file, **flags})
 
 
 def train(args: argparse.Namespace) -> int:

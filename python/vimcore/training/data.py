@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._core import Error
 from ..images import decode
 from ..predict import SUFFIXES
 from .sampling import Key, seed_all
-from .transforms import Transform
+from .transforms import Transform, UnreadableError
 
 ARRAY = ".npy"
 VALIDATION_NAMES = ("val", "valid", "validation")
@@ -55,24 +56,25 @@ class Images:
         """(H, W, 3) uint8 of a picture, (C, H, W) of a numpy file.
 
         Raises:
-            OSError, ValueError, vimcore.Error: it cannot be read.
+            UnreadableError: it is missing, damaged, or no such array.
         """
         if self.pixels is not None:
             return self.pixels[index]
         name = self.files[index]
-        data = Path(name).read_bytes()
-        if not name.endswith(ARRAY):
-            return decode(data, name)
         try:
+            data = Path(name).read_bytes()
+            if not name.endswith(ARRAY):
+                return decode(data, name)
             array = np.load(io.BytesIO(data), allow_pickle=False)
-        except EOFError as error:
-            raise ValueError(str(error)) from None
+        except OSError as error:
+            raise UnreadableError(error.strerror or str(error)) from error
+        except (Error, EOFError, ValueError, MemoryError) as error:
+            raise UnreadableError(str(error).removeprefix(f"[decode_image] {name}: ")) from error
         if not isinstance(array, np.ndarray) or array.ndim != 3:
-            raise ValueError(
-                f"expected an array (C, H, W), got {getattr(array, 'shape', type(array).__name__)}"
-            )
+            shape = getattr(array, "shape", type(array).__name__)
+            raise UnreadableError(f"expected an array (C, H, W), got {shape}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError("it holds values that are not finite")
+            raise UnreadableError("it holds values that are not finite")
         return array
 
     def part(self, index: NDArray[np.int64]) -> Images:
@@ -148,10 +150,8 @@ def _attempt(images: Images, index: int, transform: Transform, faults: dict[str,
     """The image, or None and the reason among the faults."""
     try:
         return transform(images.read(index))
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # vimcore.Error is a RuntimeError
-        name = images.files[index] if images.files else f"image {index}"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        faults[name] = reason.removeprefix(f"[decode_image] {name}: ")
+    except UnreadableError as error:
+        faults[images.files[index] if images.files else f"image {index}"] = str(error)
         return None
 
 
@@ -188,9 +188,9 @@ def open_images(path: str) -> Images:
 
 def training_and_validation(data: str, val: str | None, fraction: float) -> tuple[Images, Images, str]:
     """Images to learn from, images to validate on, and a sentence about where these come from."""
-    if val is None and os.path.isdir(os.path.join(data, "train")):
+    if os.path.isdir(os.path.join(data, "train")):
         beside = [os.path.join(data, name) for name in VALIDATION_NAMES]
-        val = next((name for name in beside if os.path.isdir(name)), None)
+        val = val or next((name for name in beside if os.path.isdir(name)), None)
         data = os.path.join(data, "train")
     train = open_images(data)
     if val is not None:

@@ -41,7 +41,7 @@ def weights_of(path: str) -> tuple[list[Path], Settings | None]:
 
 
 def _settings(folder: Path) -> Settings | None:
-    return Settings(**read_toml(str(folder / CONFIG))) if (folder / CONFIG).exists() else None
+    return Settings().merged(read_toml(str(folder / CONFIG))) if (folder / CONFIG).exists() else None
 
 
 def images_of(data: str | None, settings: Settings | None) -> Images:

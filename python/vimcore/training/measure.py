@@ -103,10 +103,10 @@ def one_thread(_: int) -> None:
 
 
 def _ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """(N,) how many classes come before the true one, those of equal score in their order as with argmax."""
+    """(N,) how many classes come before the true one, those of equal score in order; nan is before all."""
     own = scores.gather(1, labels[:, None])
     before = torch.arange(scores.shape[1], device=scores.device)[None] < labels[:, None]
-    return ((scores > own) | ((scores == own) & before)).sum(1)
+    return (~(scores <= own) | ((scores == own) & before)).sum(1)
 
 
 def _logits(

@@ -100,9 +100,7 @@ class Run:
         self.rank, self.world = distributed.rank(), distributed.world()
         saved = read_checkpoint(folder / CHECKPOINT) if resume else None
         if not resume and (folder / CHECKPOINT).exists():
-            raise ValueError(
-                f"{folder}: holds a run; continue it with --resume {folder}, or name another --out"
-            )
+            raise ValueError(f"{folder}: holds a run; go on with --resume {folder}, or name another --out")
 
         train, self.valid, about = _data(settings)
         self.input, self.model, notes = _network(settings, train)
@@ -135,6 +133,7 @@ class Run:
         self.per_update = per_update
         self.identity: dict[str, Any] = {"images": train.fingerprint(), "per_update": per_update}
         self.epoch, self.done = 0, 0  # epochs finished; updates of the current one
+        self.seen, self.lr = torch.empty(0), 0.0  # of the last update
         self.best: dict[str, Any] = {}
         if saved is not None:
             self._restore(saved)
@@ -218,12 +217,13 @@ class Run:
         while self.epoch < self.settings.epochs:
             try:
                 self._epoch(received)
+                self._check_weights()  # before such weights are measured and kept
+                self.epoch, self.done = self.epoch + 1, 0
+                if self.epoch % self.settings.eval_every == 0 or self.epoch == self.settings.epochs:
+                    self._validate()
+                self._save()
             except NonFiniteError as error:
                 raise self._explained(error) from None
-            self.epoch, self.done = self.epoch + 1, 0
-            if self.epoch % self.settings.eval_every == 0 or self.epoch == self.settings.epochs:
-                self._validate()
-            self._save()
             self._stop_if(self._agreed(received))
         seconds = time.perf_counter() - begin
         distributed.leave()
@@ -235,11 +235,13 @@ class Run:
         self.order.begin(self.epoch, self.done * settings.accumulate)
         clock, images = time.perf_counter(), 0
         rate = 0.0
-        for batches in _grouped(self.batches, settings.accumulate):
+        for samples in _grouped(self.batches, settings.accumulate):
             if self.done == self.updates_per_epoch:
                 break  # what is left over does not fill an update
             seed_all(mix("update", settings.seed, self.loop.step, self.rank))
-            update = self.loop.update([self._batch(sample) for sample in batches])
+            batches = [self._batch(sample) for sample in samples]
+            update = self.loop.update(batches)
+            self.seen, self.lr = batches[-1][0], update.lr
             self.done += 1
             images += self.per_update
             step, memory = self.loop.step, peak_memory(self.device)
@@ -253,7 +255,7 @@ class Run:
                     loss=update.loss,
                     lr=update.lr,
                     images_per_second=round(rate, 3),
-                    grad_norm=update.grad_norm if math.isfinite(update.grad_norm) else None,
+                    grad_norm=update.grad_norm,
                     memory=memory,
                 )
                 clock, images = time.perf_counter(), 0
@@ -323,7 +325,12 @@ class Run:
             save_model(self.model, self.folder / name, self.valid.classes, preprocess)
 
     def _save(self) -> None:
-        """Checkpoint, then the last weights: all by the writing process, others go on."""
+        """Checkpoint, then the last weights: all by the writing process, others go on.
+
+        Raises:
+            NonFiniteError: the weights are not worth keeping; the checkpoint stays as it was.
+        """
+        self._check_weights()
         if self.rank:
             return
         content = {
@@ -338,11 +345,14 @@ class Run:
             "identity": self.identity,
         }
         write_checkpoint(self.folder / CHECKPOINT, content)
-        if self.done == 0:
-            self._write(LAST)
-            if self.average is not None:
-                with self.average.swapped():
-                    self._write(LAST_EMA)
+        self._write(LAST)
+        if self.average is not None:
+            with self.average.swapped():
+                self._write(LAST_EMA)
+
+    def _check_weights(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise NonFiniteError("largest weight", math.inf, self.loop.step - 1, self.lr, self.seen)
 
     def _finish(self, seconds: float, steps: int) -> dict[str, Any]:
         """eval.npz of the best weights; the summary."""
@@ -368,7 +378,7 @@ class Run:
         if self.rank == 0:
             from ..health import health
 
-            report = str(health(self.model, error.images))
+            report = str(health(self.model, error.images[:8]))
             write_text(self.folder / "health.txt", report + "\n")
             self.watch.say(report)
         text = f"{error}; {last}; {self.folder / 'health.txt'} tells where it began"
@@ -380,7 +390,7 @@ def resumed(folder: Path, changes: dict[str, Any]) -> Settings:
     fixed = sorted(set(changes) - set(MACHINE))
     if fixed:
         raise ValueError(f"{', '.join(fixed)}: cannot change when a run goes on; {', '.join(MACHINE)} can")
-    return Settings(**read_toml(str(folder / CONFIG))).merged(changes)
+    return Settings().merged(read_toml(str(folder / CONFIG))).merged(changes)
 
 
 def _grouped(batches: DataLoader[Sample], size: int) -> Iterator[list[Sample]]:
@@ -424,12 +434,12 @@ def _network(settings: Settings, train: Images) -> tuple[Input, Any, list[str]]:
     return Input(channels, (height, width), mean, std, resize), model, notes
 
 
-def _readable(images: Images) -> Iterator[np.ndarray]:
-    """At most some of the images, those that can be read."""
+def _readable(images: Images) -> Iterator[Tensor]:
+    """Some of the arrays (C, H, W) float32, those that can be read."""
     found = 0
     for index in range(0, len(images), max(len(images) // _MEASURED, 1)):
-        with contextlib.suppress(OSError, ValueError):  # told when the run meets it
-            yield images.read(index)
+        with contextlib.suppress(transforms.UnreadableError):  # told when the run meets it
+            yield transforms.scaled(images.read(index))
             found += 1
     if not found:
         raise ValueError("none of the images could be read")
@@ -440,7 +450,7 @@ def _statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     total = squares = np.zeros(0)
     count = 0
     for array in _readable(images):
-        values = transforms.scaled(array).double().flatten(1).numpy()
+        values = array.double().flatten(1).numpy()
         if count and len(values) != len(total):
             continue  # of another number of channels: skipped and told by the run
         total = values.sum(1) + (total if count else 0)

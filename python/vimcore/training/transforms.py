@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from timm.data import auto_augment
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
@@ -24,6 +25,10 @@ from .settings import Settings
 
 Transform = Callable[[NDArray[Any]], Tensor]
 _FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0}
+
+
+class UnreadableError(ValueError):
+    """An image that is damaged or of a kind that the network does not take."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, .
 def scaled(array: NDArray[Any]) -> Tensor:
     """(C, H, W) float32 of an array file: integers from 0 to 1, floating point as it is."""
     if array.dtype.name not in _FULL_SCALE and array.dtype.kind != "f":
-        raise ValueError(f"expected uint8, uint16 or floating point, got {array.dtype}")
+        raise UnreadableError(f"expected uint8, uint16 or floating point, got {array.dtype}")
     values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     return values / _FULL_SCALE.get(array.dtype.name, 1.0)
 
@@ -74,13 +79,11 @@ def _core_input(options: str, pixels: NDArray[np.uint8]) -> Tensor:
 
 def picture_train(of: Input, settings: Settings) -> Transform:
     """(H, W, 3) uint8 to (C, h, w): random crop, flip, RandAugment or colour jitter, erasing."""
-    crop, colours, final = transforms_imagenet_train(
+    crop, _, final = transforms_imagenet_train(
         img_size=of.size,
         scale=(settings.crop_scale[0], settings.crop_scale[1]),
         ratio=(settings.crop_ratio[0], settings.crop_ratio[1]),
         hflip=settings.hflip,
-        color_jitter=settings.color_jitter or None,  # type: ignore[arg-type]
-        auto_augment=settings.rand_augment or None,
         interpolation="bicubic",
         mean=tuple(of.mean) * (3 // of.channels),
         std=tuple(of.std) * (3 // of.channels),
@@ -88,11 +91,38 @@ def picture_train(of: Input, settings: Settings) -> Transform:
         re_mode="pixel",
         separate=True,
     )
+    colours = _colours(of, settings)
     if of.channels == 3:
         return partial(_through, Image.fromarray, v2.Compose([crop, colours, final]))
     grey = [v2.Grayscale(1), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     last = [v2.Normalize(list(of.mean), list(of.std)), v2.ToPureTensor(), *_erasing(settings)]
     return partial(_through, Image.fromarray, v2.Compose([crop, colours, *grey, *last]))
+
+
+def _colours(of: Input, settings: Settings) -> Any:
+    """RandAugment, or colour jitter where there is none of it."""
+    if not settings.rand_augment:
+        strength = settings.color_jitter
+        return v2.ColorJitter(strength, strength, strength)
+    fill = tuple(min(255, round(255 * value)) for value in of.mean) * (3 // of.channels)
+    hints = {
+        "translate_const": int(min(of.size) * 0.45),
+        "img_mean": fill,
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        augment = auto_augment.rand_augment_transform(settings.rand_augment, hints)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"rand_augment: timm does not take {settings.rand_augment!r}: {error}") from None
+    for operation in augment.ops:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+    return augment
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, with the black picture that 0 bits used to give; recent versions of Pillow refuse them."""
+    return auto_augment.posterize(image, bits) if bits else image.point(lambda value: 0)
 
 
 def _through(
@@ -110,7 +140,7 @@ def array_eval(of: Input) -> Transform:
             v2.Normalize(list(of.mean), list(of.std)),
         ]
     )
-    return partial(_through, scaled, steps)
+    return partial(_through, partial(_of_channels, of.channels), steps)
 
 
 def array_train(of: Input, settings: Settings) -> Transform:
@@ -129,7 +159,13 @@ def array_train(of: Input, settings: Settings) -> Transform:
             *_erasing(settings),
         ]
     )
-    return partial(_through, scaled, steps)
+    return partial(_through, partial(_of_channels, of.channels), steps)
+
+
+def _of_channels(channels: int, array: NDArray[Any]) -> Tensor:
+    if array.shape[0] != channels:
+        raise UnreadableError(f"expected {channels} channels (C, H, W), got {array.shape}")
+    return scaled(array)
 
 
 def _erasing(settings: Settings) -> list[Any]:

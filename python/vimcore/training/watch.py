@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -68,6 +69,9 @@ class Watch:
         """A line of the log; TensorBoard gets the numbers of it."""
         if not self.writes:
             return
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[name] = None  # JSON has no such numbers
         self.file.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
         self.file.flush()
         if self.board is not None and "step" in values:
