@@ -56,6 +56,41 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _training() -> Any:
+    """The module of `train` and `eval`, or an error that says how to get what it needs."""
+    try:
+        import timm  # noqa: F401  reported before the work, not after
+        import torchvision  # noqa: F401
+        import tqdm  # noqa: F401
+
+        from .training import commands
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("vimcore"):
+            raise
+        raise RuntimeError(f"training needs {error.name}: pip install 'vimcore[train]'") from error
+    return commands
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    from .training import commands
+
+    commands.train_arguments(parser)
+
+
+def _train(args: argparse.Namespace) -> int:
+    return int(_training().train(args))
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    from .training import commands
+
+    commands.eval_arguments(parser)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    return int(_training().evaluate(args))
+
+
 def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="picture files, or folders of them")
     parser.add_argument("--weights", required=True, metavar="FILE", help="vimcore safetensors file")
@@ -296,6 +331,8 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
         _demo_arguments,
         _demo,
     ),
+    "train": ("train on images: recipes of the paper, resumable, distributed", _train_arguments, _train),
+    "eval": ("measure weights on images: top-1, top-5, per class, confusion", _eval_arguments, _eval),
     "predict": ("classify picture files (no torch needed)", _predict_arguments, _predict),
     "convert": ("make a vimcore file from the authors' weights", _convert_arguments, _convert),
     "info": ("show what a vimcore file holds", _info_arguments, _info),

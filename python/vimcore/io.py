@@ -113,13 +113,16 @@ def save_model(
 
 
 def load_model(
-    path: Path, img_size: int | tuple[int, int] | None = None, device: str | torch.device = "cpu"
+    path: Path,
+    img_size: int | tuple[int, int] | None = None,
+    device: str | torch.device = "cpu",
+    stride: int | None = None,
 ) -> VisionMamba:
     """The network of a vimcore file, in eval mode.
 
     Args:
-        img_size: other image size than the stored one, pixels; the position table is resized, class tokens
-            left alone.
+        img_size, stride: other image size and stride of the patches than stored, pixels; the position table
+            is resized, class tokens left alone.
     """
     from .nn import VisionMamba
 
@@ -129,6 +132,8 @@ def load_model(
     stored = dict(config)
     if img_size is not None:
         config["img_size"] = img_size
+    if stride is not None:
+        config["stride"] = stride
     options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
     model = VisionMamba(**options)
     state = {key: _tensor(value) for key, value in arrays.items()}

@@ -47,6 +47,14 @@ def default_preprocess(config: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
+def rescaled_preprocess(steps: Mapping[str, Any], size: Sequence[int]) -> dict[str, Any]:
+    """The same steps for another crop (height, width): the short side before it keeps its proportion."""
+    old = steps["crop"]
+    if list(old) == list(size):
+        return dict(steps)
+    return {**steps, "resize": round(steps["resize"] * min(size) / min(old)), "crop": list(size)}
+
+
 def check_labels(labels: Sequence[str], num_classes: int) -> list[str]:
     """The labels as a list; ValueError unless there is one for each class."""
     names = [str(label) for label in labels]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .metadata import default_preprocess, unpack
+from .metadata import default_preprocess, rescaled_preprocess, unpack
 
 
 class Runtime:
@@ -65,10 +65,7 @@ class Runtime:
     def _preprocess(self, steps: dict[str, Any]) -> dict[str, Any]:
         """The stored steps, for the size that the network takes now."""
         steps = json.loads(_core.preprocess_normalize(json.dumps(steps)))
-        old, size = steps["crop"], self.config["img_size"]
-        if old == size:
-            return steps
-        return {**steps, "resize": round(steps["resize"] * min(size) / min(old)), "crop": size}
+        return rescaled_preprocess(steps, self.config["img_size"])
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of normalised images.

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .training.loop import Average, Loop, NonFiniteError, parameter_groups
 
 Data = tuple[torch.Tensor, torch.Tensor]  # images (N, C, H, W) float32 and labels (N,) int64
 Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -35,32 +38,6 @@ class Evaluation:
     loss: float
     accuracy: float
     logits: torch.Tensor
-
-
-def parameter_groups(
-    model: nn.Module, weight_decay: float, decay: str = "authors"
-) -> list[dict[str, object]]:
-    """Two AdamW groups: with decay and without.
-
-    Never decayed: tensors of one dimension, biases, and what ``model.no_weight_decay()`` names (tokens,
-    position table). decay="authors" decays A_log like any matrix, as the published training did; "mamba"
-    exempts A_log and A_b_log.
-    """
-    if decay not in ("authors", "mamba"):
-        raise ValueError(f"decay: expected 'authors' or 'mamba', got {decay!r}")
-    named: Callable[[], Iterable[str]] = getattr(model, "no_weight_decay", tuple)
-    exempt = set(named())
-    decayed, free = [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        leaf = name.rsplit(".", 1)[-1]
-        is_log = decay == "mamba" and leaf in ("A_log", "A_b_log")
-        if parameter.ndim <= 1 or leaf == "bias" or name in exempt or is_log:
-            free.append(parameter)
-        else:
-            decayed.append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
 def cosine_lr(step: int, steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
@@ -140,13 +117,18 @@ def fit(
     steps = epochs * steps_per_epoch
     warmup_steps = min(round(warmup * steps_per_epoch), steps)
     generator = torch.Generator().manual_seed(seed)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    average = None if ema is None else [p.detach().clone() for p in parameters]
+    average = None if ema is None else Average(model, ema, ramp=True)
+    loop = Loop(
+        model,
+        optimizer,
+        lambda step: cosine_lr(step, steps, warmup_steps, lr, min_lr),
+        label_smoothing=label_smoothing,
+        average=average,
+    )
     history = History()
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), _progress_bar(steps, progress) as bar:
         torch.manual_seed(seed)
-        step = 0
         for epoch in range(epochs):
             model.train()
             order = torch.randperm(len(images), generator=generator)
@@ -156,35 +138,22 @@ def fit(
                 batch, target = images[index], labels[index]
                 if augment is not None:
                     batch = augment(batch, generator)
-                rate = cosine_lr(step, steps, warmup_steps, lr, min_lr)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                logits = model(batch)
-                loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing)
-                value = loss.item()
-                if not math.isfinite(value):
+                try:
+                    update = loop.update([(batch, target)])
+                except NonFiniteError as error:
                     raise FloatingPointError(
-                        f"[fit] the loss is {value} in epoch {epoch + 1}, step {step + 1} of {steps}, "
-                        f"at a learning rate of {rate:.3g}; a lower one or a longer warm-up usually helps"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                if average is not None and ema is not None:
-                    # A young average would mostly hold the initial weights: its decay grows with the steps
-                    # taken.
-                    torch._foreach_lerp_(
-                        average, [p.detach() for p in parameters], 1 - min(ema, (1 + step) / (10 + step))
-                    )
-                total += value * len(index)
-                right += int((logits.detach().argmax(1) == target).sum())
-                step += 1
-                bar.update(epoch + 1, epochs, value, None)
+                        f"[fit] the {error.what} is {error.value} in epoch {epoch + 1}, "
+                        f"step {error.step + 1} of {steps}, at a learning rate of {error.lr:.3g}; "
+                        "a lower one or a longer warm-up usually helps"
+                    ) from None
+                total += update.loss * len(index)
+                right += update.right
+                bar.update(epoch + 1, epochs, update.loss, None)
             history.loss.append(total / len(images))
             history.accuracy.append(right / len(images))
-            history.lr.append(rate)
+            history.lr.append(update.lr)
             if valid is not None:
-                with _swapped(parameters, average):
+                with contextlib.nullcontext() if average is None else average.swapped():
                     result = evaluate(model, valid)
                 history.valid_loss.append(result.loss)
                 history.valid_accuracy.append(result.accuracy)
@@ -192,33 +161,10 @@ def fit(
                 epoch + 1, epochs, total / len(images), (history.valid_accuracy or history.accuracy)[-1], 0
             )
     if average is not None:
-        with torch.no_grad():
-            for parameter, mean in zip(parameters, average):
-                parameter.copy_(mean)
+        average.write()
     model.eval()
     history.seconds = time.perf_counter() - start
     return history
-
-
-class _swapped:
-    """While the context lasts, the parameters hold the averaged weights (where there are any)."""
-
-    def __init__(self, parameters: list[nn.Parameter], average: list[torch.Tensor] | None) -> None:
-        self.parameters, self.average = parameters, average
-
-    def __enter__(self) -> None:
-        if self.average is not None:
-            self.kept = [p.detach().clone() for p in self.parameters]
-            self._write(self.average)
-
-    def __exit__(self, *_: object) -> None:
-        if self.average is not None:
-            self._write(self.kept)
-
-    @torch.no_grad()
-    def _write(self, values: list[torch.Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values):
-            parameter.copy_(value)
 
 
 class _progress_bar:

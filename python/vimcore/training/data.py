@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images with labels: folders, CSV lists, the embedded digits; what cannot be read is skipped and counted."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .._core import Error
+from ..images import decode
+from ..predict import SUFFIXES
+from .sampling import Key, seed_all
+from .transforms import Transform, UnreadableError
+
+ARRAY = ".npy"
+VALIDATION_NAMES = ("val", "valid", "validation")
+GIVE_UP = 100  # images in a row that cannot be read
+
+
+@dataclass(frozen=True)
+class Images:
+    """Files, or pictures in memory (N, H, W, 3), with their classes.
+
+    Attributes:
+        labels: index into `classes` of each image.
+        ignored: files of other kinds that lay between them.
+    """
+
+    files: Sequence[str]
+    labels: NDArray[np.int64]
+    classes: list[str]
+    pixels: NDArray[np.uint8] | None = None
+    ignored: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def arrays(self) -> bool:
+        """Whether these are numpy files and not pictures."""
+        return bool(self.files) and self.files[0].endswith(ARRAY)
+
+    def read(self, index: int) -> NDArray[Any]:
+        """(H, W, 3) uint8 of a picture, (C, H, W) of a numpy file.
+
+        Raises:
+            UnreadableError: it is missing, damaged, or no such array.
+        """
+        if self.pixels is not None:
+            return self.pixels[index]
+        name = self.files[index]
+        try:
+            data = Path(name).read_bytes()
+            if not name.endswith(ARRAY):
+                return decode(data, name)
+            array = np.load(io.BytesIO(data), allow_pickle=False)
+        except OSError as error:
+            raise UnreadableError(error.strerror or str(error)) from error
+        except (Error, EOFError, ValueError, MemoryError) as error:
+            raise UnreadableError(str(error).removeprefix(f"[decode_image] {name}: ")) from error
+        if not isinstance(array, np.ndarray) or array.ndim != 3:
+            shape = getattr(array, "shape", type(array).__name__)
+            raise UnreadableError(f"expected an array (C, H, W), got {shape}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UnreadableError("it holds values that are not finite")
+        return array
+
+    def part(self, index: NDArray[np.int64]) -> Images:
+        """Some of them."""
+        files = [self.files[i] for i in index] if self.files else []
+        pixels = None if self.pixels is None else self.pixels[index]
+        return Images(files, self.labels[index], self.classes, pixels)
+
+    def relabelled(self, classes: Sequence[str]) -> Images:
+        """The same images under a longer or reordered list of classes; ValueError names what is not in it."""
+        strange = sorted(set(self.classes) - set(classes))
+        if strange:
+            raise ValueError(
+                f"classes that the network does not have: {', '.join(strange[:12])}; "
+                f"it has {', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''}"
+            )
+        place = {name: i for i, name in enumerate(classes)}
+        to = np.array([place[name] for name in self.classes], np.int64)
+        return Images(self.files, to[self.labels], list(classes), self.pixels, self.ignored)
+
+    def fingerprint(self) -> str:
+        """Tells whether a run goes on with the images that it began with."""
+        found = hashlib.blake2b(np.ascontiguousarray(self.labels).tobytes(), digest_size=8)
+        found.update("\n".join([*self.classes, *map(os.path.basename, self.files)]).encode())
+        return found.hexdigest()
+
+
+@dataclass
+class Sample:
+    """Images of one batch, or one image: classes and places in the data set; place -1: could not be read."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    faults: dict[str, str] = field(default_factory=dict)
+
+
+class Training(Dataset[Sample]):
+    """Augmented images by (index, seed); one that cannot be read is replaced by the next one that can."""
+
+    def __init__(self, images: Images, transform: Transform) -> None:
+        self.images, self.transform = images, transform
+
+    def __getitem__(self, key: Key) -> Sample:
+        index, seed = key
+        faults: dict[str, str] = {}
+        for i in range(min(GIVE_UP, len(self.images))):
+            at = (index + i) % len(self.images)
+            seed_all(seed)
+            image = _attempt(self.images, at, self.transform, faults)
+            if image is not None:
+                return Sample(image, torch.tensor(int(self.images.labels[at])), torch.tensor(at), faults)
+        name, reason = next(reversed(faults.items()))
+        raise RuntimeError(f"{len(faults)} images in a row cannot be read, the last: {name}: {reason}")
+
+
+class Validation(Dataset[Sample]):
+    """Images by index; one that cannot be read is zeros with place -1."""
+
+    def __init__(self, images: Images, transform: Transform, shape: tuple[int, int, int]) -> None:
+        self.images, self.transform, self.shape = images, transform, shape
+
+    def __getitem__(self, index: int) -> Sample:
+        faults: dict[str, str] = {}
+        image = _attempt(self.images, index, self.transform, faults)
+        label = torch.tensor(int(self.images.labels[index]))
+        if image is None:
+            return Sample(torch.zeros(self.shape), label, torch.tensor(-1), faults)
+        return Sample(image, label, torch.tensor(index), faults)
+
+
+def _attempt(images: Images, index: int, transform: Transform, faults: dict[str, str]) -> Tensor | None:
+    """The image, or None and the reason among the faults."""
+    try:
+        return transform(images.read(index))
+    except UnreadableError as error:
+        faults[images.files[index] if images.files else f"image {index}"] = str(error)
+        return None
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """One batch of samples."""
+    faults = {name: reason for sample in samples for name, reason in sample.faults.items()}
+    return Sample(
+        torch.stack([sample.images for sample in samples]),
+        torch.stack([sample.labels for sample in samples]),
+        torch.stack([sample.indices for sample in samples]),
+        faults,
+    )
+
+
+# ---- where images come from --------------------------------------------------------------------------------
+
+
+def open_images(path: str) -> Images:
+    """The images of a folder of class folders, a CSV file with the columns path and label, or "digits".
+
+    Raises:
+        ValueError, OSError: there are none, or kinds are mixed.
+    """
+    if path == "digits":
+        return _digits()
+    found = _csv(path) if path.endswith(".csv") else _folder(path)
+    if not len(found):
+        raise ValueError(f"{path}: no images in class folders (JPEG, PNG, PPM, PGM, .npy)")
+    kinds = {name.endswith(ARRAY) for name in found.files}
+    if len(kinds) > 1:
+        raise ValueError(f"{path}: expected pictures or .npy files, found both")
+    return found
+
+
+def training_and_validation(data: str, val: str | None, fraction: float) -> tuple[Images, Images, str]:
+    """Images to learn from, images to validate on, and a sentence about where these come from."""
+    if os.path.isdir(os.path.join(data, "train")):
+        beside = [os.path.join(data, name) for name in VALIDATION_NAMES]
+        val = val or next((name for name in beside if os.path.isdir(name)), None)
+        data = os.path.join(data, "train")
+    train = open_images(data)
+    if val is not None:
+        try:
+            return train, open_images(val).relabelled(train.classes), f"validated on {val}"
+        except ValueError as error:
+            raise ValueError(f"{val}: {error}") from None
+    if data == "digits":
+        from ..data import split_digits
+
+        learn, held_out = split_digits(train.labels)
+        return train.part(learn), train.part(held_out), "validated on the held-out fifth"
+    held = np.zeros(len(train), bool)
+    for label in range(
+        len(train.classes)
+    ):  # spread evenly over the files of each class, so no draw is needed
+        of_class = np.flatnonzero(train.labels == label)
+        count = round(len(of_class) * fraction)
+        held[of_class[((np.arange(count) + 0.5) * len(of_class) / max(count, 1)).astype(int)]] = True
+    if not held.any() or held.all():
+        raise ValueError(
+            f"{data}: val_fraction={fraction} holds out {int(held.sum())} of {len(train)} images"
+        )
+    text = f"validated on every {round(1 / fraction)}th image of each class, held out of {data}"
+    return train.part(np.flatnonzero(~held)), train.part(np.flatnonzero(held)), text
+
+
+def _folder(path: str) -> Images:
+    """Class folders, images at any depth below them."""
+    classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+    files: list[str] = []
+    labels: list[int] = []
+    ignored = 0
+    for label, name in enumerate(classes):
+        for file in _below(os.path.join(path, name)):
+            if file.lower().endswith((*SUFFIXES, ARRAY)):
+                files.append(file)
+                labels.append(label)
+            else:
+                ignored += 1
+    empty = [name for i, name in enumerate(classes) if i not in set(labels)]
+    if files and empty:
+        raise ValueError(f"{path}: class folders without images: {', '.join(empty[:12])}")
+    return Images(files, np.array(labels, np.int64), classes, ignored=ignored)
+
+
+def _below(path: str) -> Iterator[str]:
+    for folder, subfolders, names in os.walk(path):
+        subfolders.sort()
+        for name in sorted(names):
+            yield os.path.join(folder, name)
+
+
+def _csv(path: str) -> Images:
+    """Columns path (relative to the CSV file) and label."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if not {"path", "label"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path}: expected the columns path and label, got {reader.fieldnames}")
+        rows = [(row["path"], row["label"]) for row in reader]
+    for number, (name, label) in enumerate(rows, 2):
+        if not name or not label:
+            raise ValueError(f"{path}: line {number}: expected a path and a label")
+    names = {label for _, label in rows}
+    classes = sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    place = {name: i for i, name in enumerate(classes)}
+    folder = os.path.dirname(path)
+    files = [os.path.join(folder, name) for name, _ in rows]
+    return Images(files, np.array([place[label] for _, label in rows], np.int64), classes)
+
+
+def _digits() -> Images:
+    """The embedded digits as pictures of 32 x 32."""
+    from ..data import load_digits
+    from ..demo import picture
+
+    digits, labels = load_digits()
+    pixels = np.stack([np.repeat(picture(digit)[:, :, None], 3, 2) for digit in digits])
+    return Images([], labels, [str(digit) for digit in range(10)], pixels)

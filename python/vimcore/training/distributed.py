@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes, started by torchrun: who this one is, and the few numbers that they agree on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """Number of this process, 0 for the one that writes."""
+    return dist.get_rank() if _together() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if _together() else 1
+
+
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextlib.contextmanager
+def process_group(cuda: bool) -> Iterator[None]:
+    """Joins the processes that torchrun started, by nccl on CUDA and gloo on CPUs; alone it does nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def leave() -> None:
+    """What follows is done by this process alone."""
+    if _together():
+        dist.destroy_process_group()
+
+
+def mean(value: float) -> float:
+    """The mean of all processes."""
+    return sums([value])[0] / world()
+
+
+def sums(values: list[float]) -> list[float]:
+    """The sums of all processes, in float64."""
+    if not _together():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(tensor)
+    return list(map(float, tensor.tolist()))
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network of a run: its size from the settings, its weights drawn or from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models import adapt_input_conv
+
+from .. import cuda_is_available
+from ..convert import parse_setting
+from ..io import _fill, read_checkpoint
+from ..metadata import CONFIG_KEY, patch_grid, unpack
+from ..models import create_model
+from ..nn import VisionMamba
+from .settings import Settings
+
+_OPTIONS = ("patch_size", "stride", "embed_dim", "depth", "directions", "class_token", "pool")
+_PATCHES = "patch_embed.proj.weight"
+
+
+def choose_device(settings: Settings, local_rank: int) -> torch.device:
+    """Where to compute; ValueError where a 16-bit precision has no GPU."""
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if cuda_is_available() and torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {settings.device!r}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    if device.type == "cpu" and settings.precision != "float32":
+        raise ValueError(f"precision: {settings.precision} needs a CUDA device; the CPU computes in float32")
+    return device
+
+
+def build(settings: Settings, channels: int, classes: Sequence[str]) -> tuple[VisionMamba, list[str]]:
+    """The network, and what a reader should know about how its weights came about.
+
+    Raises:
+        ValueError: an option is out of range, or `init` does not fit.
+    """
+    options: dict[str, Any] = {n: getattr(settings, n) for n in _OPTIONS if getattr(settings, n) is not None}
+    if settings.patch_size is not None and settings.stride is None:
+        options["stride"] = settings.patch_size
+    if settings.img_size is not None:
+        options["img_size"] = (settings.img_size[0], settings.img_size[-1])
+    options.update(parse_setting(text) for text in settings.set)
+    model = create_model(
+        settings.model,
+        **{
+            "in_chans": channels,
+            "num_classes": len(classes),
+            "drop_rate": settings.drop_rate,
+            "drop_path_rate": settings.drop_path_rate,
+            "memory": settings.memory,
+            **options,
+        },
+    )
+    config = model.config
+    if config["class_token"] == "none" and config["pool"] == "all":
+        raise ValueError("pool: all gives logits for every patch; one label for an image cannot teach them")
+    if settings.init is None:
+        return model, []
+    return model, _start_from(model, settings, classes)
+
+
+def _start_from(model: VisionMamba, settings: Settings, classes: Sequence[str]) -> list[str]:
+    path = str(settings.init)
+    state, metadata = read_checkpoint(path, settings.init_weights)
+    notes = []
+    grid = labels = None
+    if CONFIG_KEY in metadata:
+        stored, labels, _ = unpack(metadata, path)
+        grid = patch_grid(stored)
+    patches = state.get(_PATCHES)
+    channels = model.config["in_chans"]
+    if patches is not None and patches.ndim == 4 and patches.shape[1] != channels:
+        try:
+            state[_PATCHES] = adapt_input_conv(channels, patches)
+        except NotImplementedError:
+            raise ValueError(
+                f"init: {path}: {_PATCHES} takes {patches.shape[1]} channels, the images have {channels}; "
+                "only 3 channels can be adapted to others"
+            ) from None
+        notes.append(f"patch embedding adapted from {patches.shape[1]} to {channels} channels")
+    head = state.get("head.weight")
+    other = head is None or head.shape[0] != len(classes) or (labels is not None and labels != list(classes))
+    if other:
+        notes.append(f"new head for {len(classes)} classes")
+    table = state.get("pos_embed")
+    if table is not None and hasattr(model, "pos_embed") and table.shape != model.pos_embed.shape:
+        rows, columns = patch_grid(model.config)
+        notes.append(f"position table resized to {rows} x {columns} patches ({settings.pos_embed})")
+    _fill(model, state, path, old_grid=grid, way=settings.pos_embed, skip_head=other)
+    return [f"weights from {path}", *notes]

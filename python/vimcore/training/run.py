@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vimcore train`: a run from its settings to its files, or on from its checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.mixup import Mixup
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from ..io import load_model, save_model
+from . import distributed, transforms
+from .checkpoint import read_checkpoint, write_checkpoint, write_text
+from .data import Images, Sample, Training, Validation, collate, training_and_validation
+from .loop import Average, Batch, Loop, NonFiniteError, parameter_groups
+from .measure import Scores, answers, loader, measure, one_thread
+from .network import build, choose_device
+from .sampling import Order, mix, seed_all
+from .schedule import Schedule, peak_lr
+from .settings import Settings, read_toml
+from .transforms import Input
+from .watch import Watch, peak_memory
+
+CONFIG, CHECKPOINT, LOG = "config.toml", "checkpoint.pt", "log.jsonl"
+BEST, LAST, LAST_EMA = "best.safetensors", "last.safetensors", "last_ema.safetensors"
+# What may be another when a run goes on: none of it changes the result, or only how long the run is watched.
+MACHINE = ("device", "threads", "workers", "checkpoint_every", "eval_every", "log_every")
+_MEASURED = 256  # numpy files looked at for mean and deviation
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C: everything is in the checkpoint. `status` is the shell's for the signal."""
+
+    def __init__(self, number: int, step: int, folder: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} after update {step}; "
+            f"go on with: vimcore train --resume {folder}"
+        )
+        self.status = 128 + number
+
+
+def train(settings: Settings, folder: Path, resume: bool = False) -> dict[str, Any]:
+    """A whole run, alone or as one of the processes of torchrun.
+
+    Returns:
+        The summary that `vimcore train --json` prints.
+
+    Raises:
+        ValueError, OSError: settings, data or files do not fit.
+        NonFiniteError: a loss or gradient was not finite; the last checkpoint is as it was.
+        Stopped: by a signal, after a checkpoint.
+    """
+    device = choose_device(settings, distributed.local_rank())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    with distributed.process_group(device.type == "cuda"), _signals() as received:
+        run = Run(settings, folder, device, resume)
+        try:
+            return run.whole(received)
+        finally:
+            run.watch.close()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and the first Ctrl-C instead of dying of it."""
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """Data, network, optimiser and place in the schedule of a run."""
+
+    def __init__(self, settings: Settings, folder: Path, device: torch.device, resume: bool) -> None:
+        self.settings, self.folder, self.device = settings, folder, device
+        self.rank, self.world = distributed.rank(), distributed.world()
+        saved = read_checkpoint(folder / CHECKPOINT) if resume else None
+        if not resume and (folder / CHECKPOINT).exists():
+            raise ValueError(f"{folder}: holds a run; go on with --resume {folder}, or name another --out")
+
+        train, self.valid, about = _data(settings)
+        self.input, self.model, notes = _network(settings, train)
+        self.model.to(device)
+        self.precision: torch.dtype = getattr(torch, settings.precision)
+        self.order = Order(
+            len(train), settings.batch_size, self.rank, self.world, settings.seed, settings.repeats
+        )
+        self.updates_per_epoch = len(self.order) // settings.accumulate
+        per_update = settings.batch_size * settings.accumulate * self.world
+        if self.updates_per_epoch == 0:
+            raise ValueError(
+                f"batch_size: {len(train)} images to learn from do not fill one update of {per_update}"
+            )
+        self.updates = self.updates_per_epoch * settings.epochs
+        self.peak = peak_lr(settings, self.world)
+        groups = parameter_groups(self.model, settings.weight_decay, settings.decay)
+        self.average = Average(self.model, settings.ema, settings.ema_ramp) if settings.ema else None
+        self.optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=(0.9, 0.999), eps=1e-8)
+        self.loop = Loop(
+            self._together(self.model),
+            self.optimizer,
+            Schedule(settings, self.peak, self.updates_per_epoch),
+            label_smoothing=settings.label_smoothing,
+            average=self.average,
+            clip=settings.clip_grad,
+            precision=self.precision,
+        )
+        self.mixup = _mixup(settings, len(train.classes))
+        self.per_update = per_update
+        self.identity: dict[str, Any] = {"images": train.fingerprint(), "per_update": per_update}
+        self.epoch, self.done = 0, 0  # epochs finished; updates of the current one
+        self.seen, self.lr = torch.empty(0), 0.0  # of the last update
+        self.best: dict[str, Any] = {}
+        if saved is not None:
+            self._restore(saved)
+
+        self.batches = self._training_batches(train)
+        shape = (self.input.channels, *self.input.size)
+        self.validation = Validation(self.valid, _eval_transform(self.input, self.valid), shape)
+        self.valid_batches = loader(
+            self.validation, settings.batch_size, settings.workers, device.type == "cuda"
+        )
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / CONFIG, settings.to_toml())
+        self.watch = Watch(folder, self.updates, self.loop.step, self.done == 0, self.rank == 0)
+        self._introduce(train, about, notes)
+
+    # ---- setting up ----------------------------------------------------------------------------------------
+
+    def _together(self, model: nn.Module) -> nn.Module:
+        if self.world == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids)
+
+    def _training_batches(self, train: Images) -> DataLoader[Sample]:
+        settings = self.settings
+        if settings.augment == "imagenet":
+            make = transforms.array_train if train.arrays else transforms.picture_train
+            transform = make(self.input, settings)
+        else:
+            transform = _eval_transform(self.input, train)
+        return DataLoader(
+            Training(train, transform),
+            batch_sampler=self.order,
+            num_workers=settings.workers,
+            collate_fn=collate,
+            worker_init_fn=one_thread,
+            persistent_workers=settings.workers > 0,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _introduce(self, train: Images, about: str, notes: list[str]) -> None:
+        count = sum(p.numel() for p in self.model.parameters())
+        text = [
+            self.settings.to_toml(),
+            f"{len(train)} images of {len(train.classes)} classes to learn from, {len(self.valid)} {about}",
+            f"{count:,} parameters on {self.device}, {self.world} process{'es' if self.world > 1 else ''}, "
+            f"{self.per_update} images an update, {self.updates_per_epoch} updates an epoch, "
+            f"peak learning rate {self.peak:.3g}",
+            *notes,
+        ]
+        if train.ignored:
+            text.append(f"{train.ignored} files of other kinds ignored")
+        if self.loop.step:
+            text.append(f"continued after update {self.loop.step} of {self.updates}")
+        for line in text:
+            self.watch.say(line)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        for name, now in self.identity.items():
+            if saved["identity"][name] != now:
+                what = "images to learn from" if name == "images" else "number of images an update"
+                raise ValueError(
+                    f"{self.folder}: the {what} is not that of the checkpoint ({saved['identity'][name]}, "
+                    f"now {now}), so the run cannot be continued"
+                )
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.loop.scaler.load_state_dict(saved["scaler"])
+        if self.average is not None:
+            for value, kept in zip(self.average.values, saved["average"]):
+                value.copy_(kept)
+        self.loop.step = saved["step"]
+        self.epoch, self.done, self.best = saved["epoch"], saved["done"], saved["best"]
+
+    # ---- running -------------------------------------------------------------------------------------------
+
+    def whole(self, received: list[int]) -> dict[str, Any]:
+        """Runs to the end, or to a signal."""
+        begin, first = time.perf_counter(), self.loop.step
+        while self.epoch < self.settings.epochs:
+            try:
+                self._epoch(received)
+                self._check_weights()  # before such weights are measured and kept
+                self.epoch, self.done = self.epoch + 1, 0
+                if self.epoch % self.settings.eval_every == 0 or self.epoch == self.settings.epochs:
+                    self._validate()
+                self._save()
+            except NonFiniteError as error:
+                raise self._explained(error) from None
+            self._stop_if(self._agreed(received))
+        seconds = time.perf_counter() - begin
+        distributed.leave()
+        return self._finish(seconds, self.loop.step - first) if self.rank == 0 else {}
+
+    def _epoch(self, received: list[int]) -> None:
+        settings = self.settings
+        self.model.train()
+        self.order.begin(self.epoch, self.done * settings.accumulate)
+        clock, images = time.perf_counter(), 0
+        rate = 0.0
+        for samples in _grouped(self.batches, settings.accumulate):
+            if self.done == self.updates_per_epoch:
+                break  # what is left over does not fill an update
+            seed_all(mix("update", settings.seed, self.loop.step, self.rank))
+            batches = [self._batch(sample) for sample in samples]
+            update = self.loop.update(batches)
+            self.seen, self.lr = batches[-1][0], update.lr
+            self.done += 1
+            images += self.per_update
+            step, memory = self.loop.step, peak_memory(self.device)
+            rate = images / (time.perf_counter() - clock)
+            self.watch.step(self.epoch + 1, settings.epochs, update.loss, update.lr, rate, memory)
+            if step % settings.log_every == 0 or self.done == self.updates_per_epoch:
+                self.watch.record(
+                    "step",
+                    step=step,
+                    epoch=round(step / self.updates_per_epoch, 6),
+                    loss=update.loss,
+                    lr=update.lr,
+                    images_per_second=round(rate, 3),
+                    grad_norm=update.grad_norm,
+                    memory=memory,
+                )
+                clock, images = time.perf_counter(), 0
+            stop = self._agreed(received)
+            last = self.done == self.updates_per_epoch  # saved after validation
+            if stop or (step % settings.checkpoint_every == 0 and not last):
+                self._save()
+            self._stop_if(stop)
+
+    def _batch(self, sample: Sample) -> Batch:
+        self.watch.faults(sample.faults)
+        images = sample.images.to(self.device, non_blocking=True)
+        labels = sample.labels.to(self.device, non_blocking=True)
+        if self.settings.augment == "jiggle":
+            from ..demo import jiggle
+
+            images = jiggle(images.cpu(), torch.default_generator).to(self.device)
+        if self.mixup is not None:
+            mixed: tuple[Tensor, Tensor] = self.mixup(images, labels)
+            return mixed
+        return images, labels
+
+    def _agreed(self, received: list[int]) -> int:
+        """The signal to stop for, the same in all processes; 0: none."""
+        mine = received[0] if received else 0
+        if self.world == 1:
+            return mine
+        count, total = distributed.sums([float(mine > 0), float(mine)])
+        return round(total / count) if count else 0
+
+    def _stop_if(self, number: int) -> None:
+        if number and self.epoch < self.settings.epochs:
+            raise Stopped(number, self.loop.step, self.folder)
+
+    def _validate(self) -> None:
+        found: dict[str, Scores] = {}
+        found["raw"], faults = self._measure()
+        if self.average is not None:
+            with self.average.swapped():
+                found["ema"], faults = self._measure()
+                self._keep_best("ema", found["ema"])
+        self._keep_best("raw", found["raw"])
+        self.watch.faults(faults)
+        step = self.loop.step
+        for weights, s in found.items():
+            self.watch.record(
+                "eval", epoch=self.epoch, step=step, loss=s.loss, top1=s.top1, top5=s.top5, weights=weights
+            )
+        line = ", ".join(f"{w} {100 * s.top1:.2f} % (loss {s.loss:.4f})" for w, s in found.items())
+        self.watch.say(f"epoch {self.epoch}/{self.settings.epochs}: validation {line}")
+
+    def _measure(self) -> tuple[Scores, dict[str, str]]:
+        return measure(self.model, self.valid_batches, self.device, self.precision)
+
+    # ---- files ---------------------------------------------------------------------------------------------
+
+    def _keep_best(self, weights: str, scores: Scores) -> None:
+        """Writes the model as the best so far, if it is; equal ones do not replace it."""
+        if self.best and scores.top1 <= self.best["top1"]:
+            return
+        self.best = {"top1": scores.top1, "top5": scores.top5, "epoch": self.epoch, "weights": weights}
+        self._write(BEST)
+
+    def _write(self, name: str) -> None:
+        if self.rank == 0:
+            preprocess = None if self.valid.arrays else self.input.preprocess
+            save_model(self.model, self.folder / name, self.valid.classes, preprocess)
+
+    def _save(self) -> None:
+        """Checkpoint, then the last weights: all by the writing process, others go on.
+
+        Raises:
+            NonFiniteError: the weights are not worth keeping; the checkpoint stays as it was.
+        """
+        self._check_weights()
+        if self.rank:
+            return
+        content = {
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.values,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.loop.scaler.state_dict(),
+            "step": self.loop.step,
+            "epoch": self.epoch,
+            "done": self.done,
+            "best": self.best,
+            "identity": self.identity,
+        }
+        write_checkpoint(self.folder / CHECKPOINT, content)
+        self._write(LAST)
+        if self.average is not None:
+            with self.average.swapped():
+                self._write(LAST_EMA)
+
+    def _check_weights(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise NonFiniteError("largest weight", math.inf, self.loop.step - 1, self.lr, self.seen)
+
+    def _finish(self, seconds: float, steps: int) -> dict[str, Any]:
+        """eval.npz of the best weights; the summary."""
+        best = load_model(self.folder / BEST, device=self.device)
+        batches = loader(self.validation, self.settings.batch_size, self.settings.workers)
+        found = answers(best, batches, self.device, self.precision)
+        found.save(self.folder / "eval.npz", self.valid)
+        images = steps * self.per_update
+        return {
+            "out": str(self.folder),
+            "epochs": self.settings.epochs,
+            "updates": self.loop.step,
+            "best": self.best,
+            "seconds": round(seconds, 2),
+            "images_per_second": round(images / seconds, 2),
+            "skipped": len(self.watch.skipped),
+        }
+
+    def _explained(self, error: NonFiniteError) -> FloatingPointError:
+        """The health of the network at the batch that did it, on stderr and in RUN/health.txt."""
+        kept = self.folder / CHECKPOINT
+        last = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
+        if self.rank == 0:
+            from ..health import health
+
+            report = str(health(self.model, error.images[:8]))
+            write_text(self.folder / "health.txt", report + "\n")
+            self.watch.say(report)
+        text = f"{error}; {last}; {self.folder / 'health.txt'} tells where it began"
+        return FloatingPointError(text)
+
+
+def resumed(folder: Path, changes: dict[str, Any]) -> Settings:
+    """The settings of a run that goes on; ValueError for changes that would make it another run."""
+    fixed = sorted(set(changes) - set(MACHINE))
+    if fixed:
+        raise ValueError(f"{', '.join(fixed)}: cannot change when a run goes on; {', '.join(MACHINE)} can")
+    return Settings().merged(read_toml(str(folder / CONFIG))).merged(changes)
+
+
+def _grouped(batches: DataLoader[Sample], size: int) -> Iterator[list[Sample]]:
+    group: list[Sample] = []
+    for sample in batches:
+        group.append(sample)
+        if len(group) == size:
+            yield group
+            group = []
+
+
+def _data(settings: Settings) -> tuple[Images, Images, str]:
+    if settings.data is None:
+        raise ValueError("data: name a folder of class folders, a CSV file, or digits")
+    return training_and_validation(settings.data, settings.val, settings.val_fraction)
+
+
+def _network(settings: Settings, train: Images) -> tuple[Input, Any, list[str]]:
+    """What the network takes, the network, notes; fills in_chans, mean and std of the settings."""
+    if train.arrays:
+        shape = next(_readable(train)).shape
+        channels = settings.in_chans or shape[0]
+    else:
+        channels = settings.in_chans or 3
+        if channels not in (1, 3):
+            raise ValueError(f"in_chans: expected 1 or 3 for pictures, got {channels}")
+    seed_all(mix("weights", settings.seed))
+    model, notes = build(settings, channels, train.classes)
+    mean, std = settings.mean, settings.std
+    if mean is None or std is None:
+        statistics = None if train.arrays else transforms.default_statistics(channels)
+        if statistics is None:
+            statistics = _statistics(train)
+            notes.append("mean and deviation measured on the images")
+        mean, std = mean or statistics[0], std or statistics[1]
+    if len(mean) != channels or len(std) != channels or not min(std) > 0:
+        raise ValueError(f"mean and std: expected {channels} values each, std positive, got {mean} and {std}")
+    settings.in_chans, settings.mean, settings.std = channels, mean, std
+    height, width = model.config["img_size"]
+    resize = int(min(height, width) / settings.crop_pct)
+    return Input(channels, (height, width), mean, std, resize), model, notes
+
+
+def _readable(images: Images) -> Iterator[Tensor]:
+    """Some of the arrays (C, H, W) float32, those that can be read."""
+    found = 0
+    for index in range(0, len(images), max(len(images) // _MEASURED, 1)):
+        with contextlib.suppress(transforms.UnreadableError):  # told when the run meets it
+            yield transforms.scaled(images.read(index))
+            found += 1
+    if not found:
+        raise ValueError("none of the images could be read")
+
+
+def _statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, from 0 to 1 for integer types."""
+    total = squares = np.zeros(0)
+    count = 0
+    for array in _readable(images):
+        values = array.double().flatten(1).numpy()
+        if count and len(values) != len(total):
+            continue  # of another number of channels: skipped and told by the run
+        total = values.sum(1) + (total if count else 0)
+        squares = (values**2).sum(1) + (squares if count else 0)
+        count += values.shape[1]
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
+    return tuple(round(float(v), 6) for v in mean), tuple(max(round(float(v), 6), 1e-6) for v in std)
+
+
+def _eval_transform(of: Input, images: Images) -> transforms.Transform:
+    return transforms.array_eval(of) if images.arrays else transforms.picture_eval(of)
+
+
+def _mixup(settings: Settings, classes: int) -> Mixup | None:
+    if not settings.mixup and not settings.cutmix:
+        return None
+    return Mixup(
+        settings.mixup,
+        settings.cutmix,
+        switch_prob=settings.mix_switch,
+        label_smoothing=settings.label_smoothing,
+        num_classes=classes,
+    )

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings, presets, schedule and parameter groups of `vimcore train` against what was published."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vimcore
+from vimcore.cli import main
+from vimcore.training.loop import parameter_groups
+from vimcore.training.network import build
+from vimcore.training.presets import PRESETS
+from vimcore.training.schedule import Schedule, peak_lr
+from vimcore.training.settings import Settings, read_toml
+
+
+def preset(name: str, **changes: Any) -> Settings:
+    return Settings().merged(PRESETS[name]).merged(changes)
+
+
+# model, batch of one process, processes, peak, decay, drop path, epochs
+PUBLISHED = {
+    "tiny-released": ("vim_tiny_patch16_224", 128, 8, 1e-3, 0.1, 0.0, 300),
+    "small-released": ("vim_small_patch16_224", 64, 8, 1e-3, 0.05, 0.05, 300),
+    "tiny-paper": ("vim_tiny_patch16_224", 128, 8, 1e-3, 0.05, 0.0, 300),
+    "small-paper": ("vim_small_patch16_224", 128, 8, 1e-3, 0.05, 0.05, 300),
+    "base-paper": ("vim_base_patch16_224", 128, 8, 1e-3, 0.05, 0.0, 300),
+    "tiny-long-released": ("vim_tiny_patch16_stride8_224", 128, 8, 1e-5, 1e-8, 0.0, 30),
+    "small-long-released": ("vim_small_patch16_stride8_224", 128, 8, 1e-5, 1e-8, 0.0, 30),
+    "tiny-long-paper": ("vim_tiny_patch16_stride8_224", 128, 8, 1e-5, 1e-8, 0.0, 30),
+    "small-long-paper": ("vim_small_patch16_stride8_224", 128, 8, 1e-5, 1e-8, 0.0, 30),
+    "base-long-paper": ("vim_base_patch16_stride8_224", 128, 8, 1e-5, 1e-8, 0.0, 30),
+}
+
+
+def test_every_preset_is_checked_here() -> None:
+    assert {*PUBLISHED, "digits"} == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets(name: str) -> None:
+    model, batch, world, peak, decay, drop_path, epochs = PUBLISHED[name]
+    s = preset(name)
+    assert (s.model, s.batch_size, s.weight_decay, s.drop_path_rate, s.epochs) == (
+        model,
+        batch,
+        decay,
+        drop_path,
+        epochs,
+    )
+    assert peak_lr(s, world) == pytest.approx(peak)
+    assert (s.ema, s.label_smoothing, s.clip_grad, s.precision) == (0.99996, 0.1, None, "float32")
+    assert (s.mixup, s.hflip, s.random_erase, s.crop_pct) == (0.8, 0.5, 0.25, 0.875)
+    released = name.endswith("released")
+    assert (s.rand_augment, s.cutmix, s.repeats) == (
+        ("rand-m9-mstd0.5-inc1", 1.0, 3) if released else ("", 0.0, 1)
+    )
+    assert s.pos_embed == ("authors" if "long-released" in name else "correct")
+    if "long" in name:  # constant, all the way
+        schedule = Schedule(s, peak_lr(s, world), 7)
+        assert [schedule(i) for i in range(30 * 7)] == pytest.approx([1e-5] * 30 * 7)
+
+
+def test_fewer_processes_scale_the_peak_alone() -> None:
+    s = preset("tiny-released")
+    assert peak_lr(s, 1) == pytest.approx(1.25e-4)
+    assert peak_lr(preset("tiny-released", accumulate=8), 1) == pytest.approx(1e-3)
+    assert peak_lr(preset("tiny-released", scale_lr=False), 1) == 5e-4
+    assert Schedule(s, peak_lr(s, 1), 10)(0) == 1e-6
+
+
+def test_schedule_of_the_authors() -> None:
+    """Learning rates at the published peak, by epoch; two updates an epoch."""
+    s = preset("tiny-released")
+    lr = Schedule(s, 1e-3, 2)
+    published = {
+        0: 1e-6,
+        1: 1e-6,
+        2: 2.008e-4,
+        5: 8.002e-4,
+        6: 9.99322e-4,
+        100: 7.570e-4,
+        151: 5.05e-4,
+        299: 1.0109e-5,
+    }
+    for epoch, value in published.items():
+        assert lr(2 * epoch) == lr(2 * epoch + 1) == pytest.approx(value, rel=1e-3), epoch
+
+
+def test_schedules() -> None:
+    s = preset("tiny-released", epochs=10, warmup_epochs=2.0)
+    lag = Schedule(s, 1e-3, 4)
+    epoch = Schedule(s.merged({"schedule_steps": "epoch"}), 1e-3, 4)
+    update = Schedule(s.merged({"schedule_steps": "update"}), 1e-3, 4)
+    constant = Schedule(s.merged({"schedule": "constant", "schedule_steps": "update"}), 1e-3, 4)
+    assert [lag(4 * e) for e in range(1, 10)] == [epoch(4 * e) for e in range(9)]
+    assert [update(4 * e) for e in range(10)] == pytest.approx([epoch(4 * e) for e in range(10)])
+    assert len({update(i) for i in range(40)}) == 40
+    assert update(4) == pytest.approx(1e-6 + 4 * (1e-3 - 1e-6) / 8)
+    assert [constant(i) for i in range(8, 40)] == [1e-3] * 32
+    assert constant(4) == update(4)
+
+
+def test_parameter_groups_of_the_published_network() -> None:
+    model = vimcore.create_model("vim_tiny_patch16_224")
+    names = {id(p): n for n, p in model.named_parameters()}
+    for decay in ("authors", "mamba"):
+        groups = parameter_groups(model, 0.1, decay)
+        decayed, free = ({names[id(p)] for p in group["params"]} for group in groups)
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+        assert decayed | free == set(names.values())
+        assert not decayed & free
+        of_layer = {n.removeprefix("layers.5.") for n in decayed if n.startswith("layers.5.")}
+        matrices = {f"mixer.{n}{s}.weight" for n in ("conv1d", "x_proj", "dt_proj") for s in ("", "_b")}
+        matrices |= {"mixer.in_proj.weight", "mixer.out_proj.weight"}
+        logs = {"mixer.A_log", "mixer.A_b_log"}
+        assert of_layer == (matrices | logs if decay == "authors" else matrices)
+        outside = {n for n in decayed if not n.startswith("layers.")}
+        assert outside == {"patch_embed.proj.weight", "head.weight"}
+
+
+# ---- files and flags ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_toml_holds_everything(name: str, tmp_path: Path) -> None:
+    changes = {"img_size": [32, 48], "set": ["norm=layer"], "clip_grad": 1, "data": 'a "b"\\c', "seed": 3}
+    s = preset(name, **changes)
+    path = tmp_path / "config.toml"
+    path.write_text(s.to_toml(), encoding="utf-8")
+    assert Settings().merged(read_toml(str(path))) == s
+    names = {field.name for field in dataclasses.fields(Settings)}
+    assert all(f"{n} = " in s.to_toml() or f"# {n} " in s.to_toml() for n in names)
+
+
+def test_flags_over_file_over_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "mine.toml"
+    config.write_text("lr = 3e-3\n[schedule]\nepochs = 7\nwarmup_epochs = 1\n")
+    arguments = ["--preset", "small-released", "--config", str(config), "--epochs", "9", "--no-scale-lr"]
+    arguments += ["--batch-size", "7", "--mixup", "0", "--cutmix", "0"]  # checked together
+    assert main(["train", *arguments, "--img-size", "32", "48", "--dry-run"]) == 0
+    shown = tmp_path / "shown.toml"
+    shown.write_text(capsys.readouterr().out)
+    s = Settings().merged(read_toml(str(shown)))
+    assert (s.model, s.lr, s.epochs, s.warmup_epochs) == ("vim_small_patch16_224", 3e-3, 9, 1.0)
+    assert (s.scale_lr, s.img_size, s.drop_path_rate) == (False, (32, 48), 0.05)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch = 3", "epoch: there is no such setting; close to it: epochs"),
+        ("[data]\nepochs = 3", r"\[data\] epochs: belongs to \[schedule\]"),
+        ("[date]\nval = 'x'", r"\[date\]: expected one of the sections model"),
+        ("epochs = 'many'", "epochs: expected int, got 'many'"),
+        ("epochs = 0", "epochs: expected at least 1"),
+        ("ema = 1.0", "ema: expected 0 or more and less than 1"),
+        ("hflip = 2", "hflip: expected a probability"),
+        ("decay = 'none'", "decay: expected one of authors, mamba"),
+        ("batch_size = 7", "batch_size: expected an even number with mixup or cutmix, got 7"),
+        ("scale_lr = 1", "scale_lr: expected bool, got 1"),
+        ("lr = nan", "lr: expected more than 0"),
+        ("crop_scale = [0.1]", "crop_scale: expected 2 numbers"),
+        ("clip_grad = 0", "clip_grad: expected more than 0"),
+        ("workers = -1", "workers: expected 0 or more"),
+        ("epochs =", "not a TOML file"),
+        ("data = 3", "data: expected str"),
+    ],
+)
+def test_wrong_settings(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "wrong.toml"
+    config.write_text(text)
+    assert main(["train", "--config", str(config), "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vimcore: ")
+    assert error.count("\n") == 1
+    with pytest.raises(ValueError, match=message):
+        Settings().merged(read_toml(str(config)))
+    assert not (tmp_path / "run").exists()
+
+
+# ---- networks ----------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {"img_size": (32,), "patch_size": 8, "embed_dim": 16, "depth": 2}
+
+
+def test_options_reach_the_network() -> None:
+    changes = {
+        **SMALL,
+        "stride": 4,
+        "directions": "sequence",
+        "class_token": "random",
+        "drop_path_rate": 0.3,
+        "drop_rate": 0.2,
+        "memory": "fast",
+        "set": ("norm=layer", "d_state=4"),
+    }
+    model, notes = build(preset("tiny-released", **changes), 5, ["a", "b"])
+    c = model.config
+    assert (c["img_size"], c["patch_size"], c["stride"], c["in_chans"]) == ([32, 32], 8, 4, 5)
+    assert (c["directions"], c["class_token"], c["norm"], c["d_state"]) == ("sequence", "random", "layer", 4)
+    assert (c["drop_path_rate"], c["drop_rate"], model.memory, c["num_classes"]) == (0.3, 0.2, "fast", 2)
+    assert notes == []
+    assert build(preset("tiny-released", **SMALL), 3, ["a"])[0].config["stride"] == 8
+    with pytest.raises(ValueError, match="every patch"):
+        build(preset("tiny-released", **SMALL, class_token="none", pool="all"), 3, ["a"])
+
+
+@pytest.mark.parametrize("way", ["correct", "authors"])
+def test_start_from_other_weights(way: str, tmp_path: Path) -> None:
+    """Half the stride, four channels for three, other classes: all that is fitted is told."""
+    old, _ = build(preset("tiny-released", **SMALL), 3, ["a", "b", "c"])
+    old.save(tmp_path / "old.safetensors", labels=["a", "b", "c"])
+    s = preset("tiny-released", **SMALL, stride=4, init=str(tmp_path / "old.safetensors"), pos_embed=way)
+    new, notes = build(s, 4, ["x", "y"])
+    assert notes[0].startswith("weights from ")
+    assert notes[1:] == [
+        "patch embedding adapted from 3 to 4 channels",
+        "new head for 2 classes",
+        f"position table resized to 7 x 7 patches ({way})",
+    ]
+    wanted = vimcore.io.resize_pos_embed(old.pos_embed.detach(), (4, 4), (7, 7), "middle", way)
+    assert torch.equal(new.pos_embed.detach(), wanted)
+    weight, before = new.patch_embed.proj.weight.detach(), old.patch_embed.proj.weight.detach()
+    assert torch.equal(weight, torch.cat([before, before[:, :1]], 1) * (3 / 4))
+    for name, value in old.state_dict().items():
+        if name.startswith(("layers", "norm_f", "cls_token")):
+            assert torch.equal(new.state_dict()[name], value), name
+    same, notes = build(s.merged({"stride": 8}), 3, ["a", "b", "c"])
+    assert torch.equal(same.head.weight, old.head.weight)
+    assert len(notes) == 1
+    renamed, notes = build(s.merged({"stride": 8}), 3, ["a", "b", "d"])  # as many, but other ones
+    assert not torch.equal(renamed.head.weight, old.head.weight)
+    assert notes[1:] == ["new head for 3 classes"]
+    new.save(tmp_path / "four.safetensors")
+    with pytest.raises(ValueError, match="takes 4 channels, the images have 2"):
+        build(s.merged({"init": str(tmp_path / "four.safetensors")}), 2, ["x", "y"])
