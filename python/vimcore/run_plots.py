@@ -160,6 +160,8 @@ def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
     for axes, text in zip((loss, accuracy, rate, last), names):
         axes.set_title(text, color=INK, loc="left", fontsize=11)
         axes.set_xlabel("epoch", color=INK)
+        if axes.get_xlim()[1] > 2:
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         tidy(axes)
     loss.set_ylim(bottom=0)
     rate.set_ylim(bottom=0)
