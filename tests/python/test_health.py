@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +103,15 @@ def test_the_model_stays_as_it_is() -> None:
 
 def test_wrapped_models() -> None:
     model, images = build(small()), images_for(small(), 1, torch.float32)
-    average = torch.optim.swa_utils.AveragedModel(model)
-    assert str(vimcore.health(average, images)) == str(vimcore.health(model, images))
+    for wrapped in (torch.optim.swa_utils.AveragedModel(model), torch.compile(model)):
+        assert str(vimcore.health(wrapped, images)) == str(vimcore.health(model, images))
+
+
+def test_the_name_stays_the_function() -> None:
+    program = (
+        "import vimcore.health, vimcore\nfrom vimcore.health import Health\nassert callable(vimcore.health)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # ---- what is not finite ------------------------------------------------------------------------------------
