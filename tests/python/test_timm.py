@@ -60,6 +60,7 @@ def test_published_size() -> None:
     model = timm.create_model(NAME)
     assert sum(p.numel() for p in model.parameters()) == 7_148_008
     assert (model.num_classes, model.num_features, model.in_chans) == (1000, 192, 3)
+    assert timm.data.resolve_input_data_config(small(), {})["input_size"] == (3, 32, 32)
     data = timm.data.resolve_model_data_config(model)
     assert data["input_size"] == (3, 224, 224)
     assert (data["crop_pct"], data["interpolation"]) == (0.875, "bicubic")
