@@ -295,8 +295,12 @@ def _health_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _health(args: argparse.Namespace) -> int:
-    from .health import health_of_file
-
+    try:
+        from .health import health_of_file
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise RuntimeError("the health report needs torch: pip install 'vimcore[torch]'") from error
     found = health_of_file(args.weights, args.images, args.count)
     print(json.dumps(found.to_dict()) if args.json else found)
     return 0 if found.first_nonfinite is None else 1

@@ -122,7 +122,8 @@ def health(model: VisionMamba, images: Tensor) -> Health:
         TypeError: the model is no VisionMamba.
         ValueError: shape, type or device of the images do not fit.
     """
-    model = getattr(model, "module", model)  # DistributedDataParallel and averaged models hold it there
+    for wrapped in ("module", "_orig_mod"):  # DistributedDataParallel and averages; torch.compile
+        model = getattr(model, wrapped, model)
     if not isinstance(model, VisionMamba):
         raise TypeError(f"[health] model: expected a VisionMamba, got {type(model).__name__}")
     like = model.norm_f.weight

@@ -12,6 +12,7 @@ classes, channels or pixels `pretrained=True, pretrained_cfg_overlay={"file": FI
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,7 @@ class TimmVisionMamba(VisionMamba):
 
     Args:
         global_pool: "token" for the class token; "avg", "max" and "" (logits of every token) build the
-            network without one. Fixed at construction: the position table has a row for the class token.
+            network without one.
         drop_rate, pos_drop_rate: dropout before the head, and of the tokens after the position table.
         device, dtype: where and as what the parameters are made.
         options: the other arguments of `VisionMamba`.
@@ -85,6 +86,8 @@ class TimmVisionMamba(VisionMamba):
         super().__init__(drop_rate=pos_drop_rate, **options)
         self.head_drop = nn.Dropout(drop_rate)
         self.head_hidden_size = self.embed_dim
+        self._pool: str | None = None  # of a network with class tokens whose head reads the patches
+        self._without_norm = False
         self._describe_features()
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
@@ -107,6 +110,8 @@ class TimmVisionMamba(VisionMamba):
     @property
     def global_pool(self) -> str:
         """timm's name of how the head reads the tokens."""
+        if self._pool is not None:
+            return self._pool
         if self._config["class_token"] != "none":
             return "token"
         return {"mean": "avg", "all": ""}.get(self._config["pool"], self._config["pool"])
@@ -124,13 +129,44 @@ class TimmVisionMamba(VisionMamba):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a new one with random weights; 0: no head."""
-        if global_pool and global_pool != self.global_pool:
-            raise ValueError(
-                f"[VisionMamba] global_pool: expected {self.global_pool!r} as at construction, "
-                f"got {global_pool!r}; create the model with global_pool={global_pool!r}"
-            )
+        """Replaces the head by a new one with random weights; 0: no head.
+
+        Args:
+            global_pool: what the head reads from now on. With class tokens "avg" and "max" pool the patches,
+                "" gives it every token; such a network cannot be saved. "token" needs a class token.
+        """
+        if global_pool is not None and global_pool != self.global_pool:
+            tokens = self._config["class_token"] != "none"
+            if global_pool not in _POOLS or (global_pool == "token" and not tokens):
+                expected = ", ".join(repr(pool) for pool in _POOLS if tokens or pool != "token")
+                raise ValueError(
+                    f"[VisionMamba] global_pool: expected one of {expected}, got {global_pool!r}"
+                )
+            if tokens:
+                self._pool = None if global_pool == "token" else global_pool
+            else:
+                self._reconfigure(pool=_POOLS[global_pool]["pool"])
         super().reset_classifier(num_classes)
+
+    def _reconfigure(self, **changes: Any) -> None:
+        self._config = {**self._config, **changes}
+        self._facts = _core.config_facts(json.dumps(self._config))
+        self._core = self._places = None
+
+    def save(self, path: str | os.PathLike[str], labels: Sequence[str] | None = None) -> None:
+        """As `VisionMamba.save`.
+
+        Raises:
+            ValueError: no `VisionMamba` computes what this network does, see `reset_classifier` and
+                `prune_intermediate_layers`.
+        """
+        if self._pool is not None:
+            raise ValueError(
+                f"[VisionMamba] save: no class token network reads with global_pool={self._pool!r}"
+            )
+        if self._without_norm:
+            raise ValueError("[VisionMamba] save: the last normalisation was pruned")
+        super().save(path, labels)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names from input to output, for layer-wise learning rates."""
@@ -147,9 +183,14 @@ class TimmVisionMamba(VisionMamba):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W), see `VisionMamba.forward`."""
-        if self.training and self.head_drop.p > 0:
-            return self.forward_head(self.forward_features(x))
-        return super().forward(x)
+        fused = self._pool is None and not self._without_norm and not (self.training and self.head_drop.p > 0)
+        return super().forward(x) if fused else self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised tokens (B, L, D), see `VisionMamba.forward_features`."""
+        if self._without_norm:
+            return self._call("layers", x, (self._config["depth"] - 1,))[0]
+        return super().forward_features(x)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools normalised tokens (B, L, D) and applies the head.
@@ -161,7 +202,10 @@ class TimmVisionMamba(VisionMamba):
         c, at = self._config, self._facts["class_position"]
         if c["class_token"] == "none" and c["pool"] in ("max", "all"):
             return tokens if pre_logits else super().forward_head(tokens)
-        if c["class_token"] == "double":
+        if self._pool is not None:
+            patches = self._patches(tokens)
+            pooled = {"avg": patches.mean(1), "max": patches.amax(1)}.get(self._pool, tokens)
+        elif c["class_token"] == "double":
             pooled = (tokens[:, 0] + tokens[:, -1]) / 2
         elif c["class_token"] != "none":
             pooled = tokens[:, at]
@@ -219,6 +263,8 @@ class TimmVisionMamba(VisionMamba):
 
     def _normalised(self, stream: Tensor) -> Tensor:
         c, norm = self._config, self.norm_f
+        if self._without_norm:
+            return stream
         if c["norm"] == "layer":
             return ops.layer_norm(stream, norm.weight, norm.bias, eps=c["norm_eps"])  # type: ignore[return-value]
         return ops.rms_norm(stream, norm.weight, eps=c["norm_eps"])  # type: ignore[return-value]
@@ -235,7 +281,7 @@ class TimmVisionMamba(VisionMamba):
         """Cuts off the layers behind the last of these entries of `feature_info`.
 
         Args:
-            prune_norm: the last normalisation no longer learns (its weights stay, the core needs them).
+            prune_norm: the tokens are no longer normalised; the weights for that become buffers.
             prune_head: take the head away.
 
         Returns:
@@ -246,13 +292,14 @@ class TimmVisionMamba(VisionMamba):
         # drop path grows with the layer: what is left keeps its rates
         rate = self._config["drop_path_rate"] * (depth - 1) / (before - 1) if before > 1 else 0.0
         if depth < before:
-            self._config = {**self._config, "depth": depth, "drop_path_rate": rate}
-            self._facts = _core.config_facts(json.dumps(self._config))
+            self._reconfigure(depth=depth, drop_path_rate=rate)
             self.layers = self.layers[:depth]
-            self._core = self._places = None
             self._describe_features()
-        if prune_norm:
-            self.norm_f.requires_grad_(False)
+        if prune_norm and not self._without_norm:
+            self._without_norm = True
+            for name, weight in list(self.norm_f.named_parameters()):
+                delattr(self.norm_f, name)
+                self.norm_f.register_buffer(name, weight.detach())
         if prune_head:
             self.reset_classifier(0)
         return take

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's ablations on handwritten digits: five direction strategies and five class-token designs.
 
-    python tests/bench/ablation.py                       # five seeds, some twenty minutes on one core
+    python tests/bench/ablation.py                       # five seeds, twenty minutes of one core
     python tests/bench/ablation.py --seeds 0,1 --epochs 20 --jobs 2
 
 Every row is the network and the recipe of `vimcore demo` with patches of 4 x 4 pixels, that is 64 of them,

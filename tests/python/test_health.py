@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +104,13 @@ def test_the_model_stays_as_it_is() -> None:
 
 def test_wrapped_models() -> None:
     model, images = build(small()), images_for(small(), 1, torch.float32)
-    average = torch.optim.swa_utils.AveragedModel(model)
-    assert str(vimcore.health(average, images)) == str(vimcore.health(model, images))
+    for wrapped in (torch.optim.swa_utils.AveragedModel(model), torch.compile(model)):
+        assert str(vimcore.health(wrapped, images)) == str(vimcore.health(model, images))
+
+
+def test_the_name_stays_the_function() -> None:
+    module = importlib.import_module("vimcore.health")
+    assert vimcore.health is module.health is not module
 
 
 # ---- what is not finite ------------------------------------------------------------------------------------
@@ -235,6 +243,16 @@ def test_command(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["images"] == 3
     assert len(found["layers"]) == 2
     assert set(found["ranges"]) >= {"images", "layers.1.mixer.state_b", "logits"}
+
+
+def test_command_without_torch(weights: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\nfrom vimcore.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, "health", "--weights", str(weights)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "vimcore: the health report needs torch: pip install 'vimcore[torch]'\n"
 
 
 def test_command_on_damaged_weights(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

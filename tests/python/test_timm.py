@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import runpy
 import subprocess
 import sys
@@ -23,11 +24,15 @@ import torch
 import vimcore
 import vimcore.timm
 from PIL import Image
+from timm.models._features import FeatureGetterNet
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from vimcore.timm import TimmVisionMamba
 
 NAME = "vimcore_vim_tiny_patch16_224"
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "stride": 8, "embed_dim": 16, "depth": 8}
+
+
+NormedFeatures = functools.partial(FeatureGetterNet, norm=True)
 
 
 def small(**options: Any) -> TimmVisionMamba:
@@ -55,6 +60,7 @@ def test_published_size() -> None:
     model = timm.create_model(NAME)
     assert sum(p.numel() for p in model.parameters()) == 7_148_008
     assert (model.num_classes, model.num_features, model.in_chans) == (1000, 192, 3)
+    assert timm.data.resolve_input_data_config(small(), {})["input_size"] == (3, 32, 32)
     data = timm.data.resolve_model_data_config(model)
     assert data["input_size"] == (3, 224, 224)
     assert (data["crop_pct"], data["interpolation"]) == (0.875, "bicubic")
@@ -169,8 +175,32 @@ def test_classifier() -> None:
     model.reset_classifier(0, "token")
     assert model(images()).shape == (2, 16)
     assert model.num_classes == 0
-    with pytest.raises(ValueError, match="create the model with global_pool='avg'"):
-        model.reset_classifier(3, "avg")
+
+
+def test_another_pool(tmp_path: Path) -> None:
+    model, x = small().eval(), images()
+    tokens = model.forward_features(x)
+    patches = torch.cat([tokens[:, :8], tokens[:, 9:]], 1)
+    for pool, wanted in (("avg", patches.mean(1)), ("max", patches.amax(1)), ("", tokens)):
+        model.reset_classifier(0, pool)
+        assert model.global_pool == pool
+        torch.testing.assert_close(model(x), wanted)
+        model.reset_classifier(3)
+        torch.testing.assert_close(model(x), model.head(wanted))
+        model(x).sum().backward()
+        with pytest.raises(ValueError, match="save: no class token network"):
+            model.save(tmp_path / "vim.safetensors")
+    model.reset_classifier(3, "token")
+    torch.testing.assert_close(model(x), model.head(tokens[:, 8]))
+    model.save(tmp_path / "vim.safetensors")
+
+    model = small(global_pool="avg").eval()
+    model.reset_classifier(3, "max")
+    assert model.config["pool"] == "max"
+    torch.testing.assert_close(model(x), model.head(model.forward_features(x)).amax(1))
+    for changed, pool in ((model, "token"), (small(), "map")):
+        with pytest.raises(ValueError, match=f"global_pool: expected one of .*, got '{pool}'"):
+            changed.reset_classifier(3, pool)
 
 
 def test_checkpointing_maps_to_the_memory_mode() -> None:
@@ -253,8 +283,24 @@ def test_features_only_trains_every_parameter_that_is_left() -> None:
     wanted = whole.forward_intermediates(x, [1, 4], intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(maps, wanted))
     sum(y.square().sum() for y in wide(x)).backward()
-    assert all(p.grad is not None for p in wide.parameters() if p.requires_grad)
-    assert not wide.model.norm_f.weight.requires_grad
+    assert all(p.grad is not None for p in wide.parameters())
+    assert "model.norm_f.weight" in wide.state_dict()  # so that files still fit
+    with pytest.raises(ValueError, match="normalisation was pruned"):
+        wide.model.save("never.safetensors")
+    torch.testing.assert_close(
+        wide.model(x),
+        wide.model.forward_intermediates(x, 1, return_prefix_tokens=True, norm=True, intermediates_only=True)[
+            0
+        ][1][:, 0],
+    )
+    normed = timm.create_model(
+        NAME, **SMALL, features_only=True, out_indices=(1, 4), feature_cls=NormedFeatures
+    ).eval()
+    normed.model.load_state_dict(wide.model.state_dict())
+    final = normed.model.forward_intermediates(x, 1, norm=True, intermediates_only=True)[0]
+    assert torch.equal(normed(x)[1], final)
+    sum(y.square().sum() for y in normed(x)).backward()
+    assert all(p.grad is not None for p in normed.parameters())
 
 
 # ---- weights -----------------------------------------------------------------------------------------------
