@@ -34,7 +34,7 @@ WILD = [
         "--clip-grad",
         "1",
         "--lr",
-        "1e-3",
+        "1e-2",
         "--no-scale-lr",
         "--val-fraction",
         "0.2",
