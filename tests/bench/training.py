@@ -6,8 +6,8 @@ Vim-Ti at 224 px with the released recipe on JPEG files of 500 x 375, two classe
     python tests/bench/training.py --batch 8 --updates 12 [--json FILE]
 
 Overhead: the share of an update's time that is neither the network's forward and backward pass nor the
-optimiser's step; images are loaded by processes beside it, as in a run. By the wall clock, and by the processor
-time of the main thread (with --threads 1 all of the work), which other programs of a busy machine do not touch.
+optimiser's step; images are loaded by processes beside it, as in a run. By the wall clock, and by the
+processor time of the main thread (with --threads 1 all of the work), which a busy machine disturbs less.
 Data path: images a second that loading processes deliver when nobody else computes.
 """
 

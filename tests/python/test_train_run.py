@@ -27,18 +27,7 @@ WILD = [
     *("--data", "digits", "--img-size", "16", "--patch-size", "8", "--embed-dim", "16", "--depth", "2"),
     *("--epochs", "2", "--batch-size", "16", "--accumulate", "2", "--threads", "1", "--workers", "0"),
     *("--drop-path-rate", "0.2", "--drop-rate", "0.1", "--directions", "sequence", "--class-token", "random"),
-    *(
-        "--ema",
-        "0.9",
-        "--ema-ramp",
-        "--clip-grad",
-        "1",
-        "--lr",
-        "1e-2",
-        "--no-scale-lr",
-        "--val-fraction",
-        "0.2",
-    ),
+    *("--ema", "0.9", "--ema-ramp", "--clip-grad", "1", "--lr", "1e-2", "--no-scale-lr"),
     *("--schedule-steps", "update", "--warmup-epochs", "1", "--log-every", "1", "--checkpoint-every", "7"),
 ]
 

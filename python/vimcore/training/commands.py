@@ -22,9 +22,18 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         "Train a Vision Mamba on images. Settings come from --preset, then --config, then flags; the run "
         "folder keeps them. Several processes: torchrun --nproc-per-node=N -m vimcore train ..."
     )
+    parser.usage = (
+        "vimcore train --data DATA [--preset NAME] [--out RUN] [SETTING ...]\n"
+        "       vimcore train --resume RUN"
+    )
     parser.add_argument("--out", metavar="RUN", help="folder of the run (default: vimcore-train)")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run from its checkpoint, bit for bit")
-    parser.add_argument("--preset", choices=PRESETS, help="published recipe (default: tiny-released)")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        metavar="NAME",
+        help=f"published recipe: {', '.join(PRESETS)} (default: tiny-released)",
+    )
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings, such as RUN/config.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -41,7 +50,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": field.name[0].upper()}
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
             if field.metadata["choices"]:
