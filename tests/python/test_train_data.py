@@ -104,6 +104,7 @@ def test_wrong_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--mean", "0.5"], "mean and std: expected 3 values each"),
         (["--precision", "bfloat16", "--device", "cpu"], "bfloat16 needs a CUDA device"),
         (["--device", "tpu"], "device: expected auto, cpu, cuda"),
+        (["--device", "cuda:99"], "device: cuda:99: "),
         (["--init", str(tmp_path / "absent.pth")], "absent.pth"),
     ):
         arguments = ["--data", str(root), "--val-fraction", "0.5", "--out", str(tmp_path / "run"), *SMALL]

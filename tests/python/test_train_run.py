@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -240,6 +242,32 @@ def test_weights_that_are_not_finite_are_never_kept(
     assert main(["train", "--preset", "digits", "--checkpoint-every", "1", "--out", str(run)]) == 1
     assert "weight is inf in update 1" in capsys.readouterr().err
     assert not list(run.glob("*.safetensors")) + list(run.glob("*.pt"))
+
+
+def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", each=20)
+    flags = [*SMALL, *ONCE, "--val-fraction", "0.2", "--epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0"]
+    weights = []
+    for batch, accumulate in (("8", "2"), ("16", "1")):
+        run = tmp_path / batch
+        more = ["--batch-size", batch, "--accumulate", accumulate, "--data", str(data), "--out", str(run)]
+        assert main(["train", *flags, *more]) == 0
+        weights.append(_core.read_safetensors(str(run / "last.safetensors"))[0])
+        assert state(run)["step"] == 6
+    for key, value in weights[0].items():
+        assert np.allclose(weights[1][key], value, rtol=1e-4, atol=2e-6), key
+
+
+def test_ctrl_c_stops_after_a_checkpoint(tmp_path: Path) -> None:
+    """In this process, whose handlers are put back."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    run = tmp_path / "run"
+    timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    assert main(["train", "--preset", "digits", "--epochs", "1000", "--out", str(run)]) == 128 + signal.SIGINT
+    timer.join()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert state(run)["step"] >= 1
 
 
 def test_weights_serve_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

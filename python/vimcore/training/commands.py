@@ -123,7 +123,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="processes that load (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of the CPU; changes no result")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto (default: %(default)s)")
     parser.add_argument(
         "--out", metavar="FILE", help="write labels, predictions, probabilities, files (.npz)"
     )
@@ -136,6 +136,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from .evaluate import evaluate as run
     from .evaluate import images_of, weights_of
+    from .network import choose_device
 
     for name in ("batch_size", "threads", "stride", *(["img_size"] if args.img_size else [])):
         value = getattr(args, name)
@@ -145,6 +146,7 @@ def evaluate(args: argparse.Namespace) -> int:
         raise ValueError(f"img_size: expected one or two numbers, got {args.img_size}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    device = choose_device(args.device)
     results = []
     for path in args.weights:
         files, settings = weights_of(path)
@@ -160,7 +162,7 @@ def evaluate(args: argparse.Namespace) -> int:
                 std=args.std,
                 batch_size=args.batch_size,
                 workers=args.workers,
-                device=args.device,
+                device=device,
             )
             results.append(found)
             if args.json:

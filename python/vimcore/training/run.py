@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def train(settings: Settings, folder: Path, resume: bool = False) -> dict[str, A
         NonFiniteError: a loss or gradient was not finite; the last checkpoint is as it was.
         Stopped: by a signal, after a checkpoint.
     """
-    device = choose_device(settings, distributed.local_rank())
+    device = choose_device(settings.device, settings.precision, distributed.local_rank())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if settings.threads is not None:
@@ -84,7 +85,9 @@ def _signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # others cannot
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
