@@ -83,8 +83,8 @@ def train(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(_settings(args).to_toml())
         return 0
-    from .run import Stopped
     from .run import train as run
+    from .stopping import Stopped
 
     folder = Path(args.resume or args.out or "vimcore-train")
     try:
