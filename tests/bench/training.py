@@ -139,6 +139,7 @@ def main() -> None:
                 "isa": vimcore.build_info()["isa"],
                 "torch": torch.__version__,
                 "date": time.strftime("%Y-%m-%d"),
+                "load": os.getloadavg()[0],
                 **vars(args),
                 **overhead(run, args.updates),
                 "data_images_per_second": data_path(run, 12),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,8 @@ def test_a_sample_depends_on_its_seed_alone(of: Input, tmp_path: Path) -> None:
     assert once.shape == (of.channels, 16, 16)
     assert once.dtype == torch.float32
     assert not torch.equal(training[(3, 18)].images, once)
+    sent = pickle.loads(pickle.dumps(training))  # as to a loading process that is not forked
+    assert torch.equal(sent[(3, 17)].images, once)
 
 
 # ---- transforms --------------------------------------------------------------------------------------------

@@ -183,6 +183,12 @@ def test_wrong_settings(text: str, message: str, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "run").exists()
 
 
+def test_fine_tuning_wants_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--preset", "tiny-long-paper", "--data", "digits", "--dry-run"]) == 1
+    assert "init: tiny-long-paper fine-tunes" in capsys.readouterr().err
+    assert main(["train", "--preset", "tiny-long-paper", "--init", "tiny.pth", "--dry-run"]) == 0
+
+
 # ---- networks ----------------------------------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {"img_size": (32,), "patch_size": 8, "embed_dim": 16, "depth": 2}

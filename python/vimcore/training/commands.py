@@ -75,7 +75,10 @@ def _settings(args: argparse.Namespace) -> Settings:
 
         return resumed(Path(args.resume), flags)
     of_file = read_toml(args.config) if args.config else {}
-    return Settings().merged({**PRESETS[args.preset or "tiny-released"], **of_file, **flags})
+    settings = Settings().merged({**PRESETS[args.preset or "tiny-released"], **of_file, **flags})
+    if "-long-" in (args.preset or "") and settings.init is None:
+        raise ValueError(f"init: {args.preset} fine-tunes; name the weights to start from with --init")
+    return settings
 
 
 def train(args: argparse.Namespace) -> int:
