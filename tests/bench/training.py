@@ -140,7 +140,7 @@ def main() -> None:
                 "torch": torch.__version__,
                 "date": time.strftime("%Y-%m-%d"),
                 "load": os.getloadavg()[0],
-                **vars(args),
+                **{name: value for name, value in vars(args).items() if name != "json"},
                 **overhead(run, args.updates),
                 "data_images_per_second": data_path(run, 12),
             }

@@ -20,7 +20,9 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag for each setting, named as in the TOML file."""
     parser.description = (
         "Train a Vision Mamba on images. Settings come from --preset, then --config, then flags; the run "
-        "folder keeps them. Several processes: torchrun --nproc-per-node=N -m vimcore train ..."
+        "folder keeps them. Several processes: torchrun --nproc-per-node=N -m vimcore train ...; on several "
+        "machines that share the run folder: torchrun --nnodes=M --nproc-per-node=N --rdzv-backend=c10d "
+        "--rdzv-endpoint=HOST:29500 -m vimcore train ... on each."
     )
     parser.usage = (
         "vimcore train --data DATA [--preset NAME] [--out RUN] [SETTING ...]\n"

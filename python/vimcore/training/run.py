@@ -84,9 +84,8 @@ class Run:
         self.updates_per_epoch = len(self.order) // settings.accumulate
         per_update = settings.batch_size * settings.accumulate * self.world
         if self.updates_per_epoch == 0:
-            raise ValueError(
-                f"batch_size: {len(train)} images to learn from do not fill one update of {per_update}"
-            )
+            count = f"{len(train)} images to learn from"
+            raise ValueError(f"batch_size: {count} do not fill one update of {per_update}; lower it")
         self.updates = self.updates_per_epoch * settings.epochs
         self.peak = peak_lr(settings, self.world)
         groups = parameter_groups(self.model, settings.weight_decay, settings.decay)
