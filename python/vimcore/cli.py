@@ -67,7 +67,8 @@ def _training() -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("vimcore"):
             raise
-        raise RuntimeError(f"training needs {error.name}: pip install 'vimcore[train]'") from error
+        package = error.name.partition(".")[0]
+        raise RuntimeError(f"training needs {package}: pip install 'vimcore[train]'") from error
     return commands
 
 

@@ -126,6 +126,20 @@ def test_predict_without_labels(tmp_path: Path, pictures: Path, capsys: pytest.C
     assert [entry["label"] for entry in line["top"]] == [None] * 3
 
 
+def test_training_says_what_it_needs() -> None:
+    program = (
+        "import sys; sys.modules[sys.argv.pop(1)] = None\n"
+        "from vimcore.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    for missing, arguments in (("timm", ["train", "--data", "digits"]), ("torchvision", ["eval", "run"])):
+        done = subprocess.run(
+            [sys.executable, "-c", program, missing, *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert done.stderr == f"vimcore: training needs {missing}: pip install 'vimcore[train]'\n"
+
+
 def test_predict_needs_no_torch(weights: Path, pictures: Path) -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
@@ -274,6 +288,10 @@ def test_help(command: str | None, capsys: pytest.CaptureFixture[str]) -> None:
         ["info"],
         ["convert", "a"],
         ["doctor", "--frobnicate"],
+        ["train", "--frobnicate"],
+        ["train", "--preset", "huge"],
+        ["train", "--lr", "fast"],
+        ["eval"],
     ],
 )
 def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

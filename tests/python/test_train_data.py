@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,7 @@ def test_wrong_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--mean", "0.5"], "mean and std: expected 3 values each"),
         (["--precision", "bfloat16", "--device", "cpu"], "bfloat16 needs a CUDA device"),
         (["--device", "tpu"], "device: expected auto, cpu, cuda"),
+        (["--device", "cuda:99"], "device: cuda:99: "),
         (["--init", str(tmp_path / "absent.pth")], "absent.pth"),
     ):
         arguments = ["--data", str(root), "--val-fraction", "0.5", "--out", str(tmp_path / "run"), *SMALL]
@@ -168,6 +170,8 @@ def test_a_sample_depends_on_its_seed_alone(of: Input, tmp_path: Path) -> None:
     assert once.shape == (of.channels, 16, 16)
     assert once.dtype == torch.float32
     assert not torch.equal(training[(3, 18)].images, once)
+    sent = pickle.loads(pickle.dumps(training))  # as to a loading process that is not forked
+    assert torch.equal(sent[(3, 17)].images, once)
 
 
 # ---- transforms --------------------------------------------------------------------------------------------

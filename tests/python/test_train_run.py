@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -27,18 +29,7 @@ WILD = [
     *("--data", "digits", "--img-size", "16", "--patch-size", "8", "--embed-dim", "16", "--depth", "2"),
     *("--epochs", "2", "--batch-size", "16", "--accumulate", "2", "--threads", "1", "--workers", "0"),
     *("--drop-path-rate", "0.2", "--drop-rate", "0.1", "--directions", "sequence", "--class-token", "random"),
-    *(
-        "--ema",
-        "0.9",
-        "--ema-ramp",
-        "--clip-grad",
-        "1",
-        "--lr",
-        "1e-3",
-        "--no-scale-lr",
-        "--val-fraction",
-        "0.2",
-    ),
+    *("--ema", "0.9", "--ema-ramp", "--clip-grad", "1", "--lr", "1e-2", "--no-scale-lr"),
     *("--schedule-steps", "update", "--warmup-epochs", "1", "--log-every", "1", "--checkpoint-every", "7"),
 ]
 
@@ -90,7 +81,7 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path, capsys: pytest.CaptureF
         wait_for(lambda: (run / "checkpoint.pt").exists() and steps() >= 9, process)
         process.kill()
     killed = state(run)["step"]
-    assert killed % 7 == 0
+    assert killed >= 7
     assert not list(run.glob("*.tmp"))
     with subprocess.Popen(command("--resume", str(run)), **options) as process:
         wait_for(lambda: steps() > killed + 2, process)
@@ -167,7 +158,7 @@ def test_resume_refuses_other_images(tmp_path: Path, capsys: pytest.CaptureFixtu
     (data / "digit 0" / "000.png").unlink()
     capsys.readouterr()
     assert main(["train", "--resume", str(run)]) == 1
-    assert "the images to learn from is not that of the checkpoint" in capsys.readouterr().err
+    assert "cannot go on with other images to learn from than the checkpoint's" in capsys.readouterr().err
 
 
 def test_short_curve(tmp_path: Path) -> None:
@@ -194,24 +185,32 @@ CURVE = [2.3015, 2.1536, 2.0311, 1.8235, 1.8218, 1.6336, 1.5499, 1.4868, 1.4447,
 
 
 def test_two_processes_are_one_with_the_doubled_batch(tmp_path: Path) -> None:
-    """On gloo: same weights, same log, one writer; the scores are those of all images."""
-    common = ["--preset", "digits", "--epochs", "1", "--augment", "none", "--log-every", "1", "--seed", "3"]
-    common += ["--embed-dim", "32", "--depth", "2"]
+    """On gloo: same weights, same log, one writer; scores and skipped files are those of both."""
+    data = folder(tmp_path / "data", each=30)
+    for name in ("digit 0/001.png", "digit 0/002.png", "digit 7/009.png"):
+        (data / name).write_bytes(b"")
+    common = ["--data", str(data), "--val", str(data), *SMALL, *ONCE, "--augment", "none", "--log-every", "1"]
+    common += ["--epochs", "3", "--lr", "2e-3", "--no-scale-lr", "--warmup-epochs", "0", "--ema", "0.9"]
     one, two = tmp_path / "one", tmp_path / "two"
-    assert main(["train", *common, "--batch-size", "64", "--out", str(one)]) == 0
+    assert main(["train", *common, "--batch-size", "16", "--out", str(one)]) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    arguments = ["vimcore", "train", *common, "--batch-size", "32", "--out", str(two), "--json"]
+    arguments = ["vimcore", "train", *common, "--batch-size", "8", "--out", str(two), "--json"]
     done = subprocess.run(
         launch + arguments, capture_output=True, text=True, check=False, timeout=300, env=environment()
     )
     assert done.returncode == 0, done.stderr
-    assert "2 processes, 64 images an update" in done.stderr
-    assert len(done.stdout.splitlines()) == 1  # one process writes
+    assert "2 processes, 16 images an update" in done.stderr
+    (summary,) = done.stdout.splitlines()  # one process writes
+    assert json.loads(summary)["skipped"] == 3
     for name in ("last.safetensors", "last_ema.safetensors"):
         a, b = (_core.read_safetensors(str(run / name))[0] for run in (one, two))
         for key, value in a.items():
             assert np.allclose(b[key], value, rtol=1e-4, atol=2e-6), key
-    for a, b in zip(log(one), log(two), strict=True):
+    faults = [{line["file"] for line in log(run) if line["kind"] == "fault"} for run in (one, two)]
+    assert faults[0] == faults[1]
+    lines = [[line for line in log(run) if line["kind"] != "fault"] for run in (one, two)]
+    assert len(lines[0]) == len(lines[1]) == 3 * 5 + 3 * 2
+    for a, b in zip(*lines):
         for key, value in a.items():
             assert b[key] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value), key
 
@@ -251,6 +250,38 @@ def test_weights_that_are_not_finite_are_never_kept(
     assert main(["train", "--preset", "digits", "--checkpoint-every", "1", "--out", str(run)]) == 1
     assert "weight is inf in update 1" in capsys.readouterr().err
     assert not list(run.glob("*.safetensors")) + list(run.glob("*.pt"))
+
+
+def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", each=20)
+    flags = [*SMALL, *ONCE, "--val-fraction", "0.2", "--epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0"]
+    weights = []
+    for batch, accumulate in (("8", "2"), ("16", "1")):
+        run = tmp_path / batch
+        more = ["--batch-size", batch, "--accumulate", accumulate, "--data", str(data), "--out", str(run)]
+        assert main(["train", *flags, *more]) == 0
+        weights.append(_core.read_safetensors(str(run / "last.safetensors"))[0])
+        assert state(run)["step"] == 6
+    for key, value in weights[0].items():
+        assert np.allclose(weights[1][key], value, rtol=1e-4, atol=2e-6), key
+
+
+def test_ctrl_c_stops_after_a_checkpoint(tmp_path: Path) -> None:
+    """In this process, whose handlers are put back."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    run = tmp_path / "run"
+
+    def interrupt() -> None:
+        while not (run / "log.jsonl").exists() or not (run / "log.jsonl").stat().st_size:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Thread(target=interrupt, daemon=True)
+    timer.start()
+    assert main(["train", "--preset", "digits", "--epochs", "1000", "--out", str(run)]) == 128 + signal.SIGINT
+    timer.join()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert state(run)["step"] >= 1
 
 
 def test_weights_serve_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,12 @@ def test_wrong_settings(text: str, message: str, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "run").exists()
 
 
+def test_fine_tuning_wants_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--preset", "tiny-long-paper", "--data", "digits", "--dry-run"]) == 1
+    assert "init: tiny-long-paper fine-tunes" in capsys.readouterr().err
+    assert main(["train", "--preset", "tiny-long-paper", "--init", "tiny.pth", "--dry-run"]) == 0
+
+
 # ---- networks ----------------------------------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {"img_size": (32,), "patch_size": 8, "embed_dim": 16, "depth": 2}
@@ -236,6 +242,11 @@ def test_start_from_other_weights(way: str, tmp_path: Path) -> None:
     renamed, notes = build(s.merged({"stride": 8}), 3, ["a", "b", "d"])  # as many, but other ones
     assert not torch.equal(renamed.head.weight, old.head.weight)
     assert notes[1:] == ["new head for 3 classes"]
+    ema = {key: value + 1 for key, value in old.state_dict().items()}
+    torch.save({"model": old.state_dict(), "model_ema": ema}, tmp_path / "authors.pth")
+    changes = {"init": str(tmp_path / "authors.pth"), "stride": 8, "init_weights": "ema"}
+    averaged, _ = build(s.merged(changes), 3, ["p", "q", "r"])  # names unknown: the head stays
+    assert torch.equal(averaged.head.weight, old.head.weight + 1)
     new.save(tmp_path / "four.safetensors")
     with pytest.raises(ValueError, match="takes 4 channels, the images have 2"):
         build(s.merged({"init": str(tmp_path / "four.safetensors")}), 2, ["x", "y"])

@@ -20,11 +20,22 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag for each setting, named as in the TOML file."""
     parser.description = (
         "Train a Vision Mamba on images. Settings come from --preset, then --config, then flags; the run "
-        "folder keeps them. Several processes: torchrun --nproc-per-node=N -m vimcore train ..."
+        "folder keeps them. Several processes: torchrun --nproc-per-node=N -m vimcore train ...; on several "
+        "machines that share the run folder: torchrun --nnodes=M --nproc-per-node=N --rdzv-backend=c10d "
+        "--rdzv-endpoint=HOST:29500 -m vimcore train ... on each."
+    )
+    parser.usage = (
+        "vimcore train --data DATA [--preset NAME] [--out RUN] [SETTING ...]\n"
+        "       vimcore train --resume RUN"
     )
     parser.add_argument("--out", metavar="RUN", help="folder of the run (default: vimcore-train)")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run from its checkpoint, bit for bit")
-    parser.add_argument("--preset", choices=PRESETS, help="published recipe (default: tiny-released)")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        metavar="NAME",
+        help=f"published recipe: {', '.join(PRESETS)} (default: tiny-released)",
+    )
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings, such as RUN/config.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -41,7 +52,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is tuple:
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": field.name[0].upper()}
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
         else:
             options |= {"type": kind, "metavar": kind.__name__.upper()}
             if field.metadata["choices"]:
@@ -66,7 +77,10 @@ def _settings(args: argparse.Namespace) -> Settings:
 
         return resumed(Path(args.resume), flags)
     of_file = read_toml(args.config) if args.config else {}
-    return Settings().merged({**PRESETS[args.preset or "tiny-released"], **of_file, **flags})
+    settings = Settings().merged({**PRESETS[args.preset or "tiny-released"], **of_file, **flags})
+    if "-long-" in (args.preset or "") and settings.init is None:
+        raise ValueError(f"init: {args.preset} fine-tunes; name the weights to start from with --init")
+    return settings
 
 
 def train(args: argparse.Namespace) -> int:
@@ -74,8 +88,8 @@ def train(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(_settings(args).to_toml())
         return 0
-    from .run import Stopped
     from .run import train as run
+    from .stopping import Stopped
 
     folder = Path(args.resume or args.out or "vimcore-train")
     try:
@@ -114,7 +128,7 @@ def eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="processes that load (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of the CPU; changes no result")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto (default: %(default)s)")
     parser.add_argument(
         "--out", metavar="FILE", help="write labels, predictions, probabilities, files (.npz)"
     )
@@ -127,6 +141,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from .evaluate import evaluate as run
     from .evaluate import images_of, weights_of
+    from .network import choose_device
 
     for name in ("batch_size", "threads", "stride", *(["img_size"] if args.img_size else [])):
         value = getattr(args, name)
@@ -136,6 +151,7 @@ def evaluate(args: argparse.Namespace) -> int:
         raise ValueError(f"img_size: expected one or two numbers, got {args.img_size}")
     if args.threads:
         torch.set_num_threads(args.threads)
+    device = choose_device(args.device)
     results = []
     for path in args.weights:
         files, settings = weights_of(path)
@@ -151,7 +167,7 @@ def evaluate(args: argparse.Namespace) -> int:
                 std=args.std,
                 batch_size=args.batch_size,
                 workers=args.workers,
-                device=args.device,
+                device=device,
             )
             results.append(found)
             if args.json:

@@ -60,6 +60,15 @@ def sums(values: list[float]) -> list[float]:
     return list(map(float, tensor.tolist()))
 
 
+def union(found: dict[str, str]) -> dict[str, str]:
+    """What the processes found, together."""
+    if not _together():
+        return found
+    parts: list[dict[str, str]] = [{} for _ in range(world())]
+    dist.all_gather_object(parts, found)
+    return {name: text for part in parts for name, text in part.items()}
+
+
 def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
 

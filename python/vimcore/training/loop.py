@@ -158,7 +158,7 @@ class Loop:
             if target.ndim == 1:
                 right += int((logits.detach().argmax(1) == target).sum())
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip))
+        norm = self._clip()
         if not math.isfinite(norm) and not self.scaler.is_enabled():  # a scaler leaves such an update out
             raise NonFiniteError("gradient's norm", norm, self.step, lr, batches[-1][0])
         self.scaler.step(self.optimizer)
@@ -167,6 +167,14 @@ class Loop:
             self.average.update(self.step)
         self.step += 1
         return Update(total / len(batches), lr, norm, right)
+
+    def _clip(self) -> float:
+        """Norm of the gradient before it was shortened."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = float(torch.stack(torch._foreach_norm(grads)).norm())
+        if norm > self.clip:
+            torch._foreach_mul_(grads, self.clip / norm)
+        return norm
 
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
         smoothing = self.label_smoothing if target.ndim == 1 else 0.0  # shares are smoothed already

@@ -21,22 +21,30 @@ _OPTIONS = ("patch_size", "stride", "embed_dim", "depth", "directions", "class_t
 _PATCHES = "patch_embed.proj.weight"
 
 
-def choose_device(settings: Settings, local_rank: int) -> torch.device:
-    """Where to compute; ValueError where a 16-bit precision has no GPU."""
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if cuda_is_available() and torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {settings.device!r}")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local_rank)
-    if device.type == "cpu" and settings.precision != "float32":
-        raise ValueError(f"precision: {settings.precision} needs a CUDA device; the CPU computes in float32")
-    return device
+def choose_device(name: str, precision: str = "float32", local_rank: int = 0) -> torch.device:
+    """Where to compute.
+
+    Args:
+        name: "auto", "cpu", "cuda" (that of this process) or "cuda:N".
+
+    Raises:
+        ValueError: there is no such device, or 16 bits are wanted of a CPU.
+    """
+    found = cuda_is_available() and torch.cuda.is_available()
+    kind, _, number = name.partition(":")
+    if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if name == "cpu" or (name == "auto" and not found):
+        if precision != "float32":
+            raise ValueError(f"precision: {precision} needs a CUDA device; the CPU computes in float32")
+        return torch.device("cpu")
+    if not found:
+        reason = "torch finds no GPU" if cuda_is_available() else "this build of vimcore finds no GPU"
+        raise ValueError(f"device: {name}: {reason}; see vimcore doctor")
+    index = int(number) if number else local_rank
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"device: cuda:{index}: there are {torch.cuda.device_count()}")
+    return torch.device("cuda", index)
 
 
 def build(settings: Settings, channels: int, classes: Sequence[str]) -> tuple[VisionMamba, list[str]]:

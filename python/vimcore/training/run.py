@@ -3,51 +3,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
-from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from ..io import load_model, save_model
-from . import distributed, transforms
+from . import distributed
 from .checkpoint import read_checkpoint, write_checkpoint, write_text
-from .data import Images, Sample, Training, Validation, collate, training_and_validation
+from .data import Images, Sample, Validation, training_and_validation
+from .inputs import channels_of, eval_transform, grouped, input_of, mixup_of, training_batches
 from .loop import Average, Batch, Loop, NonFiniteError, parameter_groups
-from .measure import Scores, answers, loader, measure, one_thread
+from .measure import Scores, answers, loader, measure
 from .network import build, choose_device
 from .sampling import Order, mix, seed_all
 from .schedule import Schedule, peak_lr
 from .settings import Settings, read_toml
-from .transforms import Input
+from .stopping import Stopped, signals
 from .watch import Watch, peak_memory
 
 CONFIG, CHECKPOINT, LOG = "config.toml", "checkpoint.pt", "log.jsonl"
 BEST, LAST, LAST_EMA = "best.safetensors", "last.safetensors", "last_ema.safetensors"
 # What may be another when a run goes on: none of it changes the result, or only how long the run is watched.
 MACHINE = ("device", "threads", "workers", "checkpoint_every", "eval_every", "log_every")
-_MEASURED = 256  # numpy files looked at for mean and deviation
-
-
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C: everything is in the checkpoint. `status` is the shell's for the signal."""
-
-    def __init__(self, number: int, step: int, folder: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} after update {step}; "
-            f"go on with: vimcore train --resume {folder}"
-        )
-        self.status = 128 + number
 
 
 def train(settings: Settings, folder: Path, resume: bool = False) -> dict[str, Any]:
@@ -61,12 +43,12 @@ def train(settings: Settings, folder: Path, resume: bool = False) -> dict[str, A
         NonFiniteError: a loss or gradient was not finite; the last checkpoint is as it was.
         Stopped: by a signal, after a checkpoint.
     """
-    device = choose_device(settings, distributed.local_rank())
+    device = choose_device(settings.device, settings.precision, distributed.local_rank())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with distributed.process_group(device.type == "cuda"), _signals() as received:
+    with distributed.process_group(device.type == "cuda"), signals() as received:
         run = Run(settings, folder, device, resume)
         try:
             return run.whole(received)
@@ -74,36 +56,26 @@ def train(settings: Settings, folder: Path, resume: bool = False) -> dict[str, A
             run.watch.close()
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and the first Ctrl-C instead of dying of it."""
-    received: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Run:
     """Data, network, optimiser and place in the schedule of a run."""
 
     def __init__(self, settings: Settings, folder: Path, device: torch.device, resume: bool) -> None:
-        self.settings, self.folder, self.device = settings, folder, device
+        self.folder, self.device = folder, device
         self.rank, self.world = distributed.rank(), distributed.world()
         saved = read_checkpoint(folder / CHECKPOINT) if resume else None
         if not resume and (folder / CHECKPOINT).exists():
             raise ValueError(f"{folder}: holds a run; go on with --resume {folder}, or name another --out")
 
-        train, self.valid, about = _data(settings)
-        self.input, self.model, notes = _network(settings, train)
+        if settings.data is None:
+            raise ValueError("data: name a folder of class folders, a CSV file, or digits")
+        train, self.valid, about = training_and_validation(settings.data, settings.val, settings.val_fraction)
+        channels = channels_of(settings, train)
+        seed_all(mix("weights", settings.seed))
+        self.model, notes = build(settings, channels, train.classes)
+        height, width = self.model.config["img_size"]
+        self.input = input_of(settings, train, channels, (height, width))
+        found = {"in_chans": channels, "mean": tuple(self.input.mean), "std": tuple(self.input.std)}
+        self.settings = settings = settings.merged(found)
         self.model.to(device)
         self.precision: torch.dtype = getattr(torch, settings.precision)
         self.order = Order(
@@ -112,9 +84,8 @@ class Run:
         self.updates_per_epoch = len(self.order) // settings.accumulate
         per_update = settings.batch_size * settings.accumulate * self.world
         if self.updates_per_epoch == 0:
-            raise ValueError(
-                f"batch_size: {len(train)} images to learn from do not fill one update of {per_update}"
-            )
+            count = f"{len(train)} images to learn from"
+            raise ValueError(f"batch_size: {count} do not fill one update of {per_update}; lower it")
         self.updates = self.updates_per_epoch * settings.epochs
         self.peak = peak_lr(settings, self.world)
         groups = parameter_groups(self.model, settings.weight_decay, settings.decay)
@@ -129,21 +100,21 @@ class Run:
             clip=settings.clip_grad,
             precision=self.precision,
         )
-        self.mixup = _mixup(settings, len(train.classes))
+        self.mixup = mixup_of(settings, len(train.classes))
         self.per_update = per_update
         self.identity: dict[str, Any] = {"images": train.fingerprint(), "per_update": per_update}
         self.epoch, self.done = 0, 0  # epochs finished; updates of the current one
         self.seen, self.lr = torch.empty(0), 0.0  # of the last update
         self.best: dict[str, Any] = {}
+        self.faults: dict[str, str] = {}  # of this process
         if saved is not None:
             self._restore(saved)
 
-        self.batches = self._training_batches(train)
-        shape = (self.input.channels, *self.input.size)
-        self.validation = Validation(self.valid, _eval_transform(self.input, self.valid), shape)
-        self.valid_batches = loader(
-            self.validation, settings.batch_size, settings.workers, device.type == "cuda"
-        )
+        pin = device.type == "cuda"
+        self.batches = training_batches(settings, self.input, train, self.order, pin)
+        shape = (channels, height, width)
+        self.validation = Validation(self.valid, eval_transform(self.input, self.valid), shape)
+        self.valid_batches = loader(self.validation, settings.batch_size, settings.workers, pin)
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / CONFIG, settings.to_toml())
@@ -157,23 +128,6 @@ class Run:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids)
-
-    def _training_batches(self, train: Images) -> DataLoader[Sample]:
-        settings = self.settings
-        if settings.augment == "imagenet":
-            make = transforms.array_train if train.arrays else transforms.picture_train
-            transform = make(self.input, settings)
-        else:
-            transform = _eval_transform(self.input, train)
-        return DataLoader(
-            Training(train, transform),
-            batch_sampler=self.order,
-            num_workers=settings.workers,
-            collate_fn=collate,
-            worker_init_fn=one_thread,
-            persistent_workers=settings.workers > 0,
-            pin_memory=self.device.type == "cuda",
-        )
 
     def _introduce(self, train: Images, about: str, notes: list[str]) -> None:
         count = sum(p.numel() for p in self.model.parameters())
@@ -195,10 +149,10 @@ class Run:
     def _restore(self, saved: dict[str, Any]) -> None:
         for name, now in self.identity.items():
             if saved["identity"][name] != now:
-                what = "images to learn from" if name == "images" else "number of images an update"
+                what = "other images to learn from" if name == "images" else "another number an update"
                 raise ValueError(
-                    f"{self.folder}: the {what} is not that of the checkpoint ({saved['identity'][name]}, "
-                    f"now {now}), so the run cannot be continued"
+                    f"{self.folder}: cannot go on with {what} than the checkpoint's "
+                    f"({saved['identity'][name]}, now {now})"
                 )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -217,8 +171,8 @@ class Run:
         while self.epoch < self.settings.epochs:
             try:
                 self._epoch(received)
-                self._check_weights()  # before such weights are measured and kept
                 self.epoch, self.done = self.epoch + 1, 0
+                self.watch.faults(distributed.union(self.faults))
                 if self.epoch % self.settings.eval_every == 0 or self.epoch == self.settings.epochs:
                     self._validate()
                 self._save()
@@ -235,7 +189,7 @@ class Run:
         self.order.begin(self.epoch, self.done * settings.accumulate)
         clock, images = time.perf_counter(), 0
         rate = 0.0
-        for samples in _grouped(self.batches, settings.accumulate):
+        for samples in grouped(self.batches, settings.accumulate):
             if self.done == self.updates_per_epoch:
                 break  # what is left over does not fill an update
             seed_all(mix("update", settings.seed, self.loop.step, self.rank))
@@ -260,12 +214,13 @@ class Run:
                 )
                 clock, images = time.perf_counter(), 0
             stop = self._agreed(received)
-            last = self.done == self.updates_per_epoch  # saved after validation
-            if stop or (step % settings.checkpoint_every == 0 and not last):
+            last = self.done == self.updates_per_epoch  # validation may take long
+            if stop or last or step % settings.checkpoint_every == 0:
                 self._save()
             self._stop_if(stop)
 
     def _batch(self, sample: Sample) -> Batch:
+        self.faults |= sample.faults
         self.watch.faults(sample.faults)
         images = sample.images.to(self.device, non_blocking=True)
         labels = sample.labels.to(self.device, non_blocking=True)
@@ -298,7 +253,7 @@ class Run:
                 found["ema"], faults = self._measure()
                 self._keep_best("ema", found["ema"])
         self._keep_best("raw", found["raw"])
-        self.watch.faults(faults)
+        self.watch.faults(distributed.union(faults))
         step = self.loop.step
         for weights, s in found.items():
             self.watch.record(
@@ -330,7 +285,8 @@ class Run:
         Raises:
             NonFiniteError: the weights are not worth keeping; the checkpoint stays as it was.
         """
-        self._check_weights()
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise NonFiniteError("largest weight", math.inf, self.loop.step - 1, self.lr, self.seen)
         if self.rank:
             return
         content = {
@@ -349,10 +305,6 @@ class Run:
         if self.average is not None:
             with self.average.swapped():
                 self._write(LAST_EMA)
-
-    def _check_weights(self) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            raise NonFiniteError("largest weight", math.inf, self.loop.step - 1, self.lr, self.seen)
 
     def _finish(self, seconds: float, steps: int) -> dict[str, Any]:
         """eval.npz of the best weights; the summary."""
@@ -391,87 +343,3 @@ def resumed(folder: Path, changes: dict[str, Any]) -> Settings:
     if fixed:
         raise ValueError(f"{', '.join(fixed)}: cannot change when a run goes on; {', '.join(MACHINE)} can")
     return Settings().merged(read_toml(str(folder / CONFIG))).merged(changes)
-
-
-def _grouped(batches: DataLoader[Sample], size: int) -> Iterator[list[Sample]]:
-    group: list[Sample] = []
-    for sample in batches:
-        group.append(sample)
-        if len(group) == size:
-            yield group
-            group = []
-
-
-def _data(settings: Settings) -> tuple[Images, Images, str]:
-    if settings.data is None:
-        raise ValueError("data: name a folder of class folders, a CSV file, or digits")
-    return training_and_validation(settings.data, settings.val, settings.val_fraction)
-
-
-def _network(settings: Settings, train: Images) -> tuple[Input, Any, list[str]]:
-    """What the network takes, the network, notes; fills in_chans, mean and std of the settings."""
-    if train.arrays:
-        shape = next(_readable(train)).shape
-        channels = settings.in_chans or shape[0]
-    else:
-        channels = settings.in_chans or 3
-        if channels not in (1, 3):
-            raise ValueError(f"in_chans: expected 1 or 3 for pictures, got {channels}")
-    seed_all(mix("weights", settings.seed))
-    model, notes = build(settings, channels, train.classes)
-    mean, std = settings.mean, settings.std
-    if mean is None or std is None:
-        statistics = None if train.arrays else transforms.default_statistics(channels)
-        if statistics is None:
-            statistics = _statistics(train)
-            notes.append("mean and deviation measured on the images")
-        mean, std = mean or statistics[0], std or statistics[1]
-    if len(mean) != channels or len(std) != channels or not min(std) > 0:
-        raise ValueError(f"mean and std: expected {channels} values each, std positive, got {mean} and {std}")
-    settings.in_chans, settings.mean, settings.std = channels, mean, std
-    height, width = model.config["img_size"]
-    resize = int(min(height, width) / settings.crop_pct)
-    return Input(channels, (height, width), mean, std, resize), model, notes
-
-
-def _readable(images: Images) -> Iterator[Tensor]:
-    """Some of the arrays (C, H, W) float32, those that can be read."""
-    found = 0
-    for index in range(0, len(images), max(len(images) // _MEASURED, 1)):
-        with contextlib.suppress(transforms.UnreadableError):  # told when the run meets it
-            yield transforms.scaled(images.read(index))
-            found += 1
-    if not found:
-        raise ValueError("none of the images could be read")
-
-
-def _statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel, from 0 to 1 for integer types."""
-    total = squares = np.zeros(0)
-    count = 0
-    for array in _readable(images):
-        values = array.double().flatten(1).numpy()
-        if count and len(values) != len(total):
-            continue  # of another number of channels: skipped and told by the run
-        total = values.sum(1) + (total if count else 0)
-        squares = (values**2).sum(1) + (squares if count else 0)
-        count += values.shape[1]
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 1e-12))
-    return tuple(round(float(v), 6) for v in mean), tuple(max(round(float(v), 6), 1e-6) for v in std)
-
-
-def _eval_transform(of: Input, images: Images) -> transforms.Transform:
-    return transforms.array_eval(of) if images.arrays else transforms.picture_eval(of)
-
-
-def _mixup(settings: Settings, classes: int) -> Mixup | None:
-    if not settings.mixup and not settings.cutmix:
-        return None
-    return Mixup(
-        settings.mixup,
-        settings.cutmix,
-        switch_prob=settings.mix_switch,
-        label_smoothing=settings.label_smoothing,
-        num_classes=classes,
-    )

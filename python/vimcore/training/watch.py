@@ -41,7 +41,10 @@ class Watch:
 
         def before(line: bytes) -> bool:
             """Whether the line is of what the checkpoint holds."""
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # cut by a crash
+                return False
             if entry["kind"] == "fault":
                 self.skipped.add(entry["file"])
             return bool(
