@@ -87,7 +87,10 @@ Elements block_backward_elements(const Config& c, double images, double chunk, b
         e.wide +=
             tuned ? s.directions * (sums + starts) + rows * s.E : sums + starts + rows * s.E * (c.d_state > 16 ? 4 : 2);
         e.wide += s.directions * images * s.E * (s.N + s.R + 2);
-        e.wide += 512 * s.E * static_cast<double>(c.d_conv + 1) * s.directions + 2 * 1024 * s.D;
+        // partial sums of conv1d and norm, see their kernels
+        e.wide +=
+            std::min(512.0, images * std::ceil(s.L / 16)) * s.E * static_cast<double>(c.d_conv + 1) * s.directions +
+            std::min(1024.0, std::ceil(rows / 4)) * 2 * s.D;
     } else {
         const double channels = std::min(s.E, 64.0);
         const double own = channels * (3 * s.N + 2 + tiles * (s.N + 64)) + 16 * 65 * s.N;
