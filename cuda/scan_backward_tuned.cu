@@ -48,7 +48,8 @@ bool run(Context& ctx, const Scan& a)
     bool aligned = inner % 2 == 0;
     for (const Tensor& t : {a.xz, a.out, a.dout, a.dxz}) aligned = aligned && is_aligned(t.data, 2 * size);
     for (const ScanPass& p : a.passes)
-        aligned = aligned && is_aligned(p.u.data, 2 * size) && is_aligned(p.du.data, 2 * size);
+        aligned = aligned && is_aligned(p.u.data, 2 * size) && is_aligned(p.du.data, 2 * size) &&
+                  is_aligned(p.checkpoints.data, 8);
     if (!aligned) return false;
 
     Arena::Scope scope(ctx.arena());
@@ -57,6 +58,7 @@ bool run(Context& ctx, const Scan& a)
     s.tokens = static_cast<int>(len);
     s.dim = static_cast<int>(inner);
     s.rank = static_cast<int>(rank);
+    s.pitch = static_cast<int>(round_up(row, 4));
     s.directions = directions;
     s.chunk_tiles = static_cast<int>(a.chunk / Shape_::tile);
     s.chunks = static_cast<int>(ceil_div(len, a.chunk));
@@ -81,7 +83,7 @@ bool run(Context& ctx, const Scan& a)
         to.dt_bias = p.dt_bias.as<float>();
         to.checkpoints = p.checkpoints.as<float>();
         to.du = p.du.as<T>();
-        to.part = floats(ctx, {batch, s.groups, len, row});
+        to.part = floats(ctx, {batch, s.groups, len, s.pitch});
         to.parameters = floats(ctx, {batch, state + rank + 2, inner});
         to.reverse = p.reverse;
         s.wide_q = s.wide_q && is_aligned(to.q, 4 * size);
@@ -94,7 +96,8 @@ bool run(Context& ctx, const Scan& a)
     for (int i = 0; i < directions; i++) {
         const ScanPass& p = a.passes[static_cast<std::size_t>(i)];
         const BackPass<T>& from = s.pass[i];
-        rows[i] = {from.part, batch, s.groups, len, row, row, p.dq.as<T>(), nullptr, row, 0};
+        T* const dq = p.dq.as<T>();
+        rows[i] = {from.part, batch, s.groups, len, s.pitch, row, 2 * state, dq + rank, dq, row, row};
         const Index stride = (state + rank + 2) * inner;
         const float *const weight = from.parameters + state * inner, *const bias = weight + rank * inner;
         sums[4 * i] = {from.parameters, batch, stride, state, inner, from.A_log, p.dA_log.as<float>(), false};

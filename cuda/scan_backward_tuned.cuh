@@ -26,7 +26,7 @@ struct BackPass {
     const T *u, *q;
     const float *A_log, *D, *dt_weight, *dt_bias, *checkpoints;
     T* du;
-    float* part;        // (B, groups, len, R + 2N)
+    float* part;        // (B, groups, len, pitch): rows [dB | dC | ddt]
     float* parameters;  // (B, N + R + 2, E): dA, ddt_weight, ddt_bias, dD
     bool reverse;
 };
@@ -39,7 +39,7 @@ struct TunedBack {
     float* sum;     // (B, len, E) for two directions
     float* starts;  // (blocks, directions, tiles of a chunk - 1, 2, 64, 4) or null: a chunk is a tile
     int groups;     // of channels
-    int tokens, dim, rank, directions;
+    int tokens, dim, rank, pitch, directions;  // pitch: 2N + R, rounded up to 4
     int chunk_tiles, chunks;
     bool wide_q;  // four elements of q may be read at once
     float scale;
@@ -128,12 +128,13 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int s, co
     constexpr int which = Shape::terms_which;
     const int part = thread % Shape::lanes;
     const int warp = thread / device::warp_size, lane = thread % device::warp_size;
-    device::Vec<float, step> delta[C], du[C], gy[C];
+    int at[C];
+    device::Vec<float, step> delta_in[C], du_in[C];
 #pragma unroll
     for (int k = 0; k < C; k++) {
-        delta[k] = tile.delta.template load<step>(back_row<Shape>(thread, k) * Shape::pitch + s);
-        du[k] = tile.du.template load<step>(back_row<Shape>(thread, k) * Shape::pitch + s);
-        gy[k] = tile.gy.template load<step>(back_row<Shape>(thread, k) * Shape::pitch + s);
+        at[k] = back_row<Shape>(thread, k) * Shape::pitch + s;
+        delta_in[k] = tile.delta.template load<step>(at[k]);
+        du_in[k] = tile.du.template load<step>(at[k]);
     }
     float a[step][C][S], state[step + 1][C][S], y[C * step];
 #pragma unroll
@@ -149,8 +150,8 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int s, co
             float& sum = y[k * step + i];
 #pragma unroll
             for (int n = 0; n < S; n++) {
-                a[i][k][n] = device::exp2(delta[k][i] * A[k][n]);
-                state[i + 1][k][n] = fmaf(a[i][k][n], state[i][k][n], B[n] * du[k][i]);
+                a[i][k][n] = device::exp2(delta_in[k][i] * A[k][n]);
+                state[i + 1][k][n] = fmaf(a[i][k][n], state[i][k][n], B[n] * du_in[k][i]);
                 sum = n == 0 ? state[i + 1][k][n] * C_[n] : fmaf(state[i + 1][k][n], C_[n], sum);
             }
         }
@@ -158,24 +159,34 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int s, co
     back_sums<Shape>(tile.y, s, y, thread);
 
     float sums[2 * C * step];
+    device::Vec<float, round> delta_of[C], du_of[C], gy_of[C];  // read again, to hold fewer registers meanwhile
 #pragma unroll
     for (int i = step - 1; i >= 0; i--) {
+        if (i % round == round - 1) {
+#pragma unroll
+            for (int k = 0; k < C; k++) {
+                delta_of[k] = tile.delta.template load<round>(at[k] + i / round * round);
+                du_of[k] = tile.du.template load<round>(at[k] + i / round * round);
+                gy_of[k] = tile.gy.template load<round>(at[k] + i / round * round);
+            }
+        }
         const auto B = tile.BC.template load<S>((s + i) * 2 * N + part * S);
         const auto C_ = tile.BC.template load<S>((s + i) * 2 * N + N + part * S);
         device::Vec<float, S> dB, dC;
 #pragma unroll
         for (int k = 0; k < C; k++) {
+            const float delta = delta_of[k][i % round], du = du_of[k][i % round], gy = gy_of[k][i % round];
             float &lambda_B = sums[2 * k * step + i], &lambda_A = sums[(2 * k + 1) * step + i];
 #pragma unroll
             for (int n = 0; n < S; n++) {
-                const float l = fmaf(gy[k][i], C_[n], lambda[k][n]);
+                const float l = fmaf(gy, C_[n], lambda[k][n]);
                 lambda_B = n == 0 ? l * B[n] : fmaf(l, B[n], lambda_B);
-                dB[n] = k == 0 ? l * du[k][i] : fmaf(l, du[k][i], dB[n]);
-                dC[n] = k == 0 ? gy[k][i] * state[i + 1][k][n] : fmaf(gy[k][i], state[i + 1][k][n], dC[n]);
+                dB[n] = k == 0 ? l * du : fmaf(l, du, dB[n]);
+                dC[n] = k == 0 ? gy * state[i + 1][k][n] : fmaf(gy, state[i + 1][k][n], dC[n]);
                 lambda[k][n] = l * a[i][k][n];
                 const float kept = lambda[k][n] * state[i][k][n];
                 lambda_A = n == 0 ? kept * A[k][n] : fmaf(kept, A[k][n], lambda_A);
-                dA[k][n] = fmaf(delta[k][i], kept, dA[k][n]);
+                dA[k][n] = fmaf(delta, kept, dA[k][n]);
             }
         }
         const int terms = warp * Shape::terms;
@@ -204,8 +215,13 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int s, co
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 
+// Blocks of a multiprocessor that registers must be left for: as many as fit without spills.
 template <class Shape>
-__global__ void __launch_bounds__(2 * back_threads, 3) scan_backward_tuned(TunedBack<typename Shape::T> a)
+inline constexpr int back_blocks = Shape::states == 8 ? 2 : 3;
+
+template <class Shape>
+__global__ void __launch_bounds__(2 * back_threads, back_blocks<Shape>)
+    scan_backward_tuned(TunedBack<typename Shape::T> a)
 {
     using T = typename Shape::T;
     constexpr int N = Shape::states, C = Shape::C, S = Shape::S, K = Shape::tile, step = Shape::step;
@@ -269,13 +285,15 @@ __global__ void __launch_bounds__(2 * back_threads, 3) scan_backward_tuned(Tuned
         const int within = reverse ? high - index : index - low;  // tiles between the chunk's checkpoint and this one
         const bool chunk_ends = index == (reverse ? low : high);
         if (chunk_ends || within == 0) {
-            const float* const entry = p.checkpoints + (b * a.chunks + chunk) * N * a.dim + e0;
+            const float* from =
+                p.checkpoints + ((b * a.chunks + chunk) * N + part * S) * a.dim + e0 + 2 * (thread / Shape::lanes);
+            const bool is = 2 * (thread / Shape::lanes) < live, swapped = (thread & 1) != 0;
 #pragma unroll
-            for (int k = 0; k < C; k++) {
-                const int c = Shape::channel_of(back_row<Shape>(thread, k));
-#pragma unroll
-                for (int n = 0; n < S; n++)
-                    h[k][n] = c < live ? entry[static_cast<Index>(part * S + n) * a.dim + c] : 0.0f;
+            for (int n = 0; n < S; n++, from += a.dim) {
+                device::Vec<float, 2> both{};
+                if (is) both = device::load<2>(from);
+                h[0][n] = swapped ? both[1] : both[0];
+                h[1][n] = swapped ? both[0] : both[1];
             }
         } else {
 #pragma unroll
@@ -317,20 +335,24 @@ __global__ void __launch_bounds__(2 * back_threads, 3) scan_backward_tuned(Tuned
         back_finish(tile, p.u, p.du, a.rank, own, y);
         // Of two directions, the first to come to this tile; of both at once, the one that the other waits for.
         const bool first = both && (i < left || (i == left && direction == 0));
-        if (first) back_leave<Shape>(a.sum + own.place, own, y);
+        if (first) store_part(a.sum + own.place, own.step, own.count, y);
         if (both)
             device::sync_block();
         else
             sync_direction();
         if (!first) {
-            const BackGate<T> to{
-                a.z + gate, a.dout + own.place, a.out + own.place, a.dz + gate, both ? a.sum + own.place : nullptr,
-                a.scale};
-            back_gate<Shape>(to, both, own, y);
+            if (both) {
+                float other[2][Shape::deep];
+                load_part(a.sum + own.place, own.step, own.count, other);
+#pragma unroll
+                for (int k = 0; k < 2; k++)
+#pragma unroll
+                    for (int s = 0; s < Shape::deep; s++) y[k][s] += other[k][s];
+            }
+            back_gate<Shape>(a.z + gate, a.dout, a.out, a.dz + gate, a.scale, own, y);
         }
         back_totals(tile, a.rank, thread);
-        float* const part_rows = p.part + ((b * a.groups + group) * a.tokens + rows.first) * row;
-        back_rows_out(tile, part_rows, a.rank, rows, thread);
+        back_rows_out(tile, p.part + (b * a.groups + group) * a.tokens * a.pitch, a.rank, a.pitch, rows, thread);
     }
 
     sync_direction();
