@@ -215,9 +215,14 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int s, co
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 
-// Blocks of a multiprocessor that registers must be left for: as many as fit without spills.
+// Blocks of a multiprocessor that registers must be left for: as many as its shared memory has room for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int back_most_blocks = 2;
+#else
+inline constexpr int back_most_blocks = 3;
+#endif
 template <class Shape>
-inline constexpr int back_blocks = Shape::states == 8 ? 2 : 3;
+inline constexpr int back_blocks = Shape::states == 8 ? 2 : back_most_blocks;
 
 template <class Shape>
 __global__ void __launch_bounds__(2 * back_threads, back_blocks<Shape>)
