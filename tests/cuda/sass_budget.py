@@ -50,8 +50,8 @@ BUDGET: dict[tuple[int, int, int], dict[str, float]] = {
     (64, 2, 8): {"issue": 402, "ex2": 64, "lds": 20, "sts": 1, "shfl": 7},
 }
 
-# states: the same for the backward scan, whose threads have 2 channels and 4 states. EX2 is 1.75 per state; 256
-# slots are the arithmetic of 16 states: 13 each for the walk, 4 for three quarters of the run.
+# states: the same for the backward scan, whose threads have 2 channels and 4 states. EX2 is 1.75 per state;
+# 256 slots are the arithmetic of 16 states: 13 each for the walk, 4 for three quarters of the run.
 BACKWARD_BUDGET: dict[int, dict[str, float]] = {
     8: {"issue": 174, "ex2": 14, "lds": 18, "sts": 4, "shfl": 3},
     16: {"issue": 352, "ex2": 28, "lds": 28, "sts": 7, "shfl": 9},
