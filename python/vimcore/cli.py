@@ -222,6 +222,25 @@ def _bench(args: argparse.Namespace) -> int:
     return int(bench.main(args))
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import plan
+
+    plan.add_arguments(parser)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from . import plan
+
+    found = plan.report(args)
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    height, width = found["config"]["img_size"]
+    print(f"{height} x {width} pixels, {found['tokens']} tokens; bytes are an upper estimate")
+    _print_table(plan.table(found))
+    return 0
+
+
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
 
@@ -255,6 +274,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "convert": ("make a vimcore file from the authors' weights", _convert_arguments, _convert),
     "info": ("show what a vimcore file holds", _info_arguments, _info),
     "bench": ("measure speed against other networks and libraries", _bench_arguments, _bench),
+    "plan": ("say how much memory a network needs, and which batches fit", _plan_arguments, _plan),
     "doctor": (
         "show build and machine, and test the kernels against a float64 reference",
         _doctor_arguments,
