@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vimcore plan`: sums, what fits, and agreement with what a network keeps.
 
-Scratch memory is compared in tests/cpp/test_plan.cpp on the CPU and tests/cuda/test_plan_cuda.cpp on a device.
+Scratch memory is compared in tests/cpp/test_plan.cpp and tests/cuda/test_plan_cuda.cpp.
 """
 
 from __future__ import annotations
