@@ -221,8 +221,9 @@ ConvParams<T> params(Context& ctx, const Conv1d& a, std::span<const ConvPass> pa
     p.parts = ceil_div(units, p.items);
     for (std::size_t i = 0; i < passes.size(); i++) {
         const ConvPass& pass = passes[i];
-        if (pass.dweight) parts[i].dweight = ctx.arena().take({p.parts, p.dim * p.width}, DType::f32);
-        if (pass.dbias) parts[i].dbias = ctx.arena().take({p.parts, p.dim}, DType::f32);
+        const Shape weight{p.parts, p.dim * p.width}, bias{p.parts, p.dim};
+        if (pass.dweight) parts[i].dweight = ctx.arena().take(weight, DType::f32);
+        if (pass.dbias) parts[i].dbias = ctx.arena().take(bias, DType::f32);
         p.pass[i] = {pass.weight.as<float>(), pass.bias.as<float>(), pass.du.as<T>(), parts[i].dweight.as<float>(),
                      parts[i].dbias.as<float>()};
     }
@@ -275,7 +276,8 @@ void run_any(Context& ctx, const Conv1d& a, const ConvPass& pass, bool add)
     Parts parts;
     const Index rows = a.x.size(0) * a.x.size(1);
     const ConvParams<T> p = params<T>(ctx, a, {&pass, 1}, rows, &parts);
-    const Tensor dp = ctx.arena().take({rows, p.dim}, DType::f32);
+    const Shape shape{rows, p.dim};
+    const Tensor dp = ctx.arena().take(shape, DType::f32);
     const dim3 flat = flat_grid(rows * p.dim);
     VIM_LAUNCH((conv_dp<T>), flat, flat_block, 0, stream_of(ctx), p, dp.as<float>());
     VIM_LAUNCH((conv_dx<T>), flat, flat_block, 0, stream_of(ctx), p, dp.as<float>(), add);

@@ -206,7 +206,7 @@ void linear_backward(Context& ctx, std::span<const LinearBackward> args)
     for (const LinearBackward& a : args) {
         const Index outputs = a.dy.shape[-1];
         const ColumnSum bias{a.dbias ? a.dy.view({a.dy.numel() / std::max<Index>(outputs, 1), outputs}) : Tensor{},
-                          a.dbias};
+                             a.dbias};
         if (a.dbias) sum_columns(ctx, {&bias, 1});
     }
 }

@@ -207,9 +207,10 @@ void run(Context& ctx, const NormBackward& a)
     p.part = round_up(ceil_div(p.rows, most_parts), warps);
     p.eps = static_cast<float>(a.eps);
     const Index parts = ceil_div(p.rows, p.part);
+    const Shape sums_shape{parts, p.dim}, statistics_shape{p.rows, 2};
     Tensor dweight, dbias;
-    if (a.dweight) dweight = ctx.arena().take({parts, p.dim}, DType::f32);
-    if (a.dbias) dbias = ctx.arena().take({parts, p.dim}, DType::f32);
+    if (a.dweight) dweight = ctx.arena().take(sums_shape, DType::f32);
+    if (a.dbias) dbias = ctx.arena().take(sums_shape, DType::f32);
     p.dweight = dweight.as<float>();
     p.dbias = dbias.as<float>();
 
@@ -230,7 +231,7 @@ void run(Context& ctx, const NormBackward& a)
                                  });
     if (!short_rows || vectors * V > 32) {
         Tensor statistics;
-        if (dweight || dbias) statistics = ctx.arena().take({p.rows, 2}, DType::f32);
+        if (dweight || dbias) statistics = ctx.arena().take(statistics_shape, DType::f32);
         p.statistics = statistics.as<float>();
         VIM_LAUNCH((norm_backward_rows<T, layer>), static_cast<unsigned>(ceil_div(p.rows, warps)),
                    warps * device::warp_size, 0, stream, p);

@@ -21,7 +21,7 @@ void scan_forward(Context& ctx, const Scan& args);                         // sc
 void selective_scan_forward(Context& ctx, const SelectiveScan& args);      // scan.cu
 bool scan_forward_tuned(Context& ctx, const Scan& args);                   // scan_tuned.cu; false: not for these sizes
 void scan_backward(Context& ctx, const Scan& args);                        // scan_backward.cu
-bool scan_backward_tuned(Context& ctx, const Scan& args);                  // scan_backward_tuned.cu; false: not for these
+bool scan_backward_tuned(Context& ctx, const Scan& args);                  // scan_backward_tuned.cu; false: not these
 void selective_scan_backward(Context& ctx, const SelectiveScan& args);     // scan_backward.cu
 void patches_forward(Context& ctx, const Patches& args);                   // embed.cu
 void patches_backward(Context& ctx, const Patches& args);                  // embed_backward.cu

@@ -64,7 +64,8 @@ void run(Context& ctx, std::span<const ColumnSum> sums)
     for (std::size_t i = 0; i < sums.size(); i++) {
         p.x[i] = sums[i].x.template as<T>();
         p.columns[i] = sums[i].x.size(1);
-        rest[i] = {p.add ? Tensor{} : ctx.arena().take({p.chunks, p.columns[i]}, DType::f32), sums[i].out};
+        const Shape parts{p.chunks, p.columns[i]};
+        rest[i] = {p.add ? Tensor{} : ctx.arena().take(parts, DType::f32), sums[i].out};
         p.out[i] = (p.add ? sums[i].out : rest[i].x).template as<float>();
         widest = std::max(widest, p.columns[i]);
     }

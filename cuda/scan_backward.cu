@@ -91,7 +91,8 @@ void run_pass(Context& ctx, const Scan& a, const ScanPass& p, float* y, bool add
     take_partials(ctx, s);
     run_generic(ctx, s);
     T* const dq = p.dq.as<T>();
-    const RowSum<T> rows{s.part, batch, s.f.groups, len, 2 * state, 2 * state, dq + s.f.rank, nullptr, row, 0};
+    const RowSum<T> rows{s.part,    batch,         s.f.groups, len, 2 * state, 2 * state,
+                         2 * state, dq + s.f.rank, nullptr,    row, 0};
     sum_rows<T>(ctx, {&rows, 1});
     add_parameters(ctx, s, p.dA_log, p.dD, p.ddt_bias, false);
     dt_backward<T>(ctx, {static_cast<const float*>(s.draw.data), p.dt_weight.as<float>(), p.q.as<T>(), dq,
@@ -130,7 +131,8 @@ void run_textbook(Context& ctx, const SelectiveScan& a)
     if (state > generic_states) s.y = floats(ctx, a.u.shape);
     take_partials(ctx, s);
     run_generic(ctx, s);
-    const RowSum<T> rows{s.part, batch, s.f.groups, len, 2 * state, state, a.dB.as<T>(), a.dC.as<T>(), state, state};
+    const RowSum<T> rows{s.part, batch,        s.f.groups,   len,   2 * state, 2 * state,
+                         state,  a.dB.as<T>(), a.dC.as<T>(), state, state};
     sum_rows<T>(ctx, {&rows, 1});
     add_parameters(ctx, s, a.dA, a.dD, a.ddelta_bias, true);
 }

@@ -107,21 +107,34 @@ struct BackPart {
     Index place;
 };
 
-// Two neighbouring channels of one token in memory; zeros where not valid.
-template <class V>
-__device__ __forceinline__ device::Vec<float, 2> load_pair(const V* from, bool valid)
+// A thread's part of a tensor, from its first element on; zeros beyond the last token.
+template <int deep, class V>
+__device__ __forceinline__ void load_part(const V* from, int step, int count, float (&x)[2][deep])
 {
-    device::Vec<float, 2> to{};
-    if (!valid) return to;
-    const device::Vec<V, 2> both = device::load<2>(from);
-    to[0] = device::to_float(both[0]);
-    to[1] = device::to_float(both[1]);
-    return to;
+    if (count >= deep) {
+#pragma unroll
+        for (int s = 0; s < deep; s++, from += step) {
+            const device::Vec<V, 2> pair = device::load<2>(from);
+            x[0][s] = device::to_float(pair[0]);
+            x[1][s] = device::to_float(pair[1]);
+        }
+    } else {
+#pragma unroll
+        for (int s = 0; s < deep; s++, from += step) {
+            x[0][s] = x[1][s] = 0.0f;
+            if (s >= count) continue;
+            x[0][s] = device::to_float(from[0]);
+            x[1][s] = device::to_float(from[1]);
+        }
+    }
 }
-template <class V>
-__device__ __forceinline__ void store_pair(V* to, bool valid, float x0, float x1)
+template <int deep, class V>
+__device__ __forceinline__ void store_part(V* to, int step, int count, const float (&x)[2][deep])
 {
-    if (valid) device::store(to, device::Vec<V, 2>{{device::from_float<V>(x0), device::from_float<V>(x1)}});
+#pragma unroll
+    for (int s = 0; s < deep; s++, to += step)
+        if (s < count)
+            device::store(to, device::Vec<V, 2>{{device::from_float<V>(x[0][s]), device::from_float<V>(x[1][s])}});
 }
 
 // ---- q to float
@@ -165,20 +178,19 @@ __device__ __forceinline__ void back_delta(const BackTile<Shape>& tile, const ty
                                            const BackPart& own)
 {
     constexpr int deep = Shape::deep, channels = Shape::channels, vector = Shape::vector;
-    const int pair = own.pair, s0 = own.s0;
-    u += own.place;
-    float x[2][deep];
-    const auto bias = tile.weight.template load<2>(rank * channels + 2 * pair);
+    float in[2][deep], x[2][deep];
+    load_part(u + own.place, own.step, own.count, in);
+    const auto bias = tile.weight.template load<2>(rank * channels + 2 * own.pair);
 #pragma unroll
     for (int k = 0; k < 2; k++)
 #pragma unroll
         for (int s = 0; s < deep; s++) x[k][s] = bias[k];
 #pragma unroll 4
     for (int r = 0; r < rank; r++) {
-        const auto weight = tile.weight.template load<2>(r * channels + 2 * pair);
+        const auto weight = tile.weight.template load<2>(r * channels + 2 * own.pair);
 #pragma unroll
         for (int s = 0; s < deep; s += vector) {
-            const auto dt = tile.dt.template load<vector>(r * Shape::pitch + s0 + s);
+            const auto dt = tile.dt.template load<vector>(r * Shape::pitch + own.s0 + s);
 #pragma unroll
             for (int k = 0; k < 2; k++)
 #pragma unroll
@@ -186,24 +198,30 @@ __device__ __forceinline__ void back_delta(const BackTile<Shape>& tile, const ty
         }
     }
 #pragma unroll
-    for (int s = 0; s < deep; s += vector) {
-        device::Vec<float, vector> delta[2], du[2];
+    for (int k = 0; k < 2; k++)
 #pragma unroll
-        for (int i = 0; i < vector; i++) {
-            const bool valid = s + i < own.count;
-            const auto in = load_pair(u + (s + i) * own.step, valid);
+        for (int s = 0; s < deep; s++) x[k][s] = device::softplus(x[k][s]);
+    if (own.count < deep) {
 #pragma unroll
-            for (int k = 0; k < 2; k++) {
-                delta[k][i] = valid ? device::softplus(x[k][s + i]) : 0.0f;
-                du[k][i] = delta[k][i] * in[k];
-            }
-        }
+        for (int k = 0; k < 2; k++)
 #pragma unroll
-        for (int k = 0; k < 2; k++) {
-            tile.delta.template store<vector>(Shape::row_of(pair, k) * Shape::pitch + s0 + s, delta[k]);
-            tile.du.template store<vector>(Shape::row_of(pair, k) * Shape::pitch + s0 + s, du[k]);
-        }
+            for (int s = 0; s < deep; s++)
+                if (s >= own.count) x[k][s] = 0.0f;
     }
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+#pragma unroll
+        for (int s = 0; s < deep; s += vector) {
+            const int at = Shape::row_of(own.pair, k) * Shape::pitch + own.s0 + s;
+            device::Vec<float, vector> delta, du;
+#pragma unroll
+            for (int i = 0; i < vector; i++) {
+                delta[i] = x[k][s + i];
+                du[i] = x[k][s + i] * in[k][s + i];
+            }
+            tile.delta.template store<vector>(at, delta);
+            tile.du.template store<vector>(at, du);
+        }
 }
 
 // gy = scale silu(z) dout. z: this thread's first element; its rows are twice as long.
@@ -212,21 +230,18 @@ __device__ __forceinline__ void back_gy(const BackTile<Shape>& tile, const typen
                                         const typename Shape::T* dout, float scale, const BackPart& own)
 {
     constexpr int deep = Shape::deep, vector = Shape::vector;
-    dout += own.place;
+    float gate[2][deep], in[2][deep];
+    load_part(z, 2 * own.step, own.count, gate);
+    load_part(dout + own.place, own.step, own.count, in);
 #pragma unroll
-    for (int s = 0; s < deep; s += vector) {
-        device::Vec<float, vector> gy[2];
+    for (int k = 0; k < 2; k++)
 #pragma unroll
-        for (int i = 0; i < vector; i++) {
-            const auto gate = load_pair(z + 2 * (s + i) * own.step, s + i < own.count);
-            const auto in = load_pair(dout + (s + i) * own.step, s + i < own.count);
+        for (int s = 0; s < deep; s += vector) {
+            device::Vec<float, vector> gy;
 #pragma unroll
-            for (int k = 0; k < 2; k++) gy[k][i] = scale * device::silu(gate[k]) * in[k];
+            for (int i = 0; i < vector; i++) gy[i] = scale * in[k][s + i] * device::silu(gate[k][s + i]);
+            tile.gy.template store<vector>(Shape::row_of(own.pair, k) * Shape::pitch + own.s0 + s, gy);
         }
-#pragma unroll
-        for (int k = 0; k < 2; k++)
-            tile.gy.template store<vector>(Shape::row_of(own.pair, k) * Shape::pitch + own.s0 + s, gy[k]);
-    }
 }
 
 // ---- after the recurrence
@@ -252,16 +267,12 @@ __device__ __forceinline__ void back_finish(const BackTile<Shape>& tile, const t
     constexpr int deep = Shape::deep, vector = Shape::vector;
     constexpr float ln2 = 0.69314718055994531f;
     const auto D = tile.weight.template load<2>((rank + 1) * Shape::channels + 2 * own.pair);
-    u += own.place;
-    du += own.place;
+    float in[2][deep], out[2][deep];
+    load_part(u + own.place, own.step, own.count, in);
 #pragma unroll
-    for (int s = 0; s < deep; s += vector) {
-        device::Vec<float, 2> in[vector];
+    for (int k = 0; k < 2; k++)
 #pragma unroll
-        for (int i = 0; i < vector; i++) in[i] = load_pair(u + (s + i) * own.step, s + i < own.count);
-        device::Vec<float, vector> out[2];
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
+        for (int s = 0; s < deep; s += vector) {
             const int at = Shape::row_of(own.pair, k) * Shape::pitch + own.s0 + s;
             const auto delta = tile.delta.template load<vector>(at), gy = tile.gy.template load<vector>(at);
             const auto lambda_B = tile.du.template load<vector>(at);
@@ -270,56 +281,38 @@ __device__ __forceinline__ void back_finish(const BackTile<Shape>& tile, const t
             device::Vec<float, vector> draw, gyu;
 #pragma unroll
             for (int i = 0; i < vector; i++) {
-                draw[i] = softplus_slope(delta[i]) * fmaf(in[i][k], lambda_B[i], ln2 * lambda_A[i]);
-                gyu[i] = gy[i] * in[i][k];
-                out[k][i] = fmaf(delta[i], lambda_B[i], D[k] * gy[i]);
-                y[k][s + i] = fmaf(D[k], in[i][k], sum[i]);
+                const float x = in[k][s + i];
+                draw[i] = softplus_slope(delta[i]) * fmaf(x, lambda_B[i], ln2 * lambda_A[i]);
+                gyu[i] = gy[i] * x;
+                out[k][s + i] = fmaf(delta[i], lambda_B[i], D[k] * gy[i]);
+                y[k][s + i] = fmaf(D[k], x, sum[i]);
             }
             tile.delta.template store<vector>(at, draw);
             tile.gy.template store<vector>(at, gyu);
         }
-#pragma unroll
-        for (int i = 0; i < vector; i++) store_pair(du + (s + i) * own.step, s + i < own.count, out[0][i], out[1][i]);
-    }
+    store_part(du + own.place, own.step, own.count, out);
 }
 
-// Where a thread's elements begin.
-template <class T>
-struct BackGate {
-    const T *z, *dout;
-    T *out, *dz;
-    float* sum;  // of directions
-    float scale;
-};
-
-// Leaves y for the other direction.
+// The gated output and the gradient of the gate, from y of both directions. z, dz: this thread's first elements.
 template <class Shape>
-__device__ __forceinline__ void back_leave(float* sum, const BackPart& own, const float (&y)[2][Shape::deep])
+__device__ __forceinline__ void back_gate(const typename Shape::T* z, const typename Shape::T* dout,
+                                          typename Shape::T* out, typename Shape::T* dz, float scale,
+                                          const BackPart& own, float (&y)[2][Shape::deep])
 {
+    constexpr int deep = Shape::deep;
+    float gate[2][deep], in[2][deep];
+    load_part(z, 2 * own.step, own.count, gate);
+    load_part(dout + own.place, own.step, own.count, in);
 #pragma unroll
-    for (int s = 0; s < Shape::deep; s++) store_pair(sum + s * own.step, s < own.count, y[0][s], y[1][s]);
-}
-
-// The gated output and the gradient of the gate, from y and, with `add`, what the other direction left.
-template <class Shape>
-__device__ __forceinline__ void back_gate(const BackGate<typename Shape::T>& to, bool add, const BackPart& own,
-                                          const float (&y)[2][Shape::deep])
-{
+    for (int k = 0; k < 2; k++)
 #pragma unroll
-    for (int s = 0; s < Shape::deep; s++) {
-        const bool valid = s < own.count;
-        const auto sum = load_pair(to.sum + s * own.step, valid && add);
-        const auto z = load_pair(to.z + 2 * s * own.step, valid), dout = load_pair(to.dout + s * own.step, valid);
-        float out[2], dz[2];
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            const float total = to.scale * (y[k][s] + sum[k]), gate = device::sigmoid(z[k]);
-            out[k] = total * (z[k] * gate);
-            dz[k] = dout[k] * total * gate * fmaf(z[k], 1.0f - gate, 1.0f);
+        for (int s = 0; s < deep; s++) {
+            const float total = scale * y[k][s], slope = device::sigmoid(gate[k][s]), open = gate[k][s] * slope;
+            y[k][s] = total * open;
+            gate[k][s] = in[k][s] * total * fmaf(open, 1.0f - slope, slope);
         }
-        store_pair(to.out + s * own.step, valid, out[0], out[1]);
-        store_pair(to.dz + 2 * s * own.step, valid, dz[0], dz[1]);
-    }
+    store_part(out + own.place, own.step, own.count, y);
+    store_part(dz, 2 * own.step, own.count, gate);
 }
 
 // ---- dt projection
@@ -361,20 +354,33 @@ __device__ __forceinline__ void back_totals(const BackTile<Shape>& tile, int ran
     tile.totals[(rank + 1) * channels + c] = D;
 }
 
-// The tile's rows of the block's share in dq: dt through the projection, dB and dC from the warps. to: first token.
+// The tile's rows [dB | dC | ddt] of the block's share in dq: dB and dC from the warps, dt through the projection. to:
+// the image's first token; rows are `pitch` elements apart, all aligned by 16 bytes.
 template <class Shape>
-__device__ __forceinline__ void back_rows_out(const BackTile<Shape>& tile, float* to, int rank, const BackRows& rows,
-                                              int thread)
+__device__ __forceinline__ void back_rows_out(const BackTile<Shape>& tile, float* to, int rank, int pitch,
+                                              const BackRows& rows, int thread)
 {
-    constexpr int K = Shape::tile, N = Shape::states, channels = Shape::channels;
-    const int row = rank + 2 * N;
+    constexpr int K = Shape::tile, N = Shape::states, groups = K / 4, parts = 2 * N / 4;
+#pragma unroll
+    for (int i = thread; i < K * parts; i += back_threads) {
+        const int s = i / parts, n = i % parts * 4;
+        auto sum = tile.rows.template load<4>(s * 2 * N + n);
+#pragma unroll
+        for (int warp = 1; warp < back_warps; warp++) {
+            const auto more = tile.rows.template load<4>((warp * K + s) * 2 * N + n);
+#pragma unroll
+            for (int j = 0; j < 4; j++) sum[j] += more[j];
+        }
+        if (s < rows.count) device::store(to + static_cast<Index>(rows.natural(s)) * pitch + n, sum);
+    }
+    const int s = thread % groups * 4;
+    to += static_cast<Index>(rows.natural(s)) * pitch + 2 * N;
 #pragma unroll 1
-    for (int i = thread; i < K / 4 * rank; i += back_threads) {
-        const int s = i / rank * 4, r = i % rank;
+    for (int r = thread / groups; r < rank; r += back_threads / groups) {
         float sum[4] = {};
 #pragma unroll 4
         for (int pair = 0; pair < Shape::pairs; pair++) {
-            const auto weight = tile.weight.template load<2>(r * channels + 2 * pair);
+            const auto weight = tile.weight.template load<2>(r * Shape::channels + 2 * pair);
 #pragma unroll
             for (int k = 0; k < 2; k++) {
                 const auto draw = tile.delta.template load<4>(Shape::row_of(pair, k) * Shape::pitch + s);
@@ -384,15 +390,7 @@ __device__ __forceinline__ void back_rows_out(const BackTile<Shape>& tile, float
         }
 #pragma unroll
         for (int j = 0; j < 4; j++)
-            if (s + j < rows.count) to[static_cast<Index>(rows.way * (s + j)) * row + r] = sum[j];
-    }
-#pragma unroll 2
-    for (int i = thread; i < K * 2 * N; i += back_threads) {
-        const int s = i / (2 * N), n = i % (2 * N);
-        float sum = tile.rows[i];
-#pragma unroll
-        for (int warp = 1; warp < back_warps; warp++) sum += tile.rows[warp * K * 2 * N + i];
-        if (s < rows.count) to[static_cast<Index>(rows.way * s) * row + rank + n] = sum;
+            if (s + j < rows.count) to[rows.way * j * pitch + r] = sum[j];
     }
 }
 

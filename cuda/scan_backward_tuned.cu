@@ -15,6 +15,14 @@ namespace {
 constexpr int most_shared = 99 * 1024;  // bytes of shared memory that every device since sm_80 grants a block
 constexpr Index large = Index{1} << 28;
 
+// Tokens of a segment: all, up to some length; then, whatever the batch is, so that its images give the same bits. A
+// multiple of the chunk.
+Index segment_of(Index len, Index chunk)
+{
+    constexpr Index whole = 2048, least = 256, most_segments = 64;
+    return round_up(len < whole ? len : std::max(least, ceil_div(len, most_segments)), chunk);
+}
+
 bool is_aligned(const void* p, Index bytes)
 {
     return reinterpret_cast<std::uintptr_t>(p) % static_cast<std::uintptr_t>(bytes) == 0;
@@ -48,7 +56,8 @@ bool run(Context& ctx, const Scan& a)
     bool aligned = inner % 2 == 0;
     for (const Tensor& t : {a.xz, a.out, a.dout, a.dxz}) aligned = aligned && is_aligned(t.data, 2 * size);
     for (const ScanPass& p : a.passes)
-        aligned = aligned && is_aligned(p.u.data, 2 * size) && is_aligned(p.du.data, 2 * size);
+        aligned = aligned && is_aligned(p.u.data, 2 * size) && is_aligned(p.du.data, 2 * size) &&
+                  is_aligned(p.checkpoints.data, 8);
     if (!aligned) return false;
 
     Arena::Scope scope(ctx.arena());
@@ -57,6 +66,7 @@ bool run(Context& ctx, const Scan& a)
     s.tokens = static_cast<int>(len);
     s.dim = static_cast<int>(inner);
     s.rank = static_cast<int>(rank);
+    s.pitch = static_cast<int>(round_up(row, 4));
     s.directions = directions;
     s.chunk_tiles = static_cast<int>(a.chunk / Shape_::tile);
     s.chunks = static_cast<int>(ceil_div(len, a.chunk));
@@ -67,8 +77,12 @@ bool run(Context& ctx, const Scan& a)
     s.out = a.out.as<T>();
     if (directions == 2) s.sum = size == 4 ? a.out.as<float>() : floats(ctx, a.out.shape);
     s.wide_q = rank % 4 == 0;
-    const Index blocks = batch * s.groups, tiles = std::min(a.chunk, round_up(len, Shape_::tile)) / Shape_::tile;
+    const Index tiles = std::min(a.chunk, round_up(len, Shape_::tile)) / Shape_::tile;
     s.chunk_tiles = static_cast<int>(tiles);  // no more than there are
+    const Index segment = segment_of(len, tiles * Shape_::tile), units = batch * ceil_div(len, segment);
+    const Index blocks = units * s.groups;
+    s.segment_tiles = static_cast<int>(segment / Shape_::tile);
+    s.segments = static_cast<int>(ceil_div(len, segment));
     if (tiles > 1) s.starts = floats(ctx, {blocks * directions, tiles - 1, Shape_::C, back_threads * Shape_::S});
     for (int i = 0; i < directions; i++) {
         const ScanPass& p = a.passes[static_cast<std::size_t>(i)];
@@ -81,26 +95,35 @@ bool run(Context& ctx, const Scan& a)
         to.dt_bias = p.dt_bias.as<float>();
         to.checkpoints = p.checkpoints.as<float>();
         to.du = p.du.as<T>();
-        to.part = floats(ctx, {batch, s.groups, len, row});
-        to.parameters = floats(ctx, {batch, state + rank + 2, inner});
+        to.part = floats(ctx, {batch, s.groups, len, s.pitch});
+        to.parameters = floats(ctx, {units, state + rank + 2, inner});
+        if (s.segments > 1) {
+            to.lambda = floats(ctx, {units, state, inner});
+            to.steps = floats(ctx, {units, inner});
+        }
         to.reverse = p.reverse;
         s.wide_q = s.wide_q && is_aligned(to.q, 4 * size);
     }
-    VIM_LAUNCH((scan_backward_tuned<Shape_>), dim3(static_cast<unsigned>(blocks)),
-               static_cast<unsigned>(directions * back_threads), bytes, stream_of(ctx), s);
+    const dim3 grid(static_cast<unsigned>(blocks));
+    const unsigned threads = static_cast<unsigned>(directions * back_threads);
+    if (s.segments > 1) VIM_LAUNCH((scan_backward_ahead<Shape_>), grid, threads, bytes, stream_of(ctx), s);
+    VIM_LAUNCH((scan_backward_tuned<Shape_>), grid, threads, bytes, stream_of(ctx), s);
 
     RowSum<T> rows[2];
     PartialSum sums[8];
     for (int i = 0; i < directions; i++) {
         const ScanPass& p = a.passes[static_cast<std::size_t>(i)];
         const BackPass<T>& from = s.pass[i];
-        rows[i] = {from.part, batch, s.groups, len, row, row, p.dq.as<T>(), nullptr, row, 0};
-        const Index stride = (state + rank + 2) * inner;
+        T* const dq = p.dq.as<T>();
+        rows[i] = {from.part, batch, s.groups, len, s.pitch, row, 2 * state, dq + rank, dq, row, row};
         const float *const weight = from.parameters + state * inner, *const bias = weight + rank * inner;
-        sums[4 * i] = {from.parameters, batch, stride, state, inner, from.A_log, p.dA_log.as<float>(), false};
-        sums[4 * i + 1] = {weight, batch, stride, rank, inner, nullptr, p.ddt_weight.as<float>(), false};
-        sums[4 * i + 2] = {bias, batch, stride, 1, inner, nullptr, p.ddt_bias.as<float>(), false};
-        sums[4 * i + 3] = {bias + inner, batch, stride, 1, inner, nullptr, p.dD.as<float>(), false};
+        auto sum_of = [&](const float* part, Index count, const float* A_log, const Tensor& to) {
+            return PartialSum{part, units, (state + rank + 2) * inner, count, inner, A_log, to.as<float>(), false};
+        };
+        sums[4 * i] = sum_of(from.parameters, state, from.A_log, p.dA_log);
+        sums[4 * i + 1] = sum_of(weight, rank, nullptr, p.ddt_weight);
+        sums[4 * i + 2] = sum_of(bias, 1, nullptr, p.ddt_bias);
+        sums[4 * i + 3] = sum_of(bias + inner, 1, nullptr, p.dD);
     }
     sum_rows<T>(ctx, {rows, a.passes.size()});
     add_partials(ctx, {sums, 4 * a.passes.size()});

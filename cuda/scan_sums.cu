@@ -39,10 +39,10 @@ template <class T>
 __global__ void sum_rows_kernel(RowTable<T> table)
 {
     const RowSum<T>& s = table.sum[blockIdx.y];
-    const Index i = device::flat_index(), image = s.tokens * s.width;
-    if (i >= s.batch * image) return;
-    const Index b = i / image, token = i / s.width, column = i % s.width;
-    const float* part = s.part + b * s.groups * image + i % image;
+    const Index i = device::flat_index(), token = i / s.width, column = i % s.width;
+    if (token >= s.batch * s.tokens) return;
+    const Index b = token / s.tokens, image = s.tokens * s.pitch;
+    const float* part = s.part + b * s.groups * image + token % s.tokens * s.pitch + column;
     float sum = 0;
     for (Index g = 0; g < s.groups; g++) sum += part[g * image];
     T* const to =

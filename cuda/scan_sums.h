@@ -24,7 +24,7 @@ void add_partials(Context& ctx, std::span<const PartialSum> sums);  // 8 at most
 template <class T>
 struct RowSum {
     const float* part;
-    Index batch, groups, tokens, width, split;
+    Index batch, groups, tokens, pitch, width, split;
     T *first, *second;
     Index ld_first, ld_second;
 };

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <limits>
 #include <stdexcept>
@@ -22,6 +23,19 @@ std::int64_t saturated(double bytes)
     return bytes < static_cast<double>(most) ? static_cast<std::int64_t>(bytes) : most;
 }
 
+// Tokens per operator call, without asking for the device.
+std::int64_t tile_of(Device device)
+{
+    return device.type == Device::Type::cpu ? cpu_backend().tile() : std::int64_t{1} << 40;
+}
+
+void check(const Config& c, std::int64_t batch, int threads)
+{
+    c.validate();
+    if (batch < 1) throw std::invalid_argument("[plan] batch: expected at least 1, got " + std::to_string(batch));
+    if (threads < 1) throw std::invalid_argument("[plan] threads: expected at least 1, got " + std::to_string(threads));
+}
+
 // Elements that the blocks of one group of images take at once, in the activations' type; see block.cpp.
 double group_elements(const Config& c, std::int64_t images, std::int64_t tile)
 {
@@ -33,14 +47,110 @@ double group_elements(const Config& c, std::int64_t images, std::int64_t tile)
     return 3 * n * len * inner + rows * (projections * (inner + q) + static_cast<double>(c.embed_dim));
 }
 
+// Sizes as numbers that do not overflow.
+struct Sizes {
+    explicit Sizes(const Config& c, std::int64_t batch)
+        : B(static_cast<double>(batch)),
+          L(static_cast<double>(c.tokens())),
+          D(static_cast<double>(c.embed_dim)),
+          E(static_cast<double>(c.inner())),
+          N(static_cast<double>(c.d_state)),
+          R(static_cast<double>(c.rank())),
+          J(static_cast<double>(c.patches())),
+          patch(static_cast<double>(c.in_chans * c.patch_size * c.patch_size)),
+          directions(c.two_directions() ? 2 : 1),
+          projections(c.directions == Directions::ssm_conv ? 2 : 1)
+    {
+    }
+    double B, L, D, E, N, R, J, patch, directions, projections;
+};
+
+// Elements in the activations' type, and in the wide one.
+struct Elements {
+    double narrow = 0, wide = 0;
+};
+
+// What block_backward takes for `images` images; see block.cpp, and the scans' backward of each backend.
+Elements block_backward_elements(const Config& c, double images, double chunk, bool cuda)
+{
+    const Sizes s(c, 1);
+    const double rows = images * s.L, groups = std::ceil(s.E / 64), tiles = std::ceil(std::min(chunk, s.L) / 16);
+    const bool shared_u = s.directions > s.projections;
+    Elements e;
+    e.narrow =
+        rows * (4 * s.E + (2 * s.projections + (shared_u ? 1 : 0)) * s.E + s.directions * (s.R + 2 * s.N) + 2 * s.D);
+    if (c.layer_scale) e.wide += 2 * s.D * s.E;
+    if (cuda) {
+        // the tuned kernels, or the generic one
+        const bool tuned = c.d_state == 8 || c.d_state == 16 || c.d_state == 32;
+        const double sums = rows * groups * (2 * s.N + s.R), starts = images * s.E * s.N * tiles;
+        e.wide +=
+            tuned ? s.directions * (sums + starts) + rows * s.E : sums + starts + rows * s.E * (c.d_state > 16 ? 4 : 2);
+        e.wide += s.directions * images * s.E * (s.N + s.R + 2);
+        // partial sums of conv1d and norm, see their kernels
+        e.wide +=
+            std::min(512.0, images * std::ceil(s.L / 16)) * s.E * static_cast<double>(c.d_conv + 1) * s.directions +
+            std::min(1024.0, std::ceil(rows / 4)) * 2 * s.D;
+    } else {
+        const double channels = std::min(s.E, 64.0);
+        const double own = channels * (3 * s.N + 2 + tiles * (s.N + 64)) + 16 * 65 * s.N;
+        e.narrow +=
+            s.directions * images * (s.L * s.E + groups * 2 * s.L * s.N + s.E * (s.N + 2)) + images * groups * own;
+        e.narrow += s.directions * images * s.E * static_cast<double>(c.d_conv + 1);
+    }
+    return e;
+}
+
 }  // namespace
+
+std::int64_t saved_bytes(const Config& c, Memory memory, std::int64_t batch, DType dtype)
+{
+    check(c, batch, 1);
+    const Sizes s(c, batch);
+    const double narrow = static_cast<double>(size_of(dtype)), wide_size = static_cast<double>(size_of(wide(dtype)));
+    auto aligned = [](double bytes) { return std::ceil(bytes / 64) * 64; };
+    const double chunks = std::ceil(s.L / static_cast<double>(Saved::chunk(memory)));
+    const double residual = aligned(s.B * s.L * s.D * wide_size);
+    const double block = residual + aligned(s.B * s.L * 2 * s.E * narrow) +
+                         aligned(s.projections * s.B * s.L * (s.R + 2 * s.N) * narrow) +
+                         aligned(s.directions * s.B * chunks * s.N * s.E * wide_size);
+    return saturated(static_cast<double>(c.depth) * block + residual);
+}
+
+std::int64_t training_bytes(const Config& c, Memory memory, std::int64_t batch, DType dtype, int threads, Device device)
+{
+    check(c, batch, threads);
+    const Sizes s(c, batch);
+    const bool cuda = device.type == Device::Type::cuda, pairs = c.directions == Directions::block;
+    const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
+    const auto outputs = static_cast<double>(c.num_classes > 0 ? c.num_classes : c.embed_dim);
+    const std::int64_t tile = tile_of(device), images = std::min(batch, std::max<std::int64_t>(1, tile / c.tokens()));
+    const std::int64_t groups = (batch + images - 1) / images;
+    const std::int64_t slots = threads > 1 && c.tokens() <= 8192 ? std::min<std::int64_t>(threads, groups) : 1;
+
+    const double rows = s.B * s.L, stream = (pairs ? 2 : 1) * rows * s.D;  // dh, dresidual
+    const Elements group =
+        block_backward_elements(c, static_cast<double>(images), static_cast<double>(Saved::chunk(memory)), cuda);
+    // Contexts that work side by side, and what their arenas lose where pieces do not fit.
+    const double sides = slots > 1 ? 1.25 * static_cast<double>(slots + (groups % slots ? 1 : 0)) : 1.05;
+    const double head = 2 * rows * s.D + 2 * s.B * (per_token ? s.L : 1) * std::max(outputs, s.D);
+    const double patches = std::min(s.B * s.J, static_cast<double>(std::min<std::int64_t>(tile, 1 << 17)));
+    const double embed = s.B * s.J * s.D + 2 * patches * s.patch;
+    double block_weights = 3 * s.D * s.E + s.directions * s.E * (2 * s.R + 3 * s.N + static_cast<double>(c.d_conv) + 3);
+    if (groups == 1) block_weights = 0;  // groups sum their gradients apart
+    const double narrow = stream + std::max({sides * group.narrow, head, embed});
+    const double wide_elements =
+        stream + sides * group.wide + static_cast<double>(slots) * block_weights + (c.rope ? 4 * s.J * s.D : 0);
+    const double backward = narrow * static_cast<double>(size_of(dtype)) +
+                            wide_elements * static_cast<double>(size_of(wide(dtype))) + (cuda ? 32.0 * (1 << 20) : 0);
+    const double rounding = (sides + 1) * 1.25 * (1 << 20);
+    return saturated(backward + rounding);
+}
 
 std::int64_t forward_bytes(const Config& c, std::int64_t batch, DType dtype, int threads, Device device)
 {
-    c.validate();
-    if (batch < 1) throw std::invalid_argument("[plan] batch: expected at least 1, got " + std::to_string(batch));
-    if (threads < 1) throw std::invalid_argument("[plan] threads: expected at least 1, got " + std::to_string(threads));
-    const std::int64_t tile = backend_of(device).tile();
+    check(c, batch, threads);
+    const std::int64_t tile = tile_of(device);
     const auto B = static_cast<double>(batch), L = static_cast<double>(c.tokens()),
                D = static_cast<double>(c.embed_dim);
     const auto J = static_cast<double>(c.patches()), E = static_cast<double>(c.inner());

@@ -63,6 +63,24 @@ nb::dict config_facts(const std::string& json)
     return out;
 }
 
+// Bytes that a network needs by part; see vimcore/plan.h. memory "": inference.
+nb::dict plan_bytes(const std::string& json, std::int64_t batch, const std::string& memory, const std::string& dtype,
+                    int threads, bool cuda)
+{
+    const Config c = parse(json);
+    const DType type = dtype == "bfloat16" ? DType::bf16 : dtype == "float16" ? DType::f16 : DType::f32;
+    const Device device = cuda ? Device::cuda() : Device::cpu();
+    nb::dict out;
+    out["weights"] = weight_bytes(c);
+    if (memory.empty()) {
+        out["scratch"] = forward_bytes(c, batch, type, threads, device);
+    } else {
+        out["saved"] = saved_bytes(c, to_memory(memory), batch, type);
+        out["scratch"] = training_bytes(c, to_memory(memory), batch, type, threads, device);
+    }
+    return out;
+}
+
 }  // namespace
 
 NB_MODULE(_core, m)
@@ -79,6 +97,9 @@ NB_MODULE(_core, m)
     m.def("config_facts", config_facts, nb::arg("config_json"));
     m.def("param_shapes", param_shapes, nb::arg("config_json"));
     m.def("flops", [](const std::string& json) { return parse(json).flops(); }, nb::arg("config_json"));
+    m.def("plan_bytes", plan_bytes, nb::arg("config_json"), nb::arg("batch"), nb::arg("memory") = "",
+          nb::arg("dtype") = "float32", nb::arg("threads") = 1, nb::arg("cuda") = false);
+    m.def("machine_bytes", machine_bytes);
     m.def("release_memory", [] {
         contexts().clear();
         captured_saved().clear();

@@ -307,6 +307,25 @@ def _health(args: argparse.Namespace) -> int:
     return 0 if found.first_nonfinite is None else 1
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from . import plan
+
+    plan.add_arguments(parser)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from . import plan
+
+    found = plan.report(args)
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    height, width = found["config"]["img_size"]
+    print(f"{height} x {width} pixels, {found['tokens']} tokens; bytes are an upper estimate")
+    _print_table(plan.table(found))
+    return 0
+
+
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
 
@@ -344,6 +363,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
     "bench": ("measure speed against other networks and libraries", _bench_arguments, _bench),
     "plot": ("draw training curves, confusion matrix and worst mistakes of runs", _plot_arguments, _plot),
     "health": ("show the ranges inside a network and the precision it bears", _health_arguments, _health),
+    "plan": ("say how much memory a network needs, and which batches fit", _plan_arguments, _plan),
     "doctor": (
         "show build and machine, and test the kernels against a float64 reference",
         _doctor_arguments,

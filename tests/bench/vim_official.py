@@ -9,7 +9,8 @@ residual add and the norm are one Triton kernel there, as in the original. Elsew
 plain torch stands in: `kernels` says what is used. Weights are cast once to the activation type, where
 autocast would do so at every step: that is in the peer's favour.
 
-State-dict keys are the authors', so the weights of `vimcore.VisionMamba` load directly. Inference only.
+State-dict keys are the authors', so the weights of `vimcore.VisionMamba` load directly. The network is for
+inference only; the scan has a backward.
 """
 
 from __future__ import annotations
@@ -66,6 +67,26 @@ def scan(
         h = torch.exp(step * A) * h + step * u[:, :, t, None] * Bm[:, None, :, t]
         y[:, :, t] = (h * Cm[:, None, :, t]).sum(2)
     return ((y + D.unsqueeze(1) * u) * F.silu(z)).to(kind)
+
+
+def scan_saved(*arguments: Tensor) -> tuple[Tensor, ...]:
+    """What the forward of `scan` keeps for its backward; nothing where plain torch stands in."""
+    module = _extension("selective_scan_cuda", arguments[0])
+    return () if module is None else tuple(module.fwd(*arguments, True)[:2])  # out without gate, states
+
+
+def scan_backward(
+    arguments: tuple[Tensor, ...], saved: tuple[Tensor, ...], dout: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of u, delta, A, Bm, Cm and, in an order of its own, of the others."""
+    module = _extension("selective_scan_cuda", arguments[0])
+    if module is not None:
+        out, states = saved
+        found: tuple[Tensor, ...] = module.bwd(*arguments, dout, states, out, None, True, False)
+        return found
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in arguments]
+        return torch.autograd.grad(scan(*leaves), leaves, dout)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -301,7 +301,7 @@ template <class... A>
 std::string text(const char* name, A... numbers)
 {
     std::string result = name;
-    ((result += " " + std::to_string(numbers)), ...);
+    ((result += ' ', result += std::to_string(numbers)), ...);
     return result;
 }
 

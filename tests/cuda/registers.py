@@ -14,7 +14,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-TUNED = ("scan_tuned", "norm", "conv1d")  # no kernel of these files may spill
+# no kernel of these files may spill
+TUNED = ("scan_tuned", "scan_backward_tuned", "norm", "norm_backward", "conv1d", "conv1d_backward")
 
 
 def demangled(names: list[str]) -> dict[str, str]:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts what the recurrence of the tuned scan costs on sm_90, from its machine code, against a budget.
 
-    python tests/cuda/sass_budget.py OBJECT_OR_CUBIN [--json FILE]
-    python tests/cuda/sass_budget.py --nvcc PATH [--json FILE]      compiles cuda/scan_tuned.cu itself
+    python tests/cuda/sass_budget.py OBJECT_OR_CUBIN... [--json FILE]
+    python tests/cuda/sass_budget.py --nvcc PATH [--json FILE]      compiles cuda/scan*_tuned.cu itself
 
-The forward scan is bound by the exp unit and by instruction issue, and both can be read off without a GPU.
+The scan is bound by the exp unit and by instruction issue, and both can be read off without a GPU.
 The recurrence of a kernel is its straight run of instructions with the most MUFU.EX2 and no other MUFU.
+That of the backward scan is two of them: the walk, with shuffles, and, for three quarters of all tokens
+(chunks of 16), the run that finds the states before it.
 Counts are per token of a warp and per token of 32 channels. A quarter of a multiprocessor issues one
 instruction per clock, and one MUFU per 8 clocks.
 Exit status: 0 within the budget, 1 beyond it, 2 if it could not be counted. Needs cuobjdump: on the PATH
@@ -28,7 +30,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = "sm_90"
+SOURCES = ("scan_tuned", "scan_backward_tuned")
 KERNEL = re.compile(r"TunedShapeI(f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E")
+BACKWARD = re.compile(r"scan_backward_tuned.*BackShapeI(f|6__half|13__nv_bfloat16)Li(\d+)E")
 TYPES = {"f": "f32", "6__half": "f16", "13__nv_bfloat16": "bf16"}
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
 BRANCH = re.compile(r"\b(?:BRA|CALL|RET|EXIT|BSYNC|BREAK|BRX|JMP)\b")
@@ -44,6 +48,14 @@ BUDGET: dict[tuple[int, int, int], dict[str, float]] = {
     (8, 1, 8): {"issue": 49, "ex2": 8, "lds": 4.5, "sts": 0.25, "shfl": 0},
     (32, 2, 8): {"issue": 196, "ex2": 32, "lds": 10, "sts": 0.5, "shfl": 3},
     (64, 2, 8): {"issue": 402, "ex2": 64, "lds": 20, "sts": 1, "shfl": 7},
+}
+
+# states: the same for the backward scan, whose threads have 2 channels and 4 states. EX2 is 1.75 per state;
+# 256 slots are the arithmetic of 16 states: 13 each for the walk, 4 for three quarters of the run.
+BACKWARD_BUDGET: dict[int, dict[str, float]] = {
+    8: {"issue": 174, "ex2": 14, "lds": 18, "sts": 4, "shfl": 3},
+    16: {"issue": 352, "ex2": 28, "lds": 28, "sts": 7, "shfl": 9},
+    32: {"issue": 708, "ex2": 56, "lds": 48, "sts": 14, "shfl": 21},
 }
 
 
@@ -84,10 +96,10 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-def compile_scan(nvcc: str, folder: str) -> str:
-    cubin = str(Path(folder) / "scan_tuned.cubin")
+def compile_scan(nvcc: str, folder: str, name: str) -> str:
+    cubin = str(Path(folder) / f"{name}.cubin")
     include = [f"-I{ROOT / path}" for path in ("cpp/include", "cpp/src", "cuda")]
-    source = str(ROOT / "cuda" / "scan_tuned.cu")
+    source = str(ROOT / "cuda" / f"{name}.cu")
     run([nvcc, "-cubin", f"-arch={ARCHITECTURE}", "-std=c++20", "-O3", *include, source, "-o", cubin])
     return cubin
 
@@ -118,20 +130,19 @@ def operation(text: str) -> str:
     return re.sub(r"^@!?\S+\s+", "", text).split()[0]
 
 
-def recurrence(code: list[tuple[int, str]]) -> list[str]:
-    best: list[str] = []
-    most = 0
-    for run_ in straight_runs(code):
-        special = [operation(text) for text in run_ if operation(text).startswith("MUFU")]
-        if len(special) > most and all(name == "MUFU.EX2" for name in special):
-            best, most = run_, len(special)
-    return best
+def recurrences(code: list[tuple[int, str]]) -> list[list[str]]:
+    """Operations of the straight runs with MUFU.EX2 and no other MUFU, those with the most of them first."""
+    runs = [[operation(text) for text in run_] for run_ in straight_runs(code)]
+    special = [[name for name in run_ if name.startswith("MUFU")] for run_ in runs]
+    found = [run_ for run_, mufu in zip(runs, special) if mufu and all(name == "MUFU.EX2" for name in mufu)]
+    found = [[name.split(".")[0] for name in run_] for run_ in found]
+    return sorted(found, key=lambda run_: -run_.count("MUFU"))
 
 
 def count(kernel: tuple[str, int, int, int], code: list[tuple[int, str]]) -> Count:
     dtype, states, channels, per_thread = kernel
     name = f"{dtype} N {states} C {channels} S {per_thread}"
-    operations = [operation(text).split(".")[0] for text in recurrence(code)]
+    operations = next(iter(recurrences(code)), [])
     tokens, rest = divmod(operations.count("MUFU"), channels * per_thread)
     if tokens == 0 or rest:
         raise Failure(f"{name}: found no recurrence with a multiple of {channels * per_thread} MUFU.EX2")
@@ -159,13 +170,56 @@ def count(kernel: tuple[str, int, int, int], code: list[tuple[int, str]]) -> Cou
     return result
 
 
+def count_backward(dtype: str, states: int, code: list[tuple[int, str]]) -> Count:
+    name = f"{dtype} N {states} back"
+    runs = recurrences(code)
+    walk = next((run_ for run_ in runs if "SHFL" in run_), [])
+    ahead = next((run_ for run_ in runs if "SHFL" not in run_ and "STS" in run_), [])
+    tokens = 4
+    if {walk.count("MUFU"), ahead.count("MUFU")} != {8 * tokens}:
+        raise Failure(f"{name}: found no walk and run of {tokens} tokens with 8 MUFU.EX2 each")
+    channels_of_warp = 32 * 2 * 4 // states
+    factor = 32 / channels_of_warp / tokens
+
+    def per_token(operation_: str | None) -> float:
+        of_walk, of_run = (run_.count(operation_) if operation_ else len(run_) for run_ in (walk, ahead))
+        return (of_walk + 0.75 * of_run) * factor
+
+    values = {
+        "issue": per_token(None),
+        "ex2": per_token("MUFU"),
+        "lds": per_token("LDS"),
+        "sts": per_token("STS"),
+        "shfl": per_token("SHFL"),
+    }
+    beyond = [
+        f"{key} {values[key]:g} > {most:g}"
+        for key, most in BACKWARD_BUDGET[states].items()
+        if most < values[key]
+    ]
+    return Count(
+        kernel=name,
+        tokens=tokens,
+        warp_token_issue=values["issue"] * channels_of_warp / 32,
+        **values,
+        code=len(code),
+        beyond=beyond,
+    )
+
+
+def budget_of(kernel: str) -> dict[str, float]:
+    if kernel.endswith("back"):
+        return BACKWARD_BUDGET[int(kernel.split()[2])]
+    _, _, states, _, channels, _, per_thread = kernel.split()
+    return BUDGET[int(states), int(channels), int(per_thread)]
+
+
 def report(counts: list[Count]) -> None:
     keys = ("issue", "ex2", "lds", "sts", "shfl")
     print(f"{'':<18} {'warp-token':>10} | per token of 32 channels, with its budget")
     print(f"{'kernel':<18} {'issue':>10} |" + "".join(f"{key:>13}" for key in keys) + "  exp clocks  code")
     for c in counts:
-        _, _, states, _, channels, _, per_thread = c.kernel.split()
-        budget = BUDGET[int(states), int(channels), int(per_thread)]
+        budget = budget_of(c.kernel)
         values = asdict(c)
         cells = "".join(f"{f'{values[key]:g} / {budget[key]:g}':>13}" for key in keys)
         print(f"{c.kernel:<18} {c.warp_token_issue:>10.2f} |{cells} {8 * c.ex2:>11g} {c.code:>5}")
@@ -175,26 +229,31 @@ def report(counts: list[Count]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Instruction counts of the tuned scan against their budget.")
-    parser.add_argument("file", nargs="?", help="object file or cubin of cuda/scan_tuned.cu for sm_90")
-    parser.add_argument("--nvcc", help="compile cuda/scan_tuned.cu with this compiler")
+    parser.add_argument("files", nargs="*", help="object files or cubins of cuda/scan*_tuned.cu for sm_90")
+    parser.add_argument("--nvcc", help="compile cuda/scan*_tuned.cu with this compiler")
     parser.add_argument("--json", help="also write the counts here")
     args = parser.parse_args()
-    if (args.file is None) == (args.nvcc is None):
-        parser.error("give either a file or --nvcc")
+    if bool(args.files) == (args.nvcc is not None):
+        parser.error("give either files or --nvcc")
     try:
         tool = disassembler()
         with tempfile.TemporaryDirectory() as folder:
-            file = args.file or compile_scan(args.nvcc, folder)
-            listing = run([tool, "-sass", "-arch", ARCHITECTURE, file])
+            files = args.files or [compile_scan(args.nvcc, folder, name) for name in SOURCES]
+            listing = "".join(run([tool, "-sass", "-arch", ARCHITECTURE, file]) for file in files)
         counts = []
         for name, code in functions(listing):
-            match = KERNEL.search(name)
-            if match:
+            if match := KERNEL.search(name):
                 dtype, states, channels, per_thread = match.groups()[:4]
                 counts.append(count((TYPES[dtype], int(states), int(channels), int(per_thread)), code))
-        missing = BUDGET.keys() - {tuple(int(x) for x in c.kernel.split()[2::2]) for c in counts}
+            elif match := BACKWARD.search(name):
+                counts.append(count_backward(TYPES[match[1]], int(match[2]), code))
+        found = [budget_of(c.kernel) for c in counts]
+        missing = [key for key, budget in BUDGET.items() if budget not in found]
+        missing += [(key,) for key, budget in BACKWARD_BUDGET.items() if budget not in found]
         if missing:
-            raise Failure(f"{file}: no {ARCHITECTURE} code of the scan with (N, C, S) = {sorted(missing)}")
+            raise Failure(
+                f"no {ARCHITECTURE} code of the scan with (N, C, S), backward (N), = {sorted(missing)}"
+            )
     except Failure as failure:
         print(f"sass_budget: {failure}", file=sys.stderr)
         return 2

@@ -246,7 +246,7 @@ void test_linears(DType dtype)
                                      {300, 12, 9}})
         for (int i = 0; i < 16; i++)
             test_linear(dtype, {rows, k, n, (i & 1) != 0, (i & 2) != 0, (i & 4) != 0, (i & 8) != 0});
-    test_linear(dtype, {.rows = 70000, .k = 2, .n = 3, .dbias = true});  // sums in three stages
+    test_linear(dtype, {.rows = 70000, .k = 2, .n = 3, .dx = false, .dweight = false, .dbias = true});  // three stages
     test_linear(dtype, {.rows = 0, .k = 4, .n = 3, .dbias = true});
     for (Index gap : {0, 8, 3})
         for (bool swapped : {false, true}) test_linear_pair(dtype, gap, swapped);

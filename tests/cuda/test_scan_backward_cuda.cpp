@@ -373,6 +373,23 @@ void test_extremes()
                DType::f32, 1e-4);
 }
 
+// Sequences that are cut into segments, with states that reach over many of them, and that do not.
+void test_long()
+{
+    for (bool far : {false, true})
+        for (std::vector<bool> ways : {std::vector{false, true}, std::vector{true}})
+            check_case(with({},
+                            [&](Case& c) {
+                                c.len = 2100;
+                                c.inner = 2;
+                                c.chunk = far ? 64 : 16;
+                                c.reverse = ways;
+                                if (far) c.A_low = -9, c.A_high = -6;
+                                if (far) c.delta_shift = -3;
+                            }),
+                       far ? DType::f32 : DType::bf16, 1e-4);
+}
+
 // The same against the CPU backend, whose own tests check it against loops and finite differences.
 void test_cpu()
 {
@@ -558,6 +575,7 @@ int main()
     test_lengths();
     test_sizes();
     test_extremes();
+    test_long();
     test_cpu();
     for (DType dtype : device_types) test_repeat(dtype);
     test_absent();

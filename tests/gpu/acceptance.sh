@@ -127,7 +127,7 @@ part_test() {
         name=${line[0]}
         VIMCORE_CUBLASLT=$lt step "$name" 120 "$build/cmake/tests/cuda/$name" "${line[@]:1}" || failed+=("$name")
         case $name in
-        *linear* | *network*) # and with the built-in matrix product
+        *linear* | *network* | *backward* | *training*) # and with the built-in matrix product
             VIMCORE_CUBLASLT=none step "$name-built-in" 120 "$build/cmake/tests/cuda/$name" "${line[@]:1}" ||
                 failed+=("$name-built-in")
             ;;

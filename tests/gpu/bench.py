@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU benchmark: scan, block and network against their peers, rates, floors, memory, latency and error.
+"""The GPU benchmark: scan, block, network and training against their peers; rates, floors, memory, latency.
 
     python tests/gpu/bench.py --rates build/gpu/rates --peers build/gpu/peers
     python tests/gpu/bench.py --table REPORT.json                    # prints it as Markdown
@@ -32,7 +32,7 @@ from table import markdown
 from timing import Device
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("scan", "block", "model", "latency", "error", "long")
+PARTS = ("scan", "scan_backward", "block", "model", "train", "latency", "error", "long")
 
 
 def planned(tiny: bool) -> list[tuple[str, str, float, Case]]:
@@ -48,16 +48,21 @@ def planned(tiny: bool) -> list[tuple[str, str, float, Case]]:
         add("scan", cases.scan_case, 1, 2, 32, 5, "f32")
         add("block", cases.block_case, 1, 32, 32, 2, "f32")
         add("model", cases.model_case, 1, "tiny", 32, 2, "f32", both)
+        add("scan_backward", cases.scan_backward_case, 1, 2, 32, 5, "f32")
+        add("train", cases.train_case, 1, "tiny", 32, 2, "f32", both)
         add("latency", cases.latency_case, 1, "tiny", 32, "f32")
         add("error", cases.error_case, 1, "tiny", 32, "f32")
         return found
     scans = [(128, 197), (32, 1025), (16, 6085), (1, 6085)]
     for batch, length in scans:
         add("scan", cases.scan_case, 4, batch, 384, length, "bf16")
+        add("scan_backward", cases.scan_backward_case, 4, batch, 384, length, "bf16")
     for size in ("tiny", "small"):
         add("model", cases.model_case, 8, size, 224, 128, "bf16", both)
         add("latency", cases.latency_case, 6, size, 224, "bf16")
         add("error", cases.error_case, 3, size, 224, "bf16")
+        for side, batch in ((224, 128), (512, 32), (1248, 8)):
+            add("train", cases.train_case, 8, size, side, batch, "bf16", both)
     for size in ("tiny", "small"):
         for side, batch in ((512, 32), (1248, 8), (1024, 8), (2048, 4)):
             add("model", cases.model_case, 8, size, side, batch, "bf16", both)

@@ -123,11 +123,11 @@ def peer_scan(inputs: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
     return ((forward + reverse.flip(2)) / 2).transpose(1, 2)
 
 
-def first(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """The inputs of the first images."""
-    found = dict(inputs, xz=inputs["xz"][:batch])
+def first(inputs: Mapping[str, Any], batch: int, tokens: int | None = None) -> dict[str, Any]:
+    """The inputs of the first images, and of the first tokens only."""
+    found = dict(inputs, xz=inputs["xz"][:batch, :tokens].contiguous())
     for name in ("u", "q"):
-        found[name] = [t[:batch].contiguous() for t in inputs[name]]
+        found[name] = [t[:batch, :tokens].contiguous() for t in inputs[name]]
     return found
 
 
@@ -156,6 +156,77 @@ def scan_case(
         row["floor"] = floors.scan(setting.rates, sizes, ITEM[dtype])
         row["share_of_floor"] = {u: s / row["seconds"]["vimcore"] for u, s in row["floor"].items()}
     return row
+
+
+def our_scan_backward(inputs: Mapping[str, Any], dout: Tensor) -> tuple[Call, list[Tensor]]:
+    """The backward of both directions on what a forward kept, as a call, and du and dq that it writes."""
+    from vimcore import _core
+    from vimcore.place import exported, place
+
+    xz, chunk = inputs["xz"], 64
+    batch, length = xz.shape[:2]
+    names = ("u", "q", "A_log", "D", "dt_weight", "dt_bias")
+    wide = torch.promote_types(xz.dtype, torch.float32)
+    states = [xz.new_empty(batch, -(-length // chunk), STATE, xz.shape[2] // 2, dtype=wide) for _ in range(2)]
+    out, dxz = xz.new_empty(dout.shape), torch.zeros_like(xz)
+    gradients = [[torch.zeros_like(inputs[name][d]) for name in names] for d in range(2)]
+
+    def values() -> list[list[Any]]:
+        return [[exported(inputs[name][d]) for name in names] for d in range(2)]
+
+    kept = [[exported(s)] for s in states]
+    _core.scan_forward(exported(xz), values(), kept, 0.5, chunk, exported(out), *place(out))
+
+    def backward() -> None:
+        passes = [[exported(t) for t in (states[d], *gradients[d])] for d in range(2)]
+        arguments = [*map(exported, (out, dout, dxz)), *place(out)]
+        _core.scan_backward(exported(xz), values(), passes, 0.5, chunk, *arguments)
+
+    return backward, [t for d in range(2) for t in gradients[d][:2]]
+
+
+def peer_scan_backward(inputs: Mapping[str, Any], dout: Tensor, dtype: torch.dtype) -> tuple[Call, list[Any]]:
+    """Two calls of the peer's backward on what its forwards kept; the list then holds their results."""
+    arguments = peer_scan_inputs(inputs, dtype)
+    saved = [vim_official.scan_saved(*a) for a in arguments]
+    given = [t.to(dtype).transpose(1, 2).contiguous() / 2 for t in (dout, dout.flip(1))]
+    found: list[Any] = [None, None]
+
+    def backward() -> None:
+        for d in range(2):
+            found[d] = vim_official.scan_backward(arguments[d], saved[d], given[d])
+
+    return backward, found
+
+
+def scan_backward_case(
+    setting: Setting, batch: int, inner: int, length: int, dtype: str, seconds: float
+) -> dict[str, Any]:
+    """The backward of both directions against two calls of the peer's kernel; the error is that of du."""
+    device, kind = setting.device, TYPES[dtype]
+    row: dict[str, Any] = {"kind": "scan_backward", "batch": batch, "inner": inner, "length": length}
+    row["dtype"] = dtype
+    inputs = scan_inputs(device.torch, batch, inner, length, kind)
+    dout = torch.randn(batch, length, inner, device=device.torch).to(kind)
+    few, small = first(inputs, 2, 512), dout[:2, :512].contiguous()  # plain torch keeps every state
+    exact, found = peer_scan_backward(few, small, torch.float64)
+    exact()
+    truth = found[0][0].transpose(1, 2)
+    call, gradients = our_scan_backward(few, small)
+    call()
+    row["error"] = {"vimcore": relative(gradients[0], truth)}
+    call, gradients = our_scan_backward(inputs, dout)
+    call()
+    before = [t.clone() for t in gradients]
+    call()
+    row["repeats"] = all(torch.equal(a, b) for a, b in zip(gradients, before, strict=True))
+    sides: dict[str, list[Call]] = {"vimcore": [call]}
+    if peer := setting.peer("scan"):
+        other, found = peer_scan_backward(few, small, kind)
+        other()
+        row["error"][peer] = relative(found[0][0].transpose(1, 2), truth)
+        sides[peer] = [peer_scan_backward(inputs, dout, kind)[0]]
+    return row | setting.timed(graphs(sides, device, row), seconds)
 
 
 # ---- one block ---------------------------------------------------------------------------------------------
@@ -264,6 +335,42 @@ def model_case(
         sizes = floors.Sizes(batch, (side // 16) ** 2 + 1, vim_official.SIZES[size])
         row["floor"] = floors.model(setting.rates, sizes, ITEM[dtype], dtype)
         row["share_of_floor"] = row["floor"] / row["seconds"]["vimcore"]
+    return row
+
+
+def train_case(
+    setting: Setting, size: str, side: int, batch: int, dtype: str, names: list[str], seconds: float
+) -> dict[str, Any]:
+    """Forward and backward of the cross-entropy, `memory` lean and fast, against DeiT of the same size."""
+    from vimcore.bench import training_call
+
+    device, kind = setting.device, TYPES[dtype]
+    row: dict[str, Any] = {"kind": "train", "size": size, "side": side, "batch": batch, "dtype": dtype}
+    row |= {"memory": {}, "failed": {}}
+    models = networks(device, size, side, kind, [name for name in names if name == "deit"])
+    fast = networks(device, size, side, kind, [])["vimcore"]
+    fast.memory = "fast"
+    models = {"vimcore": models.pop("vimcore"), "vimcore fast": fast, **models}
+    images = torch.randn(batch, 3, side, side, device=device.torch).to(kind)
+    labels = torch.randint(1000, (batch,), device=device.torch)
+    sides: dict[str, list[Call]] = {}
+    with torch.enable_grad():
+        for name, model in models.items():
+            call = training_call(model, images, labels)
+            try:
+                row["memory"][name] = device.memory(call)
+                sides[name] = [call]
+            except RuntimeError as error:  # out of memory, say: the others are still of interest
+                if name == "vimcore":
+                    raise
+                row["failed"][name] = str(error).splitlines()[0]
+        sides["vimcore"][0]()
+        before = [p.grad.clone() for p in models["vimcore"].parameters() if p.grad is not None]
+        sides["vimcore"][0]()
+        again = [p.grad for p in models["vimcore"].parameters()]
+        row["repeats"] = all(b is not None and torch.equal(a, b) for a, b in zip(before, again, strict=True))
+        row |= setting.timed(graphs(sides, device, row), seconds)
+    row["images_per_second"] = {name: batch / s for name, s in row["seconds"].items()}
     return row
 
 

@@ -75,6 +75,26 @@ def _model(row: Row) -> Iterable[str]:
     yield row.get("attention", "-")
 
 
+def _scan_backward(row: Row) -> Iterable[str]:
+    peer = _peer(row)
+    yield f"({row['batch']}, {row['inner']}, {row['length']}) {row['dtype']}"
+    yield _of(row["seconds"], "vimcore", 1e6)
+    yield _of(row["seconds"], peer, 1e6)
+    yield _of(row["ratio"], peer)
+    yield f"{_of(row['error'], 'vimcore', digits=2)} / {_of(row['error'], peer, digits=2)}"
+    yield "yes" if row["repeats"] else "NO"
+
+
+def _train(row: Row) -> Iterable[str]:
+    names = ("vimcore", "vimcore fast", "deit")
+    yield f"{row['size']}, {row['side']} px, batch {row['batch']}, {row['dtype']}"
+    for name in names:
+        yield _of(row["images_per_second"], name)
+    yield _of(row["ratio"], "deit")
+    yield " / ".join(_of(row["memory"], name, 2.0**-20) for name in names)
+    yield "yes" if row["repeats"] else "NO"
+
+
 def _latency(row: Row) -> Iterable[str]:
     yield f"{row['size']}, {row['side']} px, {row['dtype']}"
     for name in ("vimcore", "official", "deit"):
@@ -93,6 +113,11 @@ SECTIONS = {
         ("shape", "vimcore, us", "peer, us", "ratio", "of floor: exp / issue / memory", "error: ours / peer"),
         _scan,
     ),
+    "scan_backward": (
+        "Backward of both scans, on what the forward kept, against two calls of the peer's kernel",
+        ("shape", "vimcore, us", "peer, us", "ratio", "error of du: ours / peer", "same bits"),
+        _scan_backward,
+    ),
     "block": (
         "One block",
         ("block", "vimcore, us", "official, us", "ratio", "of floor", "error: ours / official"),
@@ -105,6 +130,14 @@ SECTIONS = {
             *("of floor", "MiB: ours / official / DeiT", "DeiT's attention"),
         ),
         _model,
+    ),
+    "train": (
+        "Forward and backward, each side as a CUDA graph; memory of one eager call",
+        (
+            *("network", "lean, img/s", "fast, img/s", "DeiT, img/s", "over DeiT"),
+            *("MiB: lean / fast / DeiT", "same bits"),
+        ),
+        _train,
     ),
     "latency": (
         "One image, ms on the host's clock: eager / as a CUDA graph",

@@ -84,8 +84,8 @@ def test_every_case_runs(tmp_path: Path) -> None:
     assert report["versions"]["torch"] == torch.__version__
     assert report["peer_kernels"] == {"scan": "torch", "conv": "torch", "norm": "torch"}
     rows = {row["kind"]: row for row in report["rows"]}
-    assert set(rows) == {"scan", "block", "model", "latency", "error"}
-    for kind in ("scan", "block", "error"):
+    assert set(rows) == {"scan", "scan_backward", "block", "model", "train", "latency", "error"}
+    for kind in ("scan", "scan_backward", "block", "error"):
         assert len(rows[kind]["error"]) == 2
         assert all(0 < error < 1e-5 for error in rows[kind]["error"].values()), rows[kind]
     assert set(rows["model"]["seconds"]) == {"vimcore", "official", "deit"}
@@ -96,11 +96,23 @@ def test_every_case_runs(tmp_path: Path) -> None:
     assert rows["model"]["share_of_floor"] == pytest.approx(
         rows["model"]["floor"] / rows["model"]["seconds"]["vimcore"]
     )
+    assert set(rows["train"]["seconds"]) == {"vimcore", "vimcore fast", "deit"}
+    assert rows["train"]["repeats"]
+    assert rows["scan_backward"]["repeats"]
     assert set(rows["latency"]["eager"]) == {"vimcore", "official", "deit"}
 
     table = run("--table", "report.json", cwd=tmp_path)
     assert table.stdout == done.stdout
-    for title in ("ex2", "Scan of both", "One block", "Images to logits", "One image", "Logits against"):
+    for title in (
+        "ex2",
+        "Scan of both",
+        "Backward of both",
+        "Forward and backward",
+        "One block",
+        "Images to logits",
+        "One image",
+        "Logits against",
+    ):
         assert title in table.stdout
 
 

@@ -4,6 +4,7 @@
 // switch.
 #include "engine.h"
 
+#include <atomic>
 #include <cfenv>
 #include <cstdlib>
 #include <cstring>
@@ -301,6 +302,9 @@ void fill_poison(void* memory, std::size_t bytes)
     for (std::size_t i = 0; i < bytes; i++) to[i] = poison[i % 4];
 }
 
+static std::atomic<bool> running = true;
+void set_running(bool on) { running = on; }
+
 void fail(const std::string& what)
 {
     throw Failure(
@@ -309,6 +313,7 @@ void fail(const std::string& what)
 
 void run(const Launch& launch)
 {
+    if (!running) return;
     static std::mutex one_at_a_time;
     const std::lock_guard lock(one_at_a_time);
     std::fenv_t environment;

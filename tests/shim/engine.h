@@ -36,6 +36,7 @@ void run(const Launch& launch);
 
 void set_seed(std::uint64_t seed);
 void set_race_checks(bool on);
+void set_running(bool on);  // off: launches do nothing, for tests of what surrounds them
 
 template <class... T>
 std::string join(const T&... parts)
