@@ -166,7 +166,7 @@ void scan_forward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs,
 
 void scan_backward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs,
                    const std::vector<std::vector<MaybeOut>>& outputs, double scale, std::int64_t chunk, const Out& out,
-                   const In& dout, const Out& dxz, int threads)
+                   const In& dout, const Out& dxz, int threads, std::uintptr_t stream, bool capturing)
 {
     if (inputs.size() != 2 || outputs.size() != 2)
         throw std::invalid_argument("[bidirectional_scan] inputs: expected two directions");
@@ -179,7 +179,7 @@ void scan_backward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs
     a.out = to_tensor(out, "bidirectional_scan", "out");
     a.dout = to_tensor(dout, "bidirectional_scan", "dout");
     a.dxz = to_tensor(dxz, "bidirectional_scan", "dxz");
-    with_context(Device::cpu(), {.threads = threads}, [&](Context& ctx) { vimcore::scan_backward(ctx, a); });
+    with_context(a.out.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::scan_backward(ctx, a); });
 }
 
 // ---- one block -----------------------------------------------------------------------------------------------------
@@ -269,7 +269,8 @@ void bind_ops(nb::module_& m)
           nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
     m.def("scan_backward", &scan_backward, nb::arg("xz").noconvert(), nb::arg("inputs").noconvert(),
           nb::arg("outputs").noconvert(), nb::arg("scale"), nb::arg("chunk"), nb::arg("out").noconvert(),
-          nb::arg("dout").noconvert(), nb::arg("dxz").noconvert(), nb::arg("threads") = 0);
+          nb::arg("dout").noconvert(), nb::arg("dxz").noconvert(), nb::arg("threads") = 0, nb::arg("stream") = 0,
+          nb::arg("capturing") = false);
     m.def("block_forward", &block_forward, nb::arg("config_json"), nb::arg("parameters").noconvert(),
           nb::arg("x").noconvert(), nb::arg("residual").noconvert().none(), nb::arg("reverse"),
           nb::arg("residual_out").noconvert(), nb::arg("out").noconvert(), nb::arg("saved").none(),

@@ -190,6 +190,8 @@ def scan_backward(
     dout: Array,
     dxz: Array,
     threads: int = 0,
+    stream: int = 0,
+    capturing: bool = False,
 ) -> None: ...
 def block_forward(
     config_json: str,

@@ -9,13 +9,15 @@ residual add and the norm are one Triton kernel there, as in the original. Elsew
 plain torch stands in: `kernels` says what is used. Weights are cast once to the activation type, where
 autocast would do so at every step: that is in the peer's favour.
 
-State-dict keys are the authors', so the weights of `vimcore.VisionMamba` load directly. Inference only.
+State-dict keys are the authors', so the weights of `vimcore.VisionMamba` load directly. Inference only,
+but for the scan on its own.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -66,6 +68,18 @@ def scan(
         h = torch.exp(step * A) * h + step * u[:, :, t, None] * Bm[:, None, :, t]
         y[:, :, t] = (h * Cm[:, None, :, t]).sum(2)
     return ((y + D.unsqueeze(1) * u) * F.silu(z)).to(kind)
+
+
+def scan_gradients(*arguments: Tensor, dout: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """What computes the gradients of `scan`, du first, after a forward pass that is done here."""
+    module = _extension("selective_scan_cuda", dout)
+    if module is not None:
+        out, states, _ = module.fwd(*arguments, True)
+        return lambda: module.bwd(*arguments, dout, states, out, None, True, False)  # type: ignore[no-any-return]
+    leaves = [t.detach().requires_grad_() for t in arguments]
+    with torch.enable_grad():
+        gated = scan(*leaves)
+    return lambda: torch.autograd.grad(gated, leaves, dout, retain_graph=True)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -93,6 +93,11 @@ SECTIONS = {
         ("shape", "vimcore, us", "peer, us", "ratio", "of floor: exp / issue / memory", "error: ours / peer"),
         _scan,
     ),
+    "scan_backward": (
+        "Gradient of the scan of both directions, states every 64 tokens, against two calls of the peer's",
+        ("shape", "vimcore, us", "peer, us", "ratio", "of floor: exp / issue / memory", "error: ours / peer"),
+        _scan,
+    ),
     "block": (
         "One block",
         ("block", "vimcore, us", "official, us", "ratio", "of floor", "error: ours / official"),

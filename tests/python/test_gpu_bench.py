@@ -66,6 +66,13 @@ def test_floors_by_hand() -> None:
             "memory": tokens * 2 * (4 * 384 + 2 * 44) / 1e12,
         }
     )
+    assert floors.scan_backward(rates, sizes, 2) == pytest.approx(
+        {
+            "exp": tokens * 384 * 2 * 36 / 2e12,
+            "issue": tokens * 2 * 12 * 22 * 16 / 4e11,
+            "memory": tokens * (2 * (8 * 384 + 4 * 44) + 2 * 384 * 16 * 4 / 64) / 1e12,
+        }
+    )
     block = floors.block(rates, sizes, 4, "f32")
     multiply_adds = 192 * 768 + 2 * 384 * 44 + 2 * 12 * 384 + 384 * 192
     assert block["projections"] == pytest.approx(2 * tokens * multiply_adds / 1e13)
@@ -84,8 +91,8 @@ def test_every_case_runs(tmp_path: Path) -> None:
     assert report["versions"]["torch"] == torch.__version__
     assert report["peer_kernels"] == {"scan": "torch", "conv": "torch", "norm": "torch"}
     rows = {row["kind"]: row for row in report["rows"]}
-    assert set(rows) == {"scan", "block", "model", "latency", "error"}
-    for kind in ("scan", "block", "error"):
+    assert set(rows) == {"scan", "scan_backward", "block", "model", "latency", "error"}
+    for kind in ("scan", "scan_backward", "block", "error"):
         assert len(rows[kind]["error"]) == 2
         assert all(0 < error < 1e-5 for error in rows[kind]["error"].values()), rows[kind]
     assert set(rows["model"]["seconds"]) == {"vimcore", "official", "deit"}
@@ -100,7 +107,15 @@ def test_every_case_runs(tmp_path: Path) -> None:
 
     table = run("--table", "report.json", cwd=tmp_path)
     assert table.stdout == done.stdout
-    for title in ("ex2", "Scan of both", "One block", "Images to logits", "One image", "Logits against"):
+    for title in (
+        "ex2",
+        "Scan of both",
+        "Gradient of the scan",
+        "One block",
+        "Images to logits",
+        "One image",
+        "Logits against",
+    ):
         assert title in table.stdout
 
 
