@@ -9,14 +9,15 @@ residual add and the norm are one Triton kernel there, as in the original. Elsew
 plain torch stands in: `kernels` says what is used. Weights are cast once to the activation type, where
 autocast would do so at every step: that is in the peer's favour.
 
-State-dict keys are the authors', so the weights of `vimcore.VisionMamba` load directly. The network is for
-inference only; the scan has a backward.
+State-dict keys are the authors', so the weights of `vimcore.VisionMamba` load directly. Inference only,
+but for the scan on its own.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -69,24 +70,16 @@ def scan(
     return ((y + D.unsqueeze(1) * u) * F.silu(z)).to(kind)
 
 
-def scan_saved(*arguments: Tensor) -> tuple[Tensor, ...]:
-    """What the forward of `scan` keeps for its backward; nothing where plain torch stands in."""
-    module = _extension("selective_scan_cuda", arguments[0])
-    return () if module is None else tuple(module.fwd(*arguments, True)[:2])  # out without gate, states
-
-
-def scan_backward(
-    arguments: tuple[Tensor, ...], saved: tuple[Tensor, ...], dout: Tensor
-) -> tuple[Tensor, ...]:
-    """The gradients of u, delta, A, Bm, Cm and, in an order of its own, of the others."""
-    module = _extension("selective_scan_cuda", arguments[0])
+def scan_gradients(*arguments: Tensor, dout: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """What computes the gradients of `scan`, du first, after a forward pass that is done here."""
+    module = _extension("selective_scan_cuda", dout)
     if module is not None:
-        out, states = saved
-        found: tuple[Tensor, ...] = module.bwd(*arguments, dout, states, out, None, True, False)
-        return found
+        out, states, _ = module.fwd(*arguments, True)
+        return lambda: module.bwd(*arguments, dout, states, out, None, True, False)  # type: ignore[no-any-return]
+    leaves = [t.detach().requires_grad_() for t in arguments]
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in arguments]
-        return torch.autograd.grad(scan(*leaves), leaves, dout)
+        gated = scan(*leaves)
+    return lambda: torch.autograd.grad(gated, leaves, dout, retain_graph=True)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

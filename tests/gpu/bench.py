@@ -46,9 +46,9 @@ def planned(tiny: bool) -> list[tuple[str, str, float, Case]]:
     both = ["official", "deit"]
     if tiny:
         add("scan", cases.scan_case, 1, 2, 32, 5, "f32")
+        add("scan_backward", cases.scan_backward_case, 1, 2, 32, 5, "f32")
         add("block", cases.block_case, 1, 32, 32, 2, "f32")
         add("model", cases.model_case, 1, "tiny", 32, 2, "f32", both)
-        add("scan_backward", cases.scan_backward_case, 1, 2, 32, 5, "f32")
         add("train", cases.train_case, 1, "tiny", 32, 2, "f32", both)
         add("latency", cases.latency_case, 1, "tiny", 32, "f32")
         add("error", cases.error_case, 1, "tiny", 32, "f32")
@@ -56,7 +56,7 @@ def planned(tiny: bool) -> list[tuple[str, str, float, Case]]:
     scans = [(128, 197), (32, 1025), (16, 6085), (1, 6085)]
     for batch, length in scans:
         add("scan", cases.scan_case, 4, batch, 384, length, "bf16")
-        add("scan_backward", cases.scan_backward_case, 4, batch, 384, length, "bf16")
+        add("scan_backward", cases.scan_backward_case, 6, batch, 384, length, "bf16")
     for size in ("tiny", "small"):
         add("model", cases.model_case, 8, size, 224, 128, "bf16", both)
         add("latency", cases.latency_case, 6, size, 224, "bf16")
@@ -71,9 +71,11 @@ def planned(tiny: bool) -> list[tuple[str, str, float, Case]]:
         add("block", cases.block_case, 4, *shape, "bf16")
     for batch, length in scans:
         add("scan", cases.scan_case, 4, batch, 768, length, "bf16")
+        add("scan_backward", cases.scan_backward_case, 6, batch, 768, length, "bf16")
     for inner in (384, 768):
         for batch, length in scans:
             add("scan", cases.scan_case, 4, batch, inner, length, "f32")
+            add("scan_backward", cases.scan_backward_case, 6, batch, inner, length, "f32")
     for size in ("tiny", "small"):
         add("latency", cases.latency_case, 6, size, 224, "f32")
         add("error", cases.error_case, 3, size, 224, "f32")

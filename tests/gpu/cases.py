@@ -123,11 +123,11 @@ def peer_scan(inputs: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
     return ((forward + reverse.flip(2)) / 2).transpose(1, 2)
 
 
-def first(inputs: Mapping[str, Any], batch: int, tokens: int | None = None) -> dict[str, Any]:
-    """The inputs of the first images, and of the first tokens only."""
-    found = dict(inputs, xz=inputs["xz"][:batch, :tokens].contiguous())
+def first(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """The inputs of the first images."""
+    found = dict(inputs, xz=inputs["xz"][:batch])
     for name in ("u", "q"):
-        found[name] = [t[:batch, :tokens].contiguous() for t in inputs[name]]
+        found[name] = [t[:batch].contiguous() for t in inputs[name]]
     return found
 
 
@@ -158,75 +158,79 @@ def scan_case(
     return row
 
 
-def our_scan_backward(inputs: Mapping[str, Any], dout: Tensor) -> tuple[Call, list[Tensor]]:
-    """The backward of both directions on what a forward kept, as a call, and du and dq that it writes."""
-    from vimcore import _core
-    from vimcore.place import exported, place
+class OurScanGradients:
+    """The gradients of both directions from one set of inputs, after a forward pass that keeps states."""
 
-    xz, chunk = inputs["xz"], 64
-    batch, length = xz.shape[:2]
-    names = ("u", "q", "A_log", "D", "dt_weight", "dt_bias")
-    wide = torch.promote_types(xz.dtype, torch.float32)
-    states = [xz.new_empty(batch, -(-length // chunk), STATE, xz.shape[2] // 2, dtype=wide) for _ in range(2)]
-    out, dxz = xz.new_empty(dout.shape), torch.zeros_like(xz)
-    gradients = [[torch.zeros_like(inputs[name][d]) for name in names] for d in range(2)]
+    def __init__(self, inputs: Mapping[str, Any], dout: Tensor, chunk: int = 64) -> None:
+        from vimcore import _core
+        from vimcore.place import exported, place
 
-    def values() -> list[list[Any]]:
-        return [[exported(inputs[name][d]) for name in names] for d in range(2)]
+        xz, wide = inputs["xz"], inputs["D"][0].dtype
+        (batch, length), inner = xz.shape[:2], xz.shape[2] // 2
+        names = ("u", "q", "A_log", "D", "dt_weight", "dt_bias")
+        self.gradients = [[torch.zeros_like(inputs[name][d]) for name in names] for d in range(2)]
+        states = xz.new_empty(2, batch, -(-length // chunk), STATE, inner, dtype=wide)
+        self.results = (torch.empty_like(dout), torch.empty_like(xz))
+        self.held = (inputs, dout, states)
+        passes = [[inputs[name][d] for name in names] for d in range(2)]
 
-    kept = [[exported(s)] for s in states]
-    _core.scan_forward(exported(xz), values(), kept, 0.5, chunk, exported(out), *place(out))
+        def call(function: Callable[..., None], gradients: list[list[Tensor]], *rest: Tensor) -> None:
+            values = [[exported(t) for t in one] for one in passes]
+            outputs = [[exported(states[d]), *map(exported, gradients[d])] for d in range(2)]
+            arguments = [*map(exported, rest), *place(self.results[0])]
+            function(exported(xz), values, outputs, 0.5, chunk, *arguments)
 
-    def backward() -> None:
-        passes = [[exported(t) for t in (states[d], *gradients[d])] for d in range(2)]
-        arguments = [*map(exported, (out, dout, dxz)), *place(out)]
-        _core.scan_backward(exported(xz), values(), passes, 0.5, chunk, *arguments)
+        call(_core.scan_forward, [[], []], self.results[0])
+        out, dxz = self.results
+        self.run = lambda: call(_core.scan_backward, self.gradients, out, dout, dxz)
 
-    return backward, [t for d in range(2) for t in gradients[d][:2]]
+    def __call__(self) -> Tensor:
+        """The gradient of the forward direction's u; those of parameters grow from call to call."""
+        self.run()
+        return self.gradients[0][0]
 
 
-def peer_scan_backward(inputs: Mapping[str, Any], dout: Tensor, dtype: torch.dtype) -> tuple[Call, list[Any]]:
-    """Two calls of the peer's backward on what its forwards kept; the list then holds their results."""
+def peer_scan_gradients(
+    inputs: Mapping[str, Any], dout: Tensor, dtype: torch.dtype
+) -> list[Callable[[], tuple[Tensor, ...]]]:
+    """The peer's two backward calls, after its two forward calls. Each direction has a gate of its own."""
+    given = (dout / 2).to(dtype).transpose(1, 2)
     arguments = peer_scan_inputs(inputs, dtype)
-    saved = [vim_official.scan_saved(*a) for a in arguments]
-    given = [t.to(dtype).transpose(1, 2).contiguous() / 2 for t in (dout, dout.flip(1))]
-    found: list[Any] = [None, None]
-
-    def backward() -> None:
-        for d in range(2):
-            found[d] = vim_official.scan_backward(arguments[d], saved[d], given[d])
-
-    return backward, found
+    return [
+        vim_official.scan_gradients(*arguments[0], dout=given.contiguous()),
+        vim_official.scan_gradients(*arguments[1], dout=given.flip(2).contiguous()),
+    ]
 
 
 def scan_backward_case(
     setting: Setting, batch: int, inner: int, length: int, dtype: str, seconds: float
 ) -> dict[str, Any]:
-    """The backward of both directions against two calls of the peer's kernel; the error is that of du."""
+    """The gradients of both directions against two calls of the peer's kernel; error: of one du."""
     device, kind = setting.device, TYPES[dtype]
-    row: dict[str, Any] = {"kind": "scan_backward", "batch": batch, "inner": inner, "length": length}
-    row["dtype"] = dtype
-    inputs = scan_inputs(device.torch, batch, inner, length, kind)
-    dout = torch.randn(batch, length, inner, device=device.torch).to(kind)
-    few, small = first(inputs, 2, 512), dout[:2, :512].contiguous()  # plain torch keeps every state
-    exact, found = peer_scan_backward(few, small, torch.float64)
-    exact()
-    truth = found[0][0].transpose(1, 2)
-    call, gradients = our_scan_backward(few, small)
-    call()
-    row["error"] = {"vimcore": relative(gradients[0], truth)}
-    call, gradients = our_scan_backward(inputs, dout)
-    call()
-    before = [t.clone() for t in gradients]
-    call()
-    row["repeats"] = all(torch.equal(a, b) for a, b in zip(gradients, before, strict=True))
-    sides: dict[str, list[Call]] = {"vimcore": [call]}
-    if peer := setting.peer("scan"):
-        other, found = peer_scan_backward(few, small, kind)
-        other()
-        row["error"][peer] = relative(found[0][0].transpose(1, 2), truth)
-        sides[peer] = [peer_scan_backward(inputs, dout, kind)[0]]
-    return row | setting.timed(graphs(sides, device, row), seconds)
+    row: dict[str, Any] = {"kind": "scan_backward", "batch": batch, "inner": inner}
+    row |= {"length": length, "dtype": dtype}
+    one = 10 * batch * length * inner * ITEM[dtype]
+    count = max(1, min(4, -(-2 * device.cache_bytes() // one)))
+    sets = [scan_inputs(device.torch, batch, inner, length, kind) for _ in range(count)]
+    douts = [torch.randn(batch, length, inner, device=device.torch).to(kind) for _ in sets]
+    peer = setting.peer("scan")
+    few, dout = first(sets[0], min(batch, 2)), douts[0][:2].contiguous()
+    truth = peer_scan_gradients(few, dout, torch.float64)[0]()[0].transpose(1, 2)
+    row["error"] = {"vimcore": relative(OurScanGradients(few, dout)(), truth)}
+    sides: dict[str, list[Call]] = {"vimcore": [OurScanGradients(s, d) for s, d in zip(sets, douts)]}
+    if peer:
+        found = peer_scan_gradients(few, dout, kind)[0]()[0].transpose(1, 2)
+        row["error"][peer] = relative(found, truth)
+        calls = [peer_scan_gradients(s, d, kind) for s, d in zip(sets, douts)]
+        sides[peer] = [lambda c=c: [call() for call in c] for c in calls]
+        del found
+    del few, truth
+    row |= setting.timed(graphs(sides, device, row), seconds, count)
+    if setting.rates:
+        sizes = floors.Sizes(batch, length, inner // 2)
+        row["floor"] = floors.scan_backward(setting.rates, sizes, ITEM[dtype])
+        row["share_of_floor"] = {u: s / row["seconds"]["vimcore"] for u, s in row["floor"].items()}
+    return row
 
 
 # ---- one block ---------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 """The least time that a scan, a block or a model can take on a device, from rates that were measured on it.
 
     exp       of the scan: N of the decay, 2 of softplus and 1 (half of the gate's 2) for each token, channel
-              and direction, against the rate of the exp unit
+              and direction, against the rate of the exp unit; of its gradient 2 N, 2 of softplus, 2 of gates
     issue     instructions of the scan, each of a warp for 32 channels: the tuned kernel takes about 7 a state
-              and 28 for the rest; against the rate of multiply-adds / 32
+              and 28 for the rest, its gradient 22 a state, the rest not counted; against the rate of
+              multiply-adds / 32
     memory    every input read once and every output written once, against the bandwidth of a copy
     matrix    multiply-adds of the projections against the rate of a large matrix product
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ISSUE_PER_STATE, ISSUE_OTHER = 7.0, 28.0
+ISSUE_PER_STATE_BACKWARD = 22.0
 
 
 @dataclass
@@ -70,6 +72,18 @@ def scan(rates: Rates, sizes: Sizes, item: int) -> dict[str, float]:
         "exp": elements * (sizes.state + 3) / rates.exp,
         "issue": elements / 32 * (ISSUE_PER_STATE * sizes.state + ISSUE_OTHER) / rates.issue,
         "memory": moved / rates.memory,
+    }
+
+
+def scan_backward(rates: Rates, sizes: Sizes, item: int, chunk: int = 64) -> dict[str, float]:
+    """Seconds of the gradients of both directions by unit, states kept every `chunk` tokens."""
+    elements = 2.0 * sizes.rows * sizes.inner
+    activations = 8 * sizes.inner + 4 * (sizes.rank + 2 * sizes.state)  # u, du, q, dq twice, z, dz, out, dout
+    states = 2 * sizes.inner * sizes.state * 4 / chunk
+    return {
+        "exp": elements * (2 * sizes.state + 4) / rates.exp,
+        "issue": elements / 32 * ISSUE_PER_STATE_BACKWARD * sizes.state / rates.issue,
+        "memory": sizes.rows * (item * activations + states) / rates.memory,
     }
 
 

@@ -75,16 +75,6 @@ def _model(row: Row) -> Iterable[str]:
     yield row.get("attention", "-")
 
 
-def _scan_backward(row: Row) -> Iterable[str]:
-    peer = _peer(row)
-    yield f"({row['batch']}, {row['inner']}, {row['length']}) {row['dtype']}"
-    yield _of(row["seconds"], "vimcore", 1e6)
-    yield _of(row["seconds"], peer, 1e6)
-    yield _of(row["ratio"], peer)
-    yield f"{_of(row['error'], 'vimcore', digits=2)} / {_of(row['error'], peer, digits=2)}"
-    yield "yes" if row["repeats"] else "NO"
-
-
 def _train(row: Row) -> Iterable[str]:
     names = ("vimcore", "vimcore fast", "deit")
     yield f"{row['size']}, {row['side']} px, batch {row['batch']}, {row['dtype']}"
@@ -114,9 +104,9 @@ SECTIONS = {
         _scan,
     ),
     "scan_backward": (
-        "Backward of both scans, on what the forward kept, against two calls of the peer's kernel",
-        ("shape", "vimcore, us", "peer, us", "ratio", "error of du: ours / peer", "same bits"),
-        _scan_backward,
+        "Gradient of the scan of both directions, states every 64 tokens, against two calls of the peer's",
+        ("shape", "vimcore, us", "peer, us", "ratio", "of floor: exp / issue / memory", "error: ours / peer"),
+        _scan,
     ),
     "block": (
         "One block",
