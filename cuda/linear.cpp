@@ -201,14 +201,14 @@ void linear_forward(Context& ctx, std::span<const LinearForward> args)
 void linear_backward(Context& ctx, std::span<const LinearBackward> args)
 {
     Arena::Scope scope(ctx.arena());
-    weight_gradients(ctx, args);  // before dx, which may lie over dy
-    input_gradients(ctx, args);
+    weight_gradients(ctx, args);
     for (const LinearBackward& a : args) {
+        if (!a.dbias) continue;
         const Index outputs = a.dy.shape[-1];
-        const ColumnSum bias{a.dbias ? a.dy.view({a.dy.numel() / std::max<Index>(outputs, 1), outputs}) : Tensor{},
-                             a.dbias};
-        if (a.dbias) sum_columns(ctx, {&bias, 1});
+        const ColumnSum bias{a.dy.view({a.dy.numel() / std::max<Index>(outputs, 1), outputs}), a.dbias};
+        sum_columns(ctx, {&bias, 1});
     }
+    input_gradients(ctx, args);
 }
 
 }  // namespace vimcore::cuda

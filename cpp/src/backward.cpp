@@ -220,6 +220,7 @@ void backward(Context& ctx, const Config& config, const Params& params, const Te
               const Outputs& gradients, Params& dparams, const Tensor& dimages, const Draws& draws)
 {
     const Network net(ctx, config, params, images, draws);
+    ctx.training = true;
     dparams.blocks.resize(static_cast<std::size_t>(config.depth));
     if (net.batch > 0) run_together(ctx, [&] { run(net, images, saved, gradients, dparams, dimages); });
 }

@@ -65,7 +65,6 @@ private:
         void* data = nullptr;  // in a slab
         std::size_t bytes = 0;
         std::int64_t version = -1;
-        std::int64_t recorded = -1;    // version for which a graph fills it
         void* stream = nullptr;        // that filled it
         std::shared_ptr<void> filled;  // when that was done
 
@@ -75,21 +74,16 @@ private:
             return data;
         }
     };
-    // While a graph is recorded: memory that was used before and is filled by the graph, now or earlier in it.
+    // While a graph is recorded: memory that was used before, which the graph fills again.
     const void* recorded(Context& ctx, const Key& key, std::size_t bytes, const std::function<void(void*)>* fill)
     {
         std::unique_lock lock(mutex_);
         const auto found = entries_.find(key);
-        const bool known = found != entries_.end() && found->second.bytes == bytes;
-        if (!known || (!fill && found->second.recorded != version_))
+        if (!fill || found == entries_.end() || found->second.bytes != bytes)
             throw Error("[weights] not prepared yet: make the call once before recording it in a graph");
-        Entry& entry = found->second;
-        if (fill) {
-            entry.use(ctx);  // behind an earlier fill
-            (*fill)(entry.data);
-            entry.recorded = version_;
-        }
-        return entry.data;
+        found->second.use(ctx);  // behind an earlier fill
+        (*fill)(found->second.data);
+        return found->second.data;
     }
 
     // From the last slab, or a new one: few large blocks of memory are had much faster than many small ones.

@@ -16,6 +16,8 @@ import pytest
 import torch
 import vimcore
 from torch import Tensor
+from vimcore.data import load_digits, split_digits
+from vimcore.train import fit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 import golden
@@ -434,6 +436,29 @@ def test_training_steps(dtype: str) -> None:
             free = torch.cuda.mem_get_info()[0]
     assert losses[-1] < 0.3 * losses[0]
     assert torch.cuda.mem_get_info()[0] >= free
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_learns_to_read_digits(dtype: str) -> None:
+    """Training from start to end on real images."""
+    images, labels = load_digits()
+    kept, held = (torch.from_numpy(part) for part in split_digits(labels))
+    pixels = (torch.from_numpy(images).float()[:, None] / 8 - 1).to(CUDA)
+    classes = torch.from_numpy(labels).to(CUDA)
+    options = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 2}
+    torch.manual_seed(0)
+    model = vimcore.VisionMamba(**options, num_classes=10).to(CUDA)
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == "bfloat16"):
+        history = fit(
+            model,
+            (pixels[kept], classes[kept]),
+            (pixels[held], classes[held]),
+            epochs=12,
+            warmup=1,
+            lr=3e-3,
+            progress=False,
+        )
+    assert history.valid_accuracy[-1] > 0.95
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

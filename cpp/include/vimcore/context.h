@@ -38,7 +38,7 @@ public:
     Arena& arena() { return *arena_; }  // scratch of the running call
     Backend& backend() { return *backend_; }
     WeightCache* cache = nullptr;  // packed weights of the running call, or none
-    bool training = false;         // the running call is a forward that saves for a backward
+    bool training = false;         // the running call is the forward or the backward of a training step
 
     // Tokens that one operator call works on at most. Results do not depend on it.
     std::int64_t tile = 0;  // 0: chosen by the backend
