@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Same seed and few threads for every test."""
+"""Same seeds and few threads for every test."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -19,9 +21,11 @@ settings.load_profile("fixed")
 
 @pytest.fixture(autouse=True)
 def _fixed_state() -> Iterator[None]:
-    """Seeds torch; one thread unless a test asks for more."""
+    """Seeds torch, numpy and Python; one thread unless a test asks for more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  what libraries draw from
     yield
     torch.set_num_threads(threads)
