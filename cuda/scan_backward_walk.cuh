@@ -80,6 +80,28 @@ __device__ __forceinline__ void back_ahead(const BackTile<Shape>& tile, int s, c
     }
 }
 
+// As reduce_scatter, for lanes of which those that differ in bits below `bit` have their sums already. A recursion, so
+// that the compiler knows every index.
+template <int lanes, int bit = 1, int width = 0, int count>
+__device__ __forceinline__ int back_reduce(float (&y)[count], int lane)
+{
+    constexpr int values = width == 0 ? count : width, half = values / 2;
+    if constexpr (bit >= lanes) {
+        return 0;
+    } else if constexpr (values == 1) {
+        y[0] += device::shuffle_xor(y[0], bit);
+        return back_reduce<lanes, bit * 2, 1>(y, lane);
+    } else {
+        const bool upper = (lane & bit) != 0;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float keep = upper ? y[i + half] : y[i], send = upper ? y[i] : y[i + half];
+            y[i] = keep + device::shuffle_xor(send, bit);
+        }
+        return (upper ? half : 0) + back_reduce<lanes, bit * 2, half>(y, lane);
+    }
+}
+
 // Sums over a channel's lanes: value i belongs to channel i / (count / 2), then array i / 4, token s + i % 4. Arrays
 // follow each other in `to`.
 template <class Shape, int count>
@@ -91,7 +113,7 @@ __device__ __forceinline__ void back_sums(device::Shared<float> to, int s, float
     float own[half];
 #pragma unroll
     for (int i = 0; i < half; i++) own[i] = x[i] + device::shuffle_xor(x[half + i], 1);
-    const int first = reduce_scatter<lanes, 2>(own, part);
+    const int first = back_reduce<lanes, 2>(own, part);
     device::sync_warp();  // every lane has read what this may write over
     if (lanes > count && part >= count) return;
 #pragma unroll

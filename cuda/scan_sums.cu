@@ -25,6 +25,7 @@ __global__ void add_partials_kernel(PartialTable table)
     if (i >= s.rows * s.dim) return;
     const Index row = i / s.dim, e = i % s.dim, at = e * s.rows + row;
     float sum = 0;
+#pragma unroll 8
     for (Index k = 0; k < s.count; k++) sum += s.part[k * s.stride + i];
     if (s.A_log) sum *= -expf(s.A_log[at]);
     s.to[at] = s.overwrite ? sum : s.to[at] + sum;
@@ -44,6 +45,7 @@ __global__ void sum_rows_kernel(RowTable<T> table)
     const Index b = token / s.tokens, image = s.tokens * s.pitch;
     const float* part = s.part + b * s.groups * image + token % s.tokens * s.pitch + column;
     float sum = 0;
+#pragma unroll 4
     for (Index g = 0; g < s.groups; g++) sum += part[g * image];
     T* const to =
         column < s.split ? s.first + token * s.ld_first + column : s.second + token * s.ld_second + column - s.split;

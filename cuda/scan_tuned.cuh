@@ -56,26 +56,27 @@ __device__ __forceinline__ float pairwise(const float* x)
         return pairwise<count / 2>(x) + pairwise<count / 2>(x + count / 2);
 }
 
-// Sums y over `lanes` neighbouring lanes, of which those that differ in bits below `bit` have done so already; each
-// keeps its part of them, from the index returned on.
-template <int lanes, int bit = 1, int width = 0, int count>
+// Sums y over `lanes` neighbouring lanes; each keeps its part of them, from the index returned on.
+template <int lanes, int count>
 __device__ __forceinline__ int reduce_scatter(float (&y)[count], int lane)
 {
-    constexpr int values = width == 0 ? count : width, half = values / 2;
-    if constexpr (bit >= lanes) {
-        return 0;
-    } else if constexpr (values == 1) {
-        y[0] += device::shuffle_xor(y[0], bit);
-        return reduce_scatter<lanes, bit * 2, 1>(y, lane);
-    } else {
+    int first = 0;
+#pragma unroll
+    for (int bit = 1, width = count; bit < lanes; bit *= 2) {
+        if (width == 1) {
+            y[0] += device::shuffle_xor(y[0], bit);
+            continue;
+        }
+        width /= 2;
         const bool upper = (lane & bit) != 0;
 #pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float keep = upper ? y[i + half] : y[i], send = upper ? y[i] : y[i + half];
+        for (int i = 0; i < width; i++) {
+            const float keep = upper ? y[i + width] : y[i], send = upper ? y[i] : y[i + width];
             y[i] = keep + device::shuffle_xor(send, bit);
         }
-        return (upper ? half : 0) + reduce_scatter<lanes, bit * 2, half>(y, lane);
+        if (upper) first += width;
     }
+    return first;
 }
 
 template <class Shape, int C, int S>
