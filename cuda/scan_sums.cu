@@ -109,7 +109,8 @@ void dt_backward(Context& ctx, const DtBackward<T>& a)
     if (!a.dweight || a.dim == 0) return;
     Arena::Scope scope(ctx.arena());
     const Index length = ceil_div(a.tokens, dt_parts), parts = ceil_div(a.tokens, length), size = a.rank * a.dim;
-    float* const part = static_cast<float*>(ctx.arena().take({parts, a.rank, a.dim}, DType::f32).data);
+    const Shape shape{parts, a.rank, a.dim};
+    float* const part = static_cast<float*>(ctx.arena().take(shape, DType::f32).data);
     const dim3 grid(flat_grid(size).x, static_cast<unsigned>(parts));
     VIM_LAUNCH((dt_weights<T>), grid, flat_block, 0, stream_of(ctx), a, part, length);
     const PartialSum sum{part, parts, size, a.rank, a.dim, nullptr, a.dweight, false};
