@@ -107,7 +107,7 @@ public:
           routes_(routes(config, params, block.reverse, nullptr)),
           out_proj_(scaled_out_proj(ctx, params))
     {
-        xz_ = saved ? saved->xz : take({s_.batch, s_.len, 2 * s_.inner});
+        xz_ = saved && saved->xz ? saved->xz : take({s_.batch, s_.len, 2 * s_.inner});
         y_ = take({s_.batch, s_.len, s_.inner});
     }
 
@@ -298,7 +298,8 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
 {
     if (saved.residual.numel() == 0) return;
     Arena::Scope scope(ctx.arena());
-    const Sizes s = sizes(config, saved.xz);
+    Sizes s = sizes(config, saved.residual);
+    s.dtype = saved.q.dtype;
     const Routes r = routes(config, params, block.reverse, &dparams);
     const auto passes = static_cast<std::size_t>(r.count), projections = static_cast<std::size_t>(r.projections);
     auto take = [&](const Shape& shape) { return ctx.arena().take(shape, s.dtype); };
@@ -306,7 +307,26 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
 
     // out_proj, as far as its input gradient
     const Tensor out_proj = scaled_out_proj(ctx, params);
-    const Tensor dy = take(sequence), y = take(sequence), dxz = take(saved.xz.shape);
+    const Tensor dy = take(sequence), y = take(sequence), dxz = take({s.batch, s.len, 2 * s.inner});
+    Tensor v, xz = saved.xz;
+    auto normalise = [&] {  // once more, as in forward
+        v = take(saved.residual.shape);
+        norm_forward(ctx, {.h = {},
+                           .row_scale = {},
+                           .residual = saved.residual,
+                           .weight = params.norm_weight,
+                           .bias = params.norm_bias,
+                           .kind = config.norm,
+                           .eps = config.norm_eps,
+                           .residual_out = {},
+                           .out = v});
+    };
+    if (!xz) {
+        normalise();
+        xz = take(dxz.shape);
+        const LinearForward args{.x = v, .weight = params.in_proj, .bias = {}, .y = xz};
+        linear_forward(ctx, {&args, 1});
+    }
     {
         WithoutCache guard(ctx, static_cast<bool>(params.gamma));
         const LinearBackward args{.x = {}, .weight = out_proj, .dy = g.dout, .dx = dy, .dweight = {}, .dbias = {}};
@@ -328,7 +348,7 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
                    .dweight = route.gradients->conv_weight,
                    .dbias = route.gradients->conv_bias};
     }
-    conv1d_forward(ctx, {.x = saved.xz, .passes = {conv, projections}, .silu = true, .dx = {}});
+    conv1d_forward(ctx, {.x = xz, .passes = {conv, projections}, .silu = true, .dx = {}});
     const Tensor dqs = take({r.count, s.batch, s.len, s.q});
     ScanPass scan[2];
     for (std::size_t p = 0; p < passes; p++) {
@@ -354,7 +374,7 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
                    .ddt_weight = d.dt_weight,
                    .ddt_bias = d.dt_bias};
     }
-    scan_backward(ctx, {.xz = saved.xz,
+    scan_backward(ctx, {.xz = xz,
                         .passes = {scan, passes},
                         .scale = config.direction_scale(),
                         .chunk = saved.chunk,
@@ -391,19 +411,11 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
                      .dweight = r.route[p].gradients->x_proj,
                      .dbias = {}};
     linear_backward(ctx, {x_proj, projections});
-    conv1d_backward(ctx, {.x = saved.xz, .passes = {conv, projections}, .silu = true, .dx = dxz});
+    conv1d_backward(ctx, {.x = xz, .passes = {conv, projections}, .silu = true, .dx = dxz});
 
-    // in_proj and norm; the norm's output is computed again
-    const Tensor v = take(saved.residual.shape), dv = take(saved.residual.shape);
-    norm_forward(ctx, {.h = {},
-                       .row_scale = {},
-                       .residual = saved.residual,
-                       .weight = params.norm_weight,
-                       .bias = params.norm_bias,
-                       .kind = config.norm,
-                       .eps = config.norm_eps,
-                       .residual_out = {},
-                       .out = v});
+    // in_proj and norm
+    if (!v) normalise();
+    const Tensor dv = take(saved.residual.shape);
     const LinearBackward in_proj{
         .x = v, .weight = params.in_proj, .dy = dxz, .dx = dv, .dweight = dparams.in_proj, .dbias = {}};
     linear_backward(ctx, {&in_proj, 1});

@@ -71,14 +71,16 @@ struct Elements {
 };
 
 // What block_backward takes for `images` images; see block.cpp, and the scans' backward of each backend.
-Elements block_backward_elements(const Config& c, double images, double chunk, bool cuda)
+Elements block_backward_elements(const Config& c, double images, Memory memory, bool cuda)
 {
+    const auto chunk = static_cast<double>(Saved::chunk(memory));
     const Sizes s(c, 1);
     const double rows = images * s.L, groups = std::ceil(s.E / 64), tiles = std::ceil(std::min(chunk, s.L) / 16);
     const bool shared_u = s.directions > s.projections;
     Elements e;
     e.narrow =
         rows * (4 * s.E + (2 * s.projections + (shared_u ? 1 : 0)) * s.E + s.directions * (s.R + 2 * s.N) + 2 * s.D);
+    if (memory == Memory::least) e.narrow += rows * 2 * s.E;
     if (c.layer_scale) e.wide += 2 * s.D * s.E;
     if (cuda) {
         // the tuned kernels, or the generic one
@@ -111,8 +113,8 @@ std::int64_t saved_bytes(const Config& c, Memory memory, std::int64_t batch, DTy
     auto aligned = [](double bytes) { return std::ceil(bytes / 64) * 64; };
     const double chunks = std::ceil(s.L / static_cast<double>(Saved::chunk(memory)));
     const double residual = aligned(s.B * s.L * s.D * wide_size);
-    const double block = residual + aligned(s.B * s.L * 2 * s.E * narrow) +
-                         aligned(s.projections * s.B * s.L * (s.R + 2 * s.N) * narrow) +
+    const double xz = memory == Memory::least ? 0 : aligned(s.B * s.L * 2 * s.E * narrow);
+    const double block = residual + xz + aligned(s.projections * s.B * s.L * (s.R + 2 * s.N) * narrow) +
                          aligned(s.directions * s.B * chunks * s.N * s.E * wide_size);
     return saturated(static_cast<double>(c.depth) * block + residual);
 }
@@ -129,10 +131,9 @@ std::int64_t training_bytes(const Config& c, Memory memory, std::int64_t batch, 
     const std::int64_t slots = threads > 1 && c.tokens() <= 8192 ? std::min<std::int64_t>(threads, groups) : 1;
 
     const double rows = s.B * s.L, stream = (pairs ? 2 : 1) * rows * s.D;  // dh, dresidual
-    const Elements group =
-        block_backward_elements(c, static_cast<double>(images), static_cast<double>(Saved::chunk(memory)), cuda);
+    const Elements group = block_backward_elements(c, static_cast<double>(images), memory, cuda);
     // Contexts that work side by side, and what their arenas lose where pieces do not fit.
-    const double sides = slots > 1 ? 1.25 * static_cast<double>(slots + (groups % slots ? 1 : 0)) : 1.05;
+    const double sides = slots > 1 ? 1.25 * static_cast<double>(slots + (groups % slots ? 1 : 0)) : 1.1;
     const double head = 2 * rows * s.D + 2 * s.B * (per_token ? s.L : 1) * std::max(outputs, s.D);
     const double patches = std::min(s.B * s.J, static_cast<double>(std::min<std::int64_t>(tile, 1 << 17)));
     const double embed = s.B * s.J * s.D + 2 * patches * s.patch;

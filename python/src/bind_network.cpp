@@ -65,18 +65,17 @@ private:
     std::atomic<std::uint64_t> seen_{0};
 };
 
-using Token = nb::ndarray<nb::pytorch, std::int64_t, nb::shape<1>, nb::device::cpu>;
+using Token = nb::ndarray<nb::pytorch, std::uint8_t, nb::ndim<1>>;
 
-// A torch tensor that owns the Saved, so that autograd frees it together with its saved tensors.
-Token token_of(nb::handle self) { return Token(&nb::cast<SavedHandle&>(self).mark.self, {1}, self); }
-
-nb::object of_token(const In& array)
+// A torch tensor of the bytes that were saved. It owns them, so that autograd frees them together with its other saved
+// tensors, and hooks on those can move them away and back.
+Token token_of(nb::handle self)
 {
-    const Tensor token = to_host_tensor(array, "VisionMamba", "saved");
-    if (token.dtype != DType::i64 || token.numel() != 1 ||
-        *token.as<std::int64_t>() != reinterpret_cast<std::intptr_t>(token.data))
-        throw std::invalid_argument("[VisionMamba] saved: a saved-tensor hook copied or moved what backward needs");
-    return nb::cast(token.as<SavedHandle::Mark>()->owner, nb::rv_policy::reference);
+    Saved& saved = *nb::cast<SavedHandle&>(self);
+    const Device device = saved.storage.device();
+    const bool cuda = device.type == Device::Type::cuda;
+    return Token(saved.storage.data(), {saved.used}, self, {}, nb::dtype<std::uint8_t>(),
+                 cuda ? nb::device::cuda::value : nb::device::cpu::value, cuda ? device.index : 0);
 }
 
 struct DrawArgs {
@@ -140,8 +139,8 @@ public:
     }
 
     // gradients: one array with the gradient of parameter i at offsets[i], which are added to; offset -1: not wanted.
-    void backward(Weights& weights, const In& images, SavedHandle& saved, const MaybeIn& dlogits,
-                  const MaybeIn& dtokens, const std::vector<std::int64_t>& layers,
+    void backward(Weights& weights, const In& images, const In& saved, const std::string& memory,
+                  const MaybeIn& dlogits, const MaybeIn& dtokens, const std::vector<std::int64_t>& layers,
                   const std::vector<In>& dintermediates, const Out& gradients, const std::vector<std::int64_t>& offsets,
                   const MaybeOut& dimages, const MaybeIn& drop_path, const MaybeIn& mask, bool flip,
                   std::int64_t class_position, int threads, std::uintptr_t stream, bool capturing)
@@ -149,6 +148,7 @@ public:
         const Tensor x = to_tensor(images, "VisionMamba", "images");
         const Tensor dx = to_tensor(dimages, "VisionMamba", "dimages");
         const Tensor flat = to_tensor(gradients, "VisionMamba", "gradients");
+        const Saved kept = to_saved(saved, memory, config_, x, "VisionMamba");
         const Outputs out = outputs(x, dlogits, dtokens, layers, dintermediates);
         const Draws draws = to_draws(x, {drop_path, mask, flip, class_position});
         expect("dimages", dx, x.shape, x);
@@ -168,7 +168,7 @@ public:
             tensor.shape = shape;
         });
         with_context(x.device, {threads, stream, capturing}, [&](Context& ctx) {
-            vimcore::backward(ctx, config_, weights.refreshed(), x, *saved, out, dparams, dx, draws);
+            vimcore::backward(ctx, config_, weights.refreshed(), x, kept, out, dparams, dx, draws);
         });
     }
 
@@ -338,7 +338,6 @@ void bind_network(nb::module_& m)
         .def_prop_ro("bytes", &SavedHandle::bytes)
         .def_prop_ro("memory", &SavedHandle::memory)
         .def_prop_ro("token", &token_of)
-        .def_static("of", &of_token, nb::arg("token").noconvert())
         .def_static(
             "chunk", [](const std::string& memory) { return Saved::chunk(to_memory(memory)); }, nb::arg("memory"))
         .def_static("bytes_per_block", &saved_bytes, nb::arg("config_json"), nb::arg("memory"), nb::arg("batch"),
@@ -355,10 +354,11 @@ void bind_network(nb::module_& m)
              nb::arg("saved").none() = nb::none(), nb::arg("drop_path").noconvert().none() = nb::none(),
              nb::arg("mask").noconvert().none() = nb::none(), nb::arg("flip") = false, nb::arg("class_position") = -1,
              nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false)
-        .def("backward", &Network::backward, nb::arg("weights"), nb::arg("images").noconvert(), nb::arg("saved"),
-             nb::arg("dlogits").noconvert().none() = nb::none(), nb::arg("dtokens").noconvert().none() = nb::none(),
-             nb::arg("layers") = std::vector<std::int64_t>{}, nb::arg("dintermediates").noconvert() = std::vector<In>{},
-             nb::arg("gradients").noconvert(), nb::arg("offsets"), nb::arg("dimages").noconvert().none() = nb::none(),
+        .def("backward", &Network::backward, nb::arg("weights"), nb::arg("images").noconvert(),
+             nb::arg("saved").noconvert(), nb::arg("memory"), nb::arg("dlogits").noconvert().none() = nb::none(),
+             nb::arg("dtokens").noconvert().none() = nb::none(), nb::arg("layers") = std::vector<std::int64_t>{},
+             nb::arg("dintermediates").noconvert() = std::vector<In>{}, nb::arg("gradients").noconvert(),
+             nb::arg("offsets"), nb::arg("dimages").noconvert().none() = nb::none(),
              nb::arg("drop_path").noconvert().none() = nb::none(), nb::arg("mask").noconvert().none() = nb::none(),
              nb::arg("flip") = false, nb::arg("class_position") = -1, nb::arg("threads") = 0, nb::arg("stream") = 0,
              nb::arg("capturing") = false);

@@ -226,19 +226,19 @@ void block_forward(const std::string& json, const std::vector<In>& parameters, c
 // residual_out: the forward's. dresidual: of the residual, and of x beside it; dx: of x in the type of activations, or
 // None. gradients: one per parameter, added to, or None.
 void block_backward(const std::string& json, const std::vector<In>& parameters, const In& residual_out, bool reverse,
-                    SavedHandle& saved, const In& dout, const MaybeIn& dresidual_out, const Out& dresidual,
-                    const MaybeOut& dx, const std::vector<MaybeOut>& gradients, int threads, std::uintptr_t stream,
-                    bool capturing)
+                    const In& saved, const std::string& memory, const In& dout, const MaybeIn& dresidual_out,
+                    const Out& dresidual, const MaybeOut& dx, const std::vector<MaybeOut>& gradients, int threads,
+                    std::uintptr_t stream, bool capturing)
 {
     const Config config = Config::from_json(json);
     const BlockParams params = to_block_params(config, parameters, false);
     BlockParams dparams = to_block_params(config, gradients, true);
     Block block;
     block.reverse = reverse;
-    BlockSaved kept = (*saved).blocks.at(0);
-    kept.residual = to_tensor(residual_out, "vim_block", "residual_out");
     BlockGradients g;
     g.dout = to_tensor(dout, "vim_block", "dout");
+    BlockSaved kept = to_saved(saved, memory, config, g.dout, "vim_block").blocks.at(0);
+    kept.residual = to_tensor(residual_out, "vim_block", "residual_out");
     g.dresidual_out = to_tensor(dresidual_out, "vim_block", "dresidual_out");
     g.dresidual = to_tensor(dresidual, "vim_block", "dresidual");
     g.dh = to_tensor(dx, "vim_block", "dx");
@@ -285,8 +285,8 @@ void bind_ops(nb::module_& m)
           nb::arg("residual_out").noconvert(), nb::arg("out").noconvert(), nb::arg("saved").none(),
           nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
     m.def("block_backward", &block_backward, nb::arg("config_json"), nb::arg("parameters").noconvert(),
-          nb::arg("residual_out").noconvert(), nb::arg("reverse"), nb::arg("saved"), nb::arg("dout").noconvert(),
-          nb::arg("dresidual_out").noconvert().none(), nb::arg("dresidual").noconvert(),
+          nb::arg("residual_out").noconvert(), nb::arg("reverse"), nb::arg("saved").noconvert(), nb::arg("memory"),
+          nb::arg("dout").noconvert(), nb::arg("dresidual_out").noconvert().none(), nb::arg("dresidual").noconvert(),
           nb::arg("dx").noconvert().none(), nb::arg("gradients").noconvert(), nb::arg("threads") = 0,
           nb::arg("stream") = 0, nb::arg("capturing") = false);
 }

@@ -8,9 +8,9 @@ namespace vimcore::python {
 
 inline Memory to_memory(const std::string& name)
 {
-    if (name == "lean") return Memory::lean;
-    if (name == "fast") return Memory::fast;
-    throw std::invalid_argument("[VisionMamba] memory: expected \"lean\" or \"fast\", got \"" + name + "\"");
+    for (const Memory memory : {Memory::least, Memory::lean, Memory::fast})
+        if (name == name_of(memory)) return memory;
+    throw std::invalid_argument("[VisionMamba] memory: expected \"least\", \"lean\" or \"fast\", got \"" + name + "\"");
 }
 
 using SavedPool = Pool<Saved>;
@@ -42,17 +42,26 @@ public:
 
     Saved& operator*() { return *saved_; }
     std::size_t bytes() const { return saved_->storage.bytes(); }
-    const char* memory() const { return saved_->memory == Memory::lean ? "lean" : "fast"; }
-
-    struct Mark {
-        std::int64_t self;  // its own address: a copy of it is recognised
-        SavedHandle* owner;
-    } mark{reinterpret_cast<std::intptr_t>(&mark), this};
+    const char* memory() const { return name_of(saved_->memory); }
 
 private:
     std::shared_ptr<SavedPool> pool_;
     bool capturing_;
     std::unique_ptr<Saved> saved_;
 };
+
+// What a forward on tensors like x kept, from its bytes: those of `SavedHandle`, or a copy that a saved-tensor hook
+// made of them.
+inline Saved to_saved(const In& array, const std::string& memory, const Config& config, const Tensor& x, const char* op)
+{
+    const Tensor bytes = to_tensor(array, op, "saved");
+    if (bytes.dtype != DType::u8 || bytes.shape.rank() != 1 || bytes.device != x.device)
+        throw std::invalid_argument(std::string("[") + op + "] saved: expected (bytes) u8 " + to_string(x.device) +
+                                    ", got " + describe(bytes));
+    Saved saved;
+    saved.memory = to_memory(memory);
+    saved.attach(config, x.size(0), x.dtype, x.device, bytes.data, bytes.bytes());
+    return saved;
+}
 
 }  // namespace vimcore::python

@@ -46,8 +46,6 @@ class Saved:
     @property
     def token(self) -> Tensor: ...
     @staticmethod
-    def of(token: Array) -> Saved: ...
-    @staticmethod
     def chunk(memory: str) -> int: ...
     @staticmethod
     def bytes_per_block(config_json: str, memory: str, batch: int, float64: bool = False) -> int: ...
@@ -78,7 +76,8 @@ class Network:
         self,
         weights: Weights,
         images: Array,
-        saved: Saved,
+        saved: Array,
+        memory: str,
         dlogits: Array | None = None,
         dtokens: Array | None = None,
         layers: Sequence[int] = [],
@@ -229,7 +228,8 @@ def block_backward(
     parameters: Sequence[Array],
     residual_out: Array,
     reverse: bool,
-    saved: Saved,
+    saved: Array,
+    memory: str,
     dout: Array,
     dresidual_out: Array | None,
     dresidual: Array,

@@ -77,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of activations (default: bfloat16 on cuda; on the CPU there is float32 only)",
     )
-    parser.add_argument("--memory", choices=("lean", "fast"), default="lean", help="what backward keeps")
+    parser.add_argument(
+        "--memory", choices=("least", "lean", "fast"), default="lean", help="what backward keeps"
+    )
     parser.add_argument("--threads", type=_positive, default=2, help="threads on both sides (default: 2)")
     parser.add_argument("--peers", type=_peer_names, default=list(PEERS), help="default: all; '' is none")
     parser.add_argument(

@@ -201,6 +201,11 @@ class Core:
         return found
 
 
+def _aligned(token: Tensor) -> Tensor:
+    """What was saved, where a saved-tensor hook brought it back to an odd address."""
+    return token.clone() if token.data_ptr() % 64 else token
+
+
 class NetworkFunction(torch.autograd.Function):
     """The whole network as one node of the graph."""
 
@@ -211,7 +216,7 @@ class NetworkFunction(torch.autograd.Function):
         _, stream, capturing = place(images)
         saved = core.network.saved(request.memory, stream, capturing)
         outputs = core.run(request, images, params, saved)
-        # The token owns what was saved: autograd frees it together with its other saved tensors.
+        # The token is what was saved: autograd frees it with its other saved tensors, hooks may move it.
         ctx.save_for_backward(saved.token, images, *params)
         ctx.set_materialize_grads(False)
         ctx.core, ctx.request = core, request
@@ -244,7 +249,8 @@ class NetworkFunction(torch.autograd.Function):
             core.network.backward(
                 core.weights(params, capturing),
                 exported(images),
-                _core.Saved.of(token),
+                exported(_aligned(token)),
+                memory=request.memory,
                 gradients=exported(flat),
                 offsets=offsets,
                 dimages=exported(dimages),
@@ -428,21 +434,23 @@ class BlockFunction(torch.autograd.Function):
             return out, total
         ctx.save_for_backward(saved.token, total.detach(), *params)
         ctx.set_materialize_grads(False)
-        ctx.config_json, ctx.reverse, ctx.dtype = config_json, reverse, x.dtype
+        ctx.config_json, ctx.reverse, ctx.memory, ctx.dtype = config_json, reverse, memory, x.dtype
         return out, total
 
     @staticmethod
     @_once
     def backward(ctx: Any, dout: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
         token, total, *params = ctx.saved_tensors
-        saved, residual = _core.Saved.of(token), ctx.needs_input_grad[4]
+        token, residual = _aligned(token), ctx.needs_input_grad[4]
         gradients = [torch.zeros_like(p) for p in params]
         dsum, dx = torch.zeros_like(total), _narrow(total, ctx.dtype)
         dout = torch.zeros_like(total, dtype=ctx.dtype) if dout is None else dout.contiguous()
         dtotal = _contiguous(dtotal)
         total_, params_ = exported(total), _exported(params)
         arguments = [*_exported([dout, dtotal, dsum, dx]), _exported(gradients), *place(total)]
-        _core.block_backward(ctx.config_json, params_, total_, ctx.reverse, saved, *arguments)
+        _core.block_backward(
+            ctx.config_json, params_, total_, ctx.reverse, exported(token), ctx.memory, *arguments
+        )
         if dx is None:
             dx = dsum.clone() if residual else dsum
         return (None, None, None, dx, dsum if residual else None, *gradients)

@@ -199,7 +199,8 @@ def bidirectional_scan(
         z: gate (B, L, E).
         u, q, A_log, D, dt_weight, dt_bias: pairs, the forward and the reverse direction: (B, L, E),
             (B, L, R + 2N), (E, N), (E), (E, R), (E).
-        memory: "lean" or "fast": tokens between the states that backward starts from again.
+        memory: tokens between the states that backward starts from again: 64 for "lean" (and "least"),
+            16 for "fast".
 
     Returns:
         (B, L, E).
@@ -243,7 +244,7 @@ def vim_block(
         average_directions: halve the sum ("ssm_conv" only).
         norm, norm_eps: "rms" or "layer".
         reverse: with directions="none": from the last token to the first.
-        memory: "lean" or "fast", see `VisionMamba`.
+        memory: "least", "lean" or "fast", see `VisionMamba`.
 
     Returns:
         (out, residual + x), both (B, L, D); the next block, or the final norm, adds the two.

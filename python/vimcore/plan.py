@@ -18,7 +18,7 @@ from typing import Any
 from . import _core
 from .bench import WIDTHS
 
-MODES = {"inference": "", "training, lean": "lean", "training, fast": "fast"}
+MODES = {"inference": "", "training, least": "least", "training, lean": "lean", "training, fast": "fast"}
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16", "float16")}
 BATCHES = (1, 8, 32, 128)
 MOST = 1 << 20  # images of the largest batch that is looked for

@@ -61,7 +61,7 @@ void run(const std::string& path, Memory memory, std::int64_t tile, double logit
     }
     CHECK_CLOSE(worst, 0, grad_tol);
     std::printf("%-60s %s %s tile %3d: logits %.1e, worst gradient %.1e (%s)\n", path.c_str(), name_of(dtype_of<T>),
-                memory == Memory::lean ? "lean" : "fast", static_cast<int>(tile), error, worst, where.c_str());
+                name_of(memory), static_cast<int>(tile), error, worst, where.c_str());
 }
 
 }  // namespace
@@ -73,7 +73,7 @@ int main(int argc, char** argv)
     for (const auto& entry : std::filesystem::directory_iterator(argv[1])) {
         if (entry.path().extension() != ".safetensors") continue;
         files++;
-        for (Memory memory : {Memory::lean, Memory::fast})
+        for (Memory memory : {Memory::least, Memory::lean, Memory::fast})
             for (std::int64_t tile : {0, 64}) {
                 run<float>(entry.path().string(), memory, tile, 1e-5, 1e-4);
                 run<double>(entry.path().string(), memory, tile, 1e-12, 1e-6);  // gradients are stored in float32

@@ -57,8 +57,8 @@ void test(const Case& test)
     const auto plan = static_cast<double>(training_bytes(config, test.memory, test.batch, DType::f32, test.threads));
     std::printf("%4lld px, batch %lld, %d threads, %s, directions %d: used %.1f MiB, plan %.1f (%.2f)\n",
                 static_cast<long long>(test.size), static_cast<long long>(test.batch), test.threads,
-                test.memory == Memory::lean ? "lean" : "fast", static_cast<int>(config.directions), used / (1 << 20),
-                plan / (1 << 20), plan / used);
+                name_of(test.memory), static_cast<int>(config.directions), used / (1 << 20), plan / (1 << 20),
+                plan / used);
     CHECK(used <= plan);
     CHECK(plan <= std::max(1.5 * used, used + (1 << 22)));
 }
@@ -73,6 +73,8 @@ int main()
     test({224, 8, 2, Memory::fast});
     test({512, 2, 1});
     test({1024, 1, 1});
+    test({512, 2, 2, Memory::least});
+    test({1024, 1, 1, Memory::least});
     test({1024, 2, 2});
     test({1024, 1, 1, Memory::lean, [](Config& c) { c.directions = Directions::ssm; }});
     test({512, 3, 2, Memory::lean, [](Config& c) { c.directions = Directions::block; }});

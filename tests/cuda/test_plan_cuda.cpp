@@ -26,7 +26,7 @@ void compare_bytes(const char* what, const Case& test, std::size_t bytes, std::i
     const auto used = static_cast<double>(bytes), plan = static_cast<double>(planned);
     std::printf("%4lld px, batch %2lld, %-4s %s %-9s: used %7.1f MiB, plan %7.1f (%.2f)\n",
                 static_cast<long long>(test.size), static_cast<long long>(test.batch), name_of(test.dtype),
-                test.memory == Memory::lean ? "lean" : "fast", what, used / (1 << 20), plan / (1 << 20), plan / used);
+                name_of(test.memory), what, used / (1 << 20), plan / (1 << 20), plan / used);
     CHECK(used <= plan);
     // 32 MiB are for cuBLASLt, which is not here
     CHECK(plan <= std::max(1.5 * used, used + (4 << 20)) + (32 << 20));
@@ -76,6 +76,7 @@ int main()
         test_case({224, 16, dtype});
     }
     test_case({512, 4, DType::bf16, Memory::fast});
+    test_case({512, 4, DType::bf16, Memory::least});
     test_case({1024, 1, DType::bf16});
     test_case({512, 2, DType::bf16, Memory::lean, [](Config& c) { c.directions = Directions::ssm; }});
     test_case({512, 2, DType::bf16, Memory::lean, [](Config& c) { c.directions = Directions::block; }});

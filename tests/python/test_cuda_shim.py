@@ -7,6 +7,7 @@ CPU tensors pass for tensors on the first device, their memory is handed over un
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -37,12 +38,16 @@ from vimcore_shim import bench, bench_cuda, cli, doctor, functions, nn, ops, pla
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
-def on_device(capsule: Any, device: int = 0) -> Any:
-    """The DLPack capsule of host memory, for a CUDA device: there, the shim's memory is the host's."""
+def on_device(capsule: Any, device: int = 0, kind: int = 2) -> Any:
+    """The DLPack capsule of host memory, for a CUDA device: there, the shim's memory is the host's.
+
+    Args:
+        kind: DLPack's number of the device type, 1 for the CPU.
+    """
     get = ctypes.pythonapi.PyCapsule_GetPointer
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     where = ctypes.cast(get(capsule, b"dltensor") + 8, ctypes.POINTER(ctypes.c_int32))  # behind the address
-    where[0], where[1] = 2, device
+    where[0], where[1] = kind, device
     return capsule
 
 
@@ -63,6 +68,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         for name, change in changes.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, change)
+    # on the way back, of what the extension saved
+    own = torch.utils.dlpack.from_dlpack
+
+    def from_dlpack(array: Any) -> Tensor:
+        return own(on_device(array.__dlpack__() if hasattr(array, "__dlpack__") else array, kind=1))
+
+    monkeypatch.setattr(torch.utils.dlpack, "from_dlpack", from_dlpack)
     with torch.no_grad():
         yield state
 
@@ -272,7 +284,25 @@ def agree(found: Any, wanted: Any, tolerance: float) -> None:
         assert float((found[name] - g).norm()) < tolerance * max(float(g.norm()), 1e-3 * largest), name
 
 
-@pytest.mark.parametrize("memory", ["lean", "fast"])
+@pytest.mark.parametrize("memory", ["least", "fast"])
+def test_activations_that_left_and_came_back(memory: str, training: dict[str, Any]) -> None:
+    model = twin(build(small(depth=2), dtype=torch.float32, memory=memory))
+    images, found = images_for(SMALL, 3, torch.float32), []
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.detach().clone())
+        return kept[-1]
+
+    for hooks in (contextlib.nullcontext(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)):
+        with hooks:
+            loss = model(images).square().sum()
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert any(t.dtype == torch.uint8 and t.numel() > 1000 for t in kept)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("memory", ["least", "lean", "fast"])
 @pytest.mark.parametrize(
     "name", ["v2_middle", "v2_double", "none_pairs_middle", "v2_rope_residual_head", "v2_layer_scale"]
 )

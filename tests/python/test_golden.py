@@ -14,7 +14,7 @@ TYPES = {
 }  # gradients stored in float32
 
 
-@pytest.mark.parametrize("memory", ["lean", "fast"])
+@pytest.mark.parametrize("memory", ["least", "lean", "fast"])
 @pytest.mark.parametrize("dtype", sorted(TYPES))
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_golden(name: str, dtype: str, memory: str) -> None:

@@ -144,7 +144,7 @@ def test_gradcheck_whole_model(directions: str) -> None:
     assert gradcheck(call, (images, *(p.detach().clone().requires_grad_() for p in model.parameters())))
 
 
-@pytest.mark.parametrize("memory", ["lean", "fast"])
+@pytest.mark.parametrize("memory", ["least", "lean", "fast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", BORDERS)
 def test_lengths_around_borders(length: int, dtype: torch.dtype, memory: str) -> None:
@@ -199,14 +199,14 @@ def configurations(draw: st.DrawFn) -> reference.Config:
     )
 
 
-@given(config=configurations(), batch=st.integers(1, 3), memory=st.sampled_from(["lean", "fast"]))
+@given(config=configurations(), batch=st.integers(1, 3), memory=st.sampled_from(["least", "lean", "fast"]))
 def test_random_configurations(config: reference.Config, batch: int, memory: str) -> None:
     if config.directions == "sequence":  # no draw in eval mode, where this strategy is "none"
         config.directions = "none"
     assert_matches_reference(config, batch, torch.float64, memory)
 
 
-@given(config=configurations(), batch=st.integers(1, 3), memory=st.sampled_from(["lean", "fast"]))
+@given(config=configurations(), batch=st.integers(1, 3), memory=st.sampled_from(["least", "lean", "fast"]))
 def test_random_configurations_float32(config: reference.Config, batch: int, memory: str) -> None:
     if config.directions == "sequence":
         config.directions = "none"
@@ -335,7 +335,7 @@ def test_gradcheck_vim_block(name: str, residual: bool) -> None:
     assert gradcheck(call, (*inputs, *params.values()))
 
 
-@pytest.mark.parametrize("memory", ["lean", "fast"])
+@pytest.mark.parametrize("memory", ["least", "lean", "fast"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
 @pytest.mark.parametrize("name", sorted(BLOCKS))
 def test_vim_block_against_reference(name: str, dtype: torch.dtype, tolerance: float, memory: str) -> None:
@@ -413,7 +413,7 @@ def test_bidirectional_scan(average: bool) -> None:
 # ---- the draws of training ----
 
 
-@pytest.mark.parametrize("memory", ["lean", "fast"])
+@pytest.mark.parametrize("memory", ["least", "lean", "fast"])
 @pytest.mark.parametrize(
     ("options", "drawn"),
     [

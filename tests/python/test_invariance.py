@@ -49,7 +49,7 @@ def test_thread_counts(name: str) -> None:
         assert not [k for k in first if not torch.equal(first[k], grads[k])], threads
 
 
-@pytest.mark.parametrize("memory", ["lean", "fast"])
+@pytest.mark.parametrize("memory", ["least", "lean", "fast"])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_two_runs(name: str, memory: str) -> None:
     torch.set_num_threads(2)
@@ -67,7 +67,7 @@ def test_inference_is_the_training_forward(config: reference.Config, dtype: torc
     """Neither autograd, nor the memory mode and its chunks, nor the gradient of the input changes a bit."""
     images = images_for(config, 2, dtype)
     logits, tokens = [], []
-    for memory in ("lean", "fast"):
+    for memory in ("least", "lean", "fast"):
         model = build(config, dtype=dtype, memory=memory)
         logits += [model.train()(images), model(images.clone().requires_grad_()), model.eval()(images)]
         tokens.append(model.forward_features(images))

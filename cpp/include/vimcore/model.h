@@ -14,12 +14,17 @@
 
 namespace [[gnu::visibility("default")]] vimcore {
 
-enum class Memory : std::uint8_t { lean, fast };
+// What backward keeps of every block, from little to much; what is not kept is computed again.
+//   least   the residual stream, x_proj's output, a scan state per 64 tokens
+//   lean    and in_proj's output
+//   fast    and a scan state per 16 tokens
+enum class Memory : std::uint8_t { least, lean, fast };
+const char* name_of(Memory memory);
 
 // What the backward pass of one block needs; everything else is recomputed. n is the number of scan directions.
 struct BlockSaved {
     Tensor residual;     // (B, L, D) input of the norm
-    Tensor xz;           // (B, L, 2E)
+    Tensor xz;           // (B, L, 2E), or none: Memory::least
     Tensor q;            // (n', B, L, R + 2N), n' = 1 where both directions share x_proj
     Tensor checkpoints;  // (n, B, chunks, N, E) scan states
     std::int64_t chunk = 0;
@@ -32,12 +37,16 @@ struct Saved {
     std::vector<BlockSaved> blocks;
     Tensor residual;  // (B, L, D) input of the final norm
     Buffer storage;
+    std::size_t used = 0;  // bytes of the storage that the tensors take, from its beginning
 
     // Points all tensors into the storage, which grows when it is too small.
     void prepare(const Config& config, std::int64_t batch, DType dtype, Device device = Device::cpu());
+    // Points all tensors into other memory: a copy of the `used` bytes of a Saved of the same mode and arguments.
+    void attach(const Config& config, std::int64_t batch, DType dtype, Device device, void* data, std::size_t bytes);
 
-    static std::int64_t chunk(Memory memory);  // tokens between scan checkpoints: 64 lean, 16 fast
-    // B L (D + 2E + n' (R + 2N)) + B n ceil(L / chunk) N E elements; D and the states in wide(dtype)
+    static std::int64_t chunk(Memory memory);  // tokens between scan checkpoints: 64, fast 16
+    // B L (D + 2E + n' (R + 2N)) + B n ceil(L / chunk) N E elements, 2E not with Memory::least; D and the states in
+    // wide(dtype)
     static std::int64_t bytes_per_block(const Config& config, Memory memory, std::int64_t batch, DType dtype);
 };
 

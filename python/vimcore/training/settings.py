@@ -51,7 +51,7 @@ class Settings:
     drop_rate: float = _key("model", 0.0, "dropout of the tokens")
     drop_path_rate: float = _key("model", 0.0, "of the last block, growing from 0 at the first")
     set: tuple[str, ...] = _key("model", (), "further arguments of VisionMamba, KEY=VALUE each")
-    memory: str = _key("model", "lean", "fast keeps more for backward", ("lean", "fast"))
+    memory: str = _key("model", "lean", "what backward keeps", ("least", "lean", "fast"))
 
     data: str | None = _key(
         "data", None, "folder of class folders (or of train/ and val/), CSV file, or digits"
