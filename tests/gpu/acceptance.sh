@@ -137,6 +137,17 @@ part_test() {
         failed+=(pytest)
     say "        $(tail -n 1 "$logs/pytest.log")"
 
+    # From images to weights, as a user does it.
+    if "$python" -c 'import timm, torchvision' 2>/dev/null; then
+        local precision
+        for precision in bfloat16 float16; do
+            PYTHONPATH=$build/site step "train-$precision" 120 "$python" -m vimcore train --preset digits --device cuda \
+                --precision $precision --epochs 8 --out "$build/run-$precision" || failed+=("train-$precision")
+        done
+    else
+        say 'SKIPPED vimcore train: no timm and torchvision here'
+    fi
+
     # The tools run a program many times slower, so each has its time; the matrix products are the built-in ones.
     local sanitizer
     sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
