@@ -65,10 +65,10 @@ private:
     std::atomic<std::uint64_t> seen_{0};
 };
 
-using Token = nb::ndarray<nb::pytorch, std::uint8_t, nb::ndim<1>>;
+using Token = nb::ndarray<std::uint8_t, nb::ndim<1>>;
 
-// A torch tensor of the bytes that were saved. It owns them, so that autograd frees them together with its other saved
-// tensors, and hooks on those can move them away and back.
+// The bytes that were saved. The array owns them: as a tensor in torch's graph they are freed together with its other
+// saved tensors, and hooks on those can move them away and back.
 Token token_of(nb::handle self)
 {
     Saved& saved = *nb::cast<SavedHandle&>(self);

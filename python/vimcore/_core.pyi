@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 Array: TypeAlias = Any  # a numpy array, a torch tensor or a DLPack capsule
 
@@ -44,7 +43,7 @@ class Saved:
     @property
     def memory(self) -> str: ...
     @property
-    def token(self) -> Tensor: ...
+    def token(self) -> Array: ...
     @staticmethod
     def chunk(memory: str) -> int: ...
     @staticmethod

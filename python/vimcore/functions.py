@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from . import _core
 from .place import exported, place, wide
@@ -217,7 +218,7 @@ class NetworkFunction(torch.autograd.Function):
         saved = core.network.saved(request.memory, stream, capturing)
         outputs = core.run(request, images, params, saved)
         # The token is what was saved: autograd frees it with its other saved tensors, hooks may move it.
-        ctx.save_for_backward(saved.token, images, *params)
+        ctx.save_for_backward(from_dlpack(saved.token), images, *params)
         ctx.set_materialize_grads(False)
         ctx.core, ctx.request = core, request
         return outputs
@@ -432,7 +433,7 @@ class BlockFunction(torch.autograd.Function):
         _core.block_forward(config_json, params_, x_, residual_, reverse, total_, out_, saved, *place(out))
         if saved is None:
             return out, total
-        ctx.save_for_backward(saved.token, total.detach(), *params)
+        ctx.save_for_backward(from_dlpack(saved.token), total.detach(), *params)
         ctx.set_materialize_grads(False)
         ctx.config_json, ctx.reverse, ctx.memory, ctx.dtype = config_json, reverse, memory, x.dtype
         return out, total

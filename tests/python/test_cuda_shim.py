@@ -27,7 +27,7 @@ import vimcore
 from golden import relative
 from helpers import SMALL, build, images_for, small
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "release" / "python"
 os.environ.setdefault("VIMCORE_SHIM_FOREIGN", "1")  # torch's memory is device memory, too
@@ -51,6 +51,11 @@ def on_device(capsule: Any, device: int = 0, kind: int = 2) -> Any:
     return capsule
 
 
+def on_host(capsule: Any) -> Tensor:
+    """The way back."""
+    return from_dlpack(on_device(capsule, kind=1))
+
+
 def array(tensor: Tensor, device: int = 0) -> Any:
     return on_device(to_dlpack(tensor.detach()), device)
 
@@ -63,18 +68,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         "on_cuda": lambda t: True,
         "place": lambda t: (0, state["stream"], state["capturing"]),
         "to_dlpack": lambda t: on_device(to_dlpack(t)),
+        "from_dlpack": on_host,  # what the extension saved
     }
     for module in (place, functions, nn, ops):
         for name, change in changes.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, change)
-    # on the way back, of what the extension saved
-    own = torch.utils.dlpack.from_dlpack
-
-    def from_dlpack(array: Any) -> Tensor:
-        return own(on_device(array.__dlpack__() if hasattr(array, "__dlpack__") else array, kind=1))
-
-    monkeypatch.setattr(torch.utils.dlpack, "from_dlpack", from_dlpack)
     with torch.no_grad():
         yield state
 
