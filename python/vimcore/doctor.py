@@ -3,7 +3,7 @@
 
 A small network with random weights goes through every set of CPU kernels, each in a process of its own, and
 is compared with the textbook forward below: NumPy, float64, one token after the other, nothing in common with
-the C++ core. A GPU is compared with the CPU.
+the C++ core. A GPU is compared with the CPU. `doctor_gradients` does the same for the gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _core
+from . import _core, doctor_gradients
 from .data import encode_png
 from .metadata import pack
 
@@ -38,6 +38,11 @@ SELF_TEST: dict[str, Any] = {
 }
 GPU_TESTS: list[dict[str, Any]] = [SELF_TEST, {"num_classes": 1000}]  # and Vim-Ti
 GPU_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
+# Of the published width, state and step, but shallow: rounding of 16-bit types adds up in depth.
+GPU_GRADIENT_TESTS: list[dict[str, Any]] = [
+    SELF_TEST,
+    {"img_size": 64, "embed_dim": 192, "depth": 4, "num_classes": 10},
+]
 
 
 # ---- the reference -----------------------------------------------------------------------------------------
@@ -230,7 +235,11 @@ def run_checks() -> list[dict[str, Any]]:
                 os.path.join(folder, "model.safetensors"), weights, pack(config_json, None, None)
             )
             rows.append(_check_kernels(isa, folder, expected))
-    rows += _check_gpu(rng)
+    rows += doctor_gradients.check_cpu(config_json, weights, images[:2], rng)
+    gpu = _check_gpu(rng)
+    rows += gpu
+    if any(row["status"] != "skipped" for row in gpu):
+        rows += doctor_gradients.check_cuda(GPU_GRADIENT_TESTS, _random_weights, rng)
     rows.append(_check_png())
     return rows
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import cases_training
 import floors
 import peers
 import torch
@@ -32,7 +33,7 @@ from table import markdown
 from timing import Device
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("scan", "scan_backward", "block", "model", "train", "latency", "error", "long")
+PARTS = ("scan", "scan_backward", "block", "block_backward", "model", "train", "latency", "error", "long")
 
 
 def planned(tiny: bool) -> list[tuple[str, str, float, Case]]:
@@ -48,12 +49,14 @@ def planned(tiny: bool) -> list[tuple[str, str, float, Case]]:
         add("scan", cases.scan_case, 1, 2, 32, 5, "f32")
         add("scan_backward", cases.scan_backward_case, 1, 2, 32, 5, "f32")
         add("block", cases.block_case, 1, 32, 32, 2, "f32")
+        add("block_backward", cases_training.block_backward_case, 1, 32, 32, 2, "f32")
         add("model", cases.model_case, 1, "tiny", 32, 2, "f32", both)
-        add("train", cases.train_case, 1, "tiny", 32, 2, "f32", both)
+        add("train", cases_training.train_case, 1, "tiny", 32, 2, "f32", both)
         add("latency", cases.latency_case, 1, "tiny", 32, "f32")
         add("error", cases.error_case, 1, "tiny", 32, "f32")
         return found
     scans = [(128, 197), (32, 1025), (16, 6085), (1, 6085)]
+    blocks = [(192, 224, 128), (192, 512, 32), (192, 1248, 16), (384, 224, 128), (384, 1248, 8)]
     for batch, length in scans:
         add("scan", cases.scan_case, 4, batch, 384, length, "bf16")
         add("scan_backward", cases.scan_backward_case, 6, batch, 384, length, "bf16")
@@ -62,11 +65,12 @@ def planned(tiny: bool) -> list[tuple[str, str, float, Case]]:
         add("latency", cases.latency_case, 6, size, 224, "bf16")
         add("error", cases.error_case, 3, size, 224, "bf16")
         for side, batch in ((224, 128), (512, 32), (1248, 8)):
-            add("train", cases.train_case, 8, size, side, batch, "bf16", both)
+            add("train", cases_training.train_case, 8, size, side, batch, "bf16", both)
+    for shape in blocks:
+        add("block_backward", cases_training.block_backward_case, 6, *shape, "bf16")
     for size in ("tiny", "small"):
         for side, batch in ((512, 32), (1248, 8), (1024, 8), (2048, 4)):
             add("model", cases.model_case, 8, size, side, batch, "bf16", both)
-    blocks = [(192, 224, 128), (192, 512, 32), (192, 1248, 16), (384, 224, 128), (384, 1248, 8)]
     for shape in blocks:
         add("block", cases.block_case, 4, *shape, "bf16")
     for batch, length in scans:
@@ -153,7 +157,9 @@ def save(report: dict[str, Any], target: Path) -> None:
 def warm_up(device: Device) -> None:
     """Loads libraries and compiles kernels that are compiled at first use, so that no case pays for it."""
     for dtype in ("f32", "bf16") if device.cuda else ():
-        cases.model_case(Setting(device, None, 1), "tiny", 64, 2, dtype, ["official", "deit"], 0.1)
+        setting = Setting(device, None, 1)
+        cases.model_case(setting, "tiny", 64, 2, dtype, ["official", "deit"], 0.1)
+        cases_training.block_backward_case(setting, 192, 64, 2, dtype, 0.1)
 
 
 def run(args: argparse.Namespace, device: Device, target: Path) -> int:

@@ -342,42 +342,6 @@ def model_case(
     return row
 
 
-def train_case(
-    setting: Setting, size: str, side: int, batch: int, dtype: str, names: list[str], seconds: float
-) -> dict[str, Any]:
-    """Forward and backward of the cross-entropy, `memory` lean and fast, against DeiT of the same size."""
-    from vimcore.bench import training_call
-
-    device, kind = setting.device, TYPES[dtype]
-    row: dict[str, Any] = {"kind": "train", "size": size, "side": side, "batch": batch, "dtype": dtype}
-    row |= {"memory": {}, "failed": {}}
-    models = networks(device, size, side, kind, [name for name in names if name == "deit"])
-    fast = networks(device, size, side, kind, [])["vimcore"]
-    fast.memory = "fast"
-    models = {"vimcore": models.pop("vimcore"), "vimcore fast": fast, **models}
-    images = torch.randn(batch, 3, side, side, device=device.torch).to(kind)
-    labels = torch.randint(1000, (batch,), device=device.torch)
-    sides: dict[str, list[Call]] = {}
-    with torch.enable_grad():
-        for name, model in models.items():
-            call = training_call(model, images, labels)
-            try:
-                row["memory"][name] = device.memory(call)
-                sides[name] = [call]
-            except RuntimeError as error:  # out of memory, say: the others are still of interest
-                if name == "vimcore":
-                    raise
-                row["failed"][name] = str(error).splitlines()[0]
-        sides["vimcore"][0]()
-        before = [p.grad.clone() for p in models["vimcore"].parameters() if p.grad is not None]
-        sides["vimcore"][0]()
-        again = [p.grad for p in models["vimcore"].parameters()]
-        row["repeats"] = all(b is not None and torch.equal(a, b) for a, b in zip(before, again, strict=True))
-        row |= setting.timed(graphs(sides, device, row), seconds)
-    row["images_per_second"] = {name: batch / s for name, s in row["seconds"].items()}
-    return row
-
-
 def latency_case(setting: Setting, size: str, side: int, dtype: str, seconds: float) -> dict[str, Any]:
     """One image from call to result on the host's clock, eager and as a graph replay."""
     device, kind = setting.device, TYPES[dtype]

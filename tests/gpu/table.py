@@ -75,13 +75,38 @@ def _model(row: Row) -> Iterable[str]:
     yield row.get("attention", "-")
 
 
+def _share(values: dict[str, float | None], name: str, of: str) -> str:
+    """values[name] / values[of], or a dash."""
+    one, other = values.get(name), values.get(of)
+    return "-" if one is None or not other else f"{one / other:.2f}"
+
+
+def _block_backward(row: Row) -> Iterable[str]:
+    names = ("vimcore", "vimcore fast", "official")
+    yield f"{row['width']} wide, {row['side']} px, batch {row['batch']}, {row['dtype']}"
+    for name in names:
+        yield _of(row["seconds"], name, 1e6)
+    yield _of(row["ratio"], "official")
+    yield from _memory(row, names)
+    yield f"{_of(row['error'], 'vimcore', digits=2)} / {_of(row['error'], 'official', digits=2)}"
+
+
+def _memory(row: Row, names: tuple[str, ...]) -> Iterable[str]:
+    memory = row["memory"]
+    yield " / ".join(_of(memory, name, 2.0**-20) for name in names)
+    yield " / ".join(_share(memory, name, "official") for name in ("vimcore", "vimcore fast"))
+
+
 def _train(row: Row) -> Iterable[str]:
-    names = ("vimcore", "vimcore fast", "deit")
+    names = ("vimcore", "vimcore fast", "official", "deit")
     yield f"{row['size']}, {row['side']} px, batch {row['batch']}, {row['dtype']}"
     for name in names:
         yield _of(row["images_per_second"], name)
+    yield _of(row["ratio"], "official")
     yield _of(row["ratio"], "deit")
-    yield " / ".join(_of(row["memory"], name, 2.0**-20) for name in names)
+    yield from _memory(row, names)
+    error = row.get("error")
+    yield f"{_of(error, 'vimcore', digits=2)} / {_of(error, 'official', digits=2)}"
     yield "yes" if row["repeats"] else "NO"
 
 
@@ -121,11 +146,21 @@ SECTIONS = {
         ),
         _model,
     ),
+    "block_backward": (
+        "One block, forward and backward, each side as a CUDA graph; memory of one eager call",
+        (
+            *("block", "lean, us", "fast, us", "official, us", "official / lean"),
+            *("MiB: lean / fast / official", "memory over official: lean / fast"),
+            "error of the gradient: ours / official",
+        ),
+        _block_backward,
+    ),
     "train": (
         "Forward and backward, each side as a CUDA graph; memory of one eager call",
         (
-            *("network", "lean, img/s", "fast, img/s", "DeiT, img/s", "over DeiT"),
-            *("MiB: lean / fast / DeiT", "same bits"),
+            *("network", "lean, img/s", "fast, img/s", "official, img/s", "DeiT, img/s"),
+            *("over official", "over DeiT", "MiB: lean / fast / official / DeiT"),
+            *("memory over official: lean / fast", "error of the gradient: ours / official", "same bits"),
         ),
         _train,
     ),

@@ -20,6 +20,7 @@ from vimcore.data import load_digits, split_digits
 from vimcore.train import fit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
+import ddp
 import golden
 from helpers import build, images_for, small
 
@@ -494,6 +495,18 @@ def test_captured_training(dtype: str) -> None:
         assert torch.equal(loss, wanted)
     for a, b in zip(recorded.parameters(), eager.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("world", "backend"), [(1, "nccl"), (2, "gloo")])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_distributed_gradients_are_those_of_the_joined_batch(
+    dtype: str, world: int, backend: str, tmp_path: Path
+) -> None:
+    kind = TYPES[dtype][0]
+    truth = ddp.alone("cuda:0", kind)
+    found = ddp.together(tmp_path, world, backend, "cuda:0", kind)
+    ddp.assert_agree(found, truth, 1e-3 if dtype == "float32" else 2e-2)
 
 
 def test_training_on_streams_of_their_own() -> None:

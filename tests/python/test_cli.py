@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import vimcore
-from vimcore import _core, doctor
+from vimcore import _core, doctor, doctor_gradients
 from vimcore.cli import COMMANDS, main
 from vimcore.data import encode_png
 from vimcore.io import save_model
@@ -241,6 +242,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     for isa in vimcore.build_info()["isas"]:
         assert tested[f"kernels {isa}"] in ("ok", "skipped")
     assert tested[f"kernels {vimcore.build_info()['isa']}"] == "ok"
+    assert tested["gradients cpu float64"] == tested["gradients cpu float32"] == "ok"
     if vimcore.cuda_is_available():
         assert {tested[f"cuda:0 {dtype}"] for dtype in doctor.GPU_TOLERANCE} == {"ok"}
     else:
@@ -258,6 +260,62 @@ def test_doctor_finds_a_wrong_result(
     text = capsys.readouterr().out
     assert "is above 1e-05" in text
     assert "something is wrong" in text
+
+
+def checked_gradients() -> dict[str, tuple[str, str]]:
+    """Status and detail of the CPU's gradients for a small network."""
+    rng = np.random.default_rng(0)
+    config_json = _core.config_normalize(json.dumps({**doctor.SELF_TEST, "embed_dim": 8, "depth": 2}))
+    images = rng.normal(size=(2, 3, 24, 40))
+    weights = doctor._random_weights(config_json, rng)
+    rows = doctor_gradients.check_cpu(config_json, weights, images, rng)
+    return {row["check"]: (row["status"], row["detail"]) for row in rows}
+
+
+@pytest.mark.parametrize("name", ["layers.0.mixer.A_b_log", "layers.1.norm.weight", "cls_token", "images"])
+@pytest.mark.parametrize("factor", [0.0, 1 + 1e-4, np.nan])
+def test_doctor_finds_a_wrong_gradient(name: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = doctor_gradients.Loss.gradients
+
+    def wrong(loss: doctor_gradients.Loss) -> dict[str, Any]:
+        """In float64 only."""
+        found = right(loss)
+        return found | ({name: factor * found[name]} if loss.dtype == torch.float64 else {})
+
+    assert {status for status, _ in checked_gradients().values()} == {"ok"}
+    monkeypatch.setattr(doctor_gradients.Loss, "gradients", wrong)
+    status, detail = checked_gradients()["gradients cpu float64"]
+    assert status == "failed"
+    assert detail.startswith(f"{name}: error ")
+
+
+def test_doctor_finds_a_wrong_float32_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = doctor_gradients.Loss.gradients
+
+    def wrong(loss: doctor_gradients.Loss) -> dict[str, Any]:
+        found = right(loss)
+        if loss.dtype == torch.float32:
+            found["layers.1.mixer.dt_proj.weight"] *= 1 + 3e-3
+        return found
+
+    monkeypatch.setattr(doctor_gradients.Loss, "gradients", wrong)
+    found = checked_gradients()
+    assert found["gradients cpu float64"][0] == "ok"
+    assert found["gradients cpu float32"][0] == "failed"
+    assert found["gradients cpu float32"][1].startswith("layers.1.mixer.dt_proj.weight: error ")
+
+
+def test_doctor_says_why_it_does_not_check_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (row,) = doctor_gradients.check_cuda([], doctor._random_weights, np.random.default_rng(0))
+    assert (row["check"], row["status"]) == ("gradients cuda:0", "skipped")
+    assert "torch has no CUDA" in row["detail"]
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (row,) = doctor_gradients.check_cuda([], doctor._random_weights, np.random.default_rng(0))
+    (other,) = doctor_gradients.check_cpu("{}", {}, np.zeros(1), np.random.default_rng(0))
+    for found in (row, other):
+        assert found["status"] == "skipped"
+        assert "not installed" in found["detail"]
 
 
 # ---- usage -------------------------------------------------------------------------------------------------

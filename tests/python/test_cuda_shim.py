@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 import vimcore
+import vimcore.doctor_gradients
 from golden import relative
 from helpers import SMALL, build, images_for, small
 from torch import Tensor
@@ -33,7 +34,7 @@ BUILD = Path(__file__).resolve().parents[2] / "build" / "release" / "python"
 os.environ.setdefault("VIMCORE_SHIM_FOREIGN", "1")  # torch's memory is device memory, too
 sys.path.insert(0, os.environ.get("VIMCORE_SHIM_PACKAGE", str(BUILD)))
 import vimcore_shim  # noqa: E402
-from vimcore_shim import bench, bench_cuda, cli, doctor, functions, nn, ops, place  # noqa: E402
+from vimcore_shim import bench, bench_cuda, cli, doctor, doctor_gradients, functions, nn, ops, place  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
@@ -665,6 +666,32 @@ def test_doctor_compares_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("CPU shim" in row["detail"] for row in rows)
     monkeypatch.setattr(doctor, "GPU_TOLERANCE", {"bfloat16": 1e-5})
     assert [row["status"] for row in doctor._check_gpu(np.random.default_rng(0))] == ["failed"]
+
+
+def test_doctor_compares_the_gradients(training: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> dict[str, dict[str, Any]]:
+        rng = np.random.default_rng(0)
+        found = doctor_gradients.check_cuda(
+            [doctor.SELF_TEST, {**SMALL.arguments(), "depth": 3}],
+            doctor._random_weights,
+            rng,
+            "cpu",  # where tensors pass for tensors on the device
+            vimcore.doctor_gradients.Loss,
+        )
+        return {row["check"]: row for row in found}
+
+    found = rows()
+    assert [(name, row["status"]) for name, row in found.items()] == [
+        ("gradients cpu float32", "ok"),
+        ("gradients cpu bfloat16", "ok"),
+        ("gradients cpu float16", "ok"),
+    ]
+    assert found["gradients cpu float32"]["error"] > 1e-8
+    assert found["gradients cpu bfloat16"]["error"] > 1e-4  # 16-bit kernels ran
+    monkeypatch.setattr(doctor_gradients, "GPU_TOLERANCE", {"bfloat16": 1e-5})
+    (row,) = rows().values()
+    assert row["status"] == "failed"
+    assert re.search(r"^\S+ of network [01]: error .* against the CPU is above", row["detail"])
 
 
 def test_predict_on_the_device(tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:

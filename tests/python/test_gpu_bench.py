@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,41 @@ RATES = {  # of a fictional device with round numbers
     "copy_bytes_per_s": 1e12,
     "matmul_f32": 1e13,
 }
+
+
+NORM_IN_INTERPRETER = """
+import torch
+from official_kernels import EPS, AddNorm, triton_backward, triton_forward
+
+for kind in (torch.float32, torch.bfloat16):
+    for has in (False, True):
+        for later in (False, True):
+            h, weight = torch.randn(2, 7, 40).to(kind), torch.rand(40) + 0.5
+            residual = torch.randn(2, 7, 40) if has else None
+            dout, dtotal = torch.randn(2, 7, 40).to(kind), torch.randn(2, 7, 40) if later else None
+            out, total, scales = triton_forward(h, residual, weight)
+            found = triton_backward(total, weight, scales, dout, dtotal, has, 4)
+            leaves = [t.double().requires_grad_() for t in (h, weight)]
+            leaves += [residual.double().requires_grad_()] if has else []
+            wanted = AddNorm.apply(leaves[0], leaves[2] if has else None, leaves[1])
+            tolerance = 1e-5 if kind == torch.float32 else 1e-2
+
+            def close(a, b):
+                assert (a.double() - b).norm() < tolerance * b.norm()
+
+            close(out, wanted[0])
+            close(total, wanted[1])
+            loss = (wanted[0] * dout.double()).sum()
+            loss = loss + (wanted[1] * dtotal.double()).sum() if later else loss
+            grads = torch.autograd.grad(loss, leaves)
+            assert (out.dtype, found[0].dtype, found[2].dtype) == (kind, kind, torch.float32)
+            close(found[0], grads[0])
+            close(found[2], grads[1])
+            assert (found[1] is None) == (not has)
+            if has:
+                assert found[1].dtype == torch.float32
+                close(found[1], grads[2])
+"""
 
 
 def load(path: str) -> ModuleType:
@@ -53,6 +89,72 @@ def test_published_steps_give_the_same_logits(dtype: torch.dtype, tolerance: flo
     with torch.no_grad():
         assert relative(peer(images), model(images)) < tolerance
         assert 1e-4 < relative(peer.cast(torch.bfloat16)(images.bfloat16()), model(images)) < 3e-2
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_published_steps_give_the_same_gradients(dtype: torch.dtype, tolerance: float) -> None:
+    official = load("bench/vim_official.py")
+    model = vimcore.VisionMamba(img_size=48, embed_dim=32, depth=3, num_classes=7).double()
+    peer = official.VimOfficial(48, 16, width=32, depth=3, num_classes=7)
+    peer.load_state_dict(model.state_dict())
+    peer.to(dtype)
+    images, probe = torch.randn(3, 3, 48, 48), torch.randn(3, 7)
+    inputs = [images.double().requires_grad_(), images.to(dtype).requires_grad_()]
+    (model(inputs[0]) * probe).sum().backward()
+    (peer(inputs[1]) * probe).sum().backward()
+    assert relative(inputs[1].grad, inputs[0].grad) < tolerance
+    truth = {name: p.grad for name, p in model.named_parameters()}
+    for name, p in peer.named_parameters():
+        assert p.grad.dtype == dtype
+        assert relative(p.grad, truth[name]) < tolerance, name
+
+
+def test_published_steps_train_under_autocast() -> None:
+    """Weights and gradients stay float32, activations are 16-bit; backward keeps what the published keeps."""
+    official = load("bench/vim_official.py")
+    layer = official.Layer(32)
+    batch, length, width, inner, state, q = 2, 40, 32, 64, 16, 34
+    h, residual = torch.randn(2, batch, length, width).requires_grad_().unbind()
+    kept: list[torch.Tensor] = []
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t)
+        return t
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        out, total = layer(h.bfloat16(), residual)
+    assert (out.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    grads = torch.autograd.grad(out.float().sum() + total.sum(), list(layer.parameters()))
+    assert all(g.dtype == torch.float32 for g in grads)
+    exact = official.Layer(32)
+    exact.load_state_dict(layer.state_dict())
+    exact.double()
+    out, total = exact(h.bfloat16().double(), residual.double())
+    wanted = torch.autograd.grad(out.sum() + total.sum(), list(exact.parameters()))
+    for (name, _), g, w in zip(layer.named_parameters(), grads, wanted, strict=True):
+        assert 0 < relative(g, w) < 0.1, name
+    found = [(tuple(t.shape), t.dtype) for t in kept]
+    for shape, count in {
+        (batch, 2 * inner, length): 2,  # xz and its flipped copy
+        (batch, inner, length): 2,  # the scans' outputs before the gate; not the convolutions', not delta
+        (batch * length, q): 2,
+        (batch, 1, state, length): 4,  # B and C
+    }.items():
+        assert found.count((shape, torch.bfloat16)) == count, shape
+    assert max(t.numel() for t in kept) == batch * length * 2 * inner  # nothing of (B, E, L, N)
+
+
+def test_norm_kernels_of_the_published_steps() -> None:
+    """The Triton kernels in Triton's interpreter, several rows a program, against plain torch."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", NORM_IN_INTERPRETER],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS / "bench")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_floors_by_hand() -> None:
@@ -91,9 +193,10 @@ def test_every_case_runs(tmp_path: Path) -> None:
     assert report["versions"]["torch"] == torch.__version__
     assert report["peer_kernels"] == {"scan": "torch", "conv": "torch", "norm": "torch"}
     rows = {row["kind"]: row for row in report["rows"]}
-    assert set(rows) == {"scan", "scan_backward", "block", "model", "train", "latency", "error"}
-    for kind in ("scan", "scan_backward", "block", "error"):
-        assert len(rows[kind]["error"]) == 2
+    kinds = {"scan", "scan_backward", "block", "block_backward", "model", "train", "latency", "error"}
+    assert set(rows) == kinds
+    for kind in ("scan", "scan_backward", "block", "block_backward", "train", "error"):
+        assert len(rows[kind]["error"]) == (3 if kind == "train" else 2)
         assert all(0 < error < 1e-5 for error in rows[kind]["error"].values()), rows[kind]
     assert set(rows["model"]["seconds"]) == {"vimcore", "official", "deit"}
     assert "scaled_dot_product" in rows["model"]["attention"]
@@ -103,7 +206,9 @@ def test_every_case_runs(tmp_path: Path) -> None:
     assert rows["model"]["share_of_floor"] == pytest.approx(
         rows["model"]["floor"] / rows["model"]["seconds"]["vimcore"]
     )
-    assert set(rows["train"]["seconds"]) == {"vimcore", "vimcore fast", "deit"}
+    assert set(rows["train"]["seconds"]) == {"vimcore", "vimcore fast", "official", "deit"}
+    assert rows["train"]["failed"] == {}
+    assert set(rows["block_backward"]["seconds"]) == {"vimcore", "vimcore fast", "official"}
     assert rows["train"]["repeats"]
     assert set(rows["latency"]["eager"]) == {"vimcore", "official", "deit"}
 
@@ -115,6 +220,7 @@ def test_every_case_runs(tmp_path: Path) -> None:
         "Gradient of the scan",
         "Forward and backward",
         "One block",
+        "One block, forward and backward",
         "Images to logits",
         "One image",
         "Logits against",

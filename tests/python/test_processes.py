@@ -7,6 +7,7 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ddp
 import pytest
 import torch
 import vimcore
@@ -122,6 +123,14 @@ def test_distributed_step_is_the_step_of_one_process(tmp_path: Path) -> None:
     for key, value in model.state_dict().items():
         assert torch.equal(first[key], second[key]), key
         assert relative(first[key] - start[key], value - start[key]) < 1e-9, key
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_gradients_are_those_of_the_joined_batch(tmp_path: Path) -> None:
+    """Under autocast; tests/gpu/test_cuda.py has the same on a GPU."""
+    truth = ddp.alone("cpu", torch.bfloat16)
+    found = ddp.together(tmp_path, 2, "gloo", "cpu", torch.bfloat16)
+    ddp.assert_agree(found, truth, 1e-4)
 
 
 def test_training_learns() -> None:
