@@ -7,6 +7,7 @@ Not part of the ordinary test run: `tests/gpu/acceptance.sh test` calls it on a 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from pathlib import Path
@@ -371,7 +372,7 @@ def agree(found: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) 
         assert error < tolerance * max(float(g.norm()), 1e-3 * largest), name
 
 
-@pytest.mark.parametrize("memory", ["lean", "fast"])
+@pytest.mark.parametrize("memory", ["least", "lean", "fast"])
 @pytest.mark.parametrize("dtype", sorted(TYPES))
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_gradients_agree_with_the_cpu(name: str, dtype: str, memory: str) -> None:
@@ -507,6 +508,22 @@ def test_distributed_gradients_are_those_of_the_joined_batch(
     truth = ddp.alone("cuda:0", kind)
     found = ddp.together(tmp_path, world, backend, "cuda:0", kind)
     ddp.assert_agree(found, truth, 1e-3 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("memory", ["least", "fast"])
+def test_activations_offloaded_to_the_host(memory: str) -> None:
+    """As `save_on_cpu` has it: the same gradients, and the memory of the GPU is free in between."""
+    model, images = tiny(memory=memory), torch.randn(16, 3, 64, 64, device=CUDA)
+    found: list[dict[str, Tensor]] = []
+    for hooks in (contextlib.nullcontext(), torch.autograd.graph.save_on_cpu(pin_memory=True)):
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            with hooks, torch.autocast("cuda", torch.bfloat16):
+                loss = model(images).float().square().sum()
+            loss.backward()
+        found.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert found[0]
+    assert all(torch.equal(g, found[1][key]) for key, g in found[0].items())
 
 
 def test_training_on_streams_of_their_own() -> None:
