@@ -54,6 +54,7 @@ def planned(tiny: bool) -> list[tuple[str, str, float, Case]]:
         add("train", cases_training.train_case, 1, "tiny", 32, 2, "f32", both)
         add("latency", cases.latency_case, 1, "tiny", 32, "f32")
         add("error", cases.error_case, 1, "tiny", 32, "f32")
+        add("long", cases_training.long_case, 1, "tiny", 64, "f32")
         return found
     scans = [(128, 197), (32, 1025), (16, 6085), (1, 6085)]
     blocks = [(192, 224, 128), (192, 512, 32), (192, 1248, 16), (384, 224, 128), (384, 1248, 8)]
@@ -88,6 +89,7 @@ def planned(tiny: bool) -> list[tuple[str, str, float, Case]]:
     for shape in blocks:
         add("block", cases.block_case, 4, *shape, "f32")
     add("long", cases.model_case, 15, "tiny", 16000, 1, "bf16", [])
+    add("long", cases_training.long_case, 30, "tiny", 16384, "bf16")
     return found
 
 

@@ -193,3 +193,42 @@ def train_case(
     row["repeats"] = torch.equal(*found)
     row["images_per_second"] = {name: batch / s for name, s in row["seconds"].items()}
     return row
+
+
+def long_case(setting: Setting, size: str, side: int, dtype: str, seconds: float) -> dict[str, Any]:
+    """One large image, forward and backward, in each memory mode that the plan says fits: time, plan, peak.
+
+    `seconds` is not used: a mode is run twice. Peak and plan are without weights and images.
+    """
+    import vimcore
+    from vimcore import plan
+
+    device, kind = setting.device, TYPES[dtype]
+    row: dict[str, Any] = {"kind": "long", "size": size, "side": side, "dtype": dtype}
+    row |= {"tokens": (side // 16) ** 2 + 1, "seconds": {}, "planned": {}, "memory": {}, "skipped": {}}
+    with torch.device(device.torch):
+        model = vimcore.VisionMamba(img_size=side, embed_dim=vim_official.SIZES[size]).train()
+    images = torch.randn(1, 3, side, side, device=device.torch, dtype=kind)
+    free = torch.cuda.mem_get_info()[0] if device.cuda else None
+    spelled = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[dtype]
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            model(images).float().square().sum().backward()
+
+    for memory in ("fast", "lean", "least"):
+        parts = plan.needed(model.config, 1, f"training, {memory}", device.torch.type, spelled)
+        needed = sum(parts[name] for name in ("saved", "scratch", "gradients"))
+        row["planned"][memory] = needed
+        if free is not None and needed + parts["packed"] > free:
+            row["skipped"][memory] = f"planned {plan.shown(needed)}, free {plan.shown(free)}"
+            continue
+        model.memory = memory
+        step()  # packs weights
+        row["memory"][memory] = device.memory(step)
+        row["seconds"][memory] = device.seconds(step)
+        if not all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
+            raise RuntimeError(f"{memory}: a gradient is not finite")
+        device.release()
+    return row

@@ -110,6 +110,13 @@ def _train(row: Row) -> Iterable[str]:
     yield "yes" if row["repeats"] else "NO"
 
 
+def _long(row: Row) -> Iterable[str]:
+    yield f"{row['size']}, {row['side']} px, {row['tokens']} tokens, {row['dtype']}"
+    for memory in ("least", "lean", "fast"):
+        planned, taken = (_of(row[key], memory, 2.0**-30) for key in ("planned", "memory"))
+        yield f"{_of(row['seconds'], memory)} s, {planned} / {taken}"
+
+
 def _latency(row: Row) -> Iterable[str]:
     yield f"{row['size']}, {row['side']} px, {row['dtype']}"
     for name in ("vimcore", "official", "deit"):
@@ -163,6 +170,11 @@ SECTIONS = {
             *("memory over official: lean / fast", "error of the gradient: ours / official", "same bits"),
         ),
         _train,
+    ),
+    "long": (
+        "One large image, forward and backward: seconds, GiB planned / taken beside weights and image",
+        ("network", "least", "lean", "fast"),
+        _long,
     ),
     "latency": (
         "One image, ms on the host's clock: eager / as a CUDA graph",

@@ -193,7 +193,7 @@ def test_every_case_runs(tmp_path: Path) -> None:
     assert report["versions"]["torch"] == torch.__version__
     assert report["peer_kernels"] == {"scan": "torch", "conv": "torch", "norm": "torch"}
     rows = {row["kind"]: row for row in report["rows"]}
-    kinds = {"scan", "scan_backward", "block", "block_backward", "model", "train", "latency", "error"}
+    kinds = {"scan", "scan_backward", "block", "block_backward", "model", "train", "latency", "error", "long"}
     assert set(rows) == kinds
     for kind in ("scan", "scan_backward", "block", "block_backward", "train", "error"):
         assert len(rows[kind]["error"]) == (3 if kind == "train" else 2)
@@ -210,6 +210,11 @@ def test_every_case_runs(tmp_path: Path) -> None:
     assert rows["train"]["failed"] == {}
     assert set(rows["block_backward"]["seconds"]) == {"vimcore", "vimcore fast", "official"}
     assert rows["train"]["repeats"]
+    assert list(rows["long"]["seconds"]) == ["fast", "lean", "least"]
+    assert (
+        rows["long"]["planned"]["least"] < rows["long"]["planned"]["lean"] < rows["long"]["planned"]["fast"]
+    )
+    assert rows["long"]["skipped"] == {}
     assert set(rows["latency"]["eager"]) == {"vimcore", "official", "deit"}
 
     table = run("--table", "report.json", cwd=tmp_path)
@@ -223,6 +228,7 @@ def test_every_case_runs(tmp_path: Path) -> None:
         "One block, forward and backward",
         "Images to logits",
         "One image",
+        "One large image",
         "Logits against",
     ):
         assert title in table.stdout
