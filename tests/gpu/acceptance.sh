@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Acceptance on a GPU: builds for the GPU of this machine, runs all tests of the CUDA backend on it, measures.
 #
-#   tests/gpu/acceptance.sh [build|test|bench]...     without arguments all three, in this order, each under 8 minutes
+#   tests/gpu/acceptance.sh [build|test|bench|stability]...     without arguments all four, in this order, each under 8 minutes
 #
 # Needs an NVIDIA GPU with driver, nvcc, CMake and a python3 with torch (CUDA), numpy, nanobind, pytest, safetensors.
 # Nothing is downloaded. Environment:
 #   PYTHON         interpreter (python3)
 #   BUILD          where to build (build/gpu)
-#   RESULTS        where the benchmark writes its JSON (tests/bench/results)
+#   RESULTS        where benchmark and stability write JSON and pictures (tests/bench/results)
 #   MAX_JOBS       parallel compilations (all cores)
 #   MAMBA_SDIST    folder with mamba_ssm-2.*.tar.gz and causal_conv1d-1.*.tar.gz from PyPI, the peers' kernels:
 #                    MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE pip download --no-deps \
@@ -178,11 +178,17 @@ part_bench() {
         --results "$results" --seconds 420 2>&1 | tee "$logs/bench.log" || failed+=(bench)
 }
 
-[ $# -gt 0 ] || set -- build test bench
+# Training in 16 bits beside float32, for hundreds of steps.
+part_stability() {
+    PYTHONPATH=$build/site timeout 470 "$python" -u tests/gpu/stability.py --results "$results" --seconds 420 2>&1 |
+        tee "$logs/stability.log" || failed+=(stability)
+}
+
+[ $# -gt 0 ] || set -- build test bench stability
 for part in "$@"; do
     case $part in
-    build | test | bench) ;;
-    *) echo "usage: $0 [build|test|bench]..." >&2 && exit 2 ;;
+    build | test | bench | stability) ;;
+    *) echo "usage: $0 [build|test|bench|stability]..." >&2 && exit 2 ;;
     esac
 done
 for part in "$@"; do
