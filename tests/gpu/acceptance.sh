@@ -165,7 +165,7 @@ part_test() {
             local options=(--tool "$tool" --error-exitcode 3)
             # calls that fail are part of the tests
             [ "$tool" != memcheck ] || options+=(--report-api-errors no)
-            VIMCORE_CUBLASLT=none may_be_cut=1 start "$tool-$name" 240 "$sanitizer" "${options[@]}" \
+            VIMCORE_STABILITY_STEPS=1 VIMCORE_CUBLASLT=none may_be_cut=1 start "$tool-$name" 240 "$sanitizer" "${options[@]}" \
                 "$build/cmake/tests/cuda/$name" "${line[@]:1}"
         done
     done <"$list"
