@@ -3,7 +3,7 @@
 
 A small network with random weights goes through every set of CPU kernels, each in a process of its own, and
 is compared with the textbook forward below: NumPy, float64, one token after the other, nothing in common with
-the C++ core. A GPU is compared with the CPU. `doctor_gradients` does the same for the gradients.
+the C++ core. A GPU is compared with the CPU. `doctor_gradients` checks the gradients.
 """
 
 from __future__ import annotations

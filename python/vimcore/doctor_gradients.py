@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 STEP = 1e-5  # of a central difference, relative to the parameter
 CPU_TOLERANCE = {"float64": 1e-6, "float32": 1e-4}
-# Of the worst parameter: in 8 bits some are off by 0.15 where all is well; wrong formulas show in float32.
+# Of the worst parameter: in bfloat16 some are off by 0.15 where all is well; wrong formulas show in float32.
 GPU_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3, "float16": 3e-2}
 
 

@@ -50,7 +50,7 @@ class VisionMamba(nn.Module):
         drop_rate: dropout of the tokens after the position table, in training.
         drop_path_rate: of the last mixer output, growing linearly from 0 at the first, in training.
         memory: what backward keeps: "lean" recomputes more, "fast" keeps more; "least" does
-            without in_proj's output as well: some 55 % of "lean", and one more matrix product.
+            without in_proj's output as well: of Vim-Ti 41 % of "lean" in float32, 56 % in 16 bits.
 
     Raises:
         ValueError: an option is out of range or two do not go together.
