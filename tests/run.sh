@@ -12,7 +12,9 @@ PATH="$(cd "$venv/bin" && pwd):$PATH"
 
 cmake --preset release -G Ninja -DPython_EXECUTABLE="$(command -v python)" >/dev/null
 cmake --build --preset release
-ctest --preset release
+ctest --preset release -j "$(nproc)"
 # From another folder, so that the installed package is tested and not the source tree.
 root=$PWD
-cd "$root/tests" && exec python -m pytest --rootdir "$root/tests" python "$@"
+workers=$(nproc)
+export OMP_WAIT_POLICY=passive # else the workers' threads spin in each other's way
+cd "$root/tests" && exec python -m pytest --rootdir "$root/tests" -n $((workers < 8 ? workers : 8)) --dist loadfile python "$@"

@@ -19,9 +19,9 @@ if [ -z "${CUDACXX:-}" ] && ! command -v nvcc >/dev/null && [ ! -x /usr/local/cu
 fi
 
 rm -rf "$folder/build"
-cmake -S . -B "$folder/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DVIMCORE_CUDA=ON -DVIMCORE_WERROR=ON -DVIMCORE_OPENMP=ON \
+cmake -S . -B "$folder/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DVIMCORE_CUDA=ON -DVIMCORE_OPENMP=ON \
     -DSKBUILD=ON -DVIMCORE_TESTS=OFF -DPython_EXECUTABLE="$(command -v "$python")" \
-    -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" -DCMAKE_CUDA_FLAGS='-Xptxas=-v' >"$folder/configure.log"
+    -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" -DCMAKE_CUDA_FLAGS='-Xptxas=-v -Werror=all-warnings' >"$folder/configure.log"
 grep 'VIMCORE_CUDA=' "$folder/configure.log"
 if ! cmake --build "$folder/build" --target vimcore _core >"$folder/build.log" 2>&1; then
     grep -v '^ptxas info\|bytes stack frame' "$folder/build.log"
