@@ -7,8 +7,10 @@ venv=${VIMCORE_VENV:-.venv}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 python="$venv/bin/python"
 "$python" -m pip install --quiet --upgrade pip
-"$python" -m pip install --quiet --constraint tests/constraints.txt '.[test,bench]' cmake nanobind ninja
 PATH="$(cd "$venv/bin" && pwd):$PATH"
+install=("$python" -m pip install --quiet --constraint tests/constraints.txt)
+"${install[@]}" cmake nanobind ninja scikit-build-core
+"${install[@]}" --no-build-isolation '.[test,bench]'
 
 cmake --preset release -G Ninja -DPython_EXECUTABLE="$(command -v python)" >/dev/null
 cmake --build --preset release
@@ -16,5 +18,6 @@ ctest --preset release -j "$(nproc)"
 # From another folder, so that the installed package is tested and not the source tree.
 root=$PWD
 workers=$(nproc)
+parallel=(-n $((workers < 8 ? workers : 8)) --dist loadfile --no-loadscope-reorder)
 export OMP_WAIT_POLICY=passive # else the workers' threads spin in each other's way
-cd "$root/tests" && exec python -m pytest --rootdir "$root/tests" -n $((workers < 8 ? workers : 8)) --dist loadfile python "$@"
+cd "$root/tests" && exec python -m pytest --rootdir "$root/tests" "${parallel[@]}" python "$@"

@@ -18,6 +18,13 @@ settings.register_profile(
 settings.register_profile("wander", deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 settings.load_profile("fixed")
 
+# Where several processes share the tests (tests/run.sh), a file is one piece of work: the longest first.
+LONG = ["test_gpu_bench", "test_train_run", "test_bench", "test_demo", "test_ablation", "test_processes"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 @pytest.fixture(autouse=True)
 def _fixed_state() -> Iterator[None]:
