@@ -5,15 +5,18 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VIMCORE_VENV:-.venv}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-python="$venv/bin/python"
+python="$(cd "$venv/bin" && pwd)/python"
 "$python" -m pip install --quiet --upgrade pip
-PATH="$(cd "$venv/bin" && pwd):$PATH"
+PATH="$(dirname "$python"):$PATH"
 install=("$python" -m pip install --quiet --constraint tests/constraints.txt)
 "${install[@]}" cmake nanobind ninja scikit-build-core
+build() { cmake --preset release -G Ninja -DPython_EXECUTABLE="$python" && cmake --build --preset release; }
+mkdir -p build
+build >build/release.log 2>&1 & # compiles while packages come down
+"${install[@]}" -r tests/constraints.txt
+wait $! || { cat build/release.log; exit 1; }
 "${install[@]}" --no-build-isolation '.[test,bench]'
 
-cmake --preset release -G Ninja -DPython_EXECUTABLE="$(command -v python)" >/dev/null
-cmake --build --preset release
 ctest --preset release -j "$(nproc)"
 # From another folder, so that the installed package is tested and not the source tree.
 root=$PWD
