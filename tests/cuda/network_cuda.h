@@ -14,14 +14,6 @@
 
 namespace vimcore::test {
 
-// Under the address sanitizer a network takes several times as long: every design runs in one type of the three there,
-// once. Results were compared without it.
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool brief = true;
-#else
-constexpr bool brief = false;
-#endif
-
 // NetworkWeights of one network on one device, or gradients.
 class NetworkWeights {
 public:
