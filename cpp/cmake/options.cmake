@@ -17,10 +17,9 @@ if(PROJECT_IS_TOP_LEVEL)
   string(REPLACE "-O3" "-O2" CMAKE_CXX_FLAGS_RELEASE "${CMAKE_CXX_FLAGS_RELEASE}")
 endif()
 if(VIMCORE_SANITIZE STREQUAL "asan")
-  # Without the checks that take most of gcc's time: a null pointer ends in the address sanitizer anyway, and alignment
-  # is looked at in the kernels for GPUs.
-  add_compile_options(-fsanitize=address,undefined -fno-sanitize=alignment,null,object-size,vptr
-    -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
+  # Without the checks that take most of gcc's time: a null pointer ends in the address sanitizer anyway.
+  add_compile_options(-fsanitize=address,undefined -fno-sanitize=null,object-size,vptr -fno-sanitize-recover=undefined
+    -fno-omit-frame-pointer)
   add_link_options(-fsanitize=address,undefined)
 elseif(VIMCORE_SANITIZE STREQUAL "tsan")
   add_compile_options(-fsanitize=thread)
