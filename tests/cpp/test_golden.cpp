@@ -73,11 +73,12 @@ int main(int argc, char** argv)
     for (const auto& entry : std::filesystem::directory_iterator(argv[1])) {
         if (entry.path().extension() != ".safetensors") continue;
         files++;
-        for (Memory memory : {Memory::least, Memory::lean, Memory::fast})
-            for (std::int64_t tile : {0, 64}) {
-                run<float>(entry.path().string(), memory, tile, 1e-5, 1e-4);
-                run<double>(entry.path().string(), memory, tile, 1e-12, 1e-6);  // gradients are stored in float32
-            }
+        const std::pair<Memory, std::int64_t> ways[] = {
+            {Memory::least, 64}, {Memory::lean, 0}, {Memory::lean, 64}, {Memory::fast, 0}};
+        for (const auto& [memory, tile] : ways) {
+            run<float>(entry.path().string(), memory, tile, 1e-5, 1e-4);
+            run<double>(entry.path().string(), memory, tile, 1e-12, 1e-6);  // gradients are stored in float32
+        }
     }
     CHECK(files == 18);
     return check_failures();
