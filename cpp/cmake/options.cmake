@@ -12,7 +12,7 @@ set(VIMCORE_SANITIZE "" CACHE STRING "asan or tsan")
 if(PROJECT_IS_TOP_LEVEL AND NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
 endif()
-# What computes asks for -O3 below. The rest gains nothing by it and compiles faster without.
+# What computes asks for -O3 below; the rest compiles faster at -O2.
 if(PROJECT_IS_TOP_LEVEL)
   string(REPLACE "-O3" "-O2" CMAKE_CXX_FLAGS_RELEASE "${CMAKE_CXX_FLAGS_RELEASE}")
 endif()
