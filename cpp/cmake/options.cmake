@@ -8,6 +8,7 @@ option(VIMCORE_TOOLS "Build the command vim-infer" ${PROJECT_IS_TOP_LEVEL})
 option(VIMCORE_BENCH "Build the micro-benchmarks" OFF)
 option(VIMCORE_OPENMP "Threads through OpenMP (shares torch's runtime) instead of the built-in pool" OFF)
 option(VIMCORE_IMAGES "Read JPEG and PNG where libjpeg and libpng are found" ON)
+option(VIMCORE_UNITY "Compile the host code in batches: a fresh build takes half the time, a changed file longer" ${PROJECT_IS_TOP_LEVEL})
 set(VIMCORE_SANITIZE "" CACHE STRING "asan or tsan")
 if(PROJECT_IS_TOP_LEVEL AND NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
@@ -25,6 +26,13 @@ elseif(VIMCORE_SANITIZE STREQUAL "tsan")
   add_compile_options(-fsanitize=thread)
   add_link_options(-fsanitize=thread)
 endif()
+
+# Private headers and warnings.
+function(vimcore_compile_options target)
+  target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/cpp/include ${PROJECT_SOURCE_DIR}/cpp/src ${PROJECT_SOURCE_DIR}/cpp/cpu)
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra> $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${VIMCORE_WERROR}>>:-Werror>)
+endfunction()
 
 # One shell per instruction set, each with its own flags. -fno-math-errno etc. change no result; contraction is wanted:
 # the same source gives fused multiply-adds where the machine has them.

@@ -6,18 +6,18 @@
 
 namespace vimcore::cpu {
 
-namespace {
-
-constexpr std::size_t max_problems = 8;  // projections of one parallel region
-
-struct Cut {
+struct GemmCut {
     Index rows, row_tasks, panels, panel_tasks;
     Index tasks() const { return row_tasks * panel_tasks; }
 };
 
+namespace {
+
+constexpr std::size_t max_problems = 8;  // projections of one parallel region
+
 // Enough tasks to balance, few enough that a panel of weights is reused over many rows.
 template <class T>
-Cut cut_gemm(const Gemm<T>& g, int threads, const Kernels<T>& kernel)
+GemmCut cut_gemm(const Gemm<T>& g, int threads, const Kernels<T>& kernel)
 {
     const Index panels = ceil_div(g.n, kernel.nr);
     if (threads <= 1) return {g.m, 1, panels, 1};
@@ -36,7 +36,7 @@ void run_gemms(Context& ctx, std::span<const Gemm<T>> problems)
     const Kernels<T>& kernel = kernels<T>();
     for (auto rest = problems; !rest.empty(); rest = rest.subspan(std::min(max_problems, rest.size()))) {
         const auto group = rest.first(std::min(max_problems, rest.size()));
-        std::array<Cut, max_problems> cuts{};
+        std::array<GemmCut, max_problems> cuts{};
         Index total = 0;
         for (std::size_t i = 0; i < group.size(); i++) {
             if (group[i].m > 0 && group[i].n > 0) cuts[i] = cut_gemm(group[i], ctx.threads(), kernel);
@@ -46,7 +46,7 @@ void run_gemms(Context& ctx, std::span<const Gemm<T>> problems)
             std::size_t i = 0;
             while (task >= cuts[i].tasks()) task -= cuts[i++].tasks();
             const Gemm<T>& g = group[i];
-            const Cut& cut = cuts[i];
+            const GemmCut& cut = cuts[i];
             const Index row = task / cut.panel_tasks * cut.rows, part = task % cut.panel_tasks;
             kernel.gemm({.x = g.x + row * g.ldx,
                          .ldx = g.ldx,

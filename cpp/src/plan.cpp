@@ -16,7 +16,7 @@
 namespace vimcore {
 namespace {
 
-// Sizes may be absurd: that is what this is for. A double holds their products without overflow.
+// PlanSizes may be absurd: that is what this is for. A double holds their products without overflow.
 std::int64_t saturated(double bytes)
 {
     constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max();
@@ -47,9 +47,9 @@ double group_elements(const Config& c, std::int64_t images, std::int64_t tile)
     return 3 * n * len * inner + rows * (projections * (inner + q) + static_cast<double>(c.embed_dim));
 }
 
-// Sizes as numbers that do not overflow.
-struct Sizes {
-    explicit Sizes(const Config& c, std::int64_t batch)
+// PlanSizes as numbers that do not overflow.
+struct PlanSizes {
+    explicit PlanSizes(const Config& c, std::int64_t batch)
         : B(static_cast<double>(batch)),
           L(static_cast<double>(c.tokens())),
           D(static_cast<double>(c.embed_dim)),
@@ -74,7 +74,7 @@ struct Elements {
 Elements block_backward_elements(const Config& c, double images, Memory memory, bool cuda)
 {
     const auto chunk = static_cast<double>(Saved::chunk(memory));
-    const Sizes s(c, 1);
+    const PlanSizes s(c, 1);
     const double rows = images * s.L, groups = std::ceil(s.E / 64), tiles = std::ceil(std::min(chunk, s.L) / 16);
     const bool shared_u = s.directions > s.projections;
     Elements e;
@@ -108,7 +108,7 @@ Elements block_backward_elements(const Config& c, double images, Memory memory, 
 std::int64_t saved_bytes(const Config& c, Memory memory, std::int64_t batch, DType dtype)
 {
     check(c, batch, 1);
-    const Sizes s(c, batch);
+    const PlanSizes s(c, batch);
     const double narrow = static_cast<double>(size_of(dtype)), wide_size = static_cast<double>(size_of(wide(dtype)));
     auto aligned = [](double bytes) { return std::ceil(bytes / 64) * 64; };
     const double chunks = std::ceil(s.L / static_cast<double>(Saved::chunk(memory)));
@@ -122,7 +122,7 @@ std::int64_t saved_bytes(const Config& c, Memory memory, std::int64_t batch, DTy
 std::int64_t training_bytes(const Config& c, Memory memory, std::int64_t batch, DType dtype, int threads, Device device)
 {
     check(c, batch, threads);
-    const Sizes s(c, batch);
+    const PlanSizes s(c, batch);
     const bool cuda = device.type == Device::Type::cuda, pairs = c.directions == Directions::block;
     const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
     const auto outputs = static_cast<double>(c.num_classes > 0 ? c.num_classes : c.embed_dim);

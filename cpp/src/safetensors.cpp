@@ -170,7 +170,7 @@ std::uint64_t header_length(const unsigned char* bytes)
 
 std::string reason() { return std::strerror(errno); }
 
-[[noreturn]] void fail(const std::string& name, const std::string& what)
+[[noreturn]] void fault(const std::string& name, const std::string& what)
 {
     throw Error("[safetensors] " + json::printable(name, 1000) + ": " + what);
 }
@@ -197,8 +197,8 @@ struct SafetensorsFile::Mapping {
                 ::pread(descriptor, static_cast<char*>(out) + done,
                         std::min<std::size_t>(bytes - done, std::size_t{1} << 30), static_cast<::off_t>(at + done));
             if (got < 0 && errno == EINTR) continue;
-            if (got < 0) fail(path, "cannot read: " + reason());
-            if (got == 0) fail(path, "became shorter while it was read");
+            if (got < 0) fault(path, "cannot read: " + reason());
+            if (got == 0) fault(path, "became shorter while it was read");
             done += static_cast<std::size_t>(got);
         }
     }
@@ -206,10 +206,10 @@ struct SafetensorsFile::Mapping {
     void check_unchanged() const
     {
         struct stat now;
-        if (::fstat(descriptor, &now) != 0) fail(path, "cannot stat: " + reason());
+        if (::fstat(descriptor, &now) != 0) fault(path, "cannot stat: " + reason());
         if (now.st_size != status.st_size || now.st_mtim.tv_sec != status.st_mtim.tv_sec ||
             now.st_mtim.tv_nsec != status.st_mtim.tv_nsec)
-            fail(path, "was overwritten while it was read");
+            fault(path, "was overwritten while it was read");
     }
 };
 
@@ -258,9 +258,9 @@ SafetensorsFile SafetensorsFile::parse(const unsigned char* head, const void* ba
             file.tensors_.emplace_back(std::move(entry.name),
                                        Tensor{data + *entry.begin, *entry.shape, *entry.dtype, Device::cpu()});
     } catch (const Error& error) {
-        fail(name, error.what());
+        fault(name, error.what());
     } catch (const json::ParseError& error) {
-        fail(name, std::string("header: ") + error.what());
+        fault(name, std::string("header: ") + error.what());
     }
     return file;
 }
@@ -271,13 +271,13 @@ SafetensorsFile SafetensorsFile::open(const std::string& path)
     mapping->path = path;
     // O_NONBLOCK: opening a named pipe must not hang.
     mapping->descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (mapping->descriptor < 0) fail(path, "cannot open: " + reason());
-    if (::fstat(mapping->descriptor, &mapping->status) != 0) fail(path, "cannot stat: " + reason());
-    if (!S_ISREG(mapping->status.st_mode)) fail(path, "not a regular file");
+    if (mapping->descriptor < 0) fault(path, "cannot open: " + reason());
+    if (::fstat(mapping->descriptor, &mapping->status) != 0) fault(path, "cannot stat: " + reason());
+    if (!S_ISREG(mapping->status.st_mode)) fault(path, "not a regular file");
     const auto size = static_cast<std::size_t>(mapping->status.st_size);
     if (size > 0) {
         void* address = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, mapping->descriptor, 0);
-        if (address == MAP_FAILED) fail(path, "cannot map: " + reason());
+        if (address == MAP_FAILED) fault(path, "cannot map: " + reason());
         mapping->address = address;
         mapping->size = size;
     }
@@ -323,7 +323,7 @@ SafetensorsFile SafetensorsFile::read(std::istream& stream, const std::string& n
     try {
         if (size == 8) header_length(static_cast<const unsigned char*>(memory.data()));
     } catch (const Error& error) {
-        fail(name, error.what());
+        fault(name, error.what());
     }
     while (stream) {  // memory grows with what arrives: a short stream that claims much costs little
         if (size == memory.bytes()) {
@@ -333,7 +333,7 @@ SafetensorsFile SafetensorsFile::read(std::istream& stream, const std::string& n
         }
         take(memory.bytes() - size);
     }
-    if (stream.bad()) fail(name, "cannot read the stream");
+    if (stream.bad()) fault(name, "cannot read the stream");
     SafetensorsFile file = parse(memory.data(), size, name);
     file.mapping_ = std::make_shared<Mapping>();
     file.mapping_->memory = std::move(memory);

@@ -2,13 +2,13 @@
 # Builds library and Python extension with CUDA for every architecture, warnings being errors, and fails where a tuned
 # kernel spills registers; compares cuda/cublaslt.h with NVIDIA's header; loads the extension, here without a driver.
 # Needs python3 with pip, CMake, Ninja, and no GPU. nvcc is the system's, or comes from a package registry.
-#   tests/cuda/compile_all.sh [folder]      default: build/cuda
+#   tests/cuda/compile_all.sh [folder]      default: build/cuda; what is fetched for it lies in [folder]-tools
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-build/cuda}
-mkdir -p "$folder/tools"
+mkdir -p "$folder" "$folder-tools"
 folder=$(cd "$folder" && pwd)
-tools=$folder/tools
+tools=$folder-tools
 export PYTHONPATH="$tools${PYTHONPATH:+:$PYTHONPATH}"
 
 python=${PYTHON:-python3}
@@ -18,40 +18,44 @@ if [ -z "${CUDACXX:-}" ] && ! command -v nvcc >/dev/null && [ ! -x /usr/local/cu
         "$python" -m pip install --quiet --target "$tools" 'cuda-toolkit[nvcc,cudart,cccl]==13.0.*'
 fi
 
-rm -rf "$folder/build"
-cmake -S . -B "$folder/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DVIMCORE_CUDA=ON -DVIMCORE_OPENMP=ON \
-    -DSKBUILD=ON -DVIMCORE_TESTS=OFF -DPython_EXECUTABLE="$(command -v "$python")" \
-    -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" -DCMAKE_CUDA_FLAGS='-Xptxas=-v -Werror=all-warnings' >"$folder/configure.log"
-grep 'VIMCORE_CUDA=' "$folder/configure.log"
-if ! cmake --build "$folder/build" --target vimcore _core >"$folder/build.log" 2>&1; then
-    grep -v '^ptxas info\|bytes stack frame' "$folder/build.log"
-    exit 1
-fi
-architectures=$(sed -n 's/^CMAKE_CUDA_ARCHITECTURES:STRING=//p' "$folder/build/CMakeCache.txt" | tr ';' '\n' | wc -l)
-"$python" tests/cuda/registers.py "$folder/build.log" "$architectures"
-
-# The header: 444 MB for one file, but there is no smaller package.
+# The header: 444 MB for one file, but there is no smaller package. It comes down while the kernels compile.
 header=$tools/nvidia/cu13/include/cublasLt.h
-if [ ! -e "$header" ]; then
-    "$python" -m pip download --quiet --no-deps --only-binary :all: --dest "$folder/download" 'nvidia-cublas==13.*'
-    "$python" - "$folder"/download/nvidia_cublas-*.whl "$tools" <<'END'
+fetch_header() {
+    [ -e "$header" ] && return
+    "$python" -m pip download --quiet --no-deps --only-binary :all: --dest "$tools/download" 'nvidia-cublas==13.*'
+    "$python" - "$tools"/download/nvidia_cublas-*.whl "$tools" <<'END'
 import sys, zipfile
 wheel = zipfile.ZipFile(sys.argv[1])
 for name in wheel.namelist():
     if name.endswith(".h"):
         wheel.extract(name, sys.argv[2])
 END
-    rm -r "$folder/download"
+    rm -r "$tools/download"
+}
+fetch_header &
+fetching=$!
+
+cmake --fresh -S . -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release -DVIMCORE_CUDA=ON -DVIMCORE_OPENMP=ON \
+    -DSKBUILD=ON -DVIMCORE_TESTS=OFF -DPython_EXECUTABLE="$(command -v "$python")" \
+    -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" -DCMAKE_CUDA_FLAGS='-Xptxas=-v -Werror=all-warnings' >"$tools/configure.log"
+grep 'VIMCORE_CUDA=' "$tools/configure.log"
+if ! cmake --build "$folder" --target vimcore _core >"$tools/build.log" 2>&1; then
+    grep -v '^ptxas info\|bytes stack frame' "$tools/build.log"
+    exit 1
 fi
-nvcc=$(sed -n 's/.*VIMCORE_CUDA=ON: \([^ ]*\) .*/\1/p' "$folder/configure.log")
-"$nvcc" -std=c++20 -Icuda -Icpp/include -I"$(dirname "$header")" -c -o "$folder/check.o" tests/cuda/check_cublaslt.cpp
+architectures=$(sed -n 's/^CMAKE_CUDA_ARCHITECTURES:STRING=//p' "$folder/CMakeCache.txt" | tr ';' '\n' | wc -l)
+"$python" tests/cuda/registers.py "$tools/build.log" "$architectures"
+
+wait $fetching
+nvcc=$(sed -n 's/.*VIMCORE_CUDA=ON: \([^ ]*\) .*/\1/p' "$tools/configure.log")
+"$nvcc" -std=c++20 -Icuda -Icpp/include -I"$(dirname "$header")" -c -o "$tools/check.o" tests/cuda/check_cublaslt.cpp
 echo 'cuda/cublaslt.h agrees with cublasLt.h'
 
-rm -rf "$folder/site"
-mkdir "$folder/site"
-cp -r python/vimcore "$folder/site/vimcore"
-cp "$folder"/build/_core*.so "$folder/site/vimcore/"
-PYTHONPATH="$folder/site:$PYTHONPATH" "$python" -c '
+rm -rf "$tools/site"
+mkdir "$tools/site"
+cp -r python/vimcore "$tools/site/vimcore"
+cp "$folder"/_core*.so "$tools/site/vimcore/"
+PYTHONPATH="$tools/site:$PYTHONPATH" "$python" -c '
 import vimcore
 assert vimcore.build_info()["cuda"] is not False, vimcore.build_info()
 print("the extension with CUDA loads; CUDA is", "available" if vimcore.cuda_is_available() else "not available here")'

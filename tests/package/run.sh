@@ -41,10 +41,10 @@ step 'install: static and shared'
 [ -f "$static_tree/CMakeCache.txt" ] || configure --preset release -B "$static_tree"
 needed=(vimcore vim-infer example_embed example_infer example_retrieval example_train)
 build "$static_tree" --target "${needed[@]}"
-configure -S . -B "$work/shared" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DVIMCORE_CUDA=OFF
-build "$work/shared" --target "${needed[@]}"
+configure -S . -B "$work-shared" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DVIMCORE_CUDA=OFF
+build "$work-shared" --target "${needed[@]}"
 for kind in static shared; do
-    if [ $kind = static ]; then tree=$static_tree; else tree=$work/shared; fi
+    if [ $kind = static ]; then tree=$static_tree; else tree=$work-shared; fi
     rm -rf "$work/$kind-root" "$work/before"
     cmake --install "$tree" --prefix "$work/before" >/dev/null
     mv "$work/before" "$work/$kind-root" # an installed tree may be moved
@@ -82,7 +82,7 @@ digits=python/vimcore/data/digits.npz
 cat "$work/train.log"
 awk '/mean loss/ { if (seen && $NF >= last) exit 1; last = $NF; seen++ } END { exit seen != 3 }' "$work/train.log" ||
     fail 'the loss does not decrease'
-"$work/shared/cpp/examples/example_train" $digits "$work/again.safetensors" 3 >/dev/null 2>&1
+"$work-shared/cpp/examples/example_train" $digits "$work/again.safetensors" 3 >/dev/null 2>&1
 cmp "$work/digits.safetensors" "$work/again.safetensors"
 weights=$work/digits.safetensors picture=$work/digit.png
 (cd "$work" && "$python" "$root/$here/check_trained.py" "$weights" "$work/held_out.safetensors" "$picture") >"$work/logits"
@@ -147,7 +147,7 @@ step "Python's ctypes"
 "$python" $here/check_ctypes.py "$library" "$weights" "$picture" | diff "$work/logits" -
 
 step 'the other examples'
-for tree in "$static_tree" "$work/shared"; do
+for tree in "$static_tree" "$work-shared"; do
     [ "$("$tree/cpp/examples/example_infer" "$weights" "$picture" | cut -d' ' -f2-3)" = \
         "$(awk 'NR == 1 || $1 > best { best = $1; class = NR - 1 } END { print class, class }' "$work/logits")" ] ||
         fail 'example_infer'
