@@ -8,7 +8,7 @@ venv=${VIMCORE_VENV:-.venv}
 python="$(cd "$venv/bin" && pwd)/python"
 "$python" -m pip install --quiet --upgrade pip
 PATH="$(dirname "$python"):$PATH"
-install=("$python" -m pip install --quiet --constraint tests/constraints.txt)
+install=("$python" -m pip install --quiet --no-compile --constraint tests/constraints.txt)
 "${install[@]}" cmake nanobind ninja scikit-build-core
 build() { cmake --preset release -G Ninja -DPython_EXECUTABLE="$python" && cmake --build --preset release; }
 mkdir -p build

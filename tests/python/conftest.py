@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,40 @@ LONG = ["test_gpu_bench", "test_train_run", "test_bench", "test_demo", "test_abl
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """For test_shim_*.py: tensors of the CPU pass for tensors on cuda:0 (shim.py); no gradients."""
+    import shim
+
+    with torch.no_grad():
+        yield shim.pretend(monkeypatch)
+
+
+@pytest.fixture
+def training(gpu: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same with gradients."""
+    with torch.enable_grad():
+        yield gpu
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For test_vim_infer*.py: a file of weights with labels, not to be changed."""
+    from vim_infer import LABELS, save
+
+    return save(tmp_path_factory.mktemp("weights") / "model.safetensors", LABELS)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For test_vim_infer*.py: every kind of file that is read, others, and odd names; not to be changed."""
+    from vim_infer import make_pictures
+
+    folder = tmp_path_factory.mktemp("pictures")
+    make_pictures(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

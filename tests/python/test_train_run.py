@@ -286,7 +286,7 @@ def test_ctrl_c_stops_after_a_checkpoint(tmp_path: Path) -> None:
 
 def test_weights_serve_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What was validated is what predict and vim-infer say of the same files; the names come along."""
-    from test_vim_infer import BINARY
+    from vim_infer import BINARY
 
     data, run = folder(tmp_path / "data", each=20), tmp_path / "run"
     arguments = ["--data", str(data), "--val", str(data), "--out", str(run), *SMALL, *ONCE]

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`doctor` and `bench` on CUDA without a GPU (shim.py)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import shim  # noqa: F401  makes vimcore_shim importable
+import torch
+import vimcore
+import vimcore.doctor_gradients
+from helpers import SMALL
+from vimcore_shim import bench, bench_cuda, doctor, doctor_gradients
+
+
+def test_doctor_compares_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = {**SMALL.arguments(), "depth": 12}
+    monkeypatch.setattr(doctor, "GPU_TESTS", [doctor.SELF_TEST, deep])
+    rows = doctor._check_gpu(np.random.default_rng(0))
+    assert [(row["check"], row["status"]) for row in rows] == [
+        ("cuda:0 float32", "ok"),
+        ("cuda:0 bfloat16", "ok"),
+        ("cuda:0 float16", "ok"),
+    ]
+    assert all("CPU shim" in row["detail"] for row in rows)
+    monkeypatch.setattr(doctor, "GPU_TOLERANCE", {"bfloat16": 1e-5})
+    assert [row["status"] for row in doctor._check_gpu(np.random.default_rng(0))] == ["failed"]
+
+
+def test_doctor_compares_the_gradients(training: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> dict[str, dict[str, Any]]:
+        rng = np.random.default_rng(0)
+        found = doctor_gradients.check_cuda(
+            [doctor.SELF_TEST, {**SMALL.arguments(), "depth": 3}],
+            doctor._random_weights,
+            rng,
+            "cpu",  # where tensors pass for tensors on the device
+            vimcore.doctor_gradients.Loss,
+        )
+        return {row["check"]: row for row in found}
+
+    found = rows()
+    assert [(name, row["status"]) for name, row in found.items()] == [
+        ("gradients cpu float32", "ok"),
+        ("gradients cpu bfloat16", "ok"),
+        ("gradients cpu float16", "ok"),
+    ]
+    assert found["gradients cpu float32"]["error"] > 1e-8
+    assert found["gradients cpu bfloat16"]["error"] > 1e-4  # 16-bit kernels ran
+    monkeypatch.setattr(doctor_gradients, "GPU_TOLERANCE", {"bfloat16": 1e-5})
+    (row,) = rows().values()
+    assert row["status"] == "failed"
+    assert re.search(r"^\S+ of network [01]: error .* against the CPU is above", row["detail"])
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_bench_rows(train: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The arithmetic of the report, with a clock that ticks 2 ms for ours and 8 ms for the peer."""
+    ticks = iter([0.002, 0.008] * 100)
+    monkeypatch.setattr(bench_cuda, "event_seconds", lambda call, count: next(ticks))
+    monkeypatch.setattr(bench_cuda, "calls_for", lambda call, seconds: 1)
+    monkeypatch.setattr(bench_cuda, "latency", lambda call: 0.003)
+    monkeypatch.setattr(bench_cuda, "graphed", lambda call: call)
+    args = SimpleNamespace(
+        model="vim_tiny", device="cpu", dtype="bfloat16", json=None, pairs=3, seconds=60.0, sample=0.1,
+        peers=["torch", "openvino"], train=train, memory="lean",
+    )  # fmt: skip
+    skipped: dict[str, str] = {}
+    peers = Path(__file__).resolve().parents[1] / "bench"
+    rows = bench_cuda.case(args, 32, 4, peers, skipped)
+    assert skipped == {"openvino": "runs on the CPU"}
+    assert [row["graph"] for row in rows] == [False, True]
+    for row in rows:
+        assert (row["peer"], row["pairs"], row["size"], row["batch"]) == ("torch", 3, 32, 4)
+        assert row["mode"] == ("train" if train else "forward")
+        assert row["images_per_s"] == pytest.approx(2000)
+        assert row["peer_images_per_s"] == pytest.approx(500)
+        assert row["ratio"] == pytest.approx(0.25)
+        assert row["latency_ms"] == pytest.approx(3)
+    assert capsys.readouterr().out.count("torch") == 2
+
+
+def test_bench_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    parse = bench_arguments()
+    assert bench.main(parse("--dtype", "bfloat16")) == 1
+    assert "the CPU computes in float32" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert bench.main(parse("--device", "cuda")) == 1
+        assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def bench_arguments() -> Callable[..., Any]:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return lambda *options: parser.parse_args(options)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training through torch on CUDA without a GPU (shim.py)."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import golden
+import pytest
+import torch
+import vimcore
+from golden import relative
+from helpers import SMALL, build, images_for, small
+from shim import GRADIENTS, agree, autocast, gradients, twin, vimcore_shim
+from torch import Tensor
+
+
+@pytest.mark.parametrize("memory", ["least", "fast"])
+def test_activations_that_left_and_came_back(memory: str, training: dict[str, Any]) -> None:
+    model = twin(build(small(depth=2), dtype=torch.float32, memory=memory))
+    images, found = images_for(SMALL, 3, torch.float32), []
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.detach().clone())
+        return kept[-1]
+
+    for hooks in (contextlib.nullcontext(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)):
+        with hooks:
+            loss = model(images).square().sum()
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert any(t.dtype == torch.uint8 and t.numel() > 1000 for t in kept)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("memory", ["least", "lean", "fast"])
+@pytest.mark.parametrize(
+    "name", ["v2_middle", "v2_double", "none_pairs_middle", "v2_rope_residual_head", "v2_layer_scale"]
+)
+def test_gradients_golden(name: str, memory: str, training: dict[str, Any]) -> None:
+    g = golden.load(name)
+    model = twin(build(g.config, g.weights))
+    model.memory = memory
+    images = g.input.clone().requires_grad_()
+    model(images).backward(g.probe)
+    assert relative(images.grad, g.grads["input"]) < 1e-4
+    for key, p in model.named_parameters():
+        assert relative(p.grad, g.grads[key]) < 1e-4, key
+
+
+@pytest.mark.parametrize("dtype", list(GRADIENTS))
+def test_autocast_and_accumulation(
+    dtype: torch.dtype, training: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-batches under autocast, float16 with a scaler, against the CPU in float64."""
+    cpu, model = build(SMALL).eval().double(), twin(build(SMALL).eval())
+    images, labels = images_for(SMALL, 4, torch.float32).requires_grad_(), torch.tensor([0, 1, 2, 1])
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=256.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    wanted = images.detach().double().requires_grad_()
+    for part in (slice(0, 2), slice(2, 4)):
+        torch.nn.functional.cross_entropy(cpu(wanted[part]), labels[part]).backward()
+        autocast(monkeypatch, dtype if dtype != torch.float32 else None)
+        logits = model(images[part])
+        autocast(monkeypatch, None)
+        assert logits.dtype == dtype
+        scaler.scale(torch.nn.functional.cross_entropy(logits.float(), labels[part])).backward()
+    scaler.unscale_(optimizer)
+    assert images.grad is not None
+    assert images.grad.dtype == torch.float32
+    agree(gradients(model), gradients(cpu), GRADIENTS[dtype])
+    assert relative(images.grad / scaler.get_scale(), wanted.grad) < GRADIENTS[dtype]
+
+
+def test_overflow_reaches_the_scaler(training: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = twin(build(SMALL))
+    autocast(monkeypatch, torch.float16)
+    logits = model(images_for(SMALL, 2, torch.float32))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler.scale(logits.float().square().sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**39
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_two_runs_and_two_passes_before_backward(training: dict[str, Any]) -> None:
+    """The same bits; what one forward saved is not written by the next."""
+    model, images = twin(build(SMALL)).eval(), images_for(SMALL, 4, torch.float32)
+    runs = []
+    for _ in range(2):
+        model.zero_grad()
+        first, second = model(images[:2]), model(images[2:].bfloat16())
+        (first.square().sum() + second.float().sum()).backward()
+        runs.append(gradients(model))
+    assert all(torch.equal(g, runs[1][name]) for name, g in runs[0].items())
+    model.zero_grad()
+    model(images[:2]).square().sum().backward()
+    model(images[2:].bfloat16()).float().sum().backward()
+    agree(gradients(model), runs[0], 1e-6)
+
+
+def test_frozen_parameters_and_other_outputs(training: dict[str, Any]) -> None:
+    cpu = build(SMALL).eval()
+    model, images = twin(cpu), images_for(SMALL, 2, torch.float32)
+    for net in (cpu, model):
+        net.layers[0].requires_grad_(False)
+        net.pos_embed.requires_grad_(False)
+        tokens, maps = net.forward_features(images), net.forward_intermediates(images, [0, 1])
+        (tokens.square().sum() + maps[0].sum() + maps[1].square().sum()).backward()
+    agree(gradients(model), gradients(cpu), 1e-4)
+    assert model.pos_embed.grad is None
+
+
+def test_training_follows_the_cpu(training: dict[str, Any]) -> None:
+    """Steps of AdamW with dropout and drop path: the loss falls as it does on the CPU, also in 16 bits."""
+    configuration = small(drop_rate=0.1, drop_path_rate=0.2)
+    images, labels = images_for(SMALL, 6, torch.float32), torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def curve(model: Any, dtype: torch.dtype) -> Tensor:
+        model.train()
+        torch.manual_seed(0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(12):
+            loss = torch.nn.functional.cross_entropy(model(images.to(dtype)).float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    wanted = curve(build(configuration), torch.float32)
+    assert wanted[-1] < 0.7 * wanted[0]
+    for dtype, most in ((torch.float32, 1e-3), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        assert float((curve(twin(build(configuration)), dtype) - wanted).abs().max()) < most
+
+
+def test_a_captured_step_keeps_its_memory(training: dict[str, Any]) -> None:
+    model, images = twin(build(SMALL)).eval(), images_for(SMALL, 2, torch.float32)
+    wanted = []
+    for training["capturing"] in (False, True, False, True, False):
+        model.zero_grad()
+        model(images).square().sum().backward()
+        wanted.append(gradients(model))
+    assert all(torch.equal(g[name], wanted[0][name]) for g in wanted for name in g)
+    vimcore_shim._core.release_memory()
+
+
+def test_saliency_and_second_derivatives(training: dict[str, Any]) -> None:
+    cpu = build(SMALL).eval()
+    model, images = twin(cpu), images_for(SMALL, 2, torch.float32)
+    wanted = vimcore.saliency(cpu, images, steps=2)
+    assert relative(vimcore_shim.saliency(model, images, steps=2), wanted) < 1e-4
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        gradient.sum().backward()
