@@ -21,7 +21,6 @@
 #include <thread>
 #include <vector>
 
-#include "arena.h"
 #include "check.h"
 #include "files.h"
 #include "vimcore/vimcore.h"
@@ -252,25 +251,29 @@ void test_killed_while_saving()
     const std::string path = folder.file("a.safetensors");
     save_numbers(path, 1);
     std::mt19937 rng(4);
-    int replaced = 0;
+    int replaced = 0, longest = 30000;  // microseconds; more where a save takes longer
     for (int round = 0; round < 25; round++) {
+        const float before = whole_value(path);
         std::fflush(stdout);
         const pid_t child = ::fork();
         if (child == 0) {
             try {
-                for (int i = 2;; i++) save_numbers(path, static_cast<float>(i));
+                for (int i = 2;; i++) save_numbers(path, static_cast<float>(10000 * round + i));
             } catch (...) {
                 ::_exit(1);
             }
         }
-        std::this_thread::sleep_for(std::chrono::microseconds(std::uniform_int_distribution<int>(0, 30000)(rng)));
+        std::this_thread::sleep_for(std::chrono::microseconds(std::uniform_int_distribution<int>(0, longest)(rng)));
         ::kill(child, SIGKILL);
         int status = 0;
         ::waitpid(child, &status, 0);
         CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
         const float value = whole_value(path);
         CHECK(value >= 1);
-        if (value > 1) replaced++;
+        if (value != before)
+            replaced++;
+        else if (replaced == 0)
+            longest = std::min(2 * longest, 4000000);
     }
     CHECK(replaced > 0);
     save_numbers(path, 7);  // what the dead left behind does not stand in the way
@@ -278,59 +281,6 @@ void test_killed_while_saving()
 }
 
 // ---- memory --------------------------------------------------------------------------------------------------------
-
-std::size_t measured(Context& ctx)
-{
-    std::size_t bytes = ctx.arena().bytes();
-    for (int i = 0; ctx.threads() > 1 && i < ctx.threads(); i++) bytes += ctx.worker(i).arena().bytes();
-    return bytes;
-}
-
-void test_plan_against_arenas()
-{
-    const struct {
-        std::int64_t size, batch;
-        int threads;
-        Directions directions;
-        ClassToken token;
-    } cases[] = {
-        {224, 1, 1, Directions::ssm_conv, ClassToken::middle},  {224, 8, 1, Directions::ssm_conv, ClassToken::middle},
-        {224, 8, 3, Directions::ssm_conv, ClassToken::middle},  {512, 2, 1, Directions::ssm_conv, ClassToken::head},
-        {1024, 1, 1, Directions::ssm_conv, ClassToken::middle}, {1024, 2, 2, Directions::ssm_conv, ClassToken::none},
-        {1024, 1, 1, Directions::ssm, ClassToken::double_},     {512, 3, 2, Directions::block, ClassToken::head},
-        {1024, 1, 1, Directions::none, ClassToken::none},
-    };
-    for (const auto& test : cases) {
-        Config config;
-        config.img_height = config.img_width = test.size;
-        config.depth = 2;
-        config.directions = test.directions;
-        config.class_token = test.token;
-        config.num_classes = 10;
-        std::vector<std::vector<float>> values;
-        Params params;
-        for_each_param(config, params, [&](const std::string&, Tensor& tensor, const Shape& shape) {
-            values.emplace_back(static_cast<std::size_t>(shape.numel()), 0.01f);
-            tensor = {values.back().data(), shape, DType::f32, {}};
-        });
-        params.changed();
-        Context ctx(Device::cpu(), test.threads);
-        std::vector<float> images(static_cast<std::size_t>(test.batch * 3 * test.size * test.size), 0.1f);
-        std::vector<float> logits(static_cast<std::size_t>(test.batch * 10));
-        Outputs out;
-        out.logits = {logits.data(), {test.batch, 10}, DType::f32, {}};
-        forward(ctx, config, params, {images.data(), {test.batch, 3, test.size, test.size}, DType::f32, {}}, out);
-        const auto used = static_cast<double>(measured(ctx) + logits.size() * sizeof(float));
-        const auto plan = static_cast<double>(forward_bytes(config, test.batch, DType::f32, test.threads));
-        const double most = std::max(1.5 * used, used + (1 << 22));
-        if (!(used <= plan && plan <= most))
-            std::printf("%lld px, batch %lld, %d threads, directions %d: used %.0f, plan %.0f (%.2f)\n",
-                        static_cast<long long>(test.size), static_cast<long long>(test.batch), test.threads,
-                        static_cast<int>(test.directions), used, plan, plan / used);
-        CHECK(used <= plan);
-        CHECK(plan <= most);
-    }
-}
 
 // Networks that the machine cannot hold are refused before any work, with the bytes they need.
 void test_larger_than_the_machine()
@@ -378,7 +328,6 @@ int main()
     test_replaced_while_reading();
     test_model_replaced_while_loading();
     test_overwritten_while_reading();
-    test_plan_against_arenas();
     test_larger_than_the_machine();
     return check_failures();
 }
