@@ -206,10 +206,12 @@ void test_bad_arguments()
 
 }  // namespace
 
-int main()
+// With an argument, one way of scanning in both directions, which has all kernels: for emulated machines.
+int main(int argc, char**)
 {
-    for (Directions directions : {Directions::none, Directions::block, Directions::ssm, Directions::ssm_conv})
-        test_invariance(directions);
+    test_invariance(Directions::ssm_conv);
+    for (Directions directions : {Directions::none, Directions::block, Directions::ssm})
+        if (argc == 1) test_invariance(directions);
     test_weights_change();
     test_no_allocation();
     test_bad_arguments();

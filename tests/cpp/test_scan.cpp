@@ -417,10 +417,12 @@ void test_isa(const std::string& isa)
 
 }  // namespace
 
-int main()
+// With an argument, the widest instruction set only: the one that an emulated machine adds.
+int main(int argc, char**)
 {
     test_reference();
-    for (const std::string& isa : isas_available()) {
+    const std::vector<std::string> all = isas_available(), widest{all.back()};
+    for (const std::string& isa : argc > 1 ? widest : all) {
         test_isa<float>(isa);
         test_isa<double>(isa);
     }
