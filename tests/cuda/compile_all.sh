@@ -43,7 +43,7 @@ if ! cmake --build "$folder" --target vimcore _core >"$tools/build.log" 2>&1; th
     grep -v '^ptxas info\|bytes stack frame' "$tools/build.log"
     exit 1
 fi
-architectures=$(sed -n 's/^CMAKE_CUDA_ARCHITECTURES:STRING=//p' "$folder/CMakeCache.txt" | tr ';' '\n' | wc -l)
+architectures=$(sed -n 's/.*VIMCORE_CUDA=ON: .* for //p' "$tools/configure.log" | tr ';' '\n' | wc -l)
 "$python" tests/cuda/registers.py "$tools/build.log" "$architectures"
 
 wait $fetching
