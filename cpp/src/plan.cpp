@@ -16,7 +16,7 @@
 namespace vimcore {
 namespace {
 
-// PlanSizes may be absurd: that is what this is for. A double holds their products without overflow.
+// Sizes may be absurd: that is what this is for. A double holds their products without overflow.
 std::int64_t saturated(double bytes)
 {
     constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max();
@@ -47,7 +47,7 @@ double group_elements(const Config& c, std::int64_t images, std::int64_t tile)
     return 3 * n * len * inner + rows * (projections * (inner + q) + static_cast<double>(c.embed_dim));
 }
 
-// PlanSizes as numbers that do not overflow.
+// Sizes as numbers that do not overflow.
 struct PlanSizes {
     explicit PlanSizes(const Config& c, std::int64_t batch)
         : B(static_cast<double>(batch)),
