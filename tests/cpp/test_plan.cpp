@@ -41,13 +41,19 @@ struct Case {
     void (*change)(Config&) = [](Config&) {};
 };
 
-void test_training(const Case& test)
+Config config_of(const Case& test)
 {
     Config config;
     config.img_height = config.img_width = test.size;
     config.depth = 2;
     config.num_classes = 10;
     test.change(config);
+    return config;
+}
+
+void test_training(const Case& test)
+{
+    const Config config = config_of(test);
     Network net(config);
     Context ctx(Device::cpu(), test.threads);
     std::vector<float> pixels(static_cast<std::size_t>(test.batch * 3 * test.size * test.size), 0.1f);
@@ -74,11 +80,7 @@ void test_training(const Case& test)
 
 void test_forward(const Case& test)
 {
-    Config config;
-    config.img_height = config.img_width = test.size;
-    config.depth = 2;
-    config.num_classes = 10;
-    test.change(config);
+    const Config config = config_of(test);
     const Network net(config);
     Context ctx(Device::cpu(), test.threads);
     const std::vector<float> pixels(static_cast<std::size_t>(test.batch * 3 * test.size * test.size), 0.1f);
