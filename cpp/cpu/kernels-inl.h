@@ -4,6 +4,7 @@
 
 #include "simd.h"
 
+#include "checksum-inl.h"
 #include "conv1d-inl.h"
 #include "gemm-inl.h"
 #include "norm-inl.h"
@@ -37,6 +38,7 @@ static const Kernels<T> table = {
     .scan_backward_scratch = scan_backward_scratch<T>,
     .gate_backward = gate_backward<T>,
     .prepare_A = prepare_A<T>,
+    .checksum = checksum,
     .fma_peak = fma_peak<T>,
     .fma_per_round = fma_per_round<T>,
 };

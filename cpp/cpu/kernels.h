@@ -8,6 +8,8 @@ namespace vimcore::cpu {
 
 using Index = long long;
 
+inline constexpr int checksum_lanes = 64;
+
 // Packed right-hand side: panels [ceil(n / nr)][k][nr], zero-padded. transposed: w is (k, n).
 template <class T>
 struct PackArgs {
@@ -161,6 +163,7 @@ struct Kernels {
     Index (*scan_backward_scratch)(Index state, Index chunk, Index channels);
     void (*gate_backward)(const GateBackwardArgs<T>&);
     void (*prepare_A)(const T* A_log, Index dim, Index state, T* out);  // out (N, E) = -exp(A_log) log2(e), transposed
+    void (*checksum)(const void* data, Index bytes, unsigned* state);   // state: checksum_lanes numbers, updated
     T (*fma_peak)(Index rounds);  // busy loop of multiply-adds; returns a value so that it is not removed
     Index fma_per_round;          // flops of one round
 };

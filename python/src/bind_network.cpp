@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The whole network for vimcore.nn, and Engine, the network of a file for vimcore.Runtime.
 #include <atomic>
-#include <bit>
 #include <map>
 #include <mutex>
 
+#include "checksum.h"
 #include "place.h"
 #include "saved.h"
 
@@ -15,53 +15,36 @@ namespace {
 // The weights of one network: views of arrays that Python keeps alive, with their packed forms.
 class Weights {
 public:
-    explicit Weights(Params params, std::vector<Tensor> all) : params_(std::move(params)), all_(std::move(all))
+    explicit Weights(Params params, const std::vector<Tensor>& all)
+        : params_(std::move(params)), first_(all.front()), checksum_(on_cpu() ? all : std::vector<Tensor>{})
     {
-        params_.changed();
-        seen_ = fingerprint();
-    }
-
-    void changed()
-    {
-        seen_ = fingerprint();
         params_.changed();
     }
 
-    // Writes that Python did not see (torch's `.data`, numpy views): all of float64, which is for checking, is
-    // compared, of float32 a few elements of each weight, of weights on a device nothing.
-    const Params& refreshed()
+    const Params& params() const { return params_; }
+    DType dtype() const { return first_.dtype; }
+    Device device() const { return first_.device; }
+
+    // Whoever wrote to the weights, and however: packed forms are made anew if contents changed since the last look.
+    // On a device, where looking would cost as much as that, they always are. Returns the checksum, 0 on a device.
+    std::uint64_t look(Context& ctx)
     {
-        std::uint64_t now = fingerprint(), before = seen_.load();
+        if (!on_cpu()) {
+            params_.changed();
+            return 0;
+        }
+        const std::uint64_t now = checksum_(ctx);
+        std::uint64_t before = seen_.load();
         if (now != before && seen_.compare_exchange_strong(before, now)) params_.changed();
-        return params_;
+        return now;
     }
-
-    DType dtype() const { return all_.front().dtype; }
-    Device device() const { return all_.front().device; }
 
 private:
-    std::uint64_t fingerprint() const
-    {
-        std::uint64_t hash = 0;
-        if (device().type != Device::Type::cpu) return hash;
-        auto mix = [&](std::uint64_t bits) {
-            hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
-            hash ^= hash >> 29;
-        };
-        for (const Tensor& tensor : all_) {
-            const std::int64_t last = tensor.numel() - 1;
-            if (tensor.dtype == DType::f64) {
-                for (std::int64_t i = 0; i <= last; i++) mix(std::bit_cast<std::uint64_t>(tensor.as<double>()[i]));
-                continue;
-            }
-            for (std::int64_t i : {std::int64_t{0}, last / 3, last - last / 3, last})
-                mix(std::bit_cast<std::uint32_t>(tensor.as<float>()[i]));
-        }
-        return hash;
-    }
+    bool on_cpu() const { return device().type == Device::Type::cpu; }
 
     Params params_;
-    std::vector<Tensor> all_;
+    Tensor first_;
+    Checksum checksum_;
     std::atomic<std::uint64_t> seen_{0};
 };
 
@@ -106,7 +89,7 @@ public:
         });
         if (all.size() != arrays.size())
             fail("parameters", "expected " + std::to_string(all.size()) + ", got " + std::to_string(arrays.size()));
-        return std::make_unique<Weights>(std::move(params), std::move(all));
+        return std::make_unique<Weights>(std::move(params), all);
     }
 
     std::unique_ptr<SavedHandle> saved(const std::string& memory, std::uintptr_t stream, bool capturing)
@@ -126,7 +109,7 @@ public:
     void forward(Weights& weights, const In& images, const MaybeOut& logits, const MaybeOut& tokens,
                  const std::vector<std::int64_t>& layers, const std::vector<Out>& intermediates, SavedHandle* saved,
                  const MaybeIn& drop_path, const MaybeIn& mask, bool flip, std::int64_t class_position, int threads,
-                 std::uintptr_t stream, bool capturing)
+                 std::uintptr_t stream, bool capturing, bool constant)
     {
         const Tensor x = to_tensor(images, "VisionMamba", "images");
         if (x.device != weights.device())
@@ -134,7 +117,8 @@ public:
         const Outputs out = outputs(x, logits, tokens, layers, intermediates);
         const Draws draws = to_draws(x, {drop_path, mask, flip, class_position});
         with_context(x.device, {threads, stream, capturing}, [&](Context& ctx) {
-            vimcore::forward(ctx, config_, weights.refreshed(), x, out, saved ? &**saved : nullptr, draws);
+            if (!constant) weights.look(ctx);
+            vimcore::forward(ctx, config_, weights.params(), x, out, saved ? &**saved : nullptr, draws);
         });
     }
 
@@ -168,7 +152,7 @@ public:
             tensor.shape = shape;
         });
         with_context(x.device, {threads, stream, capturing}, [&](Context& ctx) {
-            vimcore::backward(ctx, config_, weights.refreshed(), x, kept, out, dparams, dx, draws);
+            vimcore::backward(ctx, config_, weights.params(), x, kept, out, dparams, dx, draws);
         });
     }
 
@@ -326,7 +310,16 @@ private:
 
 void bind_network(nb::module_& m)
 {
-    nb::class_<Weights>(m, "Weights").def("changed", &Weights::changed);
+    nb::class_<Weights>(m, "Weights")
+        .def(
+            "look",
+            [](Weights& weights, int threads, std::uintptr_t stream) {
+                std::uint64_t sum = 0;
+                with_context(weights.device(), {threads, stream, false},
+                             [&](Context& ctx) { sum = weights.look(ctx); });
+                return sum;
+            },
+            nb::arg("threads") = 0, nb::arg("stream") = 0);
 
     nb::class_<SavedHandle>(m, "Saved")
         .def(
@@ -353,7 +346,7 @@ void bind_network(nb::module_& m)
              nb::arg("layers") = std::vector<std::int64_t>{}, nb::arg("intermediates").noconvert() = std::vector<Out>{},
              nb::arg("saved").none() = nb::none(), nb::arg("drop_path").noconvert().none() = nb::none(),
              nb::arg("mask").noconvert().none() = nb::none(), nb::arg("flip") = false, nb::arg("class_position") = -1,
-             nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false)
+             nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false, nb::arg("constant") = false)
         .def("backward", &Network::backward, nb::arg("weights"), nb::arg("images").noconvert(),
              nb::arg("saved").noconvert(), nb::arg("memory"), nb::arg("dlogits").noconvert().none() = nb::none(),
              nb::arg("dtokens").noconvert().none() = nb::none(), nb::arg("layers") = std::vector<std::int64_t>{},

@@ -86,10 +86,9 @@ class Request(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    places: list[int]
-    versions: list[int] | None
+    places: list[Any]
     held: list[Tensor]  # what the core's views point at
-    copied: bool  # some parameters are not contiguous: their copies are bound
+    copies: list[int]  # of these parameters, which are not contiguous
     weights: _core.Weights
 
 
@@ -109,43 +108,50 @@ class Core:
         self._parts: dict[tuple[str, tuple[int, ...]], list[bool]] = {}
         self._layouts: dict[tuple[bool, ...], tuple[int, list[int], list[int]]] = {}
 
-    def weights(self, params: Sequence[Tensor], capturing: bool = False) -> _core.Weights:
-        """The parameters, in the order of `names`, as the core sees them.
+    def weights(self, params: Sequence[Tensor], copy: bool = True) -> _core.Weights:
+        """The parameters, in the order of `names`, as the core sees them; bound again when they moved.
 
-        Bound again when their storage moved; their packed forms are renewed when their contents changed, or
-        may have changed, which is not possible while a CUDA graph is being captured.
+        Args:
+            copy: whether copies of parameters that are not contiguous are brought up to date.
         """
-        places = [p.data_ptr() for p in params]
-        try:
-            versions = [p._version for p in params]
-        except RuntimeError:  # made under inference_mode: no version to compare
-            versions = None
+        places = [p.data_ptr() if p.is_contiguous() else (p.data_ptr(), p.stride()) for p in params]
         with self._lock:
             bound = self._bound
             if bound is not None and bound.places == places:
-                if versions is not None and versions == bound.versions:
-                    return bound.weights
-                if not bound.copied:
-                    if versions is not None or not capturing:
-                        bound.weights.changed()
-                    self._bound = bound._replace(versions=versions)
-                    return bound.weights
+                if copy:
+                    for index in bound.copies:
+                        bound.held[index].copy_(params[index].detach())
+                return bound.weights
             held = [p.detach() for p in params]
             for name, p in zip(self.names, held):
                 if p.device != held[0].device:
                     raise ValueError(
                         f"[VisionMamba] {name}: expected a tensor on {held[0].device}, got {describe(p)}"
                     )
+                if p.is_contiguous() and p.untyped_storage().nbytes() < p.nbytes:
+                    raise ValueError(
+                        f"[VisionMamba] {name}: {describe(p)} without its memory, which was freed or is "
+                        "sharded: call the wrapper (FSDP, say), not the network in it"
+                    )
             held = [p.resolve_conj().resolve_neg().contiguous() for p in held]
-            copied = any(p.data_ptr() != place for p, place in zip(held, places))
+            copies = [i for i, p in enumerate(params) if held[i].data_ptr() != p.data_ptr()]
             weights = self.network.bind([exported(p) for p in held])
-            self._bound = _Bound(places, versions, held, copied, weights)
+            self._bound = _Bound(places, held, copies, weights)
             return weights
 
     def run(
-        self, request: Request, images: Tensor, params: Sequence[Tensor], saved: _core.Saved | None
+        self,
+        request: Request,
+        images: Tensor,
+        params: Sequence[Tensor],
+        saved: _core.Saved | None,
+        constant: _core.Weights | None = None,
     ) -> tuple[Tensor, ...]:
-        """The outputs that `request` names, freshly allocated."""
+        """The outputs that `request` names, freshly allocated.
+
+        Args:
+            constant: what the parameters are bound to, if it is known that they did not change.
+        """
         batch = images.shape[0]
         where: dict[str, Any] = {}
         if request.kind == "layers":
@@ -156,7 +162,7 @@ class Core:
             outputs = [images.new_empty((batch, *shape))]
             where = {request.kind: exported(outputs[0])}
         threads, stream, capturing = place(images)
-        weights = self.weights(params, capturing)
+        weights = constant or self.weights(params)
         if batch:
             self.network.forward(
                 weights,
@@ -165,6 +171,7 @@ class Core:
                 threads=threads,
                 stream=stream,
                 capturing=capturing,
+                constant=constant is not None,
                 **where,
                 **request.draws.arguments(),
             )
@@ -212,11 +219,16 @@ class NetworkFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, core: Core, request: Request, images: Tensor, *params: Tensor
+        ctx: Any,
+        core: Core,
+        request: Request,
+        constant: _core.Weights | None,
+        images: Tensor,
+        *params: Tensor,
     ) -> tuple[Tensor, ...]:
         _, stream, capturing = place(images)
         saved = core.network.saved(request.memory, stream, capturing)
-        outputs = core.run(request, images, params, saved)
+        outputs = core.run(request, images, params, saved, constant)
         # The token is what was saved: autograd frees it with its other saved tensors, hooks may move it.
         ctx.save_for_backward(from_dlpack(saved.token), images, *params)
         ctx.set_materialize_grads(False)
@@ -227,12 +239,12 @@ class NetworkFunction(torch.autograd.Function):
     @_once
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         core, request = ctx.core, ctx.request
-        wanted = ctx.needs_input_grad[3:]
-        nothing: tuple[Tensor | None, ...] = (None,) * (3 + len(wanted))
+        wanted = ctx.needs_input_grad[4:]
+        nothing: tuple[Tensor | None, ...] = (None,) * (4 + len(wanted))
         if all(g is None for g in gradients):
             return nothing
         token, images, *params = ctx.saved_tensors
-        dimages = torch.zeros_like(images) if ctx.needs_input_grad[2] else None
+        dimages = torch.zeros_like(images) if ctx.needs_input_grad[3] else None
         # named, so that they live until the call has queued its work
         incoming = [None if g is None else g.contiguous() for g in gradients]
         where: dict[str, Any] = {}
@@ -248,7 +260,7 @@ class NetworkFunction(torch.autograd.Function):
         if images.shape[0]:
             threads, stream, capturing = place(images)
             core.network.backward(
-                core.weights(params, capturing),
+                core.weights(params, copy=False),
                 exported(images),
                 exported(_aligned(token)),
                 memory=request.memory,
@@ -265,7 +277,7 @@ class NetworkFunction(torch.autograd.Function):
         dparams = [
             next(pieces)[: p.numel()].view(p.shape) if want else None for p, want in zip(params, wanted)
         ]
-        return (None, None, dimages, *dparams)
+        return (None, None, None, dimages, *dparams)
 
 
 # ---- operators ---------------------------------------------------------------------------------------------

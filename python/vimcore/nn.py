@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _core
+from .checks import refuse_tracing, refuse_wrapped
+from .constant import ConstantWeights
 from .functions import Core, Draws, NetworkFunction, Request, describe
 from .layers import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
 from .place import autocast_type, from_device, on_cuda, wide
+from .places import Places, hooks_of, made
 
 _PER_TOKEN = ("max", "all")  # without class token: the head sees every token
 
@@ -24,13 +28,15 @@ _PER_TOKEN = ("max", "all")  # without class token: the head sees every token
 class VisionMamba(nn.Module):
     """Vision Mamba: patches, class token, bidirectional Mamba blocks, linear head.
 
-    Submodules only hold parameters: the whole network is one call of the C++ core, so their forward hooks do
-    not run. Computes on the CPU in the type of the parameters, float32 or float64; under
-    `torch.autocast("cpu")` in float32. Computes on CUDA with float32 parameters and gradients of them, and
-    activations of the images' type: float32, bfloat16 or float16; under `torch.autocast("cuda")` of its type.
-    With float16 scale the loss (`torch.amp.GradScaler`). Weights may be written in place in any way that
-    torch sees; on the CPU, writes through `.data` or a numpy view are seen when they change a whole float32
-    tensor, or anything of a float64 one.
+    Submodules only hold parameters: the whole network is one call of the C++ core. What that would pass over
+    (hooks on submodules, adapters, other modules in their place) is an error; parametrizations are followed,
+    and a head that is no plain Linear, or has hooks, is called as a module. Weights may be written in any way
+    (fused optimizers, `.data`, numpy views, other processes): every call looks, see `constant_weights`.
+
+    Computes on the CPU in the type of the parameters, float32 or float64; under `torch.autocast("cpu")` in
+    float32. Computes on CUDA with float32 parameters and gradients of them, and activations of the images'
+    type: float32, bfloat16 or float16; under `torch.autocast("cuda")` of its type. With float16 scale the
+    loss (`torch.amp.GradScaler`).
 
     Args:
         img_size: side or (height, width) in pixels; images of another size are an error.
@@ -97,7 +103,8 @@ class VisionMamba(nn.Module):
         self._facts: dict[str, Any] = _core.config_facts(config_json)
         self.embed_dim, self.num_features = embed_dim, embed_dim
         self._core: Core | None = None
-        self._places: tuple[list[Any], list[Any]] | None = None
+        self._places: Places | None = None
+        self._constant: ConstantWeights | None = None
 
         c, tokens = self._config, self._facts["tokens"]
         self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, c["stride"])
@@ -120,6 +127,7 @@ class VisionMamba(nn.Module):
         for name in ("cls_token", "cls_token_head", "cls_token_tail", "pos_embed"):
             if hasattr(self, name):
                 trunc_normal(getattr(self, name), 0.02)
+        self._made = made(self)
 
     # ---- description ---------------------------------------------------------------------------------------
 
@@ -203,6 +211,9 @@ class VisionMamba(nn.Module):
         """
         if self._head_is_fused():
             return self._call("logits", images)[0]
+        if self._config["class_token"] == "random" and self.training:
+            position = self._draw_position()
+            return self.head(self._call("tokens", images, position=position)[0][:, position])
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -263,26 +274,37 @@ class VisionMamba(nn.Module):
     def _head_is_fused(self) -> bool:
         head = self.head
         return type(head) is nn.Identity or (
-            type(head) is nn.Linear and head.in_features == self.embed_dim and head.bias is not None
+            type(head) is nn.Linear
+            and head.in_features == self.embed_dim
+            and head.bias is not None
+            and "forward" not in vars(head)
+            and not any(hooks_of(head))
         )
 
-    def _call(self, kind: str, images: Tensor, layers: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
+    def _call(
+        self, kind: str, images: Tensor, layers: tuple[int, ...] = (), position: int = -1
+    ) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():  # the core is not traced: a graph break
-            return torch.compiler.disable(VisionMamba._run)(self, kind, images, layers)
-        return self._run(kind, images, layers)
+            return torch.compiler.disable(VisionMamba._run)(self, kind, images, layers, position)
+        return self._run(kind, images, layers, position)
 
-    def _run(self, kind: str, images: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, ...]:
-        core = self._network()
-        params = self._parameters_in_order(core)
+    def _run(
+        self, kind: str, images: Tensor, layers: tuple[int, ...], position: int = -1
+    ) -> tuple[Tensor, ...]:
+        refuse_tracing("VisionMamba")
+        if self._constant is not None:
+            core, params, constant = self._constant.core, self._constant.params, self._constant.weights
+        else:
+            (core, params), constant = self._weights(), None
         images = self._checked(images, params[0])
         differentiated = False
         if torch.is_grad_enabled():
             part = core.taking_part(kind, layers)
             differentiated = images.requires_grad or any(p.requires_grad for p, t in zip(params, part) if t)
-        request = Request(kind, layers, self._draws(kind, images), self.memory)
+        request = Request(kind, layers, self._draws(kind, images, position), self.memory)
         if differentiated:
-            return NetworkFunction.apply(core, request, images, *params)
-        return core.run(request, images, params, None)
+            return NetworkFunction.apply(core, request, constant, images, *params)
+        return core.run(request, images, params, None, constant)
 
     def _network(self) -> Core:
         classes = self.num_classes if self._head_is_fused() else 0
@@ -296,24 +318,45 @@ class VisionMamba(nn.Module):
             self._core, self._places = core, None
         return core
 
-    def _parameters_in_order(self, core: Core) -> list[Tensor]:
-        """The parameters in the core's order; where they live is looked up again when a submodule changed."""
-        places = self._places
-        if places is None or any(d.get(k) is not m for d, k, m in places[1]):
-            slots: list[tuple[nn.Module, dict[str, Any], str]] = []
-            links: dict[int, tuple[dict[str, Any], str, nn.Module]] = {}
-            for name in core.names:
-                path, _, leaf = name.rpartition(".")
-                owner: nn.Module = self
-                for part in path.split(".") if path else ():
-                    child = owner._modules[part]
-                    assert child is not None
-                    links[id(child)] = (owner._modules, part, child)
-                    owner = child
-                slots.append((owner, owner._parameters, leaf))
-            places = self._places = (slots, list(links.values()))
-        # a parametrised weight is no longer in _parameters, but an attribute still
-        return [d[leaf] if leaf in d else getattr(owner, leaf) for owner, d, leaf in places[0]]
+    def _weights(self) -> tuple[Core, list[Tensor]]:
+        """The core's network, and its parameters in its order.
+
+        Raises:
+            RuntimeError: something hangs on a submodule that a call would pass over.
+            TypeError: a parameter is no plain tensor.
+        """
+        core = self._network()
+        if self._places is None or not self._places.hold(self):
+            self._places = None
+            self._places = Places(self, core.names, self._made)
+        params = self._places.tensors(self)
+        refuse_wrapped("VisionMamba", core.names, params)
+        return core, params
+
+    # ---- weights that change -------------------------------------------------------------------------------
+
+    def weights_changed(self) -> None:
+        """Announces a write to weights within `constant_weights`; elsewhere calls look for changes."""
+        if self._constant is not None:
+            self._constant.renew()
+
+    @contextmanager
+    def constant_weights(self) -> Iterator[None]:
+        """Within, calls do not look whether weights or submodules changed.
+
+        For loops of inference in which nothing may be spent on that: on the CPU a checksum of the weights, on
+        CUDA one launch that casts them anew.
+
+        Raises:
+            RuntimeError: on leaving, if weights did change within (on CUDA as far as torch counts writes).
+        """
+        outer, self._constant = self._constant, None
+        constant = self._constant = ConstantWeights(self)
+        try:
+            yield
+        finally:
+            self._constant = outer
+        constant.check(self)
 
     def _checked(self, images: Tensor, like: Tensor) -> Tensor:
         """The images as the core takes them, or an error that says what does not fit."""
@@ -326,6 +369,8 @@ class VisionMamba(nn.Module):
                 f"{describe(like)}; for 16-bit activations leave them in f32 and use torch.autocast on cuda"
             )
         images = from_device(images)
+        if isinstance(images, Tensor):
+            refuse_wrapped("VisionMamba", ["images"], [images])
         autocast = autocast_type(like)
         if autocast is not None and isinstance(images, Tensor) and images.is_floating_point():
             images = images.to(autocast)
@@ -342,8 +387,12 @@ class VisionMamba(nn.Module):
             raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}")
         return images.contiguous()
 
-    def _draws(self, kind: str, images: Tensor) -> Draws:
-        """The random draws of one training forward, from torch's generator."""
+    def _draw_position(self) -> int:
+        """Where the class token stands in this training forward (class_token="random")."""
+        return int(torch.randint(0, self._facts["patches"] + 1, ()))
+
+    def _draws(self, kind: str, images: Tensor, position: int = -1) -> Draws:
+        """The random draws of one training forward, from torch's generator, but for a given position."""
         if not self.training:
             return Draws()
         c, batch, dtype = self._config, images.shape[0], wide(images.dtype)
@@ -357,12 +406,16 @@ class VisionMamba(nn.Module):
             ones = images.new_ones(batch, self._facts["tokens"], self.embed_dim, dtype=dtype)
             mask = F.dropout(ones, c["drop_rate"])
         flip = c["directions"] == "sequence" and bool(torch.rand(()) < 0.5)
-        position = -1
         if c["class_token"] == "random" and kind == "logits" and self._head_is_fused():
-            position = int(torch.randint(0, self._facts["patches"] + 1, ()))
+            position = self._draw_position()
         return Draws(drop_path, mask, flip, position)
 
     # ---- copies --------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_core": None, "_places": None}
+        return {**self.__dict__, "_core": None, "_places": None, "_constant": None}
+
+    def _replicate_for_data_parallel(self) -> VisionMamba:
+        replica = super()._replicate_for_data_parallel()
+        replica._core = replica._places = replica._constant = None  # those of the original
+        return replica

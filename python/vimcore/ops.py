@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _core
+from .checks import refuse_tracing, refuse_wrapped
 from .functions import (
     NAMES,
     BidirectionalScanFunction,
@@ -46,6 +47,7 @@ def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
     types: tuple[torch.dtype, ...]
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+    refuse_tracing(op)
     for name, value in tensors.items():
         tensor = from_device(value)
         if tensor is None:
@@ -53,6 +55,7 @@ def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
             continue
         if not isinstance(tensor, Tensor):
             raise ValueError(f"[{op}] {name}: expected a tensor, got {describe(tensor)}")
+        refuse_wrapped(op, [name], [tensor])
         activation = name.split()[0] in _ACTIVATIONS
         autocast = autocast_type(tensor)
         if autocast is not None and tensor.is_floating_point():

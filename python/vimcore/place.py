@@ -9,6 +9,8 @@ step reads them anew in every replay.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -48,15 +50,27 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def autocast_type(tensor: Tensor) -> torch.dtype | None:
     """The type that autocast wants activations to have beside this parameter; None without autocast.
 
-    On the CPU the type of the parameter: there is no other arithmetic.
+    On the CPU the type of the parameter: there is no other arithmetic, which is said once.
     """
     if on_cuda(tensor):
         return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    return wide(tensor.dtype) if torch.is_autocast_enabled("cpu") else None
+    if not torch.is_autocast_enabled("cpu"):
+        return None
+    _say_wide()
+    return wide(tensor.dtype)
+
+
+@functools.cache
+def _say_wide() -> None:
+    warnings.warn(
+        "vimcore computes in the type of the parameters on the CPU: torch.autocast('cpu') changes nothing, "
+        "neither speed nor memory",
+        stacklevel=2,
+    )
 
 
 def from_device(value: Any) -> Any:
     """A tensor on the memory of a CUDA array of another library (CuPy, ...); anything else as it is."""
-    if isinstance(value, Tensor) or not hasattr(value, "__dlpack_device__"):
+    if isinstance(value, Tensor) or not hasattr(type(value), "__dlpack_device__"):
         return value
     return torch.from_dlpack(value) if int(value.__dlpack_device__()[0]) == _CUDA else value

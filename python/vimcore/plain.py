@@ -32,8 +32,8 @@ class Plain:
     """
 
     def __init__(self, model: VisionMamba, observe: Observe, store: torch.dtype | None = None) -> None:
-        core = model._network()
-        self.weights = {n: p.detach() for n, p in zip(core.names, model._parameters_in_order(core))}
+        core, params = model._weights()
+        self.weights = {n: p.detach() for n, p in zip(core.names, params)}
         self.config, self.facts = model.config, model._facts
         self.observe, self.store = observe, store
 

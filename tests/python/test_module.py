@@ -319,18 +319,15 @@ def test_one_changed_number_is_seen(dtype: torch.dtype, key: str) -> None:
 
 
 @pytest.mark.parametrize("key", PACKED)
-def test_writes_behind_autograd_are_seen(key: str) -> None:
-    """`.data` leaves no trace in the version counter: any element in float64, whole weights in float32."""
-    model, images = build(SMALL, dtype=torch.float64), images_for(SMALL, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_writes_behind_autograd_are_seen(dtype: torch.dtype, key: str) -> None:
+    """`.data` leaves no trace in the version counter."""
+    model, images = build(SMALL, dtype=dtype), images_for(SMALL, 2, dtype)
     parameter = dict(model.named_parameters())[key]
     for row in range(parameter.shape[0]):
         before = model(images)
         parameter.data[row, 2] += 0.5
         assert not torch.equal(model(images), before), row
-    model, images = build(SMALL), images_for(SMALL, 2, torch.float32)
-    before = model(images)
-    dict(model.named_parameters())[key].data.mul_(1.01)
-    assert not torch.equal(model(images), before)
 
 
 def test_reset_classifier() -> None:

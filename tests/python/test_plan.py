@@ -65,11 +65,11 @@ def test_what_is_saved_is_what_a_network_keeps() -> None:
     for memory in ("least", "lean", "fast"):
         model = build(small(depth=3), memory=memory).train()
         images = images_for(SMALL, 5).float()
-        core = model._network()
+        core, params = model._weights()
         saved = core.network.saved(memory)
         from vimcore.functions import Request
 
-        core.run(Request("logits"), images, model._parameters_in_order(core), saved)
+        core.run(Request("logits"), images, params, saved)
         parts = plan.needed(model.config, 5, f"training, {memory}")
         assert parts["saved"] == saved.bytes
         assert parts["weights"] == 4 * sum(p.numel() for p in model.parameters())

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may not reach the kernels: they take addresses, so a tensor has to be its memory, here and now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def refuse_tracing(op: str) -> None:
+    """RuntimeError while torch records operators: the result would be written down as a constant."""
+    keys = torch._C._TorchDispatchModeKey  # modes of torch's own that record or imitate what runs
+    if torch.jit.is_tracing():
+        what = "torch.jit.trace and torch.onnx.export(dynamo=False)"
+    elif (
+        torch._C._get_dispatch_mode(keys.FAKE) is not None
+        or torch._C._get_dispatch_mode(keys.PROXY) is not None
+        or torch._C._get_dispatch_mode(keys.FUNCTIONAL) is not None
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+    ):
+        what = "torch.export, torch.onnx.export and make_fx"
+    else:
+        return
+    raise RuntimeError(
+        f"[{op}] {what} cannot follow the C++ core of vimcore, whose result would be recorded as a constant; "
+        "to run a network elsewhere save it (model.save) for vimcore.Runtime, vim-infer or the C++ library"
+    )
+
+
+def refuse_wrapped(op: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """TypeError for the first tensor whose shape says something else than its memory."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if not transformed and set(map(type, tensors)) <= _PLAIN:
+        return
+    for name, tensor in zip(names, tensors):
+        if transformed and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            found = (
+                "one of torch.func (vmap, grad, jvp, functionalize), which vimcore does not follow: give the "
+                "network a batch, and differentiate with torch.autograd"
+            )
+        elif type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+            continue  # plain, or a subclass that adds methods to its memory
+        elif type(tensor).__name__ == "DTensor":
+            found = (
+                "a DTensor, of which each process holds a part: shard the network as a whole "
+                "(fully_shard(model), not its layers), or take DistributedDataParallel"
+            )
+        else:
+            kind = type(tensor)
+            found = (
+                f"a {kind.__module__}.{kind.__qualname__}, whose memory is not what its shape says: "
+                "give plain tensors (dequantized where it is quantized)"
+            )
+        raise TypeError(f"[{op}] {name}: expected a plain tensor, got {found}")
