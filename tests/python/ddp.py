@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,3 +82,42 @@ def assert_agree(found: list[dict[str, Tensor]], truth: dict[str, Tensor], toler
             size = float((value - start[name]).norm())
             assert size > 0, name
         assert error <= tolerance * max(size, 1e-3 * largest), name
+
+
+def _sharded_worker(rank: int, folder: str, world: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", world_size=world, rank=rank)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+        images = images_for(SMALL, 2 * world, torch.float32).chunk(world)[rank]
+        model = fully_shard(build(SMALL), mesh=mesh)
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+        for _ in range(STEPS + 1):
+            optimizer.zero_grad()
+            loss = losses_of(model, images, torch.float32)
+            loss.backward()
+            optimizer.step()
+            dist.all_reduce(loss := loss.detach().clone())
+            losses.append(loss / world)
+        # a broadcast writes without being counted
+        plain = build(SMALL)
+        with torch.no_grad():
+            plain(images)
+            for p in plain.parameters():
+                p.mul_(1 + rank)
+                plain(images)
+                dist.broadcast(p.data, world - 1)
+            torch.save(
+                {"losses": losses, "broadcast": plain(torch.ones_like(images[:1]))},
+                Path(folder) / f"{rank}.pt",
+            )
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded(folder: Path, world: int) -> list[dict[str, Any]]:
+    """What each process finds: losses of a network in shards (FSDP2), logits after a broadcast of weights."""
+    torch.multiprocessing.spawn(_sharded_worker, (str(folder), world), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]

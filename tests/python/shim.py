@@ -24,7 +24,7 @@ BUILD = Path(__file__).resolve().parents[2] / "build" / "release" / "python"
 os.environ.setdefault("VIMCORE_SHIM_FOREIGN", "1")  # torch's memory is device memory, too
 sys.path.insert(0, os.environ.get("VIMCORE_SHIM_PACKAGE", str(BUILD)))
 import vimcore_shim  # noqa: E402
-from vimcore_shim import functions, nn, ops, place  # noqa: E402
+from vimcore_shim import constant, functions, nn, ops, place  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # Gradients: every activation and its gradient are rounded.
@@ -62,7 +62,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "to_dlpack": lambda t: on_device(to_dlpack(t)),
         "from_dlpack": on_host,  # what the extension saved
     }
-    for module in (place, functions, nn, ops):
+    for module in (place, functions, nn, ops, constant):
         for name, change in changes.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, change)

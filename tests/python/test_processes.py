@@ -133,6 +133,26 @@ def test_distributed_gradients_are_those_of_the_joined_batch(tmp_path: Path) -> 
     ddp.assert_agree(found, truth, 1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_sharded_networks_learn_as_one_and_broadcasts_are_seen(tmp_path: Path) -> None:
+    """FSDP2 puts the gathered weights into the same modules for the time of a call."""
+    model, images, losses = build(SMALL), images_for(SMALL, 4, torch.float32), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(ddp.STEPS + 1):
+        optimizer.zero_grad()
+        losses.append(ddp.losses_of(model, images, torch.float32))
+        losses[-1].backward()
+        optimizer.step()
+    doubled = build(SMALL)
+    with torch.no_grad():
+        for p in doubled.parameters():
+            p.mul_(2)
+        wanted = doubled(torch.ones_like(images[:1]))
+    for found in ddp.sharded(tmp_path, 2):
+        assert relative(torch.stack(found["losses"]), torch.stack(losses).detach()) < 1e-5
+        assert torch.equal(found["broadcast"], wanted)
+
+
 def test_training_learns() -> None:
     """A few steps of AdamW fit eight images."""
     config = small(embed_dim=24, num_classes=4)

@@ -159,3 +159,81 @@ def test_saliency_and_second_derivatives(training: dict[str, Any]) -> None:
     (gradient,) = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
         gradient.sum().backward()
+
+
+# ---- weights that change -----------------------------------------------------------------------------------
+
+
+def writes() -> dict[str, Any]:
+    def without_a_trace(model: Any) -> None:
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(model.head.weight):
+            model.head.weight.mul_(1.5)
+
+    def fused(model: Any) -> None:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.5)
+        torch.optim.AdamW(model.parameters(), lr=0.1, fused=True).step()
+
+    return {
+        "fused": fused,
+        "a row of .data": lambda model: model.layers[0].mixer.in_proj.weight.data[3].fill_(1),
+        "all of .data": lambda model: torch._foreach_mul_([p.data for p in model.parameters()], 1.3),
+        "no version counted": without_a_trace,
+        "channels_last": lambda model: model.patch_embed.proj.weight.data.mul_(1.5),
+    }
+
+
+@pytest.mark.parametrize("dtype", list(GRADIENTS))
+@pytest.mark.parametrize("write", writes().values(), ids=writes())
+def test_every_write_is_seen(write: Any, dtype: torch.dtype, training: dict[str, Any]) -> None:
+    """Nothing tells a device that weights changed: every call casts them anew."""
+    images = images_for(SMALL, 2, dtype)
+    for grad in (False, True):
+        model = twin(build(SMALL)).eval().to(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(grad):
+            before = model(images)
+            write(model)
+            after = model(images)
+            wanted = twin(model)(images)
+        assert torch.equal(after, wanted)
+        assert not torch.equal(after, before)
+
+
+def test_a_fused_optimizer_learns_as_the_others(training: dict[str, Any]) -> None:
+    images, labels = images_for(SMALL, 4, torch.bfloat16), torch.tensor([0, 1, 2, 1])
+    losses: list[list[float]] = []
+    for options in ({"fused": True}, {"foreach": True}):
+        model = twin(build(SMALL))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
+        losses.append([])
+        for _ in range(8):
+            loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+        assert torch.equal(model.eval()(images), twin(model)(images))
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert losses[0][-1] < losses[0][0] / 2
+
+
+@torch.no_grad()
+def test_constant_weights(training: dict[str, Any]) -> None:
+    """The casts of the first call are kept; writes that torch counts are told on leaving."""
+    model, images = twin(build(SMALL)).eval(), images_for(SMALL, 2, torch.bfloat16)
+    wanted = model(images)
+    with model.constant_weights():
+        assert torch.equal(model(images), wanted)
+        model.layers[0].mixer.in_proj.weight.data.mul_(2)
+        assert torch.equal(model(images), wanted)
+        model.weights_changed()
+        changed = model(images)
+    assert torch.equal(changed, twin(model)(images))
+    assert not torch.equal(changed, wanted)
+
+    def write() -> None:
+        with model.constant_weights():
+            model.head.weight.mul_(2)
+
+    with pytest.raises(RuntimeError, match="weights changed within constant_weights"):
+        write()
