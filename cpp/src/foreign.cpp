@@ -13,7 +13,7 @@ constexpr std::string_view white = " \t\r\n";
 
 bool begins_without_case(std::string_view text, std::string_view begin)
 {
-    const auto same = [](char a, char b) { return std::tolower(static_cast<unsigned char>(a)) == b; };
+    const auto same = [](char small, char any) { return std::tolower(static_cast<unsigned char>(any)) == small; };
     return text.size() >= begin.size() && std::equal(begin.begin(), begin.end(), text.begin(), same);
 }
 

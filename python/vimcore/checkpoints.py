@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import re
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -93,21 +95,27 @@ class _Nothing:
 
 def _unpickled(path: str) -> Any:
     """What a file of `torch.save` holds; objects of other packages than torch are not made."""
-    allowed: list[Any] = [argparse.Namespace]  # the authors store their command line
-    try:
-        beside = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # not a zip archive, or damaged: loading it says so
-        beside = []
-    for name in beside:
-        if name.partition(".")[0] in _BESIDE:
-            allowed.append((_Nothing, name))
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(f"{path}: {_reason(str(error))}") from None
+    with open(path, "rb") as file:  # torch would judge a path by its ending
+        try:
+            beside = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        except Exception:  # not a zip archive, or damaged: loading it says so
+            beside = []
+        stands_for = [(_Nothing, name) for name in beside if name.partition(".")[0] in _BESIDE]
+        file.seek(0)
+        try:
+            # the authors store their command line, a Namespace
+            with (
+                warnings.catch_warnings(),
+                torch.serialization.safe_globals([argparse.Namespace, *stands_for]),
+            ):
+                warnings.simplefilter("ignore")  # an error says it all
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # torch raises many kinds for a damaged file
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a seek to nowhere
+                raise
+            raise ValueError(f"{path}: {_reason(str(error))}") from None
 
 
 def _reason(text: str) -> str:

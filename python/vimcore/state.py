@@ -79,14 +79,14 @@ def tensors_to_save(model: VisionMamba, wanted: Sequence[tuple[str, Sequence[int
     state = {name: value for name, value in model.state_dict().items() if name not in ROPE_TABLES}
     complete = described(class_of(model))
     faults = _replaced(model) if complete else []
+    order = {name: i for i, (name, _) in enumerate(wanted)}
     if not complete:  # its head is its own
         wanted = [(name, shape) for name, shape in wanted if not name.startswith("head.")]
     for name, (module, leaf, origin) in parametrised(model).items():
         if any(name == w for w, _ in wanted):
             state = {k: v for k, v in state.items() if not k.startswith(origin)}
             state[name] = computed(module, leaf)
-    names = [name for name, _ in wanted]
-    others = sorted(set(state) - set(names))
+    others = sorted(set(state) - {name for name, _ in wanted})
     faults += [f"missing: {name} {tuple(shape)}" for name, shape in wanted if name not in state]
     if complete:
         faults += [f"not described: {name}" for name in others]
@@ -99,7 +99,7 @@ def tensors_to_save(model: VisionMamba, wanted: Sequence[tuple[str, Sequence[int
         raise ValueError(
             "[VisionMamba] save: the file cannot describe this network:\n  " + "\n  ".join(lines)
         )
-    return {name: _array(state[name]) for name in [*names, *others]}
+    return {name: _array(state[name]) for name in sorted(state, key=lambda name: order.get(name, len(order)))}
 
 
 def _replaced(model: VisionMamba) -> list[str]:
