@@ -54,7 +54,10 @@ def native(what: str, value: Any) -> Any:
         except TypeError:  # an array, or a tensor that is no integer
             pass
     if getattr(value, "shape", None) in (None, ()) and hasattr(value, "__float__"):
-        number = float(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{what}: expected a number or text, got {value!r:.60}") from None
         if not math.isfinite(number):
             raise ValueError(f"{what}: expected a finite number, got {number}")
         return number

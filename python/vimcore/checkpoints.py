@@ -93,6 +93,12 @@ class _Nothing:
     __setstate__ = __setitem__ = append = extend = _ignore
 
 
+def _called(name: str) -> type:
+    """A `_Nothing` under the full name of what it stands for."""
+    module, _, leaf = name.rpartition(".")
+    return type(leaf, (_Nothing,), {"__module__": module, "__qualname__": leaf})
+
+
 def _unpickled(path: str) -> Any:
     """What a file of `torch.save` holds; objects of other packages than torch are not made."""
     with open(path, "rb") as file:  # torch would judge a path by its ending
@@ -100,14 +106,11 @@ def _unpickled(path: str) -> Any:
             beside = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         except Exception:  # not a zip archive, or damaged: loading it says so
             beside = []
-        stands_for = [(_Nothing, name) for name in beside if name.partition(".")[0] in _BESIDE]
+        stands_for = [_called(name) for name in beside if name.partition(".")[0] in _BESIDE]
         file.seek(0)
         try:
-            # the authors store their command line, a Namespace
-            with (
-                warnings.catch_warnings(),
-                torch.serialization.safe_globals([argparse.Namespace, *stands_for]),
-            ):
+            allowed: list[Any] = [argparse.Namespace, *stands_for]  # the authors store their command line
+            with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
                 warnings.simplefilter("ignore")  # an error says it all
                 return torch.load(file, map_location="cpu", weights_only=True)
         except MemoryError:

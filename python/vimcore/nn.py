@@ -94,7 +94,7 @@ class VisionMamba(nn.Module):
         given = {key: value for key, value in locals().items() if key not in ("self", "memory", "__class__")}
         super().__init__()
         config_json = _core.config_normalize(json.dumps(options(given)))
-        _core.Saved.chunk(memory)  # names a wrong one
+        _core.Saved.chunk(str(memory))  # names a wrong one
         self.memory = memory
         self._config: dict[str, Any] = json.loads(config_json)
         self._facts: dict[str, Any] = _core.config_facts(config_json)
@@ -257,6 +257,7 @@ class VisionMamba(nn.Module):
         if indices is None:
             step = 2 if self._config["directions"] == "block" else 1
             indices = sorted({(depth * i // 4 + step - 1) // step * step - 1 for i in range(1, 5)} - {-1})
+        indices = [integer("[VisionMamba] indices", index) for index in indices]
         for index in indices:
             if not -depth <= index < depth:
                 raise ValueError(f"[VisionMamba] indices: expected {-depth} to {depth - 1}, got {index}")

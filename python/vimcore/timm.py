@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
     raise ImportError("vimcore.timm needs timm: pip install 'vimcore[train]'") from error
 
 from . import _core, io, ops
+from .arguments import integer, native
 from .metadata import IMAGENET_MEAN, IMAGENET_STD
 from .models import list_models, model_options
 from .nn import Network, VisionMamba
@@ -315,15 +316,15 @@ class TimmVisionMamba(VisionMamba):
 
 def _chosen(count: int, indices: int | Sequence[int] | None) -> list[int]:
     """Entries 0 .. count - 1: the last n for a number, all for None, negative ones counted from the end."""
-    if indices is None or isinstance(indices, int):
-        n = count if indices is None else indices
+    if indices is None or not isinstance(found := native("[VisionMamba] indices", indices), list):
+        n = count if indices is None else integer("[VisionMamba] indices", found)
         if not 0 < n <= count:
             raise ValueError(f"[VisionMamba] indices: expected a number from 1 to {count}, got {n}")
         return list(range(count - n, count))
-    wrong = [i for i in indices if not -count <= i < count]
-    if wrong or not indices:
-        raise ValueError(f"[VisionMamba] indices: expected {-count} to {count - 1}, got {list(indices)}")
-    return [i % count for i in indices]
+    entries = [integer("[VisionMamba] indices", i) for i in found]
+    if not entries or not all(-count <= i < count for i in entries):
+        raise ValueError(f"[VisionMamba] indices: expected {-count} to {count - 1}, got {entries}")
+    return [i % count for i in entries]
 
 
 def checkpoint_filter_fn(state: Mapping[str, Tensor], model: VisionMamba) -> dict[str, Tensor]:

@@ -112,6 +112,20 @@ def test_arguments_of_loading(tmp_path: Path) -> None:
             vimcore.VisionMamba(**SMALL).reset_classifier(classes)  # type: ignore[arg-type]
 
 
+def test_entries_of_other_libraries() -> None:
+    model, images = vimcore.VisionMamba(**SMALL), torch.zeros(1, 3, 16, 16)
+    for indices in (np.array([0, 1]), torch.tensor([0, -1]), [np.int64(0), Index(1)]):
+        assert len(model.forward_intermediates(images, indices)) == 2  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"\[VisionMamba\] indices: expected an integer, got 1.0"):
+        model.forward_intermediates(images, [1.0])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="memory"):
+        vimcore.VisionMamba(**SMALL, memory=None)  # type: ignore[arg-type]
+    same = created_by_timm("vim_tiny_patch16_224", img_size=32, embed_dim=16, depth=4)
+    images = torch.zeros(1, 3, 32, 32)
+    for indices in (np.int64(2), np.array([0, 3]), [Index(0), -1]):
+        assert len(same.forward_intermediates(images, indices, intermediates_only=True)) == 2  # type: ignore
+
+
 def test_a_whole_number() -> None:
     assert arguments.integer("x", np.uint64(3)) == 3
     with pytest.raises(ValueError, match="x: expected 4 or more, got 3"):

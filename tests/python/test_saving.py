@@ -292,6 +292,24 @@ def test_a_derived_class_of_the_same_tensors_stays_a_plain_file(tmp_path: Path) 
     assert type(vimcore.VisionMamba.load(tmp_path / "a.safetensors")) is vimcore.VisionMamba
 
 
+def test_timms_class_comes_back(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    import vimcore.timm
+
+    size = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_classes": 5}
+    model = timm.create_model("vimcore_vim_tiny_patch16_224", **size, drop_rate=0.2, pos_drop_rate=0.1)
+    path = tmp_path / "a.safetensors"
+    model.save(path)
+    again = vimcore.timm.TimmVisionMamba.load(path)
+    assert type(again) is vimcore.timm.TimmVisionMamba
+    assert again.config == model.config  # drop_rate there is that of the tokens
+    assert again.head_drop.p == 0
+    assert type(vimcore.VisionMamba.load(path)) is vimcore.VisionMamba
+    model.head = nn.Sequential(model.head)
+    with pytest.raises(ValueError, match=r"not described: head\.0\.bias"):
+        model.save(path)
+
+
 def test_other_constructors_name_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     model = Named("x", **SMALL)

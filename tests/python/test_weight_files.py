@@ -343,6 +343,26 @@ def test_claims_of_a_pickle_are_not_believed(tmp_path: Path) -> None:
             read_checkpoint(str(tmp_path / "a.pth"))
 
 
+def test_whole_networks_are_no_weights(tmp_path: Path) -> None:
+    torch.save(small(), tmp_path / "a.pth")
+    text = one_line(lambda: load_checkpoint(small(), tmp_path / "a.pth"))
+    assert "holds an unsupported object, vimcore.nn.VisionMamba" in text
+    assert "save the state_dict() alone" in text
+
+
+def test_training_starts_from_wrapped_weights(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from vimcore.training.network import build
+    from vimcore.training.settings import Settings
+
+    source = small()
+    torch.save({"state_dict": state_of(source, "module.")}, tmp_path / "a.pth")
+    options = {"img_size": (32,), "embed_dim": 16, "depth": 2, "init": str(tmp_path / "a.pth")}
+    model, notes = build(Settings().merged(options), 3, list("abcde"))
+    same(model, state_of(source))
+    assert notes[1:] == ["weights taken from the key 'state_dict'", "prefix 'module.' taken off the names"]
+
+
 def test_objects_beside_the_weights_are_not_made(tmp_path: Path) -> None:
     model, target = small(), small()
     content = {
