@@ -204,6 +204,9 @@ void Config::validate() const
     check_rate("drop_rate", drop_rate);
     check_rate("drop_path_rate", drop_path_rate);
 
+    if (stride > patch_size)
+        fail("stride", "expected at most patch_size, " + std::to_string(patch_size) + ", got " +
+                           std::to_string(stride) + ": the pixels between the patches would never be read");
     if (img_height < patch_size || img_width < patch_size)
         fail("img_size", "image of " + std::to_string(img_height) + " x " + std::to_string(img_width) +
                              " is smaller than a patch of " + std::to_string(patch_size));

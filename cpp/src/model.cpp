@@ -6,7 +6,7 @@
 
 #include "backend.h"
 #include "float_types.h"
-#include "vimcore/error.h"
+#include "model_file.h"
 #include "vimcore/model.h"
 #include "vimcore/plan.h"
 #include "vimcore/safetensors.h"
@@ -94,19 +94,9 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device,
 {
     Context ctx(device);
     const SafetensorsFile file = SafetensorsFile::open(path);
-    const auto found = file.metadata().find("vimcore.config");
-    if (found == file.metadata().end())
-        throw Error("[load] " + path +
-                    ": no vimcore.config in the metadata; `vimcore convert` makes a vimcore file from bare weights");
+    const Config stored = ModelFile::describe(file.metadata(), path).config;
 
     auto model = std::make_shared<Model>();
-    Config stored;
-    try {
-        stored = Config::from_json(found->second);
-        stored.validate();
-    } catch (const std::invalid_argument& error) {
-        throw Error("[load] " + path + ": vimcore.config: " + error.what());
-    }
     model->device_ = device;
     model->metadata_ = file.metadata();
     model->config_ = stored;
@@ -114,23 +104,7 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device,
     if (img_width > 0) model->config_.img_width = img_width;
     model->config_.validate();
 
-    std::set<std::string> expected{"rope.freqs_cos", "rope.freqs_sin"};
-    std::string faults;
-    Params as_stored;
-    for_each_param(stored, as_stored, [&](const std::string& name, Tensor&, const Shape& shape) {
-        expected.insert(name);
-        const Tensor* tensor = file.find(name);
-        if (!tensor) {
-            faults += "\n  missing " + name + " " + to_string(shape);
-        } else if (!(tensor->shape == shape)) {
-            faults += "\n  misshapen " + name + ": expected " + to_string(shape) + ", got " + to_string(tensor->shape);
-        } else if (!is_float(tensor->dtype)) {
-            faults += "\n  " + name + ": expected a float type, got " + name_of(tensor->dtype);
-        }
-    });
-    for (const auto& [name, tensor] : file.tensors())
-        if (!expected.count(name)) faults += "\n  unexpected " + name + " " + to_string(tensor.shape);
-    if (!faults.empty()) throw Error("[load] " + path + ": the tensors do not fit vimcore.config:" + faults);
+    check_tensors(file, stored, path);
 
     // All weights in one block of memory, each on a multiple of 64 bytes; for another device, by way of a copy here.
     const auto room = [](const Shape& shape) { return (shape.numel() + 15) / 16 * 16; };

@@ -252,11 +252,16 @@ void check_options(const Preprocess& options)
     if ((options.mean.size() != 1 && options.mean.size() != 3) || options.std.size() != options.mean.size())
         throw std::invalid_argument("[preprocess] mean and std: expected 1 or 3 values each, got " +
                                     std::to_string(options.mean.size()) + " and " + std::to_string(options.std.size()));
-    for (const double value : options.mean)
-        if (!std::isfinite(value)) throw std::invalid_argument("[preprocess] mean: expected finite numbers");
-    for (const double value : options.std)
-        if (!(std::isfinite(value) && static_cast<float>(value) > 0.0f))
-            throw std::invalid_argument("[preprocess] std: expected positive numbers");
+    // Far beyond any statistics of pixels from 0 to 1; the network's input stays finite.
+    const auto limit = [](const char* name, const std::vector<double>& values, double low, double high) {
+        for (const double value : values)
+            if (!(value >= low && value <= high))
+                throw std::invalid_argument(std::string("[preprocess] ") + name + ": expected " + json::number(low) +
+                                            " to " + json::number(high) + ", got " +
+                                            (std::isfinite(value) ? json::number(value) : std::to_string(value)));
+    };
+    limit("mean", options.mean, -1e6, 1e6);
+    limit("std", options.std, 1e-6, 1e6);
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ namespace {
 using namespace safetensors;
 
 constexpr int max_depth = 16;
+constexpr std::size_t look = 512;  // bytes that tell a file that is none
 
 struct Entry {
     std::string name;
@@ -161,10 +162,18 @@ std::uint64_t claimed_length(const unsigned char* bytes)
     return length;
 }
 
-std::uint64_t header_length(const unsigned char* bytes)
+// Of a file of `size` bytes, of which `head` are known.
+std::uint64_t header_length(std::string_view head, std::uint64_t size)
 {
-    const std::uint64_t length = claimed_length(bytes);
-    if (length > max_header) throw Error("header of " + std::to_string(length) + " bytes is longer than 100 MB");
+    const auto fail = [&](const std::string& what) {
+        const std::string kind = foreign_kind(head, size);
+        throw Error(kind.empty() ? what : kind);
+    };
+    if (size < 8) fail("file of " + std::to_string(size) + " bytes has no header");
+    const std::uint64_t length = claimed_length(reinterpret_cast<const unsigned char*>(head.data()));
+    const std::string what = "header of " + std::to_string(length) + " bytes is longer than ";
+    if (length > max_header) fail(what + "100 MB");
+    if (length > size - 8) fail(what + "the file (truncated?)");
     return length;
 }
 
@@ -223,10 +232,8 @@ SafetensorsFile SafetensorsFile::parse(const unsigned char* head, const void* ba
 {
     SafetensorsFile file;
     try {
-        if (size < 8) throw Error("file of " + std::to_string(size) + " bytes has no header");
-        const std::uint64_t length = header_length(head);
-        if (length > size - 8)
-            throw Error("header of " + std::to_string(length) + " bytes is longer than the file (truncated?)");
+        const std::size_t known = head == base ? size : std::min<std::size_t>(size, 8);
+        const std::uint64_t length = header_length({reinterpret_cast<const char*>(head), known}, size);
 
         std::vector<Entry> entries;
         bool has_metadata = false;
@@ -282,17 +289,18 @@ SafetensorsFile SafetensorsFile::open(const std::string& path)
         mapping->size = size;
     }
     // The header is read, not mapped: a file that is cut meanwhile would be a bus error.
-    Buffer head(8);
-    auto* bytes = static_cast<unsigned char*>(head.data());
-    mapping->read(bytes, std::min<std::size_t>(size, 8), 0);
-    if (size >= 8) {
-        const std::uint64_t length = claimed_length(bytes);
-        if (length <= max_header && length <= size - 8) {
-            head = Buffer(8 + static_cast<std::size_t>(length));
-            bytes = static_cast<unsigned char*>(head.data());
-            mapping->read(bytes, head.bytes(), 0);
-        }
+    char first[look];
+    const std::size_t known = std::min(size, look);
+    mapping->read(first, known, 0);
+    std::uint64_t length = 0;
+    try {
+        length = header_length({first, known}, size);
+    } catch (const Error& error) {
+        fault(path, error.what());
     }
+    const Buffer head(8 + static_cast<std::size_t>(length));
+    auto* bytes = static_cast<unsigned char*>(head.data());
+    mapping->read(bytes, head.bytes(), 0);
     mapping->check_unchanged();
     SafetensorsFile file = parse(bytes, mapping->address, size, path);
     file.mapping_ = std::move(mapping);
@@ -319,9 +327,10 @@ SafetensorsFile SafetensorsFile::read(std::istream& stream, const std::string& n
         stream.read(static_cast<char*>(memory.data()) + size, static_cast<std::streamsize>(most));
         size += static_cast<std::size_t>(stream.gcount());
     };
-    take(8);
+    take(look);
     try {
-        if (size == 8) header_length(static_cast<const unsigned char*>(memory.data()));
+        const std::uint64_t most = stream ? UINT64_MAX : size;
+        header_length({static_cast<const char*>(memory.data()), size}, most);
     } catch (const Error& error) {
         fault(name, error.what());
     }

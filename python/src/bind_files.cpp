@@ -5,6 +5,8 @@
 
 #include "convert.h"
 #include "float_types.h"
+#include "model_file.h"
+#include "safetensors_format.h"
 
 namespace vimcore::python {
 
@@ -70,9 +72,9 @@ nb::object to_numpy(const SafetensorsFile& file, const Tensor& tensor)
     throw Error("[safetensors] unknown type");
 }
 
-nb::tuple read_safetensors(const std::string& path)
+nb::tuple read_safetensors(nb::handle path)
 {
-    const SafetensorsFile file = SafetensorsFile::open(path);
+    const SafetensorsFile file = SafetensorsFile::open(path_of(path));
     nb::dict tensors, metadata;
     for (const auto& [name, tensor] : file.tensors()) tensors[name.c_str()] = to_numpy(file, tensor);
     for (const auto& [key, value] : file.metadata()) metadata[key.c_str()] = value;
@@ -80,9 +82,9 @@ nb::tuple read_safetensors(const std::string& path)
 }
 
 // Names, types and shapes without reading the tensors: [(name, "f32", shape)], metadata.
-nb::tuple safetensors_header(const std::string& path)
+nb::tuple safetensors_header(nb::handle path)
 {
-    const SafetensorsFile file = SafetensorsFile::open(path);
+    const SafetensorsFile file = SafetensorsFile::open(path_of(path));
     nb::list tensors;
     nb::dict metadata;
     for (const auto& [name, tensor] : file.tensors()) {
@@ -94,8 +96,43 @@ nb::tuple safetensors_header(const std::string& path)
     return nb::make_tuple(tensors, metadata);
 }
 
-void write_safetensors(const std::string& path, nb::dict tensors, nb::dict metadata)
+// A file that can be read but does not fit is a ValueError.
+template <class Check>
+auto fitting(Check&& check)
 {
+    try {
+        return check();
+    } catch (const Error& error) {
+        throw std::invalid_argument(error.what());
+    }
+}
+
+// Config, labels or None, preprocessing or None of a file's metadata.
+nb::tuple describe(const std::map<std::string, std::string>& metadata, nb::handle path)
+{
+    const ModelFile file = fitting([&] { return ModelFile::describe(metadata, path_of(path)); });
+    nb::list labels;
+    for (const std::string& label : file.labels) labels.append(label);
+    return nb::make_tuple(file.config.to_json(), file.labels.empty() ? nb::none() : nb::object(labels),
+                          file.preprocess.empty() ? nb::none() : nb::object(nb::str(file.preprocess.c_str())));
+}
+
+// The metadata of a vimcore file whose tensors fit it, and the names of tensors that its architecture lacks; those are
+// errors unless `more`.
+nb::tuple check_file(nb::handle path, bool more)
+{
+    const std::string name = path_of(path);
+    const SafetensorsFile file = SafetensorsFile::open(name);
+    const std::vector<std::string> others =
+        fitting([&] { return check_tensors(file, ModelFile::describe(file.metadata(), name).config, name, more); });
+    nb::dict metadata;
+    for (const auto& [key, value] : file.metadata()) metadata[key.c_str()] = value;
+    return nb::make_tuple(metadata, others);
+}
+
+void write_safetensors(nb::handle target, nb::dict tensors, nb::dict metadata)
+{
+    const std::string path = path_of(target);
     std::vector<std::pair<std::string, Tensor>> list;
     std::vector<In> alive;
     for (auto [key, value] : tensors) {
@@ -162,6 +199,14 @@ void bind_files(nb::module_& m)
 {
     m.def("read_safetensors", &read_safetensors, nb::arg("path"));
     m.def("safetensors_header", &safetensors_header, nb::arg("path"));
+    m.def("describe", &describe, nb::arg("metadata"), nb::arg("path"));
+    m.def("check_file", &check_file, nb::arg("path"), nb::arg("more") = false);
+    m.def(
+        "foreign_kind",
+        [](const nb::bytes& head, std::uint64_t size) {
+            return safetensors::foreign_kind({head.c_str(), head.size()}, size);
+        },
+        nb::arg("head"), nb::arg("size"));
     m.def("write_safetensors", &write_safetensors, nb::arg("path"), nb::arg("tensors"),
           nb::arg("metadata") = nb::dict());
 

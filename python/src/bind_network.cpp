@@ -223,11 +223,11 @@ std::int64_t saved_bytes(const std::string& json, const std::string& memory, std
 // A network from a file, for inference from any number of threads.
 class Engine {
 public:
-    Engine(const std::string& path, int threads, std::int64_t img_height, std::int64_t img_width, int cuda,
+    Engine(nb::handle path, int threads, std::int64_t img_height, std::int64_t img_width, int cuda,
            const std::string& dtype)
         : options_{.max_batch = 8, .threads = threads, .dtype = to_activation(dtype)}
     {
-        model_ = Model::load(path, cuda < 0 ? Device::cpu() : Device::cuda(cuda), img_height, img_width);
+        model_ = Model::load(path_of(path), cuda < 0 ? Device::cpu() : Device::cuda(cuda), img_height, img_width);
         sessions_.give(make_session());
     }
 
@@ -357,7 +357,7 @@ void bind_network(nb::module_& m)
              nb::arg("capturing") = false);
 
     nb::class_<Engine>(m, "Engine")
-        .def(nb::init<const std::string&, int, std::int64_t, std::int64_t, int, const std::string&>(), nb::arg("path"),
+        .def(nb::init<nb::handle, int, std::int64_t, std::int64_t, int, const std::string&>(), nb::arg("path"),
              nb::arg("threads") = 0, nb::arg("img_height") = 0, nb::arg("img_width") = 0, nb::arg("cuda") = -1,
              nb::arg("dtype") = "float32")
         .def("run", &Engine::run, nb::arg("images").noconvert())

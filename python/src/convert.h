@@ -5,6 +5,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -106,6 +107,15 @@ Tensor to_host_tensor(const Array& array, const char* op, const std::string& nam
         throw std::invalid_argument(std::string("[") + op + "] " + name + ": expected a cpu array, got " +
                                     describe(tensor));
     return tensor;
+}
+
+// The bytes of a path: str, bytes or os.PathLike, also with names that are not UTF-8. NUL in it: ValueError.
+inline std::string path_of(nb::handle path)
+{
+    PyObject* bytes = nullptr;
+    if (!PyUnicode_FSConverter(path.ptr(), &bytes)) throw nb::python_error();
+    const nb::bytes owner = nb::steal<nb::bytes>(bytes);
+    return {owner.c_str(), owner.size()};
 }
 
 // A fresh numpy array, filled by the caller.

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .metadata import CONFIG_KEY, check_labels, default_preprocess, pack, unpack
+from .arguments import options
+from .metadata import CONFIG_KEY, check_labels, default_preprocess, listed, pack, unpack
+from .wrappers import format_of, read_safetensors
 
 Shapes = Mapping[str, tuple[int, ...]]
 ROPE_TABLES = ("rope.freqs_cos", "rope.freqs_sin")
@@ -207,7 +209,7 @@ def read_labels(path: str) -> list[str]:
             labels = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not a JSON list of labels: {error}") from None
-        return [str(label) for label in labels]
+        return list(labels)
     return text.splitlines()
 
 
@@ -230,13 +232,14 @@ def convert(
         preprocess: default: ImageNet evaluation at the image size.
 
     Returns:
-        (configuration in full, assumptions that were made and not overridden).
+        (configuration in full, what was unwrapped and assumptions that were made and not overridden).
 
     Raises:
-        ValueError: names every missing, unexpected and misshapen tensor; nothing is written then.
+        ValueError: names missing, unexpected and misshapen tensors (12 at most), or says what the source is
+            instead of weights; nothing is written then.
     """
     settings = dict(settings or {})
-    arrays, metadata = _read(source, weights)
+    arrays, metadata, notes = _read(source, weights)
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     assumptions: list[str] = []
     if CONFIG_KEY in metadata:
@@ -245,14 +248,14 @@ def convert(
         preprocess = stored_preprocess if preprocess is None else preprocess
     else:
         config, assumptions = infer_config(shapes, source, *(arrays.get(name) for name in ROPE_TABLES))
-    assumptions = [text for text in assumptions if not _overridden(text, settings)]
+    assumptions = notes + [text for text in assumptions if not _overridden(text, settings)]
     config.update(settings)
     if "img_size" not in config:
         raise ValueError(
             f"{source}: the position table is no square grid, so the image size has to be named: "
             "--set 'img_size=[height, width]'"
         )
-    config_json = _core.config_normalize(json.dumps(config))
+    config_json = _core.config_normalize(json.dumps(options(config)))
     wanted = {name: tuple(shape) for name, shape in _core.param_shapes(config_json)}
     tensors = {name: array for name, array in arrays.items() if name not in ROPE_TABLES}
     faults = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in tensors]
@@ -263,7 +266,7 @@ def convert(
         if name in tensors and shapes[name] != shape
     ]
     if faults:
-        raise ValueError(f"{source} does not fit {config_json}:\n  " + "\n  ".join(faults))
+        raise ValueError(f"{source} does not fit {config_json}:\n  " + listed(faults, "\n  "))
     full = json.loads(config_json)
     names = None if labels is None else check_labels(labels, int(full["num_classes"]))
     if preprocess is None:
@@ -283,6 +286,10 @@ def _overridden(assumption: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _as_float(array: Any, name: str) -> Any:
+    """A contiguous array of float32 or float64, of an array of numpy or a tensor of torch; exact."""
+    if not isinstance(array, np.ndarray):
+        array = array.detach()
+        array = (array.float() if array.is_floating_point() and array.itemsize < 4 else array).numpy()
     if array.dtype == np.float16:
         return array.astype(np.float32)
     if array.dtype not in (np.float32, np.float64):
@@ -290,17 +297,10 @@ def _as_float(array: Any, name: str) -> Any:
     return np.ascontiguousarray(array)
 
 
-def _read(source: str, weights: str) -> tuple[dict[str, Any], dict[str, str]]:
-    if source.endswith(".safetensors") and weights == "model":
-        arrays, metadata = _core.read_safetensors(source)
-        return dict(arrays), dict(metadata)
-    from .io import read_checkpoint  # pickles need torch
+def _read(source: str, weights: str) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Arrays of numpy or tensors of torch by name, metadata, what was unwrapped."""
+    if weights == "model" and format_of(source) == "safetensors":
+        return read_safetensors(source)
+    from .checkpoints import read_checkpoint  # pickles need torch
 
-    state, metadata = read_checkpoint(source, weights)
-    arrays = {}
-    for name, tensor in state.items():
-        tensor = tensor.detach().contiguous()
-        arrays[name] = (
-            tensor.float() if tensor.is_floating_point() and tensor.itemsize == 2 else tensor
-        ).numpy()
-    return arrays, metadata
+    return read_checkpoint(source, weights)

@@ -3,24 +3,35 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from . import _core
-from .metadata import CONFIG_KEY, check_labels, default_preprocess, image_size, pack, patch_grid, unpack
+from .arguments import integer, sides
+from .checkpoints import read_checkpoint, tensor
+from .metadata import (
+    CONFIG_KEY,
+    check_labels,
+    default_preprocess,
+    image_size,
+    listed,
+    pack,
+    patch_grid,
+    unpack,
+)
+from .state import ROPE_TABLES, computed, described, parametrised, tensors_to_save
 
 if TYPE_CHECKING:
     from .nn import VisionMamba
 
+Network = TypeVar("Network", bound="VisionMamba")
 Path = str | os.PathLike[str]
-ROPE_TABLES = ("rope.freqs_cos", "rope.freqs_sin")
 
 
 # ---- position tables ---------------------------------------------------------------------------------------
@@ -90,26 +101,40 @@ def save_model(
 ) -> None:
     """Writes weights, architecture, labels and preprocessing to one safetensors file, all or nothing.
 
+    See `VisionMamba.save` for what becomes of other modules and parametrised weights.
+
     Args:
         labels: one name for each class.
         preprocess: mean, std, resize, crop, interpolation; default: ImageNet evaluation at the model's image
             size. Networks with neither 1 nor 3 channels have none.
+
+    Raises:
+        ValueError: the file could not describe the network, or labels or preprocessing do not fit.
     """
+    model = _unwrapped(model)
     config = dict(model.config)
+    if not isinstance(model.head, torch.nn.Linear | torch.nn.Identity):
+        config["num_classes"] = model._config[
+            "num_classes"
+        ]  # what the constructor of a derived class was told
     config_json = _core.config_normalize(json.dumps(config))
     names = None if labels is None else check_labels(labels, int(config["num_classes"]))
-    state = model.state_dict()
-    tensors = {}
-    for name, shape in _core.param_shapes(config_json):
-        tensor = state[name].detach().to("cpu")
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor = tensor.float()  # exact
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name}: expected {tuple(shape)}, got {tuple(tensor.shape)}")
-        tensors[name] = tensor.contiguous().numpy()
     if preprocess is None:
         preprocess = default_preprocess(config)
-    _core.write_safetensors(os.fspath(path), tensors, pack(config_json, names, preprocess))
+    metadata = pack(config_json, names, preprocess)
+    _core.write_safetensors(path, tensors_to_save(model, _core.param_shapes(config_json)), metadata)
+
+
+def _unwrapped(model: Any) -> VisionMamba:
+    """The network itself, of what torch.compile, DistributedDataParallel or AveragedModel made of it."""
+    from .nn import VisionMamba
+
+    inner = model
+    while not isinstance(inner, VisionMamba):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            raise TypeError(f"[VisionMamba] save: expected a VisionMamba, got {type(model).__name__}")
+    return inner
 
 
 def load_model(
@@ -123,20 +148,39 @@ def load_model(
     Args:
         img_size, stride: other image size and stride of the patches than stored, pixels; the position table
             is resized, class tokens left alone.
+
+    Raises:
+        vimcore.Error: the file is missing or damaged.
+        ValueError: it is no vimcore file, its tensors do not fit its configuration, or an option does not.
     """
     from .nn import VisionMamba
 
-    name = os.fspath(path)
-    arrays, metadata = _core.read_safetensors(name)
-    config, _, _ = unpack(metadata, name)
+    return load_as(VisionMamba, path, img_size, device, stride)
+
+
+def load_as(
+    kind: type[Network],
+    path: Path,
+    img_size: int | tuple[int, int] | None = None,
+    device: str | torch.device = "cpu",
+    stride: int | None = None,
+) -> Network:
+    """As `load_model`, of `VisionMamba` or of a class derived from it, whose own tensors the file holds.
+
+    Raises:
+        TypeError: the constructor of `kind` takes other arguments than `VisionMamba`.
+    """
+    name = os.fsdecode(path)
+    # The header's sizes against its tensors, before anything of these sizes is made.
+    metadata, _ = _core.check_file(path, not described(kind))
+    config, _, _ = unpack(metadata, path)
     stored = dict(config)
     if img_size is not None:
-        config["img_size"] = img_size
+        config["img_size"] = sides("[VisionMamba] img_size", img_size)
     if stride is not None:
-        config["stride"] = stride
-    options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
-    model = VisionMamba(**options)
-    state = {key: _tensor(value) for key, value in arrays.items()}
+        config["stride"] = integer("[VisionMamba] stride", stride)
+    model = kind._of_config(config)
+    state = {key: tensor(value) for key, value in _core.read_safetensors(path)[0].items()}
     _fill(model, state, name, old_grid=patch_grid(stored))
     return model.eval().to(device)
 
@@ -152,62 +196,28 @@ def load_checkpoint(
 ) -> None:
     """Loads the authors' weights, ``.pth`` or ``.safetensors``: every key counts, all or nothing.
 
+    What training programs wrap around weights is taken off: keys such as state_dict and state_dict_ema,
+    prefixes such as ``module.``, ``_orig_mod.`` and ``backbone.``.
+
     Args:
         weights: "model", or "ema" for the averaged weights of a training checkpoint.
         pos_embed: "correct" or "authors", see :func:`resize_pos_embed`; only matters when the grids differ.
-        head: "skip" leaves the model's classification head as it is.
+        head: "skip" leaves the model's classification head as it is, and that of the file aside.
         pos_grid: (rows, columns) of the file's position table where it is not square.
 
     Raises:
-        ValueError: names every missing, unexpected and misshapen key; the model is unchanged then.
+        ValueError: names missing, unexpected and misshapen keys (12 at most), or says what the file is
+            instead of weights; the model is unchanged then.
     """
     if head not in ("strict", "skip"):
         raise ValueError(f"head: expected 'strict' or 'skip', got {head!r}")
     if pos_embed not in ("correct", "authors"):
         raise ValueError(f"pos_embed: expected 'correct' or 'authors', got {pos_embed!r}")
-    name = os.fspath(path)
-    state, metadata = read_checkpoint(name, weights)
+    name = os.fsdecode(path)
+    state, metadata, _ = read_checkpoint(name, weights)
     if pos_grid is None and CONFIG_KEY in metadata:
         pos_grid = patch_grid(unpack(metadata, name)[0])
     _fill(model, state, name, old_grid=pos_grid, way=pos_embed, skip_head=head == "skip")
-
-
-def read_checkpoint(path: str, weights: str = "model") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors by key, metadata) of a ``.pth`` or ``.safetensors`` file, on the CPU.
-
-    Pickles pass through torch's weights-only unpickler, to which argparse.Namespace alone is added: the
-    authors store their command line.
-    """
-    if weights not in ("model", "ema"):
-        raise ValueError(f"weights: expected 'model' or 'ema', got {weights!r}")
-    if path.endswith(".safetensors"):
-        if weights == "ema":
-            raise ValueError(
-                f"{path}: weights='ema' asks for a training checkpoint (.pth); a safetensors file has one set"
-            )
-        arrays, metadata = _core.read_safetensors(path)
-        return {key: _tensor(value) for key, value in arrays.items()}, dict(metadata)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dictionary of weights, got {type(content).__name__}")
-    key = "model_ema" if weights == "ema" else "model"
-    if isinstance(content.get(key), dict):
-        content = content[key]
-    elif weights == "ema":
-        raise ValueError(f"{path}: no averaged weights ('model_ema') among {sorted(map(str, content))[:12]}")
-    strange = [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]
-    if strange:
-        raise ValueError(
-            f"{path}: expected tensors under every key, but these hold something else: {strange[:12]}"
-        )
-    if content and all(str(key).startswith("module.") for key in content):
-        content = {str(key)[len("module.") :]: value for key, value in content.items()}
-    return dict(content), {}
-
-
-def _tensor(array: Any) -> torch.Tensor:
-    return array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
 
 
 def _fill(
@@ -221,9 +231,13 @@ def _fill(
 ) -> None:
     """Copies ``state`` into the model's parameters after every key and shape has been found right."""
     config = dict(model.config)
-    skipped = {"head.weight", "head.bias"} if skip_head else set()
-    wanted = {name: parameter for name, parameter in model.named_parameters() if name not in skipped}
-    given = {name: value for name, value in state.items() if name not in skipped and name not in ROPE_TABLES}
+
+    def counts(name: str) -> bool:
+        return name not in ROPE_TABLES and not (skip_head and name.startswith("head."))
+
+    given = {name: value for name, value in state.items() if counts(name)}
+    wanted, plain = _places(model, given)
+    wanted = {name: value for name, value in wanted.items() if counts(name)}
     faults = [f"missing: {name} {tuple(p.shape)}" for name, p in wanted.items() if name not in given]
     faults += [f"unexpected: {name} {tuple(v.shape)}" for name, v in given.items() if name not in wanted]
     table = given.get("pos_embed")
@@ -238,14 +252,42 @@ def _fill(
             faults.append(
                 f"misshapen: {name}: expected {tuple(wanted[name].shape)}, got {tuple(value.shape)}"
             )
-        elif name in wanted and not value.is_floating_point():
+        elif name in wanted and wanted[name].is_floating_point() and not value.is_floating_point():
             faults.append(f"not floating point: {name}: {value.dtype}")
+        elif name in wanted and not torch.can_cast(value.dtype, wanted[name].dtype):
+            faults.append(f"{name}: expected {wanted[name].dtype}, got {value.dtype}")
+    for name, (module, leaf, _) in plain.items():
+        if not all(hasattr(step, "right_inverse") for step in module.parametrizations[leaf]):  # type: ignore
+            faults.append(f"{name}: its parametrisation takes no plain value; remove_parametrizations() does")
     faults += _rope_faults(state, config)
     if faults:
-        raise ValueError(f"{path} does not fit this model:\n  " + "\n  ".join(faults))
+        raise ValueError(f"{path} does not fit this model:\n  " + listed(faults, "\n  "))
     with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(given[name])
+        for name, value in wanted.items():
+            if name in plain:
+                module, leaf, _ = plain[name]
+                setattr(module, leaf, given[name].to(value))
+            else:
+                value.copy_(given[name])
+
+
+def _places(
+    model: VisionMamba, given: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.nn.Module, str, str]]]:
+    """The model's tensors by name, rotations left out, and those among them that a parametrisation computes.
+
+    A parametrised weight stands for what it is computed from where plain values are given.
+    """
+    wanted = {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name not in ROPE_TABLES and isinstance(value, torch.Tensor)
+    }
+    plain = {name: place for name, place in parametrised(model).items() if name in given}
+    for name, (module, leaf, origin) in plain.items():
+        wanted = {k: v for k, v in wanted.items() if not k.startswith(origin)}
+        wanted[name] = computed(module, leaf)
+    return wanted, plain
 
 
 def fitted(model: VisionMamba, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -303,6 +345,10 @@ def _rope_faults(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -
 def rope_tables(config: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """The authors' RoPE tables for a configuration: cos and sin, each (rows * columns, D) float64."""
     dim = int(config["embed_dim"]) // 2
+    need = 8 * 2 * dim * math.prod(patch_grid(config)) * 4  # cos and sin, and what they are made of
+    if need > _core.machine_bytes():
+        size = "{} x {}".format(*image_size(config))
+        raise ValueError(f"[config] img_size: the rotation tables of {size} pixels need {need / 1e9:.0f} GB")
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64)[: dim // 2] / dim)
     rows, columns = patch_grid(config)
     grid = int(config["rope_grid"])

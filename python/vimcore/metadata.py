@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from . import _core
+from .arguments import native
 
 CONFIG_KEY = "vimcore.config"
 LABELS_KEY = "vimcore.labels"
@@ -56,42 +60,45 @@ def rescaled_preprocess(steps: Mapping[str, Any], size: Sequence[int]) -> dict[s
 
 
 def check_labels(labels: Sequence[str], num_classes: int) -> list[str]:
-    """The labels as a list; ValueError unless there is one for each class."""
-    names = [str(label) for label in labels]
+    """The labels as a list; ValueError unless there is one text for each class."""
+    if isinstance(labels, (str, bytes)):
+        raise ValueError(f"labels: expected a list with one text for each class, got {labels!r:.60}")
+    names = list(labels)
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"labels: expected texts, got {name!r:.60}")
     if len(names) != num_classes:
         raise ValueError(f"labels: expected {num_classes}, one for each class, got {len(names)}")
     return names
 
 
+def listed(faults: Sequence[str], separator: str = ", ", most: int = 12) -> str:
+    """The first of many faults, and how many more there are."""
+    more = [f"and {len(faults) - most} more"] if len(faults) > most else []
+    return separator.join([*faults[:most], *more])
+
+
 def pack(
     config_json: str, labels: Sequence[str] | None, preprocess: Mapping[str, Any] | None
 ) -> dict[str, str]:
-    """Metadata of a file, JSON each; absent parts are left out."""
+    """Metadata of a file, JSON each, absent parts left out; ValueError: preprocessing out of range."""
     metadata = {CONFIG_KEY: config_json}
     if labels is not None:
         metadata[LABELS_KEY] = json.dumps(list(labels), ensure_ascii=False)
     if preprocess is not None:
-        metadata[PREPROCESS_KEY] = json.dumps(dict(preprocess))
+        steps = {key: native(f"[preprocess] {key}", value) for key, value in preprocess.items()}
+        metadata[PREPROCESS_KEY] = json.dumps(steps)
+        _core.preprocess_normalize(metadata[PREPROCESS_KEY])  # what would not be read is not written
     return metadata
 
 
 def unpack(
-    metadata: Mapping[str, str], path: str
+    metadata: Mapping[str, str], path: str | os.PathLike[str]
 ) -> tuple[dict[str, Any], list[str] | None, dict[str, Any] | None]:
-    """(config, labels, preprocess) of a file's metadata; ValueError names what is missing or is no JSON."""
-    if CONFIG_KEY not in metadata:
-        raise ValueError(
-            f"{path}: no {CONFIG_KEY} in the metadata, so not a vimcore file; "
-            "`vimcore convert` makes one from the authors' weights"
-        )
-    parts: list[Any] = []
-    for key, kind in ((CONFIG_KEY, dict), (LABELS_KEY, list), (PREPROCESS_KEY, dict)):
-        text = metadata.get(key)
-        try:
-            value = None if text is None else json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: metadata {key} is not JSON: {error}") from None
-        if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{path}: metadata {key}: expected a JSON {kind.__name__}, got {text!r:.60}")
-        parts.append(value)
-    return parts[0], parts[1], parts[2]
+    """(config, labels, preprocess) of a file's metadata, complete; labels and preprocess None where absent.
+
+    Raises:
+        ValueError: names the file, and what is missing, of a wrong type or out of range.
+    """
+    config, labels, preprocess = _core.describe(dict(metadata), path)
+    return json.loads(config), labels, None if preprocess is None else json.loads(preprocess)

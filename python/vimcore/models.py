@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,12 +30,26 @@ def list_models() -> list[str]:
     return list(_MODELS)
 
 
-def model_options(name: str) -> dict[str, Any]:
-    """Arguments of `VisionMamba` that make the model `name`; ValueError: the name is unknown."""
+def model_options(name: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Arguments of `VisionMamba` that make the model `name`, some of them changed.
+
+    Patches of another size follow each other without gaps and overlap, as those of the name do.
+
+    Raises:
+        ValueError: the name is unknown, or its patches overlap and only their size is changed.
+    """
     if name not in _MODELS:
         close = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5) or list(_MODELS)
         raise ValueError(f"[create_model] name: unknown model {name!r}; close to it: {', '.join(close)}")
-    return dict(_MODELS[name])
+    options, changes = dict(_MODELS[name]), dict(changes or {})
+    if changes.get("patch_size", options["patch_size"]) != options["patch_size"] and "stride" not in changes:
+        if options["stride"] != options["patch_size"]:
+            raise ValueError(
+                f"[create_model] patch_size: patches of {name} overlap (patch_size {options['patch_size']}, "
+                f"stride {options['stride']}); give stride too"
+            )
+        options["stride"] = None  # as patch_size
+    return {**options, **changes}
 
 
 def create_model(name: str, **options: Any) -> VisionMamba:
@@ -42,13 +57,14 @@ def create_model(name: str, **options: Any) -> VisionMamba:
 
     Args:
         name: one of `list_models()`.
-        options: arguments of `VisionMamba` that replace those of the name.
+        options: arguments of `VisionMamba` that replace those of the name. With another patch_size the stride
+            follows it, unless it is given.
 
     Raises:
-        ValueError: the name is unknown, or an option is out of range.
+        ValueError: the name is unknown, an option is out of range, or patch_size is given without stride to a
+            name whose patches overlap.
         TypeError: `VisionMamba` has no such option.
     """
-    options = {**model_options(name), **options}
     from .nn import VisionMamba
 
-    return VisionMamba(**options)
+    return VisionMamba(**model_options(name, options))

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _core
+from .arguments import integer, options
 from .checks import refuse_tracing, refuse_wrapped
 from .constant import ConstantWeights
 from .functions import Core, Draws, NetworkFunction, Request, describe
@@ -22,6 +24,7 @@ from .layers import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
 from .place import autocast_type, from_device, on_cuda, wide
 from .places import Places, hooks_of, made
 
+Network = TypeVar("Network", bound="VisionMamba")
 _PER_TOKEN = ("max", "all")  # without class token: the head sees every token
 
 
@@ -58,9 +61,13 @@ class VisionMamba(nn.Module):
         memory: what backward keeps: "lean" recomputes more, "fast" keeps more; "least" does
             without in_proj's output as well: of Vim-Ti 41 % of "lean" in float32, 56 % in 16 bits.
 
+    Whole numbers and sides may be of numpy or torch as well.
+
     Raises:
-        ValueError: an option is out of range or two do not go together.
+        ValueError, TypeError: an option is out of range or of another type, or two do not go together.
     """
+
+    _described = True  # by its configuration; a class derived from it may have other tensors
 
     def __init__(
         self,
@@ -90,24 +97,20 @@ class VisionMamba(nn.Module):
         drop_path_rate: float = 0.0,
         memory: str = "lean",
     ) -> None:
-        options = {
-            key: value for key, value in locals().items() if key not in ("self", "memory", "__class__")
-        }
+        given = {key: value for key, value in locals().items() if key not in ("self", "memory", "__class__")}
         super().__init__()
-        if not isinstance(img_size, int):
-            options["img_size"] = [int(side) for side in img_size]
-        config_json = _core.config_normalize(json.dumps(options))
-        _core.Saved.chunk(memory)  # names a wrong one
+        config_json = _core.config_normalize(json.dumps(options(given)))
+        _core.Saved.chunk(str(memory))  # names a wrong one
         self.memory = memory
         self._config: dict[str, Any] = json.loads(config_json)
         self._facts: dict[str, Any] = _core.config_facts(config_json)
-        self.embed_dim, self.num_features = embed_dim, embed_dim
         self._core: Core | None = None
         self._places: Places | None = None
         self._constant: ConstantWeights | None = None
 
         c, tokens = self._config, self._facts["tokens"]
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, patch_size, c["stride"])
+        self.embed_dim = self.num_features = embed_dim = c["embed_dim"]  # Python's types, whatever came in
+        self.patch_embed = PatchEmbed(c["in_chans"], embed_dim, c["patch_size"], c["stride"])
         if class_token == "double":
             self.cls_token_head = nn.Parameter(torch.zeros(1, 1, embed_dim))
             self.cls_token_tail = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -117,8 +120,10 @@ class VisionMamba(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
         if rope:
             self.rope = Rope(c)
-        self.head: nn.Module = self._new_head(num_classes)
-        self.layers = nn.ModuleList(Layer(c, self._facts["inner"], self._facts["rank"]) for _ in range(depth))
+        self.head: nn.Module = self._new_head(c["num_classes"])
+        self.layers = nn.ModuleList(
+            Layer(c, self._facts["inner"], self._facts["rank"]) for _ in range(c["depth"])
+        )
         self.norm_f = Scale(embed_dim, norm == "layer")
 
         weight = self.patch_embed.proj.weight
@@ -155,6 +160,7 @@ class VisionMamba(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replaces the head by a new one with random weights; 0: no head."""
+        num_classes = integer("[VisionMamba] num_classes", num_classes)
         _core.config_normalize(json.dumps({**self._config, "num_classes": num_classes}))
         like = self.norm_f.weight
         self.head = self._new_head(num_classes).to(like.device, like.dtype)
@@ -175,25 +181,51 @@ class VisionMamba(nn.Module):
     # ---- files ---------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str], labels: Sequence[str] | None = None) -> None:
-        """Writes weights, architecture and labels to one safetensors file, whole or not at all."""
+        """Writes weights, architecture and labels to one safetensors file, whole or not at all.
+
+        Of a parametrised weight (torch.nn.utils.parametrize) its value in eval mode is written, under its
+        plain name. The tensors that a class derived from `VisionMamba` has besides are written under their
+        names, for `load` of that class.
+
+        Raises:
+            ValueError: the file could not describe the network: another head, pruned weights, adapters, ...;
+                names what and the remedy. Nothing is written then.
+        """
         from .io import save_model
 
         save_model(self, path, labels)
 
     @classmethod
     def load(
-        cls,
+        cls: type[Network],
         path: str | os.PathLike[str],
         img_size: int | tuple[int, int] | None = None,
         device: str | torch.device = "cpu",
-    ) -> VisionMamba:
-        """The network of a file that `save` wrote, in eval mode.
+    ) -> Network:
+        """The network of a file that `save` wrote, in eval mode; of a derived class with its own tensors.
 
         Another img_size (pixels, side or (height, width)) resizes the position table.
-        """
-        from .io import load_model
 
-        return load_model(path, img_size, device)
+        Raises:
+            vimcore.Error: the file is missing or damaged.
+            ValueError: it is no vimcore file, or its tensors are not those of architecture and class.
+            TypeError: the constructor of the derived class takes other arguments than `VisionMamba`.
+        """
+        from .io import load_as
+
+        return load_as(cls, path, img_size, device)
+
+    @classmethod
+    def _of_config(cls: type[Network], config: dict[str, Any]) -> Network:
+        """A network of this class and configuration, as far as its constructor takes that."""
+        try:
+            inspect.signature(cls).bind(**config)
+        except TypeError as error:
+            raise TypeError(
+                f"[VisionMamba] load: {cls.__name__} does not take VisionMamba's options ({error}); make "
+                "the network yourself and fill it with vimcore.load_checkpoint(model, path)"
+            ) from None
+        return cls(**config)
 
     # ---- computing -----------------------------------------------------------------------------------------
 
@@ -236,6 +268,7 @@ class VisionMamba(nn.Module):
         if indices is None:
             step = 2 if self._config["directions"] == "block" else 1
             indices = sorted({(depth * i // 4 + step - 1) // step * step - 1 for i in range(1, 5)} - {-1})
+        indices = [integer("[VisionMamba] indices", index) for index in indices]
         for index in indices:
             if not -depth <= index < depth:
                 raise ValueError(f"[VisionMamba] indices: expected {-depth} to {depth - 1}, got {index}")

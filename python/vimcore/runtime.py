@@ -12,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from .arguments import integer, sides
 from .metadata import default_preprocess, rescaled_preprocess, unpack
 
 
 class Runtime:
     """A trained network, ready to classify. Safe to call from several threads at once; the GIL is released.
+
+    Pickles as its arguments: a process that unpickles it, such as a spawned worker, opens the file again.
 
     Args:
         path: a vimcore safetensors file (`VisionMamba.save`, `vimcore convert`).
@@ -32,7 +35,7 @@ class Runtime:
             input is no picture.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError, TypeError: an argument is out of range or of another type.
         vimcore.Error: the file is missing, damaged or not a vimcore file; there is no such device, or this
             build does not compute on it.
     """
@@ -45,27 +48,31 @@ class Runtime:
         img_size: int | tuple[int, int] | None = None,
         dtype: str = "float32",
     ) -> None:
-        if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        if not isinstance(device, str) or re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
             raise ValueError(f"[Runtime] device: expected 'cpu', 'cuda' or 'cuda:N', got {device!r}")
         if device == "cpu" and dtype != "float32":
             raise ValueError(f"[Runtime] dtype: expected 'float32' on the cpu, got {dtype!r}")
         cuda = -1 if device == "cpu" else int(device.partition(":")[2] or 0)
-        if threads is not None and threads < 1:
-            raise ValueError(f"[Runtime] threads: expected 1 or more, got {threads}")
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size or (0, 0)
-        if img_size is not None and (height < 1 or width < 1):
-            raise ValueError(f"[Runtime] img_size: expected positive sizes, got {img_size}")
-        self._engine = _core.Engine(os.fspath(path), threads or 0, height, width, cuda, dtype)
+        if threads is not None:
+            threads = integer("[Runtime] threads", threads, 1)
+        if img_size is not None:
+            img_size = sides("[Runtime] img_size", img_size)
+        self._arguments = (os.path.abspath(path), device, threads, img_size, dtype)
+        height, width = img_size or (0, 0)
+        self._engine = _core.Engine(path, threads or 0, height, width, cuda, dtype)
         self.config: dict[str, Any] = json.loads(self._engine.config_json)
         self.labels: list[str] | None
         self.preprocess: dict[str, Any] | None
-        _, self.labels, stored = unpack(self._engine.metadata, os.fspath(path))
-        self.preprocess = self._preprocess(stored) if stored else default_preprocess(self.config)
+        _, self.labels, stored = unpack(self._engine.metadata, path)
+        self.preprocess = (
+            rescaled_preprocess(stored, self.config["img_size"])
+            if stored
+            else default_preprocess(self.config)
+        )
 
-    def _preprocess(self, steps: dict[str, Any]) -> dict[str, Any]:
-        """The stored steps, for the size that the network takes now."""
-        steps = json.loads(_core.preprocess_normalize(json.dumps(steps)))
-        return rescaled_preprocess(steps, self.config["img_size"])
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as its arguments: whoever unpickles it, another process or `copy`, opens the file again."""
+        return type(self), self._arguments
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of normalised images.

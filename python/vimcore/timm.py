@@ -29,9 +29,11 @@ except ModuleNotFoundError as error:
     raise ImportError("vimcore.timm needs timm: pip install 'vimcore[train]'") from error
 
 from . import _core, io, ops
+from .arguments import integer, native
 from .metadata import IMAGENET_MEAN, IMAGENET_STD
 from .models import list_models, model_options
-from .nn import VisionMamba
+from .nn import Network, VisionMamba
+from .wrappers import chosen, plain_names
 
 _POOLS: dict[str, dict[str, str]] = {
     "token": {},
@@ -58,6 +60,8 @@ class TimmVisionMamba(VisionMamba):
     Raises:
         ValueError: an option is out of range or two do not go together.
     """
+
+    _described = True
 
     def __init__(
         self,
@@ -91,6 +95,11 @@ class TimmVisionMamba(VisionMamba):
         self._describe_features()
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
+
+    @classmethod
+    def _of_config(cls: type[Network], config: dict[str, Any]) -> Network:
+        # the configuration's drop_rate is that of the tokens
+        return super()._of_config({**config, "drop_rate": 0.0, "pos_drop_rate": config["drop_rate"]})
 
     def _describe_features(self) -> None:
         """What `features_only` tells its users: one entry for each layer that has an output."""
@@ -307,15 +316,15 @@ class TimmVisionMamba(VisionMamba):
 
 def _chosen(count: int, indices: int | Sequence[int] | None) -> list[int]:
     """Entries 0 .. count - 1: the last n for a number, all for None, negative ones counted from the end."""
-    if indices is None or isinstance(indices, int):
-        n = count if indices is None else indices
+    if indices is None or not isinstance(found := native("[VisionMamba] indices", indices), list):
+        n = count if indices is None else integer("[VisionMamba] indices", found)
         if not 0 < n <= count:
             raise ValueError(f"[VisionMamba] indices: expected a number from 1 to {count}, got {n}")
         return list(range(count - n, count))
-    wrong = [i for i in indices if not -count <= i < count]
-    if wrong or not indices:
-        raise ValueError(f"[VisionMamba] indices: expected {-count} to {count - 1}, got {list(indices)}")
-    return [i % count for i in indices]
+    entries = [integer("[VisionMamba] indices", i) for i in found]
+    if not entries or not all(-count <= i < count for i in entries):
+        raise ValueError(f"[VisionMamba] indices: expected {-count} to {count - 1}, got {entries}")
+    return [i % count for i in entries]
 
 
 def checkpoint_filter_fn(state: Mapping[str, Tensor], model: VisionMamba) -> dict[str, Tensor]:
@@ -324,9 +333,9 @@ def checkpoint_filter_fn(state: Mapping[str, Tensor], model: VisionMamba) -> dic
     Raises:
         ValueError: the position table is of no square grid, or the rotations are others than the model's.
     """
-    weights = state.get("model", state.get("state_dict", state))
-    assert isinstance(weights, Mapping)
-    return io.fitted(model, weights)
+    weights, _ = chosen(state, "model", "checkpoint")
+    names, _ = plain_names(map(str, weights), "checkpoint")
+    return io.fitted(model, {names[key]: value for key, value in weights.items() if key in names})
 
 
 # ---- registration ------------------------------------------------------------------------------------------
@@ -360,7 +369,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     """What timm calls to make the model `name` of vimcore."""
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        options = {**model_options(name), **kwargs}
+        options = model_options(name, kwargs)
         quarters = _quarters(options["depth"], options.get("directions", "ssm_conv"))
         model: nn.Module = build_model_with_cfg(
             TimmVisionMamba,

@@ -308,7 +308,10 @@ void test_larger_than_the_machine()
     const std::vector<float> one(1);
     save_safetensors(path, {{"head.bias", {const_cast<float*>(one.data()), {1}, DType::f32, {}}}},
                      {{"vimcore.config", config.to_json()}});
-    CHECK(contains(message_of<Error>([&] { Model::load(path); }), "the tensors do not fit vimcore.config"));
+    const std::string misfit = message_of<Error>([&] { Model::load(path); });
+    CHECK(contains(misfit, "the tensors do not fit vimcore.config"));
+    CHECK(contains(misfit, "\n  and 69627 more"));  // of 17 for each layer, and some
+    CHECK(misfit.size() < 1500);
 
     config = {};
     config.img_height = config.img_width = 1 << 16;
@@ -316,6 +319,30 @@ void test_larger_than_the_machine()
     CHECK(weight_bytes(Config{}) == 7148008 * 4);
     CHECK(machine_bytes() > 1 << 20);
     CHECK_THROWS(forward_bytes(Config{}, 0), std::invalid_argument);
+}
+
+// Labels and preprocessing are read with the network: none that does not fit comes out of a file.
+void test_metadata_of_a_network()
+{
+    const Folder folder;
+    const std::string path = folder.file("m.safetensors");
+    save_network(path, small(), 1);
+    const SafetensorsFile file = SafetensorsFile::open(path);
+    const auto message = [&](const char* key, const std::string& value) {
+        auto metadata = file.metadata();
+        metadata[key] = value;
+        save_safetensors(folder.file("other.safetensors"), file.tensors(), metadata);
+        return message_of<Error>([&] { Model::load(folder.file("other.safetensors")); });
+    };
+    CHECK(contains(message("vimcore.labels", "[\"a\"]"), "one for each class, got 1"));
+    CHECK(contains(message("vimcore.labels", "[1, 2, 3, 4, 5]"), "expected a string"));
+    CHECK(contains(message("vimcore.labels", "{}"), "expected an array"));
+    CHECK(contains(message("vimcore.config", "{\"depth\": 1, \"depth\": 2}"), "duplicate key"));
+    CHECK(contains(message("vimcore.config", "{\"memory\": \"fast\"}"), "unknown option \"memory\""));
+    const std::string steps = "{\"mean\": [0, 0, 1e308], \"std\": [1, 1, 1]}";
+    CHECK(contains(message("vimcore.preprocess", steps), "mean: expected -1e+06 to 1e+06"));
+    CHECK(message("vimcore.preprocess", "{}") == "NOTHING THROWN");
+    CHECK(message("vimcore.labels", "[]") == "NOTHING THROWN");
 }
 
 }  // namespace
@@ -329,5 +356,6 @@ int main()
     test_model_replaced_while_loading();
     test_overwritten_while_reading();
     test_larger_than_the_machine();
+    test_metadata_of_a_network();
     return check_failures();
 }

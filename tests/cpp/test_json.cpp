@@ -164,6 +164,8 @@ void test_config_json()
         {"{\"img_size\": 1048577}", "img_size height"},
         {"{\"img_size\": 1048576, \"patch_size\": 1}", "tokens"},
         {"{\"stride\": 0}", "stride: expected 1 to"},
+        {"{\"stride\": 17}", "stride: expected at most patch_size, 16, got 17"},
+        {"{\"patch_size\": 8, \"stride\": 16}", "stride: expected at most patch_size, 8, got 16"},
         {"{\"num_classes\": -1}", "num_classes"},
         {"{\"dt_rank\": 0}", "dt_rank"},
         {"{\"dt_rank\": \"all\"}", "dt_rank"},

@@ -50,7 +50,7 @@ void test_safetensors_hostile()
 {
     const std::string a = "\"a\":" + entry("[4]", "[0,16]");
     const std::pair<std::string, const char*> cases[] = {
-        {"", "no header"},
+        {"", "an empty file"},
         {"\1\0\0\0", "no header"},
         {file_of("{" + a + "}", 16, 1000000), "longer than the file"},
         {file_of("{" + a + "}", 16, std::numeric_limits<std::int64_t>::max()), "100 MB"},
@@ -160,9 +160,39 @@ void test_safetensors_stream()
     } endless;
     std::istream in(&endless);
     CHECK(contains(message_of<Error>([&] { SafetensorsFile::read(in); }), "longer than 100 MB"));
-    CHECK(endless.given == 8);
+    CHECK(endless.given == 512);  // enough to tell what it is instead
     std::ifstream nowhere(folder.path / "nowhere");
-    CHECK(contains(message_of<Error>([&] { SafetensorsFile::read(nowhere); }), "no header"));
+    CHECK(contains(message_of<Error>([&] { SafetensorsFile::read(nowhere); }), "an empty file"));
+}
+
+// What people give by mistake is named, with what to do about it: from a file, a stream and memory.
+void test_safetensors_foreign()
+{
+    const std::pair<std::string, const char*> cases[] = {
+        {"", "an empty file"},
+        {"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 29000000\n", "git lfs pull"},
+        {"<!DOCTYPE html>\n<html>", "download the file itself"},
+        {"\xef\xbb\xbf\n  <HTML lang=en>", "download the file itself"},
+        {std::string("PK\3\4\0\0\x08\x08\0\0", 10), "`vimcore convert`"},
+        {"\x80\2\x8a\nl\xfc\x9c\x46\xf9 j\xa8P\x19.", "`vimcore convert`"},
+        {"\x89HDF\r\n\x1a\n\1\1\1\1", "HDF5"},
+        {"\x93NUMPY\1\1v\1{'descr'", "numpy"},
+        {"404: Not Found", "text that begins with \"404: Not Found\""},
+        {"\x1f\x8b\x08\x08\1\2\3\4\5", "gzip"},
+        {"\x01\x02\x03\x04\x05\x06\x07\x08\x09", "longer than 100 MB"},  // nothing known
+    };
+    const Folder folder;
+    const std::string path = folder.file("a.safetensors");
+    for (const auto& [bytes, part] : cases) {
+        std::ofstream(path, std::ios::binary) << bytes;
+        const std::string message = message_of<Error>([&] { SafetensorsFile::open(path); });
+        CHECK(contains(message, part));
+        CHECK(contains(message, path));
+        CHECK(message.find('\n') == std::string::npos);
+        std::istringstream stream(bytes);
+        CHECK(contains(message_of<Error>([&] { SafetensorsFile::read(stream); }), part));
+        CHECK(contains(parse_error(bytes), part));
+    }
 }
 
 // Every type, written and read: names, shapes and bytes stay, every element is aligned.
@@ -297,6 +327,7 @@ int main()
     test_safetensors_hostile();
     test_safetensors_damage();
     test_safetensors_stream();
+    test_safetensors_foreign();
     test_safetensors_types();
     test_float_types();
     test_safetensors_files();

@@ -167,7 +167,7 @@ def configurations(draw: st.DrawFn) -> reference.Config:
     rope = class_token in ("none", "head") and draw(st.booleans())
     directions = draw(st.sampled_from(["none", "sequence", "block", "ssm", "ssm_conv", "ssm_conv"]))
     patch = draw(st.integers(1, 3))
-    stride = patch if rope else draw(st.integers(1, 3))
+    stride = patch if rope else draw(st.integers(1, patch))
     norm = draw(st.sampled_from(["rms", "layer"]))
     narrowest = 3 if norm == "layer" else 1  # LayerNorm makes +-1 of two numbers, all else is rounding
     rows, cols = draw(

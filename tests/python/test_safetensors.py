@@ -195,7 +195,7 @@ ACCEPTED = {
 
 DEEP = "[" * 100000 + "]" * 100000
 REJECTED = {
-    "empty file": (b"", "header"),
+    "empty file": (b"", "an empty file"),
     "five bytes": (b"\1\0\0\0\0", "header"),
     "no header": (struct.pack("<Q", 0), "end of text"),
     "length beyond file": (build(TEXT, length=10**6), "longer than the file"),

@@ -10,8 +10,9 @@ import torch
 from timm.models import adapt_input_conv
 
 from .. import cuda_is_available
+from ..checkpoints import read_checkpoint
 from ..convert import parse_setting
-from ..io import _fill, read_checkpoint
+from ..io import _fill
 from ..metadata import CONFIG_KEY, patch_grid, unpack
 from ..models import create_model
 from ..nn import VisionMamba
@@ -54,8 +55,6 @@ def build(settings: Settings, channels: int, classes: Sequence[str]) -> tuple[Vi
         ValueError: an option is out of range, or `init` does not fit.
     """
     options: dict[str, Any] = {n: getattr(settings, n) for n in _OPTIONS if getattr(settings, n) is not None}
-    if settings.patch_size is not None and settings.stride is None:
-        options["stride"] = settings.patch_size
     if settings.img_size is not None:
         options["img_size"] = (settings.img_size[0], settings.img_size[-1])
     options.update(parse_setting(text) for text in settings.set)
@@ -80,8 +79,7 @@ def build(settings: Settings, channels: int, classes: Sequence[str]) -> tuple[Vi
 
 def _start_from(model: VisionMamba, settings: Settings, classes: Sequence[str]) -> list[str]:
     path = str(settings.init)
-    state, metadata = read_checkpoint(path, settings.init_weights)
-    notes = []
+    state, metadata, notes = read_checkpoint(path, settings.init_weights)
     grid = labels = None
     if CONFIG_KEY in metadata:
         stored, labels, _ = unpack(metadata, path)

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a vimcore file says about itself, checked before a tensor is read or memory is asked for.
+#pragma once
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "vimcore/config.h"
+#include "vimcore/safetensors.h"
+
+namespace vimcore {
+
+struct ModelFile {
+    Config config;
+    std::vector<std::string> labels;  // one per class, or none
+    std::string preprocess;           // JSON, or empty
+
+    // Of a file's metadata. Error: "[load] PATH: ..." where a part is missing or damaged.
+    static ModelFile describe(const std::map<std::string, std::string>& metadata, const std::string& path);
+};
+
+// Compares the names, types and shapes of the tensors with the architecture; Error names what does not fit. Tables of
+// rotations are optional. Returns the names of tensors that the architecture lacks, which are a fault unless `more`:
+// networks derived from ours have tensors of their own, and may have another head.
+std::vector<std::string> check_tensors(const SafetensorsFile& file, const Config& config, const std::string& path,
+                                       bool more = false);
+
+}  // namespace vimcore
