@@ -230,6 +230,14 @@ def training_and_validation(data: str, val: str | None, fraction: float) -> tupl
     return train.part(np.flatnonzero(~held)), train.part(np.flatnonzero(held)), text
 
 
+def passed_over(*images: Images) -> dict[str, int]:
+    """What was passed over in all of them, by kind; parts of the same folder count once."""
+    total = Counter[str]()
+    for counts in {id(part.passed_over): part.passed_over for part in images}.values():
+        total.update(counts)
+    return dict(total)
+
+
 def _folder(path: str) -> Images:
     """Class folders, images at any depth below them."""
     with os.scandir(path) as entries:
