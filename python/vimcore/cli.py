@@ -314,7 +314,7 @@ def _health(args: argparse.Namespace) -> int:
         raise RuntimeError("the health report needs torch: pip install 'vimcore[torch]'") from error
     passed_over = Counter[str]()
     found = health_of_file(args.weights, args.images, args.count, passed_over)
-    extra = {"passed_over": passed_over} if passed_over else {}
+    extra = {"passed_over": dict(sorted(passed_over.items()))} if passed_over else {}
     print(json.dumps({**found.to_dict(), **extra}) if args.json else found)
     if passed_over:
         print(f"vimcore: {printable(passed_over_text(passed_over))}", file=sys.stderr)

@@ -179,9 +179,8 @@ def evaluate(args: argparse.Namespace) -> int:
                 print(json.dumps(_facts(found), ensure_ascii=False), flush=True)
     for name, reason in results[-1].answers.faults.items():
         print(f"vimcore: skipped {printable(name)}: {reason}", file=sys.stderr)
-    passed_over = results[-1].images.passed_over
-    if passed_over:
-        print(f"vimcore: {passed_over_text(passed_over)}", file=sys.stderr)
+    if images.passed_over:
+        print(f"vimcore: {passed_over_text(images.passed_over)}", file=sys.stderr)
     best = max(results, key=lambda found: found.answers.scores().top1)
     if args.out:
         best.answers.save(Path(args.out), best.images)
@@ -191,6 +190,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _facts(found: Any) -> dict[str, Any]:
+    from .data import passed_over
     from .measure import per_class
 
     scores = found.answers.scores()
@@ -205,7 +205,7 @@ def _facts(found: Any) -> dict[str, Any]:
         "images_per_second": round(scores.images / found.answers.seconds, 2),
         "per_class": {name: None if math.isnan(share) else share for name, _, share, _ in rows},
         "confusion": found.answers.confusion().tolist(),
-        **({"passed_over": found.images.passed_over} if found.images.passed_over else {}),
+        **({"passed_over": passed_over(found.images)} if found.images.passed_over else {}),
     }
 
 

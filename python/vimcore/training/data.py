@@ -235,7 +235,7 @@ def passed_over(*images: Images) -> dict[str, int]:
     total = Counter[str]()
     for counts in {id(part.passed_over): part.passed_over for part in images}.values():
         total.update(counts)
-    return dict(total)
+    return dict(sorted(total.items()))
 
 
 def _folder(path: str) -> Images:
