@@ -313,11 +313,13 @@ def _health(args: argparse.Namespace) -> int:
             raise
         raise RuntimeError("the health report needs torch: pip install 'vimcore[torch]'") from error
     passed_over = Counter[str]()
-    found = health_of_file(args.weights, args.images, args.count, passed_over)
+    try:
+        found = health_of_file(args.weights, args.images, args.count, passed_over)
+    finally:
+        if passed_over:
+            print(f"vimcore: {printable(passed_over_text(passed_over))}", file=sys.stderr)
     extra = {"passed_over": dict(sorted(passed_over.items()))} if passed_over else {}
     print(json.dumps({**found.to_dict(), **extra}) if args.json else found)
-    if passed_over:
-        print(f"vimcore: {printable(passed_over_text(passed_over))}", file=sys.stderr)
     return 0 if found.first_nonfinite is None else 1
 
 

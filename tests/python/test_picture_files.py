@@ -212,6 +212,13 @@ def test_health_tells_too(weights: Path, odd: Path, capsys: pytest.CaptureFixtur
     assert json.loads(out)["images"] == 3
     assert json.loads(out)["passed_over"] == PASSED_OVER
     assert error == f"vimcore: {TEXT}\n"
+    assert main(["health", "--weights", str(weights), str(odd / "empty")]) == 1
+    (odd / "empty" / "a.webp").write_bytes(b"x")
+    assert main(["health", "--weights", str(weights), str(odd / "empty")]) == 1
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "vimcore: passed over: 1 .webp",
+        "vimcore: no pictures found (JPEG, PNG, PPM, PGM)",
+    ]
     os.mkfifo(odd / "a.png")
     with pytest.raises(OSError, match="not a regular file"):
         health_of_file(str(weights), [str(odd)], 1)
