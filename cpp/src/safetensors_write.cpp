@@ -83,6 +83,9 @@ public:
         folder_ = slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
         struct stat old;
         const bool replaces = ::stat(path.c_str(), &old) == 0;
+        if (replaces && !S_ISREG(old.st_mode) && !S_ISDIR(old.st_mode))  // root could replace /dev/null
+            throw Error("[save_safetensors] " + json::printable(path, 1000) +
+                        ": a device, pipe or socket, which no file may replace; name another");
         for (int attempt = 0; attempt < 100 && descriptor_ < 0; ++attempt) {
             temporary_ = folder_ + "/.vimcore-" + std::to_string(::getpid()) + "-" + std::to_string(counter++) + ".tmp";
             descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);

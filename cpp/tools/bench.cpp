@@ -72,13 +72,14 @@ Row measure(const RunOptions& options, const Network& network, std::int64_t batc
 
 struct Files {
     std::size_t images = 0, failed = 0, rounds = 0;
+    Kinds passed_over;
     double rate = 0, alone = 0, share = 0;  // images per second from files, of the network alone; median of quotients
 };
 
 // Rounds over all pictures in turns with as many images from memory, so that a busy machine slows both alike.
 Files measure_files(const RunOptions& options, const Network& network, double seconds)
 {
-    const std::vector<std::string> paths = find_images(options.images);
+    const Found found = find_images(options.images);
     const vimcore::Config& config = network.model->config();
     const std::int64_t batch = batch_of(options, config);
     vimcore::Session session(network.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
@@ -87,14 +88,15 @@ Files measure_files(const RunOptions& options, const Network& network, double se
     const auto compute = [&](const float* from, std::int64_t count) { session.run(from, count, out.data()); };
     const auto emit = [](const std::string&, const std::string&, std::int64_t) { return std::string(); };
 
-    Counts counts = run_pictures(options, network, paths, compute, emit);  // warm, and says which pictures are bad
+    Counts counts = run_pictures(options, network, found, compute, emit);  // warm, and says which pictures are bad
+    complain_passed_over(counts.passed_over);
     if (counts.total == counts.failed) throw std::runtime_error("no pictures that could be read");
-    Files files{.images = counts.total, .failed = counts.failed};
+    Files files{.images = counts.total, .failed = counts.failed, .passed_over = counts.passed_over};
     const auto good = static_cast<std::int64_t>(counts.total - counts.failed);
     std::vector<double> rates, alone, shares;
     for (const auto start = Clock::now(); rates.size() < 3 || seconds_since(start) < seconds;) {
         auto begin = Clock::now();
-        run_pictures(options, network, paths, compute, emit);
+        run_pictures(options, network, found, compute, emit);
         rates.push_back(static_cast<double>(good) / seconds_since(begin));
         begin = Clock::now();
         for (std::int64_t i = 0; i < good; i += batch) compute(pixels.data(), std::min(batch, good - i));
@@ -171,7 +173,8 @@ int bench(const std::vector<std::string>& words)
             files_json =
                 "{\"images\": " + std::to_string(files.images) + ", \"failed\": " + std::to_string(files.failed) +
                 ", \"rounds\": " + std::to_string(files.rounds) + ", \"images_per_s\": " + number(files.rate, 6) +
-                ", \"network_alone_per_s\": " + number(files.alone, 6) + ", \"share\": " + number(files.share, 4) + "}";
+                ", \"network_alone_per_s\": " + number(files.alone, 6) + ", \"share\": " + number(files.share, 4) +
+                passed_over_json(files.passed_over) + "}";
         else
             print("from files: " + number(files.rate, 4) + " images/s, network alone " + number(files.alone, 4) +
                   " images/s, share " + number(files.share, 3) + " (median of " + std::to_string(files.rounds) +

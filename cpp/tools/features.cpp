@@ -41,9 +41,13 @@ std::string json_list(const std::vector<std::string>& names)
     return text + "]";
 }
 
-// A long run must not end with a folder that is not there.
-void check_folder(const std::string& out)
+// A long run must not end with a name that says something else, or with a folder that is not there.
+void check_out(const std::string& out)
 {
+    const std::string suffix = suffix_of(out);
+    if (!suffix.empty() && suffix != ".safetensors")
+        throw UsageError(
+            "argument --out: expected a name that ends with .safetensors, which is what is written, got '" + out + "'");
     const std::filesystem::path folder = std::filesystem::path(out).parent_path();
     if (::access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0)
         throw std::runtime_error(out + ": cannot write: " + std::strerror(errno));
@@ -71,7 +75,7 @@ int features(const std::vector<std::string>& words)
     if (options.images.empty()) throw UsageError("no pictures given");
     if (out.empty()) throw UsageError("the argument --out is required");
 
-    check_folder(out);
+    check_out(out);
     const Network network = load_network(options);
     const vimcore::Config& config = network.model->config();
     const std::int64_t batch = batch_of(options, config), length = config.tokens(), width = config.embed_dim;
@@ -108,7 +112,8 @@ int features(const std::vector<std::string>& words)
                               {{"vimcore.images", json_list(names)}});
     if (json)
         print("{\"written\": " + json_text(out) + ", \"images\": " + std::to_string(count) +
-              ", \"failed\": " + std::to_string(counts.failed) + ", \"width\": " + std::to_string(width) + "}\n");
+              ", \"failed\": " + std::to_string(counts.failed) + ", \"width\": " + std::to_string(width) +
+              passed_over_json(counts.passed_over) + "}\n");
     else
         print(out + ": features " + vimcore::to_string(shape) + " of " + std::to_string(count) + " pictures\n");
     return status;

@@ -2,14 +2,30 @@
 // Which pictures a user means.
 #pragma once
 
+#include <cstddef>
+#include <map>
 #include <string>
 #include <vector>
 
 namespace vim_infer {
 
-// Files as given; folders walked like Python's os.walk, names in order, for JPEG, PNG, PPM and PGM files; @FILE: the
-// lines of a file, each a picture or a folder. A folder that cannot be read stays in the list, to be reported.
-std::vector<std::string> find_images(const std::vector<std::string>& arguments);
+using Kinds = std::map<std::string, std::size_t>;  // files by suffix in small letters
+
+struct Found {
+    std::vector<std::string> paths;
+    Kinds passed_over;  // in folders, beside the pictures; also linked folders, but no hidden files
+};
+
+// Files as given; folders walked, files before subfolders and names in order, for JPEG, PNG, PPM and PGM files; @FILE:
+// the lines of a file, each a picture or a folder. A folder that cannot be read stays in the list, to be reported.
+// The same as vimcore/picture_files.py.
+Found find_images(const std::vector<std::string>& arguments);
+
+std::string suffix_of(const std::string& path);  // in small letters
+
+// What follows the last field of a JSON object; nothing where nothing was passed over.
+std::string passed_over_json(const Kinds& passed_over);
+void complain_passed_over(const Kinds& passed_over);  // one line on standard error, or none
 
 // The lines of a list, without empty ones; "-" is standard input.
 std::vector<std::string> read_list(const std::string& path);

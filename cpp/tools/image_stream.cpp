@@ -21,7 +21,10 @@ constexpr std::int64_t max_file = std::int64_t{1} << 31;
 std::vector<unsigned char> read_file(const std::string& path)
 {
     const auto fail = [] { throw std::system_error(errno, std::generic_category()); };
-    // O_NONBLOCK: a named pipe must not hang.
+    struct stat status;
+    if (::stat(path.c_str(), &status) != 0) fail();
+    if (!S_ISREG(status.st_mode)) throw vimcore::Error("not a regular file");  // opening alone may have effects
+    // O_NONBLOCK: a named pipe, put there in between, must not hang.
     struct Descriptor {
         int number;
         ~Descriptor()
@@ -30,7 +33,6 @@ std::vector<unsigned char> read_file(const std::string& path)
         }
     } const file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
     if (file.number < 0) fail();
-    struct stat status;
     if (::fstat(file.number, &status) != 0) fail();
     if (!S_ISREG(status.st_mode)) throw vimcore::Error("not a regular file");
     if (status.st_size > max_file) throw vimcore::Error("file is larger than 2 GiB");

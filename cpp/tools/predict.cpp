@@ -49,10 +49,11 @@ std::string joined(const float* logits, std::size_t classes, const char* separat
     return out;
 }
 
-std::string json_line(const Format& format, const std::string& path, const std::vector<std::string>& labels,
-                      const float* logits, std::size_t classes)
+// The fields of a JSON object.
+std::string answer(const Format& format, const std::vector<std::string>& labels, const float* logits,
+                   std::size_t classes)
 {
-    std::string line = "{\"image\": " + json_text(path) + ", \"top\": [";
+    std::string line = "\"top\": [";
     bool first = true;
     for (const auto& [index, p] : best(logits, classes, format.topk)) {
         line += (first ? "" : ", ") + ("{\"index\": " + std::to_string(index)) +
@@ -62,7 +63,7 @@ std::string json_line(const Format& format, const std::string& path, const std::
     }
     line += "]";
     if (format.logits) line += ", \"logits\": [" + joined(logits, classes, ", ") + "]";
-    return line + "}\n";
+    return line;
 }
 
 std::string table(const Format& format, const std::string& path, const std::vector<std::string>& labels,
@@ -105,7 +106,7 @@ int predict(const std::vector<std::string>& words)
     arguments.flag("--logits", format.logits, "show the logits of all classes too");
     arguments.note(
         "Pictures are JPEG, PNG, PPM and PGM files. A bad one is reported and skipped; the exit status\n"
-        "is then 1.");
+        "is then 1. Other files of a folder are counted by kind.");
     if (!arguments.parse(words, options.images)) return 0;
     if (options.images.empty()) throw UsageError("no pictures given");
 
@@ -118,19 +119,23 @@ int predict(const std::vector<std::string>& words)
     std::vector<float> logits(static_cast<std::size_t>(batch) * classes);
 
     const auto compute = [&](const float* pixels, std::int64_t count) { session.run(pixels, count, logits.data()); };
+    const Found found = find_images(options.images);
+    std::size_t left = found.paths.size();
     const auto emit = [&](const std::string& path, const std::string& error, std::int64_t position) -> std::string {
         std::string what = error;
         const float* row = logits.data() + (position < 0 ? 0 : static_cast<std::size_t>(position) * classes);
         if (position >= 0 && !all_finite(row, session.outputs())) what = not_finite;
-        if (what.empty())
-            print(format.json ? json_line(format, path, network.labels, row, classes)
-                              : table(format, path, network.labels, row, classes));
-        else if (format.json)
-            print("{\"image\": " + json_text(path) + ", \"error\": " + json_text(what) + "}\n");
+        const std::string last = --left == 0 ? passed_over_json(found.passed_over) : "";
+        if (format.json)
+            print("{\"image\": " + json_text(path) + ", " +
+                  (what.empty() ? answer(format, network.labels, row, classes) : "\"error\": " + json_text(what)) +
+                  last + "}\n");
+        else if (what.empty())
+            print(table(format, path, network.labels, row, classes));
         flush();
         return what;
     };
-    return exit_status(run_pictures(options, network, find_images(options.images), compute, emit));
+    return exit_status(run_pictures(options, network, found, compute, emit));
 }
 
 }  // namespace vim_infer

@@ -95,7 +95,7 @@ std::int64_t batch_of(const RunOptions& options, const vimcore::Config& config)
 }
 
 Counts run_pictures(
-    const RunOptions& options, const Network& network, std::vector<std::string> paths,
+    const RunOptions& options, const Network& network, const Found& found,
     const std::function<void(const float* pixels, std::int64_t count)>& compute,
     const std::function<std::string(const std::string& path, const std::string& error, std::int64_t position)>& emit)
 {
@@ -104,10 +104,10 @@ Counts run_pictures(
     const auto batch = static_cast<std::size_t>(batch_of(options, config));
     const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
     const int threads = options.threads > 0 ? static_cast<int>(options.threads) : cores;
-    ImageStream stream(std::move(paths), steps_of(network), threads, batch + static_cast<std::size_t>(threads));
+    ImageStream stream(found.paths, steps_of(network), threads, batch + static_cast<std::size_t>(threads));
     Progress progress(stream.total(), options.progress);
 
-    Counts counts;
+    Counts counts{.passed_over = found.passed_over};
     std::vector<float> pixels(image * std::min(batch, stream.total()));
     struct Waiting {
         std::string path, error;
@@ -149,6 +149,7 @@ bool all_finite(const float* values, std::int64_t count)
 
 int exit_status(const Counts& counts)
 {
+    complain_passed_over(counts.passed_over);
     if (counts.total == 0) throw std::runtime_error("no pictures found (JPEG, PNG, PPM, PGM)");
     if (counts.failed > 0)
         complain(std::to_string(counts.failed) + " of " + std::to_string(counts.total) + " images failed");

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "find_images.h"
 #include "image_stream.h"
 #include "vimcore/model.h"
 
@@ -40,13 +41,14 @@ std::int64_t batch_of(const RunOptions& options, const vimcore::Config& config);
 
 struct Counts {
     std::size_t total = 0, failed = 0;
+    Kinds passed_over;
 };
 
 // Calls compute(pixels, count) for batches of good pictures, then emit(path, error, position) for all pictures in
 // order: position in the batch, or -1 where `error` says what is wrong with the picture. emit returns what is wrong
 // with the result, or nothing. What is wrong is reported on standard error.
 Counts run_pictures(
-    const RunOptions& options, const Network& network, std::vector<std::string> paths,
+    const RunOptions& options, const Network& network, const Found& found,
     const std::function<void(const float* pixels, std::int64_t count)>& compute,
     const std::function<std::string(const std::string& path, const std::string& error, std::int64_t position)>& emit);
 
@@ -54,6 +56,6 @@ Counts run_pictures(
 bool all_finite(const float* values, std::int64_t count);
 inline constexpr const char* not_finite = "the network gives values that are not finite; its weights are damaged";
 
-int exit_status(const Counts& counts);  // also says how many failed
+int exit_status(const Counts& counts);  // also says how many failed, and what was passed over
 
 }  // namespace vim_infer

@@ -6,6 +6,7 @@
 #include "convert.h"
 #include "float_types.h"
 #include "model_file.h"
+#include "orientation.h"
 #include "safetensors_format.h"
 
 namespace vimcore::python {
@@ -213,6 +214,12 @@ void bind_files(nb::module_& m)
     m.def(
         "decode_image", [](const nb::bytes& bytes, const std::string& name) { return from_image(decode(bytes, name)); },
         nb::arg("data"), nb::arg("name") = "<memory>");
+    m.def(
+        "upright",
+        [](const In& image, const nb::bytes& file) {
+            return from_image(upright(to_image(image, "upright"), orientation_of(file.data(), file.size())));
+        },
+        nb::arg("image").noconvert(), nb::arg("file"));
     m.def(
         "resize_bicubic",
         [](const In& image, std::int64_t height, std::int64_t width) {

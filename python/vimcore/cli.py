@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,25 +113,31 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(args: argparse.Namespace) -> int:
+    from .picture_files import passed_over_text, printable
     from .predict import predict
     from .runtime import Runtime
 
     runtime = Runtime(args.weights, args.device, args.threads, dtype=args.dtype)
     total = failed = 0
-    for result in predict(runtime, args.images, args.topk):
+    passed_over = Counter[str]()
+    results, following = itertools.tee(predict(runtime, args.images, args.topk, passed_over))
+    next(following, None)
+    for result, later in itertools.zip_longest(results, following):
         total += 1
         if result.error is not None:
             failed += 1
-            print(f"vimcore: {result.image}: {result.error}", file=sys.stderr, flush=True)
-        if args.json:
-            print(result.to_json(args.logits), flush=True)
+            print(f"vimcore: {printable(result.image)}: {result.error}", file=sys.stderr, flush=True)
+        if args.json:  # the last line also tells what was passed over
+            print(result.to_json(args.logits, None if later else passed_over), flush=True)
         elif result.error is None:
-            print(result.image)
+            print(printable(result.image))
             rows = [[f"{100 * p:7.3f} %", f"{i:>5}", label or ""] for i, label, p in result.top]
             _print_table(rows, indent="  ")
             if args.logits:
                 assert result.logits is not None
                 print("  logits " + " ".join(f"{float(v):.9g}" for v in result.logits))
+    if passed_over:
+        print(f"vimcore: {printable(passed_over_text(passed_over))}", file=sys.stderr)
     if total == 0:
         raise RuntimeError("no pictures found (JPEG, PNG, PPM, PGM)")
     if failed:
@@ -296,14 +304,22 @@ def _health_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _health(args: argparse.Namespace) -> int:
+    from .picture_files import passed_over_text, printable
+
     try:
         from .health import health_of_file
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise RuntimeError("the health report needs torch: pip install 'vimcore[torch]'") from error
-    found = health_of_file(args.weights, args.images, args.count)
-    print(json.dumps(found.to_dict()) if args.json else found)
+    passed_over = Counter[str]()
+    try:
+        found = health_of_file(args.weights, args.images, args.count, passed_over)
+    finally:
+        if passed_over:
+            print(f"vimcore: {printable(passed_over_text(passed_over))}", file=sys.stderr)
+    extra = {"passed_over": dict(sorted(passed_over.items()))} if passed_over else {}
+    print(json.dumps({**found.to_dict(), **extra}) if args.json else found)
     return 0 if found.first_nonfinite is None else 1
 
 

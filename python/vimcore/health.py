@@ -6,9 +6,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ from .images import network_input
 from .io import load_model
 from .metadata import unpack
 from .nn import VisionMamba
+from .picture_files import find_images, read_file
 from .plain import Plain
-from .predict import find_images
 
 Range = tuple[float, float]  # smallest and largest value, NaN where there was one
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -148,8 +148,14 @@ def health(model: VisionMamba, images: Tensor) -> Health:
     return Health(len(images), layers, ranges, bad, precisions, *_advice(bad, largest, precisions))
 
 
-def health_of_file(weights: str, pictures: Sequence[str], count: int) -> Health:
-    """`health` of a vimcore file on the first `count` pictures (files or folders); on noise without any."""
+def health_of_file(
+    weights: str, pictures: Sequence[str], count: int, passed_over: Counter[str] | None = None
+) -> Health:
+    """`health` of a vimcore file on the first `count` pictures (files or folders); on noise without any.
+
+    Args:
+        passed_over: counts files of folders that are no pictures, by suffix, in what was walked.
+    """
     model = load_model(weights)
     channels, (height, width) = model.config["in_chans"], model.config["img_size"]
     if not pictures:
@@ -159,8 +165,8 @@ def health_of_file(weights: str, pictures: Sequence[str], count: int) -> Health:
     if preprocess is None:
         raise ValueError(f"{weights}: no preprocessing, so nothing that a picture could fill")
     inputs = []
-    for path in itertools.islice(find_images(pictures), count):
-        inputs.append(network_input(Path(path).read_bytes(), path, json.dumps(preprocess)))
+    for path in itertools.islice(find_images(pictures, passed_over), count):
+        inputs.append(network_input(read_file(path), path, json.dumps(preprocess)))
     if not inputs:
         raise ValueError("no pictures found (JPEG, PNG, PPM, PGM)")
     return health(model, torch.from_numpy(np.stack(inputs)))

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 
 from . import _core
 from .images import network_input
+from .picture_files import find_images, read_file, reason
 from .runtime import Runtime
 
-SUFFIXES = (".jpeg", ".jpg", ".pgm", ".png", ".ppm")
 BATCH = 8
 
 
@@ -34,31 +35,32 @@ class Prediction:
     logits: NDArray[np.float32] | None = None
     error: str | None = None
 
-    def to_json(self, with_logits: bool = False) -> str:
-        """One line: probabilities with 6 significant digits, logits with 9, all that float32 holds."""
+    def to_json(self, with_logits: bool = False, passed_over: Mapping[str, int] | None = None) -> str:
+        """One line: probabilities with 6 significant digits, logits with 9, all that float32 holds.
+
+        Args:
+            passed_over: files of other kinds by suffix, told with the last image.
+        """
+        line = f'{{"image": {json_text(self.image)}'
         if self.error is not None or self.logits is None:
-            return json.dumps({"image": self.image, "error": self.error}, ensure_ascii=False)
-        top = ", ".join(
-            f'{{"index": {index}, "label": {json.dumps(label, ensure_ascii=False)}, "p": {p:.6g}}}'
-            for index, label, p in self.top
-        )
-        line = f'{{"image": {json.dumps(self.image, ensure_ascii=False)}, "top": [{top}]'
-        if with_logits:
-            line += ', "logits": [' + ", ".join(f"{float(v):.9g}" for v in self.logits) + "]"
+            line += f', "error": {json_text(self.error)}'
+        else:
+            top = ", ".join(
+                f'{{"index": {index}, "label": {json_text(label)}, "p": {p:.6g}}}'
+                for index, label, p in self.top
+            )
+            line += f', "top": [{top}]'
+            if with_logits:
+                line += ', "logits": [' + ", ".join(f"{float(v):.9g}" for v in self.logits) + "]"
+        if passed_over:
+            line += f', "passed_over": {json_text(dict(sorted(passed_over.items())))}'
         return line + "}"
 
 
-def find_images(paths: Iterable[str]) -> Iterator[str]:
-    """Files as given; folders are walked in sorted order for JPEG, PNG, PPM and PGM files."""
-    for path in paths:
-        if not os.path.isdir(path):
-            yield path
-            continue
-        for folder, subfolders, files in os.walk(path):
-            subfolders.sort()
-            for name in sorted(files):
-                if name.lower().endswith(SUFFIXES):
-                    yield os.path.join(folder, name)
+def json_text(value: Any) -> str:
+    """JSON as UTF-8 holds it: bytes that are no UTF-8, which file names may hold, as \\udc80 to \\udcff."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -67,8 +69,13 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return exponent / exponent.sum()
 
 
-def predict(runtime: Runtime, paths: Iterable[str], topk: int = 5) -> Iterator[Prediction]:
+def predict(
+    runtime: Runtime, paths: Iterable[str], topk: int = 5, passed_over: Counter[str] | None = None
+) -> Iterator[Prediction]:
     """Predictions for images and folders of images, in order; a bad image becomes a Prediction with an error.
+
+    Args:
+        passed_over: counts the files of folders that are no pictures, by suffix.
 
     Raises:
         ValueError: ``topk`` is not positive, or the network has no classes to predict.
@@ -93,7 +100,7 @@ def predict(runtime: Runtime, paths: Iterable[str], topk: int = 5) -> Iterator[P
         )
     options = json.dumps(preprocess)
     waiting: list[tuple[str, NDArray[np.float32] | str]] = []
-    for path in find_images(paths):
+    for path in find_images(paths, passed_over):
         waiting.append((path, _load(path, options)))
         if len(waiting) == BATCH:
             yield from _classify(runtime, waiting, topk)
@@ -104,13 +111,9 @@ def predict(runtime: Runtime, paths: Iterable[str], topk: int = 5) -> Iterator[P
 def _load(path: str, options: str) -> NDArray[np.float32] | str:
     """The network's input, or what is wrong with the file."""
     try:
-        with open(path, "rb") as file:
-            data = file.read()
-        return network_input(data, path, options)
-    except OSError as error:
-        return error.strerror or str(error)
-    except (_core.Error, ValueError, MemoryError) as error:
-        return str(error).removeprefix(f"[decode_image] {path}: ")  # the path is said by whoever prints this
+        return network_input(read_file(path), "", options)
+    except (_core.Error, OSError, ValueError, MemoryError) as error:
+        return reason(error)  # the path is said by whoever prints this
 
 
 def _classify(

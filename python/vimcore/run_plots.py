@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from . import _core
 from .data import load_digits, split_digits
 from .images import decode
+from .picture_files import read_file
 from .plots import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, new_figure, save_figure, tidy
 from .run_files import Answers, Log, read_answers, read_log
 
@@ -271,7 +272,7 @@ def _picture(file: str) -> NDArray[Any] | str:
     if not file:
         return "no file"
     try:
-        data = Path(file).read_bytes()
+        data = read_file(file)
         if file.endswith(".npy"):
             return _channels(np.load(io.BytesIO(data), allow_pickle=False))
         pixels = decode(data, file)

@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "files.h"
+#include "orientation.h"
 #include "vimcore/error.h"
 #include "vimcore/image.h"
 
@@ -41,6 +42,50 @@ void test_images()
     CHECK_THROWS(resize_bicubic(flat, 0, 3), std::invalid_argument);
     flat.pixels.pop_back();
     CHECK_THROWS(resize_bicubic(flat, 3, 3), std::invalid_argument);
+}
+
+// EXIF in a JPEG's APP1 segment: one directory entry of tag 0x0112, big-endian, and where it may be cut.
+void test_orientation()
+{
+    const auto jpeg = [](int value, const std::string& exif) {
+        std::string text = "\xFF\xD8\xFF\xE1";
+        text += {0, static_cast<char>(exif.size() + 8), 'E', 'x', 'i', 'f', 0, 0};
+        text += exif;
+        if (value) text[text.size() - 3] = static_cast<char>(value);
+        return text + "\xFF\xDA";
+    };
+    const std::string exif("MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0", 22);
+    for (int value = 1; value <= 8; ++value) {
+        const std::string file = jpeg(value, exif);
+        CHECK(orientation_of(file.data(), file.size()) == value);
+    }
+    const std::string nine = jpeg(9, exif);
+    CHECK(orientation_of(nine.data(), nine.size()) == 1);
+    for (std::size_t size = 0; size < exif.size(); ++size) {  // the segment is whole, what it holds is not
+        const std::string file = jpeg(0, exif.substr(0, size));
+        const std::vector<char> exact(file.begin(), file.end());
+        CHECK(orientation_of(exact.data(), exact.size()) == 1);
+    }
+    const std::string whole = jpeg(6, exif);
+    for (std::size_t size = 0; size < whole.size() - 2; ++size) {
+        const std::vector<char> exact(whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(size));
+        CHECK(orientation_of(exact.data(), exact.size()) == 1);
+    }
+    for (std::size_t at = 0; at < whole.size(); ++at)
+        for (const int byte : {0, 1, 127, 255}) {
+            std::vector<char> other(whole.begin(), whole.end());
+            other[at] = static_cast<char>(byte);
+            const int value = orientation_of(other.data(), other.size());
+            CHECK(value >= 1 && value <= 8);
+        }
+
+    const Image image{2, 3, {0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5}};  // 012 345
+    const char* meant[] = {"012345", "210543", "543210", "345012", "031425", "304152", "524130", "251403"};
+    for (int value = 1; value <= 8; ++value) {
+        const Image turned = upright(image, value);
+        CHECK(turned.height == (value < 5 ? 2 : 3) && turned.width == (value < 5 ? 3 : 2));
+        for (std::size_t i = 0; i < 18; ++i) CHECK(turned.pixels[i] == meant[value - 1][i / 3] - '0');
+    }
 }
 
 void test_preprocess()
@@ -81,6 +126,7 @@ void test_preprocess()
 int main()
 {
     test_images();
+    test_orientation();
     test_preprocess();
     return check_failures();
 }

@@ -285,6 +285,11 @@ void test_safetensors_files()
     fs::create_directory(folder.path / "target");
     CHECK(contains(write_error(folder.path / "target"), "cannot rename"));
     CHECK(folder.entries() == 2 && fs::is_empty(folder.path / "target"));
+    const fs::path pipe = folder.path / "pipe";
+    CHECK(::mkfifo(pipe.c_str(), 0600) == 0);
+    CHECK(contains(write_error(pipe), "pipe: a device, pipe or socket"));
+    CHECK(fs::is_fifo(pipe) && folder.entries() == 3);
+    fs::remove(pipe);
     if (::geteuid() != 0) {  // root writes anywhere
         ::chmod((folder.path / "target").c_str(), 0500);
         CHECK(contains(write_error(folder.path / "target" / "c"), "Permission denied"));

@@ -65,6 +65,8 @@ def test_predict_a_folder(weights: Path, pictures: Path, capsys: pytest.CaptureF
     a = [f"a/{i:02d}.png" for i in range(1, 12, 2)] + ["a/bad.png"]
     b = [f"b/{i:02d}.png" for i in range(0, 12, 2)] + ["b/empty.JPG"]
     assert names == a + b
+    assert found[-1].pop("passed_over") == {".txt": 1}
+    assert error.splitlines()[-2:] == ["vimcore: passed over: 1 .txt", "vimcore: 2 of 14 images failed"]
     bad = [line for line in found if "error" in line]
     assert [os.path.basename(line["image"]) for line in bad] == ["bad.png", "empty.JPG"]
     for line in bad:

@@ -86,22 +86,6 @@ def test_jpeg_grey_restart_and_rgb(progressive: bool) -> None:
 
 
 @needs_jpeg
-def test_jpeg_orientation_is_ignored() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encode(Image.fromarray(picture(20, 31)), "JPEG", exif=exif)
-    assert _core.decode_image(data, "a.jpg").shape == (20, 31, 3)
-    equal(_core.decode_image(data, "a.jpg"), by_pillow(data))
-
-
-@needs_jpeg
-def test_jpeg_cmyk_is_refused() -> None:
-    data = encode(Image.fromarray(picture(20, 31)).convert("CMYK"), "JPEG")
-    with pytest.raises(RuntimeError, match=r"ink\.jpg.*CMYK"):
-        _core.decode_image(data, "ink.jpg")
-
-
-@needs_jpeg
 @pytest.mark.parametrize("progressive", [False, True])
 def test_jpeg_truncated(progressive: bool) -> None:
     data = encode(Image.fromarray(picture(64, 80)), "JPEG", progressive=progressive)
@@ -191,19 +175,9 @@ def test_png_interlaced_and_gamma() -> None:
 
 
 @needs_png
-def test_png_16_bit_is_refused() -> None:
-    data = encode(Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)), "PNG")
-    with pytest.raises(RuntimeError, match=r"deep\.png.*16-bit"):
-        _core.decode_image(data, "deep.png")
-    rows = b"".join(b"\0" + bytes(2 * 3 * 4) for _ in range(3))
-    with pytest.raises(RuntimeError, match=r"deep\.png.*16-bit"):
-        _core.decode_image(png(4, 3, 16, 2, rows), "deep.png")
-
-
-@needs_png
 def test_png_truncated_and_corrupt() -> None:
     data = encode(Image.fromarray(picture(40, 30)), "PNG")
-    for size in [*range(8, len(data), 53), len(data) - 1, len(data) - 12]:
+    for size in [*range(8, len(data) - 30, 53), len(data) - 30]:  # within the pixels
         with pytest.raises(RuntimeError, match=r"short\.png"):
             _core.decode_image(data[:size], "short.png")
     for at in range(40, len(data) - 16, 91):
@@ -420,10 +394,9 @@ def test_pillow_stands_in(mode: str) -> None:
 
 
 def test_pillow_refuses_what_the_core_refuses() -> None:
-    data = io.BytesIO()
-    Image.new("CMYK", (8, 8)).save(data, "JPEG")
-    with pytest.raises(_core.Error, match="test: expected 8-bit grey or RGB, got mode CMYK"):
-        images.decode_with_pillow(data.getvalue(), "test")
-    for bad in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", data.getvalue()[: len(data.getvalue()) // 2]):
+    with pytest.raises(_core.Error, match="test: expected 8-bit grey or RGB, got mode F"):
+        images.decode_with_pillow(encode(Image.new("F", (8, 8)), "TIFF"), "test")
+    data = encode(Image.fromarray(picture(20, 31)), "JPEG")
+    for bad in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", data[: len(data) // 2]):
         with pytest.raises(_core.Error, match=r"\[decode_image\] test: "):
             images.decode_with_pillow(bad, "test")

@@ -22,7 +22,8 @@ struct Preprocess {                                    // names and JSON of the 
     static Preprocess from_json(const std::string& text);
 };
 
-// JPEG (grey, YCbCr; CMYK is refused), 8-bit PNG (any colour type; alpha is dropped) and binary PPM/PGM.
+// JPEG (grey, YCbCr, RGB, CMYK), PNG (any colour type; alpha is dropped, 16 bits become 8: value / 257, rounded) and
+// binary PPM/PGM, turned as EXIF (or else XMP) in the file says. A PNG that ends behind its last pixel is whole.
 // vimcore::Error names the file and what is wrong with it; also when built without libjpeg or libpng.
 Image decode_image(const std::string& path);
 Image decode_image(const void* bytes, std::size_t size, const std::string& name);

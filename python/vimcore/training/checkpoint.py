@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ FORMAT = 1
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes its name, replacing another, when everything is on the disk."""
+    if path.exists() and not path.is_file():  # as root one could replace /dev/null
+        raise OSError(errno.EINVAL, "not a regular file, which no other may replace", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from ..picture_files import passed_over_text, printable
 from .presets import PRESETS
 from .settings import SECTIONS, Settings, read_toml
 
@@ -149,6 +150,10 @@ def evaluate(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if args.img_size and len(args.img_size) > 2:
         raise ValueError(f"img_size: expected one or two numbers, got {args.img_size}")
+    if args.out and Path(args.out).suffix.lower() not in ("", ".npz"):
+        raise ValueError(
+            f"out: expected a name that ends with .npz, which is what is written, got {args.out}"
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     device = choose_device(args.device)
@@ -173,7 +178,9 @@ def evaluate(args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps(_facts(found), ensure_ascii=False), flush=True)
     for name, reason in results[-1].answers.faults.items():
-        print(f"vimcore: skipped {name}: {reason}", file=sys.stderr)
+        print(f"vimcore: skipped {printable(name)}: {reason}", file=sys.stderr)
+    if images.passed_over:
+        print(f"vimcore: {passed_over_text(images.passed_over)}", file=sys.stderr)
     best = max(results, key=lambda found: found.answers.scores().top1)
     if args.out:
         best.answers.save(Path(args.out), best.images)
@@ -183,6 +190,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def _facts(found: Any) -> dict[str, Any]:
+    from .data import passed_over
     from .measure import per_class
 
     scores = found.answers.scores()
@@ -197,6 +205,7 @@ def _facts(found: Any) -> dict[str, Any]:
         "images_per_second": round(scores.images / found.answers.seconds, 2),
         "per_class": {name: None if math.isnan(share) else share for name, _, share, _ in rows},
         "confusion": found.answers.confusion().tolist(),
+        **({"passed_over": passed_over(found.images)} if found.images.passed_over else {}),
     }
 
 

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images with labels: folders, CSV lists, the embedded digits; what cannot be read is skipped and counted."""
+"""Images with labels: folders, lists, the embedded digits; what cannot be read is skipped and counted."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ from torch.utils.data import Dataset
 
 from .._core import Error
 from ..images import decode
-from ..predict import SUFFIXES
+from ..picture_files import SUFFIXES, is_hidden, kind_of, passed_over_text, printable, read_file, reason, walk
+from .lists import LISTS, read_list
 from .sampling import Key, seed_all
 from .transforms import Transform, UnreadableError
 
@@ -35,22 +35,27 @@ class Images:
 
     Attributes:
         labels: index into `classes` of each image.
-        ignored: files of other kinds that lay between them.
+        passed_over: files that lay between them, by kind.
     """
 
     files: Sequence[str]
     labels: NDArray[np.int64]
     classes: list[str]
     pixels: NDArray[np.uint8] | None = None
-    ignored: int = 0
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
+    def ignored(self) -> int:
+        """How many files were passed over."""
+        return sum(self.passed_over.values())
+
+    @property
     def arrays(self) -> bool:
         """Whether these are numpy files and not pictures."""
-        return bool(self.files) and self.files[0].endswith(ARRAY)
+        return bool(self.files) and _is_array(self.files[0])
 
     def read(self, index: int) -> NDArray[Any]:
         """(H, W, 3) uint8 of a picture, (C, H, W) of a numpy file.
@@ -62,14 +67,11 @@ class Images:
             return self.pixels[index]
         name = self.files[index]
         try:
-            data = Path(name).read_bytes()
-            if not name.endswith(ARRAY):
-                return decode(data, name)
-            array = np.load(io.BytesIO(data), allow_pickle=False)
-        except OSError as error:
-            raise UnreadableError(error.strerror or str(error)) from error
-        except (Error, EOFError, ValueError, MemoryError) as error:
-            raise UnreadableError(str(error).removeprefix(f"[decode_image] {name}: ")) from error
+            if not _is_array(name):
+                return decode(read_file(name), "")
+            array = np.load(io.BytesIO(read_file(name, None)), allow_pickle=False)
+        except (Error, EOFError, OSError, ValueError, MemoryError) as error:
+            raise UnreadableError(reason(error)) from error
         if not isinstance(array, np.ndarray) or array.ndim != 3:
             shape = getattr(array, "shape", type(array).__name__)
             raise UnreadableError(f"expected an array (C, H, W), got {shape}")
@@ -81,7 +83,7 @@ class Images:
         """Some of them."""
         files = [self.files[i] for i in index] if self.files else []
         pixels = None if self.pixels is None else self.pixels[index]
-        return Images(files, self.labels[index], self.classes, pixels)
+        return replace(self, files=files, labels=self.labels[index], pixels=pixels)
 
     def relabelled(self, classes: Sequence[str]) -> Images:
         """The same images under a longer or reordered list of classes; ValueError names what is not in it."""
@@ -93,12 +95,13 @@ class Images:
             )
         place = {name: i for i, name in enumerate(classes)}
         to = np.array([place[name] for name in self.classes], np.int64)
-        return Images(self.files, to[self.labels], list(classes), self.pixels, self.ignored)
+        return replace(self, labels=to[self.labels], classes=list(classes))
 
     def fingerprint(self) -> str:
         """Tells whether a run goes on with the images that it began with."""
         found = hashlib.blake2b(np.ascontiguousarray(self.labels).tobytes(), digest_size=8)
-        found.update("\n".join([*self.classes, *map(os.path.basename, self.files)]).encode())
+        names = "\n".join([*self.classes, *map(os.path.basename, self.files)])
+        found.update(names.encode(errors="surrogateescape"))
         return found.hexdigest()
 
 
@@ -169,20 +172,29 @@ def collate(samples: Sequence[Sample]) -> Sample:
 # ---- where images come from --------------------------------------------------------------------------------
 
 
+def _is_array(name: str) -> bool:
+    return name.lower().endswith(ARRAY)
+
+
 def open_images(path: str) -> Images:
-    """The images of a folder of class folders, a CSV file with the columns path and label, or "digits".
+    """The images of a folder of class folders, a CSV or TSV list of paths and labels, or "digits".
 
     Raises:
         ValueError, OSError: there are none, or kinds are mixed.
     """
     if path == "digits":
         return _digits()
-    found = _csv(path) if path.endswith(".csv") else _folder(path)
+    found = _listed(path) if path.lower().endswith(LISTS) else _folder(path)
     if not len(found):
-        raise ValueError(f"{path}: no images in class folders (JPEG, PNG, PPM, PGM, .npy)")
-    kinds = {name.endswith(ARRAY) for name in found.files}
-    if len(kinds) > 1:
+        raise ValueError(
+            f"{path}: no images in class folders (JPEG, PNG, PPM, PGM, .npy)"
+            + (f"; {passed_over_text(found.passed_over)}" if found.passed_over else "")
+        )
+    if len({_is_array(name) for name in found.files}) > 1:
         raise ValueError(f"{path}: expected pictures or .npy files, found both")
+    for name in found.classes:
+        if printable(name) != name:
+            raise ValueError(f"{path}: the name of class {printable(name)} is not UTF-8: rename its folder")
     return found
 
 
@@ -218,42 +230,35 @@ def training_and_validation(data: str, val: str | None, fraction: float) -> tupl
     return train.part(np.flatnonzero(~held)), train.part(np.flatnonzero(held)), text
 
 
+def passed_over(*images: Images) -> dict[str, int]:
+    """What was passed over in all of them, by kind; parts of the same folder count once."""
+    total = Counter[str]()
+    for counts in {id(part.passed_over): part.passed_over for part in images}.values():
+        total.update(counts)
+    return dict(sorted(total.items()))
+
+
 def _folder(path: str) -> Images:
     """Class folders, images at any depth below them."""
-    classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+    with os.scandir(path) as entries:
+        folders = {entry.name: entry.is_dir() for entry in entries if not is_hidden(entry.name)}
+    classes = sorted(name for name, is_folder in folders.items() if is_folder)
+    outside = Counter(kind_of(name) for name, is_folder in folders.items() if not is_folder)
+    passed_over = Counter({f"{kind} outside class folders": count for kind, count in outside.items()})
     files: list[str] = []
     labels: list[int] = []
-    ignored = 0
     for label, name in enumerate(classes):
-        for file in _below(os.path.join(path, name)):
-            if file.lower().endswith((*SUFFIXES, ARRAY)):
-                files.append(file)
-                labels.append(label)
-            else:
-                ignored += 1
+        files += walk(os.path.join(path, name), (*SUFFIXES, ARRAY), passed_over)
+        labels += [label] * (len(files) - len(labels))
     empty = [name for i, name in enumerate(classes) if i not in set(labels)]
     if files and empty:
         raise ValueError(f"{path}: class folders without images: {', '.join(empty[:12])}")
-    return Images(files, np.array(labels, np.int64), classes, ignored=ignored)
+    return Images(files, np.array(labels, np.int64), classes, passed_over=passed_over)
 
 
-def _below(path: str) -> Iterator[str]:
-    for folder, subfolders, names in os.walk(path):
-        subfolders.sort()
-        for name in sorted(names):
-            yield os.path.join(folder, name)
-
-
-def _csv(path: str) -> Images:
-    """Columns path (relative to the CSV file) and label."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"path", "label"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: expected the columns path and label, got {reader.fieldnames}")
-        rows = [(row["path"], row["label"]) for row in reader]
-    for number, (name, label) in enumerate(rows, 2):
-        if not name or not label:
-            raise ValueError(f"{path}: line {number}: expected a path and a label")
+def _listed(path: str) -> Images:
+    """A list of paths, relative to it, and labels."""
+    rows = read_list(path)
     names = {label for _, label in rows}
     classes = sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
     place = {name: i for i, name in enumerate(classes)}

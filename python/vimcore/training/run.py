@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..io import load_model, save_model
+from ..picture_files import passed_over_text
 from . import distributed
 from .checkpoint import read_checkpoint, write_checkpoint, write_text
-from .data import Images, Sample, Validation, training_and_validation
+from .data import Images, Sample, Validation, passed_over, training_and_validation
 from .inputs import channels_of, eval_transform, grouped, input_of, mixup_of, training_batches
 from .loop import Average, Batch, Loop, NonFiniteError, parameter_groups
 from .measure import Scores, answers, loader, measure
@@ -23,7 +25,7 @@ from .network import build, choose_device
 from .sampling import Order, mix, seed_all
 from .schedule import Schedule, peak_lr
 from .settings import Settings, read_toml
-from .stopping import Stopped, signals
+from .stopping import Interrupted, Received, Stopped, signals
 from .watch import Watch, peak_memory
 
 CONFIG, CHECKPOINT, LOG = "config.toml", "checkpoint.pt", "log.jsonl"
@@ -48,8 +50,9 @@ def train(settings: Settings, folder: Path, resume: bool = False) -> dict[str, A
         torch.cuda.set_device(device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with distributed.process_group(device.type == "cuda"), signals() as received:
-        run = Run(settings, folder, device, resume)
+    with distributed.process_group(device.type == "cuda"), signals(distributed.world() == 1) as received:
+        with received.at_once():
+            run = Run(settings, folder, device, resume)
         try:
             return run.whole(received)
         finally:
@@ -69,6 +72,7 @@ class Run:
         if settings.data is None:
             raise ValueError("data: name a folder of class folders, a CSV file, or digits")
         train, self.valid, about = training_and_validation(settings.data, settings.val, settings.val_fraction)
+        self.passed_over = passed_over(train, self.valid)
         channels = channels_of(settings, train)
         seed_all(mix("weights", settings.seed))
         self.model, notes = build(settings, channels, train.classes)
@@ -139,8 +143,8 @@ class Run:
             f"peak learning rate {self.peak:.3g}",
             *notes,
         ]
-        if train.ignored:
-            text.append(f"{train.ignored} files of other kinds ignored")
+        if self.passed_over:
+            text.append(f"vimcore: {passed_over_text(self.passed_over)}")
         if self.loop.step:
             text.append(f"continued after update {self.loop.step} of {self.updates}")
         for line in text:
@@ -165,7 +169,7 @@ class Run:
 
     # ---- running -------------------------------------------------------------------------------------------
 
-    def whole(self, received: list[int]) -> dict[str, Any]:
+    def whole(self, received: Received) -> dict[str, Any]:
         """Runs to the end, or to a signal."""
         begin, first = time.perf_counter(), self.loop.step
         while self.epoch < self.settings.epochs:
@@ -174,8 +178,11 @@ class Run:
                 self.epoch, self.done = self.epoch + 1, 0
                 self.watch.faults(distributed.union(self.faults))
                 if self.epoch % self.settings.eval_every == 0 or self.epoch == self.settings.epochs:
-                    self._validate()
+                    with received.at_once():  # the checkpoint is from before it
+                        self._validate()
                 self._save()
+            except Interrupted as stop:
+                raise Stopped(stop.number, self.loop.step, self.folder) from None
             except NonFiniteError as error:
                 raise self._explained(error) from None
             self._stop_if(self._agreed(received))
@@ -183,13 +190,27 @@ class Run:
         distributed.leave()
         return self._finish(seconds, self.loop.step - first) if self.rank == 0 else {}
 
-    def _epoch(self, received: list[int]) -> None:
+    def _batches(self, received: Received) -> Iterator[list[Sample]]:
+        """What is to be computed; a signal ends the wait for it, after a checkpoint."""
+        batches = grouped(self.batches, self.settings.accumulate)
+        while True:
+            try:
+                with received.at_once():
+                    samples = next(batches, None)
+            except Interrupted:
+                self._save()
+                raise
+            if samples is None:
+                return
+            yield samples
+
+    def _epoch(self, received: Received) -> None:
         settings = self.settings
         self.model.train()
         self.order.begin(self.epoch, self.done * settings.accumulate)
         clock, images = time.perf_counter(), 0
         rate = 0.0
-        for samples in grouped(self.batches, settings.accumulate):
+        for samples in self._batches(received):
             if self.done == self.updates_per_epoch:
                 break  # what is left over does not fill an update
             seed_all(mix("update", settings.seed, self.loop.step, self.rank))
@@ -233,7 +254,7 @@ class Run:
             return mixed
         return images, labels
 
-    def _agreed(self, received: list[int]) -> int:
+    def _agreed(self, received: Received) -> int:
         """The signal to stop for, the same in all processes; 0: none."""
         mine = received[0] if received else 0
         if self.world == 1:
@@ -321,6 +342,7 @@ class Run:
             "seconds": round(seconds, 2),
             "images_per_second": round(images / seconds, 2),
             "skipped": len(self.watch.skipped),
+            **({"passed_over": self.passed_over} if self.passed_over else {}),
         }
 
     def _explained(self, error: NonFiniteError) -> FloatingPointError:

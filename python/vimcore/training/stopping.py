@@ -22,15 +22,44 @@ class Stopped(Exception):
         self.status = 128 + number
 
 
+class Interrupted(Stopped):
+    """SIGTERM or Ctrl-C while nothing was computed: raised at once, as the wait might never end."""
+
+    def __init__(self, number: int) -> None:
+        Exception.__init__(self, f"stopped by {signal.Signals(number).name} before the first update")
+        self.number, self.status = number, 128 + number
+
+
+class Received(list[int]):
+    """The signals that came, in order."""
+
+    def __init__(self, alone: bool) -> None:
+        super().__init__()
+        self.alone, self.waiting = alone, False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it a signal raises Interrupted. Not where several processes must agree on when to stop."""
+        self.waiting = self.alone
+        try:
+            if self and self.waiting:
+                raise Interrupted(self[0])
+            yield
+        finally:
+            self.waiting = False
+
+
 @contextlib.contextmanager
-def signals() -> Iterator[list[int]]:
+def signals(alone: bool = True) -> Iterator[Received]:
     """Collects SIGTERM and the first Ctrl-C instead of dying of it."""
-    received: list[int] = []
+    received = Received(alone)
 
     def note(number: int, _: FrameType | None) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
+        if received.waiting:
+            raise Interrupted(number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # others cannot

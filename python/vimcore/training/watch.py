@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..picture_files import printable
 from .checkpoint import rewrite_lines
 
 
@@ -54,7 +55,8 @@ class Watch:
             )
 
         rewrite_lines(path, before)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        # Names that are no UTF-8 become JSON's \udc80 to \udcff.
+        self.file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  closed by close()
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -88,7 +90,7 @@ class Watch:
         for name, reason in found.items():
             if name not in self.skipped:
                 self.skipped.add(name)
-                self.say(f"vimcore: skipped {name}: {reason}")
+                self.say(f"vimcore: skipped {printable(name)}: {reason}")
                 self.record("fault", file=name, error=reason)
 
     def step(self, epoch: int, epochs: int, loss: float, lr: float, rate: float, memory: int) -> None:

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training from folders and lists as they come: odd files, odd names, odd tables, reads that never end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from train_helpers import ONCE, SMALL, folder, log
+from vimcore.cli import main
+from vimcore.training import data
+from vimcore.training.checkpoint import read_checkpoint
+from vimcore.training.data import open_images, passed_over, training_and_validation
+from vimcore.training.lists import read_list
+
+# ---- folders -----------------------------------------------------------------------------------------------
+
+
+def odd_folder(path: Path) -> Path:
+    """Two classes of six pictures, and what else lies in such folders."""
+    root = folder(path, digits=(0, 1), each=6)
+    one = root / "digit 1"
+    for name in ("a.webp", "b.WEBP", "c.tiff", "notes", ".DS_Store", "Thumbs.db"):
+        (one / name).write_bytes(b"x")
+    (root / "labels.txt").write_text("x")
+    (root / "loose.png").write_bytes((one / "000.png").read_bytes())
+    (one / "link").symlink_to(root / "digit 0")
+    return root
+
+
+ODD = {
+    ".webp": 2,
+    ".tiff": 1,
+    "no suffix": 1,
+    "linked folder": 1,
+    ".txt outside class folders": 1,
+    ".png outside class folders": 1,
+}
+
+
+def test_files_passed_over_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, run = odd_folder(tmp_path / "x"), tmp_path / "run"
+    found = open_images(str(root))
+    assert (len(found), dict(found.passed_over), found.ignored) == (12, ODD, 7)
+    train, valid, _ = training_and_validation(str(root), None, 0.5)
+    assert passed_over(train, valid) == ODD
+    train, valid, _ = training_and_validation(str(root), str(root), 0.5)
+    assert passed_over(train, valid) == {kind: 2 * count for kind, count in ODD.items()}
+
+    arguments = ["--data", str(root), "--val-fraction", "0.5", "--out", str(run), *SMALL, *ONCE]
+    assert main(["train", *arguments, "--batch-size", "4", "--epochs", "1", "--json"]) == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["passed_over"] == ODD
+    assert "\nvimcore: passed over: 2 .webp, 1 .png outside class folders, 1 .tiff, " in error
+    assert main(["eval", str(run / "best.safetensors"), "--data", str(root), "--json", "--workers", "0"]) == 0
+    out, error = capsys.readouterr()
+    assert json.loads(out)["passed_over"] == ODD
+    assert error.startswith("vimcore: passed over: 2 .webp, ")
+    assert main(["eval", str(run), "--data", str(root), "--out", str(tmp_path / "answers.csv")]) == 1
+    assert "expected a name that ends with .npz" in capsys.readouterr().err
+
+    (tmp_path / "none" / "class").mkdir(parents=True)
+    (tmp_path / "none" / "class" / "a.webp").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"no images in class folders .*; passed over: 1 \.webp"):
+        open_images(str(tmp_path / "none"))
+
+
+def test_pipes_sockets_and_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, run = folder(tmp_path / "x", digits=(0, 1), each=8), tmp_path / "run"
+    one = os.fsencode(root / "digit 1")
+    os.rename(one + b"/000.png", one + b"/\xff\xe9.png")
+    os.mkfifo(one + b"/pipe.png")
+    os.mkfifo(one + b"/\xffpipe.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(one + b"/socket.png")
+    arguments = ["--data", str(root), "--val", str(root), "--out", str(run), *SMALL, *ONCE, "--epochs", "2"]
+    assert main(["train", *arguments, "--batch-size", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["skipped"] == 3
+    faults = {os.fsencode(line["file"]): line["error"] for line in log(run) if line["kind"] == "fault"}
+    names = (b"pipe.png", b"\xffpipe.png", b"socket.png")
+    assert faults == {one + b"/" + name: "not a regular file" for name in names}
+    saved = np.load(run / "eval.npz")
+    assert one + b"/\xff\xe9.png" in set(map(os.fsencode, saved["files"].tolist()))
+    os.rename(one, one[:-1] + b"\xff")
+    with pytest.raises(ValueError, match=r"the name of class digit \\xff is not UTF-8"):
+        open_images(str(root))
+
+
+# ---- lists -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["list.csv", "LIST.CSV", "list.tsv", "List.Tsv"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_lists(name: str, encoding: str, tmp_path: Path) -> None:
+    tab = "\t" if name.lower().endswith("tsv") else ","
+    rows = [
+        ["label", "split", "path"],
+        ["\u00fcber", "x", "a b.png"],
+        ["10", "", "sub/\u2028.PNG"],
+        ["9", "", '"c"'],
+    ]
+    text = "\r\n".join(tab.join(row) for row in rows).replace('"c"', '"q\ruoted"') + "\r\n\r\n"
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert read_list(str(tmp_path / name)) == [
+        ("a b.png", "\u00fcber"),
+        ("sub/\u2028.PNG", "10"),
+        ("q\ruoted", "9"),
+    ]
+    found = open_images(str(tmp_path / name)) if "9" in text else None
+    assert found is not None
+    assert found.classes == ["10", "9", "\u00fcber"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"path,label\na.png,1\nb\xe9.png,2\n", r"line 3: expected UTF-8 or marked UTF-16, got byte 0xe9"),
+        (b"\xff\xfep\x00a\x00t", r"line 1: expected UTF-8"),
+        (b"path,label\na.png,1\n" + b"x" * 200_000 + b",1\n", r"line 3: field larger than field limit"),
+        (b"path,label\na\x00.png,1\n", r"line 2: .*NUL"),
+        (b"path,label\na.png\n", r"line 2: expected a path and a label, got \['a.png'\]"),
+        (b"path,label\n\n\na.png,1\n,2\n", r"line 5: expected a path and a label"),
+        (b"path,label\na,b.png,cat\n", r"line 2: expected 2 fields, got 3: .*quote a comma"),
+        (b"path,label,path\n", r"expected the columns path and label, got"),
+        (b"path\tlabel\na.png\t1\n", r"expected the columns path and label, got"),
+        (b"", r"expected the columns path and label, got \[\]"),
+    ],
+)
+def test_lists_that_are_wrong(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "list.CSV"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"list.CSV: {message}"):
+        open_images(str(path))
+    assert main(["train", "--data", str(path), "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"vimcore: {path}: ")
+    assert error.count("\n") == 1
+
+
+def test_a_list_that_is_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list.csv")
+    with pytest.raises(OSError, match="not a regular file"):
+        open_images(str(tmp_path / "list.csv"))
+
+
+def test_arrays_with_large_letters(tmp_path: Path) -> None:
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        np.save(tmp_path / label / "x.npy", np.zeros((2, 8, 8), np.float32))
+        (tmp_path / label / "x.npy").rename(tmp_path / label / "X.NPY")
+    found = open_images(str(tmp_path))
+    assert found.arrays
+    assert found.read(1).shape == (2, 8, 8)
+
+
+# ---- reads that never end ----------------------------------------------------------------------------------
+
+
+def block(monkeypatch: pytest.MonkeyPatch, good: int, number: int) -> None:
+    """After so many files, reading one takes for ever; then the signal comes."""
+    read, left = data.read_file, [good]
+
+    def slow(path: str, largest: int | None = None) -> bytes:
+        if left[0] == 0:
+            threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+            time.sleep(300)
+        left[0] -= 1
+        return read(path, largest)
+
+    monkeypatch.setattr(data, "read_file", slow)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_read(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = folder(tmp_path / "x", digits=(0, 1), each=8), tmp_path / "run"
+    arguments = ["--data", str(root), "--val", str(root), "--out", str(run), *SMALL, *ONCE, "--epochs", "2"]
+    begin = time.monotonic()
+    for good, step in ((9, 2), (12, 4)):  # in the third update; in the validation after the fourth
+        block(monkeypatch, good, number)
+        how = ["--resume", str(run)] if run.exists() else [*arguments, "--batch-size", "4"]
+        assert main(["train", *how]) == 128 + number
+        assert f"after update {step}; go on with" in capsys.readouterr().err
+        assert read_checkpoint(run / "checkpoint.pt")["step"] == step
+        monkeypatch.undo()
+    assert time.monotonic() - begin < 60
+    assert main(["train", "--resume", str(run)]) == 0
+    assert read_checkpoint(run / "checkpoint.pt")["step"] == 8
+
+
+def test_a_signal_ends_the_setting_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in "ab":
+        (tmp_path / "x" / label).mkdir(parents=True)
+        np.save(tmp_path / "x" / label / "x.npy", np.zeros((2, 18, 18), np.float32))
+    block(monkeypatch, 1, signal.SIGTERM)
+    run = tmp_path / "run"
+    arguments = [
+        "--data",
+        str(tmp_path / "x"),
+        "--val",
+        str(tmp_path / "x"),
+        "--out",
+        str(run),
+        *SMALL,
+        *ONCE,
+    ]
+    assert main(["train", *arguments]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "vimcore: stopped by SIGTERM before the first update\n"
+    assert not run.exists()
