@@ -43,16 +43,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "vimcore"}):
         metadata: dict[str, Any] = {"Software": None} if kind == "png" else {"Date": None}
         figure.savefig(memory, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.2)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(memory.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic(path) as file:
+        file.write(memory.getvalue())
 
 
 def tidy(axes: Axes) -> None:

@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from .presets import PRESETS
+from .presets import DEFAULT, PRESETS, recipe
 from .settings import SECTIONS, Settings, read_toml
 
 
@@ -34,7 +34,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         metavar="NAME",
-        help=f"published recipe: {', '.join(PRESETS)} (default: tiny-released)",
+        help=f"published recipe: {', '.join(PRESETS)} (default: {DEFAULT})",
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings, such as RUN/config.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the settings as TOML and stop")
@@ -65,7 +65,8 @@ def _shown(value: Any) -> str:
     return " ".join(f"{v:.4g}" for v in value) if isinstance(value, tuple) else str(value)
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
+    """The settings of the run, and notes on what was changed though nobody typed it."""
     names = {field.name for field in dataclasses.fields(Settings)}
     flags = {name: value for name, value in vars(args).items() if name in names}
     if args.resume is not None:
@@ -75,25 +76,28 @@ def _settings(args: argparse.Namespace) -> Settings:
             )
         from .run import resumed
 
-        return resumed(Path(args.resume), flags)
+        return resumed(Path(args.resume), flags), []
     of_file = read_toml(args.config) if args.config else {}
-    settings = Settings().merged({**PRESETS[args.preset or "tiny-released"], **of_file, **flags})
+    settings, notes = recipe(args.preset or DEFAULT, {**of_file, **flags})
     if "-long-" in (args.preset or "") and settings.init is None:
         raise ValueError(f"init: {args.preset} fine-tunes; name the weights to start from with --init")
-    return settings
+    return settings, notes
 
 
 def train(args: argparse.Namespace) -> int:
     """Runs, prints the summary; the status of a signal that stopped it is the shell's."""
+    settings, notes = _settings(args)
     if args.dry_run:
-        print(_settings(args).to_toml())
+        print(settings.to_toml())
+        for note in notes:
+            print(f"vimcore: {note}", file=sys.stderr)
         return 0
     from .run import train as run
     from .stopping import Stopped
 
     folder = Path(args.resume or args.out or "vimcore-train")
     try:
-        summary = run(_settings(args), folder, args.resume is not None)
+        summary = run(settings, folder, args.resume is not None, notes)
     except Stopped as stopped:
         print(f"vimcore: {stopped}", file=sys.stderr)
         return stopped.status

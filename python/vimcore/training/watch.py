@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..files import named
+from ..run_files import entry_of
 from .checkpoint import rewrite_lines
 
 
@@ -27,34 +29,46 @@ def peak_memory(device: torch.device) -> int:
 class Watch:
     """Writes RUN/log.jsonl and, by the process that writes, shows how far the run is.
 
-    Lines of kind "step" and "eval" as the columns of a table; "fault" names a file that was skipped.
+    Lines of kind "step" and "eval" as the columns of a table; "start" holds what the learning rate follows
+    from and what was noted about the settings, "fault" names a file that was skipped.
+
+    Args:
+        steps, done: updates of the whole run, and of what the checkpoint holds.
+        whole_epoch: whether the checkpoint was written after the scores of its last epoch.
+        resumed: whether there is a checkpoint; without, a log that lies there is of a run that came to nothing.
+
+    Raises:
+        ValueError: a line of the log is no entry of one.
     """
 
-    def __init__(self, folder: Path, steps: int, done: int, whole_epoch: bool, writes: bool) -> None:
+    def __init__(
+        self, folder: Path, steps: int, done: int, whole_epoch: bool, writes: bool, resumed: bool
+    ) -> None:
         self.writes = writes
         self.skipped: set[str] = set()
         self.bar: tqdm[Any] | None = None
         self.board: Any = None
+        self.path = path = folder / "log.jsonl"
+        self.begins = not resumed or not path.exists()
         if not writes:
             return
-        path = folder / "log.jsonl"
 
-        def before(line: bytes) -> bool:
+        def before(number: int, line: bytes) -> bool:
             """Whether the line is of what the checkpoint holds."""
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # cut by a crash
+            if not resumed:
                 return False
+            entry = entry_of(line, path, number)
             if entry["kind"] == "fault":
                 self.skipped.add(entry["file"])
-            return bool(
-                entry["kind"] == "fault"
-                or entry["step"] < done
-                or (entry["step"] == done and (whole_epoch or entry["kind"] == "step"))
-            )
+            if "step" not in entry or entry["step"] < done:
+                return True
+            return bool(entry["step"] == done and (whole_epoch or entry["kind"] == "step"))
 
         rewrite_lines(path, before)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        # A name that is not UTF-8 stands there as JSON's escapes.
+        self.file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  see close()
+        if resumed and self.begins:
+            self.say(f"vimcore: {path}: not there; a new one begins after update {done}")
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -75,13 +89,19 @@ class Watch:
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None  # JSON has no such numbers
-        self.file.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
-        self.file.flush()
+        with named(self.path):
+            self.file.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
+            self.file.flush()
         if self.board is not None and "step" in values:
             group = f"{kind}/{values['weights']}" if "weights" in values else kind
             for name, value in values.items():
                 if name not in ("step", "epoch") and isinstance(value, (int, float)):
                     self.board.add_scalar(f"{group}/{name}", value, values["step"])
+
+    def start(self, **values: Any) -> None:
+        """The first line of the log."""
+        if self.begins:
+            self.record("start", **values)
 
     def faults(self, found: dict[str, str]) -> None:
         """Files that could not be read; each is told once."""
@@ -106,4 +126,5 @@ class Watch:
         if self.board is not None:
             self.board.close()
         if self.writes:
-            self.file.close()
+            with named(self.path):
+                self.file.close()
