@@ -34,7 +34,7 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     try:
         with named(path), _Remembering(temporary) as raw:
             try:
-                file = io.BufferedWriter(raw)
+                file = io.BufferedWriter(raw)  # type: ignore[type-var]
                 yield cast(IO[bytes], file)
                 file.flush()
             except Exception as error:  # torch.save turns a full disk into a RuntimeError about its own code

@@ -45,7 +45,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def rewrite_lines(path: Path, keep: Callable[[int, bytes], bool]) -> None:
-    """Drops the lines of a file that `keep` refuses, given their numbers from 1, and a last one without end."""
+    """Drops the lines of a file that `keep(number, line)` refuses, and a last one without an end."""
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
         with atomic(path) as file:

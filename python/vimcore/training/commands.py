@@ -12,8 +12,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from ..files import literal, shortened
 from .presets import DEFAULT, PRESETS, recipe
-from .settings import SECTIONS, Settings, read_toml
+from .settings import MOST_PROCESSES, SECTIONS, Settings, read_toml
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,6 +148,9 @@ def evaluate(args: argparse.Namespace) -> int:
     from .evaluate import images_of, weights_of
     from .network import choose_device
 
+    for name in ("threads", "workers"):
+        if (getattr(args, name) or 0) > MOST_PROCESSES:
+            raise ValueError(f"{name}: expected at most {MOST_PROCESSES}, got {getattr(args, name)}")
     for name in ("batch_size", "threads", "stride", *(["img_size"] if args.img_size else [])):
         value = getattr(args, name)
         if value is not None and (min(value) if isinstance(value, list) else value) < 1:
@@ -177,7 +181,7 @@ def evaluate(args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps(_facts(found), ensure_ascii=False), flush=True)
     for name, reason in results[-1].answers.faults.items():
-        print(f"vimcore: skipped {name}: {reason}", file=sys.stderr)
+        print(f"vimcore: skipped {literal(name)}: {literal(reason)}", file=sys.stderr)
     best = max(results, key=lambda found: found.answers.scores().top1)
     if args.out:
         best.answers.save(Path(args.out), best.images)
@@ -228,10 +232,12 @@ def _print(results: list[Any], best: Any) -> None:
     print(f"\n{best.weights}")
     table = [["class", "images", "right", "most taken for"]]
     for name, count, share, taken in per_class(best.answers, best.images.classes):
-        table.append([name, str(count), "" if math.isnan(share) else f"{100 * share:.1f} %", taken])
+        table.append(
+            [literal(name), str(count), "" if math.isnan(share) else f"{100 * share:.1f} %", literal(taken)]
+        )
     _print_table(table, indent="  ")
     confusion = best.answers.confusion()
     if len(confusion) <= 20:
         print("\nconfusion: rows true, columns predicted")
-        names = [name[:10] for name in best.images.classes]
+        names = [shortened(name, 10) for name in best.images.classes]
         _print_table([["", *names], *([n, *map(str, row)] for n, row in zip(names, confusion))], indent="  ")

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..files import literal, named
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.tmp|\.vimcore-(?P<other>\d+)-\d+\.tmp")
+_NONE_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems without locks
 _held: set[int] = set()  # descriptors of this process
 
 
@@ -24,6 +25,7 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.descriptor = -1
+        self.notes: list[str] = []  # to be told
 
     def take(self) -> None:
         """Takes it, if it is not held; makes the folder.
@@ -45,6 +47,9 @@ class Lock:
         except OSError as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             os.close(descriptor)
+            if error.errno in _NONE_HERE:
+                self.notes = [f"{path}: {error.strerror}: take care that no other process writes this run"]
+                return
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             raise ValueError(
@@ -80,7 +85,9 @@ def remove_leftovers(folder: Path, own: tuple[str, ...]) -> list[str]:
     removed = []
     for path in sorted(folder.iterdir()):
         found = _TEMPORARY.fullmatch(path.name)
-        if found and path.is_file() and (found["name"] in own or not _alive(int(found["process"] or found["other"]))):
+        if not found or not path.is_file():
+            continue
+        if found["name"] in own or not _alive(int(found["process"] or found["other"])):
             path.unlink(missing_ok=True)
             removed.append(path.name)
     return removed

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import inspect
 from collections.abc import Sequence
@@ -57,7 +56,7 @@ def further_options(texts: Sequence[str]) -> dict[str, Any]:
         ValueError: there is no such argument, it has a flag of its own, or it is named twice.
     """
     known = set(inspect.signature(VisionMamba).parameters)
-    flags = {field.name for field in dataclasses.fields(Settings)} & known
+    flags = {*_OPTIONS, "img_size", "in_chans", "drop_rate", "drop_path_rate", "memory"}
     found: dict[str, Any] = {}
     for key, value in map(parse_setting, texts):
         if key in flags:
@@ -70,6 +69,8 @@ def further_options(texts: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"set: {key}: VisionMamba has no such argument; it has {', '.join(close)}")
         if key in found:
             raise ValueError(f"set: {key}: given twice")
+        if type(value) in (int, float) and not abs(value) < 1 << 63:
+            raise ValueError(f"set: {key}: expected a finite number that 64 bits hold, got {value}")
         found[key] = value
     return found
 

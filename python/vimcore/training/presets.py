@@ -108,6 +108,6 @@ def recipe(name: str, typed: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     warmup = bounded(settings.warmup_epochs, settings.epochs, settings.schedule_steps)
     if warmup == settings.warmup_epochs:
         return settings, []
-    part = "a tenth of the run" if settings.schedule_steps == "update" else "the whole epochs in a tenth of the run"
-    text = f"warm-up {settings.warmup_epochs:g} epochs shortened to {warmup:g}, {part}; --warmup-epochs sets it"
-    return settings.merged({"warmup_epochs": warmup}), [text]
+    whole = "" if settings.schedule_steps == "update" else "the whole epochs in "
+    what = f"warm-up {settings.warmup_epochs:g} epochs shortened to {warmup:g}, {whole}a tenth of the run"
+    return settings.merged({"warmup_epochs": warmup}), [f"{what}; --warmup-epochs sets it"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a checkpoint is one of this very run: nothing of it is taken over before all of it was looked at."""
+"""Whether a checkpoint is one of this very run: all of it is looked at before any of it is taken over."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ class _Checker:
 
     def _identity(self, value: Any, now: Mapping[str, Any]) -> None:
         self._keys("identity", value, tuple(now))
-        for name, what in (("images", "other images to learn from"), ("per_update", "another number an update")):
+        others = {"images": "other images to learn from", "per_update": "another number an update"}
+        for name, what in others.items():
             if type(value[name]) is not type(now[name]):
                 self._wrong(f"identity.{name}", type(now[name]).__name__, value[name])
             if value[name] != now[name]:
@@ -83,8 +84,9 @@ class _Checker:
 
     def _optimizer(self, value: Any, expected: Expected, step: int) -> None:
         self._keys("optimizer", value, ("state", "param_groups"))
-        groups = expected.optimizer["param_groups"]
-        for i, (group, own) in enumerate(zip(self._list("param_groups", value["param_groups"], len(groups)), groups)):
+        own_groups = expected.optimizer["param_groups"]
+        groups = self._list("optimizer.param_groups", value["param_groups"], len(own_groups))
+        for i, (group, own) in enumerate(zip(groups, own_groups)):
             field = f"optimizer.param_groups[{i}]"
             self._keys(field, group, tuple(own))
             for name, wanted in own.items():
@@ -155,8 +157,13 @@ class _Checker:
         self._keys(field, value, tuple(wanted))
         for key, own in wanted.items():
             name, tensor = f"{field}.{key}", value[key]
-            dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-            if not dense or tensor.shape != own.shape or tensor.dtype != own.dtype:
+            plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            if (
+                not plain
+                or tensor.device.type != "cpu"
+                or tensor.shape != own.shape
+                or tensor.dtype != own.dtype
+            ):
                 self._wrong(name, _shown(own), tensor)
             if not bool(tensor.isfinite().all()):
                 self._wrong(name, "finite numbers", f"{int((~tensor.isfinite()).sum())} that are not")

@@ -66,7 +66,8 @@ def train(
                 run.watch.close()
         except Stuck:
             stop.calm()
-            raise Stopped(stop.number, folder if (folder / CHECKPOINT).exists() else None, stop.place) from None
+            begun = folder if (folder / CHECKPOINT).exists() else None
+            raise Stopped(stop.number, begun, stop.place) from None
         finally:
             lock.release()
 
@@ -148,7 +149,7 @@ class Run:
         if self.rank == 0:
             lock.take()
             self._refuse_another(resume)  # another may have begun and ended meanwhile
-            notes += _leftovers(folder)
+            notes += [*lock.notes, *_leftovers(folder)]
             write_text(folder / CONFIG, settings.to_toml())
         whole_epoch = self.done == 0
         self.watch = Watch(folder, self.updates, self.loop.step, whole_epoch, self.rank == 0, resume)
@@ -211,7 +212,7 @@ class Run:
         )
         check(self.folder / CHECKPOINT, saved, expected)
         if saved["best"] and not (self.folder / BEST).is_file():
-            raise ValueError(f"{self.folder / BEST}: not there, but {CHECKPOINT} names it as the best weights")
+            raise ValueError(f"{self.folder / BEST}: not there, but the checkpoint names it as the best")
         self.model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         self.loop.scaler.load_state_dict(saved["scaler"])

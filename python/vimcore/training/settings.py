@@ -108,7 +108,9 @@ class Settings:
     schedule_steps: str = _key(
         "schedule", "authors", "when it moves: authors' is one epoch late", ("authors", "epoch", "update")
     )
-    warmup_epochs: float = _key("schedule", 5, "of linear growth from warmup_lr; in a run shorter than the preset's, a tenth of it where not set")
+    warmup_epochs: float = _key(
+        "schedule", 5, "of growth from warmup_lr; not set: at most a tenth of a run shorter than its preset"
+    )
     warmup_lr: float = _key("schedule", 1e-6, "where warm-up starts, never scaled")
     min_lr: float = _key("schedule", 1e-5, "where the cosine ends, never scaled")
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..files import named
+from ..files import literal, named
 from ..run_files import entry_of
 from .checkpoint import rewrite_lines
 
@@ -35,7 +35,7 @@ class Watch:
     Args:
         steps, done: updates of the whole run, and of what the checkpoint holds.
         whole_epoch: whether the checkpoint was written after the scores of its last epoch.
-        resumed: whether there is a checkpoint; without, a log that lies there is of a run that came to nothing.
+        resumed: whether there is a checkpoint; without, a log that lies there is of a run that ended before.
 
     Raises:
         ValueError: a line of the log is no entry of one.
@@ -108,7 +108,7 @@ class Watch:
         for name, reason in found.items():
             if name not in self.skipped:
                 self.skipped.add(name)
-                self.say(f"vimcore: skipped {name}: {reason}")
+                self.say(f"vimcore: skipped {literal(name)}: {literal(reason)}")
                 self.record("fault", file=name, error=reason)
 
     def step(self, epoch: int, epochs: int, loss: float, lr: float, rate: float, memory: int) -> None:
