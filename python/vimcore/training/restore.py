@@ -53,7 +53,7 @@ class _Checker:
         if expected.average is None or saved["average"] is None:
             if saved["average"] is not expected.average:
                 wanted = "None (ema is 0)" if expected.average is None else "averaged weights (ema is not 0)"
-                self._wrong("average", wanted, saved["average"])
+                self._wrong("average", wanted, _shown(saved["average"]))
         else:
             average = self._list("average", saved["average"], len(expected.average))
             self._tensors("average", dict(enumerate(average)), dict(enumerate(expected.average)))
@@ -68,7 +68,7 @@ class _Checker:
         others = {"images": "other images to learn from", "per_update": "another number an update"}
         for name, what in others.items():
             if type(value[name]) is not type(now[name]):
-                self._wrong(f"identity.{name}", type(now[name]).__name__, value[name])
+                self._wrong(f"identity.{name}", type(now[name]).__name__, _shown(value[name]))
             if value[name] != now[name]:
                 raise ValueError(
                     f"{self.path.parent}: cannot go on with {what} than the checkpoint's "
@@ -80,7 +80,9 @@ class _Checker:
         done = self._integer("done", saved["done"], 0, per_epoch if epoch < epochs else 0)
         step = epoch * per_epoch + done
         if self._integer("step", saved["step"], 0, epochs * per_epoch) != step:
-            self._wrong("step", f"{step}, of epoch {epoch} and {done} updates of {per_epoch}", saved["step"])
+            self._wrong(
+                "step", f"{step}, of epoch {epoch} and {done} updates of {per_epoch}", _shown(saved["step"])
+            )
 
     def _optimizer(self, value: Any, expected: Expected, step: int) -> None:
         self._keys("optimizer", value, ("state", "param_groups"))
@@ -93,7 +95,7 @@ class _Checker:
                 if name == "lr":
                     self._number(f"{field}.lr", group[name], 0, math.inf)
                 elif type(group[name]) is not type(wanted) or group[name] != wanted:
-                    self._wrong(f"{field}.{name}", _shown(wanted), group[name])
+                    self._wrong(f"{field}.{name}", _shown(wanted), _shown(group[name]))
         state, count = value["state"], len(expected.parameters)
         skips = bool(expected.scaler)  # updates of float16 that overflowed
         begun = step > 0 and not (skips and state == {})
@@ -105,9 +107,11 @@ class _Checker:
             self._tensors(field, moments, {"step": torch.zeros(()), "exp_avg": own, "exp_avg_sq": own})
             made = moments["step"].item()
             if not (0 < made <= step if skips else made == step):
-                self._wrong(f"{field}.step", f"{step}", made)
+                self._wrong(f"{field}.step", f"{step}", _shown(made))
             if bool((moments["exp_avg_sq"] < 0).any()):
-                self._wrong(f"{field}.exp_avg_sq", "no value below 0", moments["exp_avg_sq"].min().item())
+                self._wrong(
+                    f"{field}.exp_avg_sq", "no value below 0", _shown(moments["exp_avg_sq"].min().item())
+                )
 
     def _scaler(self, value: Any, own: Mapping[str, Any]) -> None:
         self._keys("scaler", value, _SCALER if own else ())
@@ -122,13 +126,13 @@ class _Checker:
             self._number(f"best.{name}", value[name], 0, 1)
         self._integer("best.epoch", value["epoch"], 1, epoch)
         if value["weights"] not in ("raw", "ema"):
-            self._wrong("best.weights", "raw or ema", value["weights"])
+            self._wrong("best.weights", "raw or ema", _shown(value["weights"]))
 
     # ---- kinds of value ------------------------------------------------------------------------------------
 
     def _keys(self, field: str, value: Any, wanted: tuple[Any, ...]) -> None:
         if not isinstance(value, dict):
-            self._wrong(field, "a dictionary", value)
+            self._wrong(field, "a dictionary", _shown(value))
         missing = [key for key in wanted if key not in value]
         strange = [key for key in value if key not in wanted]
         for found, what in ((missing, "missing"), (strange, "not expected")):
@@ -139,19 +143,19 @@ class _Checker:
 
     def _list(self, field: str, value: Any, length: int) -> list[Any]:
         if not isinstance(value, list) or len(value) != length:
-            given = f"{len(value)}" if isinstance(value, list) else value
+            given = f"one of {len(value)}" if isinstance(value, list) else _shown(value)
             self._wrong(field, f"a list of {length}", given)
         return list(value)
 
     def _integer(self, field: str, value: Any, low: int, high: int) -> int:
         if type(value) is not int or not low <= value <= high:
-            self._wrong(field, f"a whole number from {low} to {high}", value)
+            self._wrong(field, f"a whole number from {low} to {high}", _shown(value))
         return int(value)
 
     def _number(self, field: str, value: Any, low: float, high: float) -> None:
         if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
             span = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-            self._wrong(field, f"a finite number, {span}", value)
+            self._wrong(field, f"a finite number, {span}", _shown(value))
 
     def _tensors(self, field: str, value: Any, wanted: Mapping[Any, Tensor]) -> None:
         self._keys(field, value, tuple(wanted))
@@ -164,13 +168,12 @@ class _Checker:
                 or tensor.shape != own.shape
                 or tensor.dtype != own.dtype
             ):
-                self._wrong(name, _shown(own), tensor)
+                self._wrong(name, _shown(own), _shown(tensor))
             if not bool(tensor.isfinite().all()):
                 self._wrong(name, "finite numbers", f"{int((~tensor.isfinite()).sum())} that are not")
 
-    def _wrong(self, field: str, wanted: str, given: Any) -> NoReturn:
-        text = given if isinstance(given, str) and wanted == "finite numbers" else _shown(given)
-        raise ValueError(f"{self.path}: {field}: expected {wanted}, got {text}")
+    def _wrong(self, field: str, wanted: str, given: str) -> NoReturn:
+        raise ValueError(f"{self.path}: {field}: expected {wanted}, got {given}")
 
 
 def _shown(value: Any) -> str:

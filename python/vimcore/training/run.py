@@ -145,15 +145,16 @@ class Run:
         self.validation = Validation(self.valid, eval_transform(self.input, self.valid), shape)
         self.valid_batches = loader(self.validation, settings.batch_size, settings.workers, pin)
         notes = [*notes, *warnings(settings, schedule, self.updates)]
+        in_folder: list[str] = []  # told, but no part of the log, which the settings decide
         stop.setting_up = False
         if self.rank == 0:
             lock.take()
             self._refuse_another(resume)  # another may have begun and ended meanwhile
-            notes += [*lock.notes, *_leftovers(folder)]
+            in_folder = [*lock.notes, *_leftovers(folder)]
             write_text(folder / CONFIG, settings.to_toml())
         whole_epoch = self.done == 0
         self.watch = Watch(folder, self.updates, self.loop.step, whole_epoch, self.rank == 0, resume)
-        self._introduce(train, about, of_weights, notes)
+        self._introduce(train, about, of_weights, notes, in_folder)
 
     # ---- setting up ----------------------------------------------------------------------------------------
 
@@ -168,7 +169,9 @@ class Run:
             folder = self.folder
             raise ValueError(f"{folder}: holds a run; go on with --resume {folder}, or name another --out")
 
-    def _introduce(self, train: Images, about: str, of_weights: list[str], notes: list[str]) -> None:
+    def _introduce(
+        self, train: Images, about: str, of_weights: list[str], notes: list[str], in_folder: list[str]
+    ) -> None:
         s = self.settings
         count = sum(p.numel() for p in self.model.parameters())
         text = [
@@ -183,7 +186,7 @@ class Run:
             text.append(f"{train.ignored} files of other kinds ignored")
         if self.loop.step:
             text.append(f"continued after update {self.loop.step} of {self.updates}")
-        for line in [*text, *(f"vimcore: {note}" for note in notes)]:
+        for line in [*text, *(f"vimcore: {note}" for note in [*notes, *in_folder])]:
             self.watch.say(line)
         self.watch.start(
             lr=s.lr,
