@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from vimcore import files
 from vimcore.cli import main
 from vimcore.files import atomic, literal, named, shortened
 from vimcore.training.lock import Lock, remove_leftovers
+from vimcore.training.restore import _Checker
 from vimcore.training.settings import Settings, read_toml
 
 Content = dict[str, Any]
@@ -165,6 +167,21 @@ def test_checkpoints_that_do_not_fit(run: Path, capsys: pytest.CaptureFixture[st
     assert refusal(run, capsys).startswith(f"{run / 'best.safetensors'}: not there")
     path.unlink()
     assert "no checkpoint.pt yet; start the run again with --out" in refusal(run, capsys)
+
+
+def test_a_scaler_that_does_not_fit() -> None:
+    """Of float16, which needs a GPU."""
+    own = torch.amp.GradScaler("cpu", init_scale=8.0).state_dict()
+    check = _Checker(Path("x"))._scaler
+    check({**own, "scale": 0.5, "_growth_tracker": 7}, own)
+    for name, value in (
+        ("scale", 0.0),
+        ("scale", float("inf")),
+        ("growth_factor", 3.0),
+        ("_growth_tracker", -1),
+    ):
+        with pytest.raises(ValueError, match=f"^x: scaler.{name}: expected "):
+            check({**own, name: value}, own)
 
 
 # ---- logs --------------------------------------------------------------------------------------------------
@@ -366,6 +383,16 @@ def test_a_full_disk_ends_a_run(run: Path, full: None, capsys: pytest.CaptureFix
     error = capsys.readouterr().err
     assert re.fullmatch(rf"vimcore: {run}/[a-z.]+: No space left on device\n", error.splitlines(True)[-1])
     assert bytes_of(run) == before
+
+
+def test_a_closed_stderr(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing that is meant for it lands on stdout."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["train", "--resume", str(run), "--json"]) == 0
+    (summary,) = capsys.readouterr().out.splitlines()
+    assert json.loads(summary)["updates"] == 6
 
 
 def test_errors_that_are_not_the_disk_s(tmp_path: Path) -> None:

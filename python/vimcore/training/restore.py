@@ -15,7 +15,6 @@ from torch import Tensor
 _KEYS = ("format", "model", "average", "optimizer", "scaler", "step", "epoch", "done", "best", "identity")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _BEST = ("top1", "top5", "epoch", "weights")
-_SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,12 @@ class _Checker:
                 )
 
     def _scaler(self, value: Any, own: Mapping[str, Any]) -> None:
-        self._keys("scaler", value, _SCALER if own else ())
-        for name in value:
-            self._number(f"scaler.{name}", value[name], 0, math.inf)
+        self._keys("scaler", value, tuple(own))
+        for name, wanted in own.items():
+            if name in ("scale", "_growth_tracker"):  # what changes
+                self._number(f"scaler.{name}", value[name], 1e-30 if name == "scale" else 0, math.inf)
+            elif value[name] != wanted:
+                self._wrong(f"scaler.{name}", _shown(wanted), _shown(value[name]))
 
     def _best(self, value: Any, epoch: int) -> None:
         if value == {}:

@@ -132,12 +132,6 @@ class Settings:
         self._check_ranges()
 
     def _check_ranges(self) -> None:
-        for field in fields(self):
-            for value in _items(getattr(self, field.name)):
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise ValueError(f"{field.name}: expected a finite number, got {value}")
-                if isinstance(value, str) and not _is_utf8(value):
-                    raise ValueError(f"{field.name}: expected text in UTF-8, got {literal(value)}")
         positive = ("batch_size", "accumulate", "lr_batch", "epochs", "eval_every", "checkpoint_every")
         for name in (*positive, "log_every", "repeats"):
             if getattr(self, name) < 1:
@@ -168,6 +162,12 @@ class Settings:
             raise ValueError(
                 f"batch_size: expected an even number with mixup or cutmix, got {self.batch_size}"
             )
+        for field in fields(self):
+            for value in _items(getattr(self, field.name)):
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{field.name}: expected a finite number, got {value}")
+                if isinstance(value, str) and not _is_utf8(value):
+                    raise ValueError(f"{field.name}: expected text in UTF-8, got {literal(value)}")
 
     def merged(self, changes: Mapping[str, Any]) -> Settings:
         """These settings with other values of some keys; ValueError names a key that does not exist."""

@@ -73,12 +73,12 @@ class Watch:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, mininterval=0.2)
 
     def say(self, text: str) -> None:
         """A line on stderr, above the bar."""
-        if self.writes:
+        if self.writes and sys.stderr is not None:  # closed by `2>&-`: tqdm would take stdout
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
 
