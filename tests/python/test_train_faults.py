@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import copy
 import errno
-import io
 import json
 import os
 import re
@@ -24,7 +24,7 @@ from vimcore import files
 from vimcore.cli import main
 from vimcore.files import atomic, literal, named, shortened
 from vimcore.training.lock import Lock, remove_leftovers
-from vimcore.training.restore import _Checker
+from vimcore.training.restore import _Checker, check
 from vimcore.training.settings import Settings, read_toml
 
 Content = dict[str, Any]
@@ -144,25 +144,43 @@ CHANGES: list[tuple[Callable[[Content], object], str]] = [
     (lambda c: c["best"].update(top1=float("nan")), "best.top1: expected a finite number, 0 to 1, got nan"),
     (lambda c: c["best"].update(epoch=7), "best.epoch: expected a whole number from 1 to 1, got 7"),
     (lambda c: c["best"].update(weights="none"), "best.weights: expected raw or ema, got 'none'"),
-    (lambda c: c.update(format=2), "not a checkpoint that this version of vimcore can continue"),
 ]
 
 
-def test_checkpoints_that_do_not_fit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = run / "checkpoint.pt"
-    whole = path.read_bytes()
+def test_checkpoints_that_do_not_fit(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("vimcore.training.run.check", lambda *given: seen.extend(copy.deepcopy(given)))
+        assert main(["train", "--resume", str(run)]) == 0
+    path, saved, expected = seen
+    assert path == run / "checkpoint.pt"
+    check(path, saved, expected)
     for change, message in CHANGES:
-        content = torch.load(io.BytesIO(whole), weights_only=True)
+        content = copy.deepcopy(saved)
         change(content)
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            check(path, content, expected)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert len(str(caught.value)) < 400
+
+
+def test_nothing_of_such_a_checkpoint_is_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "checkpoint.pt"
+    whole = torch.load(path, weights_only=True)
+    not_ours = "not a checkpoint that this version of vimcore can continue"
+    for content, message in (
+        ({**whole, "epoch": -5}, "epoch: expected a whole number from 0 to 2, got -5"),
+        ({**whole, "average": whole["average"][:3]}, "average: expected a list of 41, got one of 3"),
+        ({**whole, "model": whole["model"]["head.bias"].to_sparse()}, "model: expected a dictionary"),
+        ({**whole, "format": 2}, not_ours),
+        ([], not_ours),
+        (torch.zeros(2), not_ours),
+    ):
         torch.save(content, path)
-        error = refusal(run, capsys)
-        assert error.startswith(f"{path}: ")
-        assert message in error
-        assert len(error) < 400
-    for content in ([], 3, {"format": 1}, torch.zeros(2)):
-        torch.save(content, path)
-        assert refusal(run, capsys).startswith(f"{path}: ")
-    path.write_bytes(whole)
+        assert refusal(run, capsys).startswith(f"{path}: {message}")
+    torch.save(whole, path)
     (run / "best.safetensors").unlink()
     assert refusal(run, capsys).startswith(f"{run / 'best.safetensors'}: not there")
     path.unlink()
@@ -172,8 +190,8 @@ def test_checkpoints_that_do_not_fit(run: Path, capsys: pytest.CaptureFixture[st
 def test_a_scaler_that_does_not_fit() -> None:
     """Of float16, which needs a GPU."""
     own = torch.amp.GradScaler("cpu", init_scale=8.0).state_dict()
-    check = _Checker(Path("x"))._scaler
-    check({**own, "scale": 0.5, "_growth_tracker": 7}, own)
+    look = _Checker(Path("x"))._scaler
+    look({**own, "scale": 0.5, "_growth_tracker": 7}, own)
     for name, value in (
         ("scale", 0.0),
         ("scale", float("inf")),
@@ -181,7 +199,7 @@ def test_a_scaler_that_does_not_fit() -> None:
         ("_growth_tracker", -1),
     ):
         with pytest.raises(ValueError, match=f"^x: scaler.{name}: expected "):
-            check({**own, name: value}, own)
+            look({**own, name: value}, own)
 
 
 # ---- logs --------------------------------------------------------------------------------------------------
