@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from vimcore import _core, plots, run_plots
 from vimcore.cli import main
 from vimcore.data import encode_png
-from vimcore.files import shortened
+from vimcore.files import literal, shortened
 
 NAMES = [
     r"$\foo$",
@@ -128,3 +128,17 @@ def test_a_picture_that_fails(
     more = f"; written before it: {', '.join(ready)}" if ready else ""
     assert (out, error) == ("", f"vimcore: {run / f'{stem}.png'}: No space left on device{more}\n")
     assert sorted(path.name for path in run.iterdir()) == sorted(before + [Path(p).name for p in ready])
+
+
+def test_names_as_one_line() -> None:
+    assert (
+        literal("a\nb\x1b[31m\x7f\u202e\ud800\udcff\u2028\uffff")
+        == r"a\nb\x1b[31m\x7f\u202e\ud800\xff\u2028\uffff"
+    )
+    plain = "na\u00efve $x$ <b> \u4e2d\u6587 \U0001f468\u200d\U0001f469"
+    assert literal(plain) == plain
+    assert (shortened("abcdef", 6), shortened("abcdefg", 6), shortened("a\n\n\n", 6)) == (
+        "abcdef",
+        "abcde\u2026",
+        "a\\n\\n\u2026",
+    )

@@ -22,7 +22,7 @@ import torch
 from train_helpers import ONCE, SMALL, folder, log, stopped
 from vimcore import files
 from vimcore.cli import main
-from vimcore.files import atomic, literal, named, shortened
+from vimcore.files import atomic, named
 from vimcore.training.lock import Lock, remove_leftovers
 from vimcore.training.restore import _Checker, check
 from vimcore.training.settings import Settings, read_toml
@@ -283,6 +283,22 @@ def test_wrong_flags(
     assert not (tmp_path / "run").exists()
 
 
+def test_settings_of_a_run_that_do_not_fit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "config.toml"
+    whole = path.read_text()
+    for old, new, message in (
+        ("lr = 0.0005 ", "# lr ", "not there, though the run began with them: lr"),
+        ("lr = 0.0005 ", "lr = nan ", "lr: expected more than 0, got nan"),
+        ("epochs = 2 ", "epochs = 1.5 ", "epochs: expected int, got 1.5"),
+        ("epochs = 2 ", "epoch = 2 ", "epoch: there is no such setting; close to it: epochs"),
+        ("[data]", "[date]", "[date]: expected one of the sections model"),
+        ("[data]", "[data", "not a TOML file"),
+    ):
+        assert whole.count(f"\n{old}") == 1
+        path.write_text(whole.replace(f"\n{old}", f"\n{new}"))
+        assert refusal(run, capsys).startswith(f"{path}: {message}")
+
+
 def test_settings_of_any_text(tmp_path: Path) -> None:
     for text in ("".join(map(chr, range(1, 0x300))), "\x7f", 'a\\"\n\t', "\U0001f600\ufeff\u2028"):
         settings = Settings(data=text, set=(text,))
@@ -420,17 +436,3 @@ def test_errors_that_are_not_the_disk_s(tmp_path: Path) -> None:
         raise OSError(errno.EIO, "other", "its own")
     assert caught.value.filename == "its own"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_names_as_one_line() -> None:
-    assert (
-        literal("a\nb\x1b[31m\x7f\u202e\ud800\udcff\u2028\uffff")
-        == r"a\nb\x1b[31m\x7f\u202e\ud800\xff\u2028\uffff"
-    )
-    plain = "na\u00efve $x$ <b> \u4e2d\u6587 \U0001f468\u200d\U0001f469"
-    assert literal(plain) == plain
-    assert (shortened("abcdef", 6), shortened("abcdefg", 6), shortened("a\n\n\n", 6)) == (
-        "abcdef",
-        "abcde\u2026",
-        "a\\n\\n\u2026",
-    )

@@ -420,4 +420,13 @@ def resumed(folder: Path, changes: dict[str, Any]) -> Settings:
     fixed = sorted(set(changes) - set(MACHINE))
     if fixed:
         raise ValueError(f"{', '.join(fixed)}: cannot change when a run goes on; {', '.join(MACHINE)} can")
-    return Settings().merged(read_toml(str(folder / CONFIG))).merged(changes)
+    path = str(folder / CONFIG)
+    found = read_toml(path)
+    try:
+        settings = Settings().merged(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    missing = [name for name, value in vars(settings).items() if name not in found and value is not None]
+    if missing:  # the value that it has by default may not be the one that the run began with
+        raise ValueError(f"{path}: not there, though the run began with them: {', '.join(missing[:12])}")
+    return settings.merged(changes)
