@@ -189,6 +189,8 @@ def test_signals_while_it_computes() -> None:
         with pytest.raises(Stuck):
             next(found.waited(forever()))
         assert not found.waiting
+        found.end()
+        os.kill(os.getpid(), signal.SIGTERM)  # while the checkpoint is written
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)] == before
 
 

@@ -65,7 +65,7 @@ def train(
             finally:
                 run.watch.close()
         except Stuck:
-            stop.calm()
+            stop.end()
             begun = folder if (folder / CHECKPOINT).exists() else None
             raise Stopped(stop.number, begun, stop.place) from None
         finally:
@@ -249,7 +249,7 @@ class Run:
         try:
             self._updates()
         except Stuck:  # between two updates: they are not lost
-            self.stop.calm()
+            self.stop.end()
             self._save()
             when = f"after update {self.loop.step}, {self.stop.place}"
             raise Stopped(self.stop.number, self.folder, when) from None

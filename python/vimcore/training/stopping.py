@@ -43,7 +43,7 @@ class Signals:
         self.received: list[int] = []
         self.first = 0.0  # when
         self.process = os.getpid()
-        self.waiting, self.setting_up = False, True
+        self.waiting, self.setting_up, self.over = False, True, False
 
     @property
     def place(self) -> str:
@@ -52,8 +52,12 @@ class Signals:
             return "before the first update"
         return "while it waited for images that did not come"
 
-    def calm(self) -> None:
+    def end(self) -> None:
         """Nothing more is broken off: the run is ending."""
+        self.over = True
+        self._waited()
+
+    def _waited(self) -> None:
         self.waiting = False
         if self.received:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -71,16 +75,17 @@ class Signals:
         if not self.received:
             self.first = time.monotonic()
         self.received.append(number)
-        if self.setting_up or (self.waiting and again):
+        if self.over or not (self.waiting or self.setting_up):
+            if again and number == signal.SIGINT:
+                raise KeyboardInterrupt
+        elif again or self.setting_up:
             raise Stuck
-        if self.waiting:
+        else:
             signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-        elif again and number == signal.SIGINT:
-            raise KeyboardInterrupt
 
     def expire(self, *_: object) -> None:
         """The handler of the timer."""
-        if self.waiting and os.getpid() == self.process:
+        if self.waiting and not self.over and os.getpid() == self.process:
             raise Stuck
 
     def waited(self, values: Iterable[T]) -> Iterator[T]:
@@ -102,7 +107,7 @@ class Signals:
         try:
             yield
         finally:
-            self.calm()
+            self._waited()
 
 
 @contextlib.contextmanager
