@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +17,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from .files import atomic, shortened
+
 if TYPE_CHECKING:
     from .train import History
 
 INK, PAPER, MUTED = "#22223b", "#ffffff", "#8a8fa3"
 BLUE, ORANGE, RED, GREEN = "#3366cc", "#f28e2b", "#d62839", "#2a9d5c"
 HEAT = LinearSegmentedColormap.from_list("heat", ["#00000000", "#f94144aa", "#f9c74fff"])
+# Text is shown as it is: a class may be called $x$. The same figure gives the same bytes.
+plainly = matplotlib.rc_context({"text.parse_math": False, "text.usetex": False, "svg.hashsalt": "vimcore"})
 Answer = tuple[int, Any, float]  # class index, label, probability
 
 
@@ -34,25 +37,17 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+@plainly
 def save_figure(figure: Figure, path: Path) -> None:
     """PNG or SVG by suffix, whole or not at all; the same figure gives the same bytes."""
     kind = path.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
         raise ValueError(f"{path}: expected a name that ends in .png or .svg")
     memory = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "vimcore"}):
-        metadata: dict[str, Any] = {"Software": None} if kind == "png" else {"Date": None}
-        figure.savefig(memory, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.2)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(memory.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    metadata: dict[str, Any] = {"Software": None} if kind == "png" else {"Date": None}
+    figure.savefig(memory, format=kind, metadata=metadata, bbox_inches="tight", pad_inches=0.2)
+    with atomic(path) as file:
+        file.write(memory.getvalue())
 
 
 def tidy(axes: Axes) -> None:
@@ -64,6 +59,7 @@ def tidy(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
 
 
+@plainly
 def plot_curve(history: History, path: Path) -> None:
     """Loss and held-out accuracy over the epochs."""
     figure = new_figure(8.4, 3.6)
@@ -96,6 +92,7 @@ def plot_curve(history: History, path: Path) -> None:
     save_figure(figure, path)
 
 
+@plainly
 def plot_predictions(
     pictures: NDArray[np.uint8],
     truth: NDArray[np.int64],
@@ -122,14 +119,16 @@ def plot_predictions(
             side.set_color("#d9dce6" if right else RED)
             side.set_linewidth(1.0 if right else 3.0)
         below: dict[str, Any] = {"transform": axes.transAxes, "va": "top"}
-        percent = f"{100 * answer[2]:.0f} %" if right else f"is {digit}, {100 * answer[2]:.0f} %"
-        axes.text(0.02, -0.07, f"{answer[1]}", color=GREEN if right else RED, weight="bold", size=10, **below)
+        label, percent = shortened(str(answer[1]), 12), f"{100 * answer[2]:.0f} %"
+        percent = percent if right else f"is {digit}, {percent}"
+        axes.text(0.02, -0.07, label, color=GREEN if right else RED, weight="bold", size=10, **below)
         axes.text(0.98, -0.09, percent, ha="right", color=MUTED if right else RED, size=8, **below)
     title = f"Held-out digits with the network's answers: {100 * accuracy:.1f} % of all are right"
     figure.suptitle(title, color=INK, weight="bold", x=0, ha="left", y=1)
     save_figure(figure, path)
 
 
+@plainly
 def plot_maps(
     pictures: NDArray[np.uint8],
     maps: NDArray[np.float32],
@@ -155,7 +154,8 @@ def plot_maps(
             evidence / top if top > 0 else evidence, cmap=HEAT, vmin=0, vmax=1, interpolation="bicubic"
         )
         right = answer[0] == digit
-        text = f"{answer[1]}   {100 * answer[2]:.0f} %" if right else f"{answer[1]}, is {digit}"
+        label = shortened(str(answer[1]), 12)
+        text = f"{label}   {100 * answer[2]:.0f} %" if right else f"{label}, is {digit}"
         left.set_title(text, color=GREEN if right else RED, weight="bold", size=10, loc="left", pad=4)
     figure.suptitle("Where the decision comes from", color=INK, weight="bold", x=0, ha="left", y=1)
     note = "bright: speaks for the answer, be it ink or the lack of it"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,58 @@ class Answers:
     files: list[str]
 
 
+def entry_of(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """A line of log.jsonl.
+
+    Raises:
+        ValueError: it is not JSON, or a field is missing or of another kind; names file, line and field.
+    """
+    where = f"{path}, line {number}"
+    try:
+        entry = json.loads(line)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{where}: no entry of a log: {error}") from None
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: no entry of a log: expected an object, got {_brief(entry)}")
+    kind = entry.get("kind")
+    if not isinstance(kind, str) or kind not in _ENTRIES:
+        raise ValueError(f"{where}: kind: expected one of {', '.join(_ENTRIES)}, got {_brief(kind)}")
+    for field, (wanted, fits) in _ENTRIES[kind].items():
+        if field not in entry and field not in _OPTIONAL:
+            raise ValueError(f"{where}: {field}: expected {wanted}, but it is not there")
+        if field in entry and not fits(entry[field]):
+            raise ValueError(f"{where}: {field}: expected {wanted}, got {_brief(entry[field])}")
+    return entry
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:59]}\u2026"
+
+
+def _is_real(value: Any) -> bool:
+    """A number that float64 can hold, NaN and inf among them."""
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_real(value) and math.isfinite(value)
+
+
+_COUNT = ("a whole number, 1 or more", lambda value: type(value) is int and 1 <= value < 1 << 63)
+_TIME = ("a finite number, 0 or more", lambda value: _is_finite(value) and value >= 0)
+_ANY = ("a number or null", lambda value: value is None or _is_real(value))
+_SHARE = ("a number from 0 to 1", lambda value: _is_finite(value) and 0 <= value <= 1)
+_TEXT = ("text", lambda value: isinstance(value, str))
+_OPTIONAL = ("images_per_second", "grad_norm")  # null, or not there
+_ENTRIES: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
+    "start": {},
+    "step": {"step": _COUNT, "epoch": _TIME, "loss": _ANY, "lr": _TIME, **dict.fromkeys(_OPTIONAL, _ANY)},
+    "eval": {"step": _COUNT, "epoch": _TIME, "loss": _ANY, "top1": _SHARE, "top5": _SHARE, "weights": _TEXT},
+    "fault": {"file": _TEXT, "error": _TEXT},
+}
+
+
 def read_log(path: Path) -> Log:
     """The log of a run, also while it is being written: a last line without an end is left out.
 
@@ -56,15 +108,10 @@ def read_log(path: Path) -> Log:
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             break
-        try:
-            entry = json.loads(line)
-            kind = entry["kind"]
-            if kind in ("step", "eval"):
-                key = "step" if kind == "step" else str(entry["weights"])
-                found.setdefault(key, {})[int(entry["step"])] = entry  # of a step done again, the last
-                float(entry["epoch"]), float(entry["loss"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: no entry of a log ({error})") from None
+        entry = entry_of(line, path, number)
+        if entry["kind"] in ("step", "eval"):
+            key = "step" if entry["kind"] == "step" else entry["weights"]
+            found.setdefault(key, {})[entry["step"]] = entry  # of a step done again, the last
     columns = {
         key: _columns([rows[step] for step in sorted(rows)], _FIELDS["step" if key == "step" else "eval"])
         for key, rows in found.items()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from numpy.typing import NDArray
 
 from . import _core
 from .data import load_digits, split_digits
+from .files import shortened
 from .images import decode
 from .picture_files import read_file
-from .plots import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, new_figure, save_figure, tidy
+from .plots import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, new_figure, plainly, save_figure, tidy
 from .run_files import Answers, Log, read_answers, read_log
 
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#7b4fb5", "#17a2b8", "#8c6d31", "#c2478d")
@@ -32,12 +34,14 @@ SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, "#c9d8f2", BLUE, "#
 POINTS = 300  # of a curve: more are averaged
 NAMED = 60  # classes whose names fit beside the matrix
 COUNTED = 25  # classes whose counts fit into it
+NAME = 40  # characters of a run's name
 SIDE = 192  # pixels of a picture among the mistakes
 
 
 # ---- curves ------------------------------------------------------------------------------------------------
 
 
+@plainly
 def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
     """Loss, accuracy, learning rate, gradient norm (or images a second) of runs by name, over the epochs."""
     figure = new_figure(10.5, 7)
@@ -58,8 +62,8 @@ def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
         _mark_best(accuracy, log, held_out, several)
         rate.plot(*_curve(log.steps, "lr"), color=colour, lw=2)
         last.plot(*_curve(log.steps, field), color=colour, lw=1.2)
-    names = ("cross-entropy", "right answers, %", "learning rate", label)
-    for axes, text in zip((loss, accuracy, rate, last), names):
+    labels = ("cross-entropy", "right answers, %", "learning rate", label)
+    for axes, text in zip((loss, accuracy, rate, last), labels):
         axes.set_title(text, color=INK, loc="left", fontsize=11)
         axes.set_xlabel("epoch", color=INK)
         if axes.get_xlim()[1] > 2:
@@ -74,7 +78,8 @@ def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
     loss.legend(handles=_legend(logs), frameon=False, fontsize=9)
     if not several and len(accuracy.lines) > 1:
         accuracy.legend(handles=_accuracy_legend(logs), frameon=False, fontsize=9, loc="lower right")
-    title = "Training of " + (", ".join(logs) if len(logs) <= 3 else f"{len(logs)} runs")
+    names = ", ".join(shortened(name, NAME) for name in logs)
+    title = "Training of " + (names if len(logs) <= 3 else f"{len(logs)} runs")
     figure.suptitle(title, color=INK, weight="bold", x=0.02, ha="left")
     figure.tight_layout()
     save_figure(figure, path)
@@ -116,7 +121,8 @@ def _legend(logs: Mapping[str, Log]) -> list[Line2D]:
     raw = any("raw" in log.evals for log in logs.values())
     if len(logs) > 1:
         lines = [
-            Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2, label=name) for i, name in enumerate(logs)
+            Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2, label=shortened(name, NAME))
+            for i, name in enumerate(logs)
         ]
         train = Line2D([], [], color=MUTED, lw=1.2, alpha=0.55, label="training")
         colour = MUTED
@@ -145,6 +151,7 @@ def _accuracy_legend(logs: Mapping[str, Log]) -> list[Line2D]:
 # ---- confusion matrix --------------------------------------------------------------------------------------
 
 
+@plainly
 def plot_confusion(answers: Answers, path: Path, title: str = "") -> None:
     """How often a class (row) was taken for another (column), and the most frequent confusions in words."""
     classes = len(answers.names)
@@ -161,7 +168,7 @@ def plot_confusion(answers: Answers, path: Path, title: str = "") -> None:
     for spine in axes.spines.values():
         spine.set_color("#d9dce6")
     if classes <= NAMED:
-        names = [_short(name, 16) for name in answers.names]
+        names = [shortened(name, 16) for name in answers.names]
         size = 9 if classes <= COUNTED else 6
         axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
         axes.set_yticks(range(classes), names, fontsize=size)
@@ -176,7 +183,7 @@ def plot_confusion(answers: Answers, path: Path, title: str = "") -> None:
     scale.tick_params(colors=INK, length=0, labelsize=8)
     bar.outline.set_visible(False)
     right = int((answers.labels == answers.predictions).sum())
-    head = f"{title}: " if title else ""
+    head = f"{shortened(title, NAME)}: " if title else ""
     text = f"{head}{right} of {len(answers.labels)} right, {100 * right / len(answers.labels):.2f} %"
     axes.set_title(text, color=INK, weight="bold", loc="left", fontsize=11)
     beside: dict[str, Any] = {"xytext": (66, 0), "textcoords": "offset points", "va": "top"}
@@ -191,20 +198,17 @@ def _confusions(matrix: NDArray[np.int64], names: Sequence[str], most: int = 12)
     np.fill_diagonal(wrong, 0)
     order = [divmod(int(at), len(names)) for at in np.argsort(-wrong, axis=None, kind="stable")[:most]]
     lines = [
-        f"{wrong[row, column]} \u00d7  {_short(names[row], 28)} \u2192 {_short(names[column], 28)}"
+        f"{wrong[row, column]} \u00d7  {shortened(names[row], 28)} \u2192 {shortened(names[column], 28)}"
         for row, column in order
         if wrong[row, column]
     ]
     return ["most frequent", *lines] if lines else ["no mistakes"]
 
 
-def _short(name: str, length: int) -> str:
-    return name if len(name) <= length else name[: length - 1] + "\u2026"
-
-
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 
+@plainly
 def plot_mistakes(answers: Answers, path: Path, count: int = 24, title: str = "") -> None:
     """The wrong answers that gave the truth the least probability; without any, the least sure right ones."""
     truth = answers.probabilities[np.arange(len(answers.labels)), answers.labels]
@@ -223,7 +227,7 @@ def plot_mistakes(answers: Answers, path: Path, count: int = 24, title: str = ""
         axes.axis("off")
     for axes, i in zip(grid.flat, chosen):
         _tile(axes, answers, int(i), pictures)
-    head = f"{title}: " if title else ""
+    head = f"{shortened(title, NAME)}: " if title else ""
     if some:
         text = f"{head}{len(wrong)} of {len(answers.labels)} wrong"
         text += f", the worst {len(chosen)}" if len(chosen) < len(wrong) else ""
@@ -250,10 +254,10 @@ def _tile(axes: Axes, answers: Answers, i: int, pictures: Callable[[int], NDArra
     p = answers.probabilities[i]
     below: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "size": 7.5}
     colour = GREEN if is_ == said else RED
-    first = f"{_short(answers.names[said], 17)}, {100 * p[said]:.0f} %"
-    second = _short(os.path.basename(answers.files[i]), 24) if is_ == said else ""
+    first = f"{shortened(answers.names[said], 17)}, {100 * p[said]:.0f} %"
+    second = shortened(os.path.basename(answers.files[i]), 24) if is_ == said else ""
     if is_ != said:
-        second = f"is {_short(answers.names[is_], 17)}, {100 * p[is_]:.2g} %"
+        second = f"is {shortened(answers.names[is_], 17)}, {100 * p[is_]:.2g} %"
     axes.text(0.0, -0.03, first, color=colour, weight="bold", **below)
     axes.text(0.0, -0.15, second, color=INK, **below)
 
@@ -277,9 +281,9 @@ def _picture(file: str) -> NDArray[Any] | str:
             return _channels(np.load(io.BytesIO(data), allow_pickle=False))
         pixels = decode(data, file)
     except OSError as error:
-        return f"{_short(os.path.basename(file), 24)}\n{error.strerror or error}"
+        return f"{shortened(os.path.basename(file), 24)}\n{error.strerror or error}"
     except (_core.Error, EOFError, ValueError):
-        return f"{_short(os.path.basename(file), 24)}\ncannot be read"
+        return f"{shortened(os.path.basename(file), 24)}\ncannot be read"
     height, width = pixels.shape[:2]
     scale = SIDE / max(height, width)
     if scale < 1:
@@ -342,14 +346,25 @@ def plot_runs(
         else:
             notes.append(f"{run}: no eval.npz yet, so no confusion matrix and no mistakes")
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[str] = []
     if logs:
-        written.append(folder / f"curves.{kind}")
-        plot_curves(logs, written[-1])
+        _draw(folder / f"curves.{kind}", written, lambda path: plot_curves(logs, path))
     for name, found in answers.items():
         prefix = "" if len(runs) == 1 else name.strip("/").replace("/", "-") + "-"
         confusion, worst = (folder / f"{prefix}{what}.{kind}" for what in ("confusion", "mistakes"))
-        plot_confusion(found, confusion, name)
-        plot_mistakes(found, worst, mistakes, name)
-        written += [confusion, worst]
-    return [str(path) for path in written], notes
+        _draw(confusion, written, partial(plot_confusion, found, title=name))
+        _draw(worst, written, partial(plot_mistakes, found, count=mistakes, title=name))
+    return written, notes
+
+
+def _draw(path: Path, written: list[str], plot: Callable[[Path], None]) -> None:
+    """Draws one of several pictures; an error says which of them there are."""
+    try:
+        plot(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        text = f"{path}: cannot be drawn: {error}"
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
+        before = f"; written before it: {', '.join(written)}" if written else ""
+        raise RuntimeError(text + before) from error
+    written.append(str(path))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .training.loop import Average, Loop, NonFiniteError, parameter_groups
+from .training.warmup import bounded
 
 Data = tuple[torch.Tensor, torch.Tensor]  # images (N, C, H, W) float32 and labels (N,) int64
 Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -76,7 +78,7 @@ def fit(
     lr: float = 1e-3,
     min_lr: float = 1e-5,
     weight_decay: float = 0.05,
-    warmup: float = 5,
+    warmup: float | None = None,
     seed: int = 0,
     label_smoothing: float = 0.0,
     ema: float | None = None,
@@ -92,7 +94,8 @@ def fit(
 
     Args:
         train, valid: images (N, C, H, W) float32 as the network takes them, and labels (N,) int64.
-        epochs, warmup: passes over the training images; the first ``warmup`` of them raise the learning rate.
+        epochs, warmup: passes over the training images; the first ``warmup`` of them raise the learning rate
+            (default: 5, at most a tenth of ``epochs``).
         ema: decay of a running average of the weights; the average is what is validated and left in the
             model.
         augment: changes a batch of images, drawing only from the generator it is given.
@@ -112,6 +115,15 @@ def fit(
         )
     if ema is not None and not 0.0 <= ema < 1.0:
         raise ValueError(f"[fit] ema: expected 0 <= ema < 1 or None, got {ema}")
+    if warmup is None:
+        warmup = bounded(5, epochs)
+    if not 0 <= warmup < math.inf:
+        raise ValueError(f"[fit] warmup: expected 0 or more epochs, got {warmup}")
+    if warmup > epochs:
+        warnings.warn(
+            f"[fit] warmup: {warmup:g} epochs do not fit into {epochs}: the learning rate rises to the end",
+            stacklevel=2,
+        )
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay, decay), lr=lr)
     steps_per_epoch = math.ceil(len(images) / batch_size)
     steps = epochs * steps_per_epoch

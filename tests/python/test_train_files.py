@@ -5,18 +5,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from train_helpers import ONCE, SMALL, folder, log
 from vimcore.cli import main
-from vimcore.training import data
-from vimcore.training.checkpoint import read_checkpoint
 from vimcore.training.data import open_images, passed_over, training_and_validation
 from vimcore.training.lists import read_list
 
@@ -160,62 +155,3 @@ def test_arrays_with_large_letters(tmp_path: Path) -> None:
     found = open_images(str(tmp_path))
     assert found.arrays
     assert found.read(1).shape == (2, 8, 8)
-
-
-# ---- reads that never end ----------------------------------------------------------------------------------
-
-
-def block(monkeypatch: pytest.MonkeyPatch, good: int, number: int) -> None:
-    """After so many files, reading one takes for ever; then the signal comes."""
-    read, left = data.read_file, [good]
-
-    def slow(path: str, largest: int | None = None) -> bytes:
-        if left[0] == 0:
-            threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
-            time.sleep(300)
-        left[0] -= 1
-        return read(path, largest)
-
-    monkeypatch.setattr(data, "read_file", slow)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_read(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root, run = folder(tmp_path / "x", digits=(0, 1), each=8), tmp_path / "run"
-    arguments = ["--data", str(root), "--val", str(root), "--out", str(run), *SMALL, *ONCE, "--epochs", "2"]
-    begin = time.monotonic()
-    for good, step in ((9, 2), (12, 4)):  # in the third update; in the validation after the fourth
-        block(monkeypatch, good, number)
-        how = ["--resume", str(run)] if run.exists() else [*arguments, "--batch-size", "4"]
-        assert main(["train", *how]) == 128 + number
-        assert f"after update {step}; go on with" in capsys.readouterr().err
-        assert read_checkpoint(run / "checkpoint.pt")["step"] == step
-        monkeypatch.undo()
-    assert time.monotonic() - begin < 60
-    assert main(["train", "--resume", str(run)]) == 0
-    assert read_checkpoint(run / "checkpoint.pt")["step"] == 8
-
-
-def test_a_signal_ends_the_setting_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for label in "ab":
-        (tmp_path / "x" / label).mkdir(parents=True)
-        np.save(tmp_path / "x" / label / "x.npy", np.zeros((2, 18, 18), np.float32))
-    block(monkeypatch, 1, signal.SIGTERM)
-    run = tmp_path / "run"
-    arguments = [
-        "--data",
-        str(tmp_path / "x"),
-        "--val",
-        str(tmp_path / "x"),
-        "--out",
-        str(run),
-        *SMALL,
-        *ONCE,
-    ]
-    assert main(["train", *arguments]) == 128 + signal.SIGTERM
-    assert capsys.readouterr().err == "vimcore: stopped by SIGTERM before the first update\n"
-    assert not run.exists()

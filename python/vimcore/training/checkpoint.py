@@ -3,38 +3,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+from ..files import atomic
+
 FORMAT = 1
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its name, replacing another, when everything is on the disk."""
-    if path.exists() and not path.is_file():  # as root one could replace /dev/null
-        raise OSError(errno.EINVAL, "not a regular file, which no other may replace", str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -50,7 +28,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         OSError, ValueError: there is none, or it is damaged or of another version.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of tensor that no checkpoint of ours has
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -67,9 +47,11 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def rewrite_lines(path: Path, keep: Callable[[bytes], bool]) -> None:
-    """Drops the lines of a file that `keep` refuses."""
+def rewrite_lines(path: Path, keep: Callable[[int, bytes], bool]) -> None:
+    """Drops the lines of a file that `keep(number, line)` refuses, and a last one without an end."""
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
         with atomic(path) as file:
-            file.writelines(line for line in lines if line.endswith(b"\n") and keep(line))
+            file.writelines(
+                line for number, line in enumerate(lines, 1) if line.endswith(b"\n") and keep(number, line)
+            )

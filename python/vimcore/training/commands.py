@@ -12,9 +12,10 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from ..picture_files import passed_over_text, printable
-from .presets import PRESETS
-from .settings import SECTIONS, Settings, read_toml
+from ..files import literal, shortened
+from ..picture_files import passed_over_text
+from .presets import DEFAULT, PRESETS, recipe
+from .settings import MOST_PROCESSES, SECTIONS, Settings, read_toml
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         metavar="NAME",
-        help=f"published recipe: {', '.join(PRESETS)} (default: tiny-released)",
+        help=f"published recipe: {', '.join(PRESETS)} (default: {DEFAULT})",
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings, such as RUN/config.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the settings as TOML and stop")
@@ -66,7 +67,8 @@ def _shown(value: Any) -> str:
     return " ".join(f"{v:.4g}" for v in value) if isinstance(value, tuple) else str(value)
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
+    """The settings of the run, and notes on what was changed though nobody typed it."""
     names = {field.name for field in dataclasses.fields(Settings)}
     flags = {name: value for name, value in vars(args).items() if name in names}
     if args.resume is not None:
@@ -76,25 +78,28 @@ def _settings(args: argparse.Namespace) -> Settings:
             )
         from .run import resumed
 
-        return resumed(Path(args.resume), flags)
+        return resumed(Path(args.resume), flags), []
     of_file = read_toml(args.config) if args.config else {}
-    settings = Settings().merged({**PRESETS[args.preset or "tiny-released"], **of_file, **flags})
+    settings, notes = recipe(args.preset or DEFAULT, {**of_file, **flags})
     if "-long-" in (args.preset or "") and settings.init is None:
         raise ValueError(f"init: {args.preset} fine-tunes; name the weights to start from with --init")
-    return settings
+    return settings, notes
 
 
 def train(args: argparse.Namespace) -> int:
     """Runs, prints the summary; the status of a signal that stopped it is the shell's."""
+    settings, notes = _settings(args)
     if args.dry_run:
-        print(_settings(args).to_toml())
+        print(settings.to_toml())
+        for note in notes:
+            print(f"vimcore: {note}", file=sys.stderr)
         return 0
     from .run import train as run
     from .stopping import Stopped
 
     folder = Path(args.resume or args.out or "vimcore-train")
     try:
-        summary = run(_settings(args), folder, args.resume is not None)
+        summary = run(settings, folder, args.resume is not None, notes)
     except Stopped as stopped:
         print(f"vimcore: {stopped}", file=sys.stderr)
         return stopped.status
@@ -144,6 +149,9 @@ def evaluate(args: argparse.Namespace) -> int:
     from .evaluate import images_of, weights_of
     from .network import choose_device
 
+    for name in ("threads", "workers"):
+        if (getattr(args, name) or 0) > MOST_PROCESSES:
+            raise ValueError(f"{name}: expected at most {MOST_PROCESSES}, got {getattr(args, name)}")
     for name in ("batch_size", "threads", "stride", *(["img_size"] if args.img_size else [])):
         value = getattr(args, name)
         if value is not None and (min(value) if isinstance(value, list) else value) < 1:
@@ -178,7 +186,7 @@ def evaluate(args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps(_facts(found), ensure_ascii=False), flush=True)
     for name, reason in results[-1].answers.faults.items():
-        print(f"vimcore: skipped {printable(name)}: {reason}", file=sys.stderr)
+        print(f"vimcore: skipped {literal(name)}: {literal(reason)}", file=sys.stderr)
     if images.passed_over:
         print(f"vimcore: {passed_over_text(images.passed_over)}", file=sys.stderr)
     best = max(results, key=lambda found: found.answers.scores().top1)
@@ -233,10 +241,12 @@ def _print(results: list[Any], best: Any) -> None:
     print(f"\n{best.weights}")
     table = [["class", "images", "right", "most taken for"]]
     for name, count, share, taken in per_class(best.answers, best.images.classes):
-        table.append([name, str(count), "" if math.isnan(share) else f"{100 * share:.1f} %", taken])
+        table.append(
+            [literal(name), str(count), "" if math.isnan(share) else f"{100 * share:.1f} %", literal(taken)]
+        )
     _print_table(table, indent="  ")
     confusion = best.answers.confusion()
     if len(confusion) <= 20:
         print("\nconfusion: rows true, columns predicted")
-        names = [name[:10] for name in best.images.classes]
+        names = [shortened(name, 10) for name in best.images.classes]
         _print_table([["", *names], *([n, *map(str, row)] for n, row in zip(names, confusion))], indent="  ")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from timm.data.mixup import Mixup
@@ -68,7 +68,7 @@ def training_batches(
     )
 
 
-def grouped(batches: DataLoader[Sample], size: int) -> Iterator[list[Sample]]:
+def grouped(batches: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
     """Batches by `size`; what is left over is left out."""
     group: list[Sample] = []
     for sample in batches:

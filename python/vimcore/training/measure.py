@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .checkpoint import atomic
+from ..files import atomic
 from .data import Images, Sample, Validation, collate
 from .distributed import rank, sums, world
 
@@ -110,7 +110,7 @@ def _ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _logits(
-    model: nn.Module, batches: DataLoader[Sample], device: torch.device, precision: torch.dtype
+    model: nn.Module, batches: Iterable[Sample], device: torch.device, precision: torch.dtype
 ) -> Iterator[tuple[Sample, Tensor]]:
     """Samples that could be read, and their logits in float64 on the device."""
     was_training = model.training
@@ -133,7 +133,7 @@ def _logits(
 
 def measure(
     model: nn.Module,
-    batches: DataLoader[Sample],
+    batches: Iterable[Sample],
     device: torch.device,
     precision: torch.dtype = torch.float32,
 ) -> tuple[Scores, dict[str, str]]:
@@ -157,7 +157,7 @@ def measure(
 
 def answers(
     model: nn.Module,
-    batches: DataLoader[Sample],
+    batches: Iterable[Sample],
     device: torch.device,
     precision: torch.dtype = torch.float32,
 ) -> Answers:

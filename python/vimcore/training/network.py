@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +50,32 @@ def choose_device(name: str, precision: str = "float32", local_rank: int = 0) ->
     return torch.device("cuda", index)
 
 
+def further_options(texts: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `VisionMamba` that --set names.
+
+    Raises:
+        ValueError: there is no such argument, it has a flag of its own, or it is named twice.
+    """
+    known = set(inspect.signature(VisionMamba).parameters)
+    flags = {*_OPTIONS, "img_size", "in_chans", "drop_rate", "drop_path_rate", "memory"}
+    found: dict[str, Any] = {}
+    for key, value in map(parse_setting, texts):
+        if key in flags:
+            raise ValueError(f"set: {key}: has a setting of its own, --{key.replace('_', '-')}")
+        if key == "num_classes":
+            raise ValueError("set: num_classes: follows from the data")
+        if key not in known:
+            further = sorted(known - flags - {"num_classes"})
+            close = difflib.get_close_matches(key, further, n=3, cutoff=0.5) or further
+            raise ValueError(f"set: {key}: VisionMamba has no such argument; it has {', '.join(close)}")
+        if key in found:
+            raise ValueError(f"set: {key}: given twice")
+        if type(value) in (int, float) and not abs(value) < 1 << 63:
+            raise ValueError(f"set: {key}: expected a finite number that 64 bits hold, got {value}")
+        found[key] = value
+    return found
+
+
 def build(settings: Settings, channels: int, classes: Sequence[str]) -> tuple[VisionMamba, list[str]]:
     """The network, and what a reader should know about how its weights came about.
 
@@ -57,18 +85,20 @@ def build(settings: Settings, channels: int, classes: Sequence[str]) -> tuple[Vi
     options: dict[str, Any] = {n: getattr(settings, n) for n in _OPTIONS if getattr(settings, n) is not None}
     if settings.img_size is not None:
         options["img_size"] = (settings.img_size[0], settings.img_size[-1])
-    options.update(parse_setting(text) for text in settings.set)
-    model = create_model(
-        settings.model,
-        **{
-            "in_chans": channels,
-            "num_classes": len(classes),
-            "drop_rate": settings.drop_rate,
-            "drop_path_rate": settings.drop_path_rate,
-            "memory": settings.memory,
+    further = further_options(settings.set)
+    try:
+        model = create_model(
+            settings.model,
+            in_chans=channels,
+            num_classes=len(classes),
+            drop_rate=settings.drop_rate,
+            drop_path_rate=settings.drop_path_rate,
+            memory=settings.memory,
             **options,
-        },
-    )
+            **further,
+        )
+    except TypeError as error:
+        raise ValueError(f"set: {' '.join(settings.set)}: {str(error).splitlines()[0]}") from None
     config = model.config
     if config["class_token"] == "none" and config["pool"] == "all":
         raise ValueError("pool: all gives logits for every patch; one label for an image cannot teach them")

@@ -9,7 +9,11 @@ batch_size is that of one process, of the authors' eight: fewer scale the learni
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from .settings import Settings
+from .warmup import bounded
 
 _PAPER: dict[str, Any] = {
     "batch_size": 128,
@@ -85,3 +89,25 @@ PRESETS: dict[str, dict[str, Any]] = {
         "threads": 1,
     },
 }
+
+DEFAULT = "tiny-released"  # where no preset is named
+
+
+def recipe(name: str, typed: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """The settings of a preset with those that were typed, and what else was changed, in words.
+
+    A run that is shorter than the recipe gets at most a tenth of itself as warm-up, unless that was typed.
+
+    Raises:
+        ValueError: a setting does not exist or is out of range.
+    """
+    own = Settings().merged(PRESETS[name])
+    settings = own.merged(typed)
+    if "warmup_epochs" in typed or settings.epochs >= own.epochs:
+        return settings, []
+    warmup = bounded(settings.warmup_epochs, settings.epochs, settings.schedule_steps)
+    if warmup == settings.warmup_epochs:
+        return settings, []
+    whole = "" if settings.schedule_steps == "update" else "the whole epochs in "
+    what = f"warm-up {settings.warmup_epochs:g} epochs shortened to {warmup:g}, {whole}a tenth of the run"
+    return settings.merged({"warmup_epochs": warmup}), [f"{what}; --warmup-epochs sets it"]

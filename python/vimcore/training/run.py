@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from . import distributed
 from .checkpoint import read_checkpoint, write_checkpoint, write_text
 from .data import Images, Sample, Validation, passed_over, training_and_validation
 from .inputs import channels_of, eval_transform, grouped, input_of, mixup_of, training_batches
+from .lock import Lock, remove_leftovers
 from .loop import Average, Batch, Loop, NonFiniteError, parameter_groups
 from .measure import Scores, answers, loader, measure
 from .network import build, choose_device
+from .restore import Expected, check
 from .sampling import Order, mix, seed_all
-from .schedule import Schedule, peak_lr
+from .schedule import Schedule, described, peak_lr, warnings
 from .settings import Settings, read_toml
-from .stopping import Interrupted, Received, Stopped, signals
+from .stopping import Signals, Stopped, Stuck, signals
 from .watch import Watch, peak_memory
 
 CONFIG, CHECKPOINT, LOG = "config.toml", "checkpoint.pt", "log.jsonl"
@@ -34,14 +36,19 @@ BEST, LAST, LAST_EMA = "best.safetensors", "last.safetensors", "last_ema.safeten
 MACHINE = ("device", "threads", "workers", "checkpoint_every", "eval_every", "log_every")
 
 
-def train(settings: Settings, folder: Path, resume: bool = False) -> dict[str, Any]:
+def train(
+    settings: Settings, folder: Path, resume: bool = False, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     """A whole run, alone or as one of the processes of torchrun.
+
+    Args:
+        notes: on the settings, to be told and recorded.
 
     Returns:
         The summary that `vimcore train --json` prints.
 
     Raises:
-        ValueError, OSError: settings, data or files do not fit.
+        ValueError, OSError: settings, data or files do not fit, or another process writes this run.
         NonFiniteError: a loss or gradient was not finite; the last checkpoint is as it was.
         Stopped: by a signal, after a checkpoint.
     """
@@ -50,24 +57,43 @@ def train(settings: Settings, folder: Path, resume: bool = False) -> dict[str, A
         torch.cuda.set_device(device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    with distributed.process_group(device.type == "cuda"), signals(distributed.world() == 1) as received:
-        with received.at_once():
-            run = Run(settings, folder, device, resume)
+    lock = Lock(folder)
+    with distributed.process_group(device.type == "cuda"), signals() as stop:
         try:
-            return run.whole(received)
+            run = Run(settings, folder, device, resume, notes, lock, stop)
+            try:
+                return run.whole()
+            finally:
+                run.watch.close()
+        except Stuck:
+            stop.end()
+            begun = folder if (folder / CHECKPOINT).exists() else None
+            raise Stopped(stop.number, begun, stop.place) from None
         finally:
-            run.watch.close()
+            lock.release()
 
 
 class Run:
     """Data, network, optimiser and place in the schedule of a run."""
 
-    def __init__(self, settings: Settings, folder: Path, device: torch.device, resume: bool) -> None:
-        self.folder, self.device = folder, device
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Path,
+        device: torch.device,
+        resume: bool,
+        notes: Sequence[str],
+        lock: Lock,
+        stop: Signals,
+    ) -> None:
+        self.folder, self.device, self.stop = folder, device, stop
         self.rank, self.world = distributed.rank(), distributed.world()
+        if self.rank == 0 and (resume or (folder / lock.NAME).exists()):
+            lock.take()  # before anything of the run is read
+        if resume and not (folder / CHECKPOINT).exists():
+            raise ValueError(f"{folder}: no {CHECKPOINT} yet; start the run again with --out {folder}")
         saved = read_checkpoint(folder / CHECKPOINT) if resume else None
-        if not resume and (folder / CHECKPOINT).exists():
-            raise ValueError(f"{folder}: holds a run; go on with --resume {folder}, or name another --out")
+        self._refuse_another(resume)
 
         if settings.data is None:
             raise ValueError("data: name a folder of class folders, a CSV file, or digits")
@@ -75,7 +101,7 @@ class Run:
         self.passed_over = passed_over(train, self.valid)
         channels = channels_of(settings, train)
         seed_all(mix("weights", settings.seed))
-        self.model, notes = build(settings, channels, train.classes)
+        self.model, of_weights = build(settings, channels, train.classes)
         height, width = self.model.config["img_size"]
         self.input = input_of(settings, train, channels, (height, width))
         found = {"in_chans": channels, "mean": tuple(self.input.mean), "std": tuple(self.input.std)}
@@ -95,10 +121,11 @@ class Run:
         groups = parameter_groups(self.model, settings.weight_decay, settings.decay)
         self.average = Average(self.model, settings.ema, settings.ema_ramp) if settings.ema else None
         self.optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=(0.9, 0.999), eps=1e-8)
+        schedule = Schedule(settings, self.peak, self.updates_per_epoch)
         self.loop = Loop(
             self._together(self.model),
             self.optimizer,
-            Schedule(settings, self.peak, self.updates_per_epoch),
+            schedule,
             label_smoothing=settings.label_smoothing,
             average=self.average,
             clip=settings.clip_grad,
@@ -119,11 +146,17 @@ class Run:
         shape = (channels, height, width)
         self.validation = Validation(self.valid, eval_transform(self.input, self.valid), shape)
         self.valid_batches = loader(self.validation, settings.batch_size, settings.workers, pin)
+        notes = [*notes, *warnings(settings, schedule, self.updates)]
+        in_folder: list[str] = []  # told, but no part of the log, which the settings decide
+        stop.setting_up = False
         if self.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            lock.take()
+            self._refuse_another(resume)  # another may have begun and ended meanwhile
+            in_folder = [*lock.notes, *_leftovers(folder)]
             write_text(folder / CONFIG, settings.to_toml())
-        self.watch = Watch(folder, self.updates, self.loop.step, self.done == 0, self.rank == 0)
-        self._introduce(train, about, notes)
+        whole_epoch = self.done == 0
+        self.watch = Watch(folder, self.updates, self.loop.step, whole_epoch, self.rank == 0, resume)
+        self._introduce(train, about, of_weights, notes, in_folder)
 
     # ---- setting up ----------------------------------------------------------------------------------------
 
@@ -133,84 +166,104 @@ class Run:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids)
 
-    def _introduce(self, train: Images, about: str, notes: list[str]) -> None:
+    def _refuse_another(self, resume: bool) -> None:
+        if not resume and (self.folder / CHECKPOINT).exists():
+            folder = self.folder
+            raise ValueError(f"{folder}: holds a run; go on with --resume {folder}, or name another --out")
+
+    def _introduce(
+        self, train: Images, about: str, of_weights: list[str], notes: list[str], in_folder: list[str]
+    ) -> None:
+        s = self.settings
         count = sum(p.numel() for p in self.model.parameters())
         text = [
-            self.settings.to_toml(),
+            s.to_toml(),
             f"{len(train)} images of {len(train.classes)} classes to learn from, {len(self.valid)} {about}",
             f"{count:,} parameters on {self.device}, {self.world} process{'es' if self.world > 1 else ''}, "
-            f"{self.per_update} images an update, {self.updates_per_epoch} updates an epoch, "
-            f"peak learning rate {self.peak:.3g}",
-            *notes,
+            f"{self.per_update} images an update, {self.updates_per_epoch} updates an epoch",
+            described(s, self.per_update, self.peak),
+            *of_weights,
         ]
         if self.passed_over:
             text.append(f"vimcore: {passed_over_text(self.passed_over)}")
         if self.loop.step:
             text.append(f"continued after update {self.loop.step} of {self.updates}")
-        for line in text:
+        for line in [*text, *(f"vimcore: {note}" for note in [*notes, *in_folder])]:
             self.watch.say(line)
+        self.watch.start(
+            lr=s.lr,
+            scale_lr=s.scale_lr,
+            lr_batch=s.lr_batch,
+            images_per_update=self.per_update,
+            peak_lr=self.peak,
+            warmup_epochs=s.warmup_epochs,
+            epochs=s.epochs,
+            updates=self.updates,
+            notes=notes,
+        )
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        for name, now in self.identity.items():
-            if saved["identity"][name] != now:
-                what = "other images to learn from" if name == "images" else "another number an update"
-                raise ValueError(
-                    f"{self.folder}: cannot go on with {what} than the checkpoint's "
-                    f"({saved['identity'][name]}, now {now})"
-                )
+        """Takes over a checkpoint; ValueError names what in it is not of this run."""
+        average, optimizer = self.average, self.optimizer
+        expected = Expected(
+            model=self.model.state_dict(),
+            average=None if average is None else average.values,
+            optimizer=optimizer.state_dict(),
+            scaler=self.loop.scaler.state_dict(),
+            parameters=[p for group in optimizer.param_groups for p in group["params"]],
+            epochs=self.settings.epochs,
+            updates_per_epoch=self.updates_per_epoch,
+            identity=self.identity,
+        )
+        check(self.folder / CHECKPOINT, saved, expected)
+        if saved["best"] and not (self.folder / BEST).is_file():
+            raise ValueError(f"{self.folder / BEST}: not there, but the checkpoint names it as the best")
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load_state_dict(saved["optimizer"])
         self.loop.scaler.load_state_dict(saved["scaler"])
-        if self.average is not None:
-            for value, kept in zip(self.average.values, saved["average"]):
+        if average is not None:
+            for value, kept in zip(average.values, saved["average"]):
                 value.copy_(kept)
         self.loop.step = saved["step"]
         self.epoch, self.done, self.best = saved["epoch"], saved["done"], saved["best"]
 
     # ---- running -------------------------------------------------------------------------------------------
 
-    def whole(self, received: Received) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         """Runs to the end, or to a signal."""
         begin, first = time.perf_counter(), self.loop.step
         while self.epoch < self.settings.epochs:
             try:
-                self._epoch(received)
+                self._epoch()
                 self.epoch, self.done = self.epoch + 1, 0
                 self.watch.faults(distributed.union(self.faults))
                 if self.epoch % self.settings.eval_every == 0 or self.epoch == self.settings.epochs:
-                    with received.at_once():  # the checkpoint is from before it
-                        self._validate()
+                    self._validate()
                 self._save()
-            except Interrupted as stop:
-                raise Stopped(stop.number, self.loop.step, self.folder) from None
             except NonFiniteError as error:
                 raise self._explained(error) from None
-            self._stop_if(self._agreed(received))
+            self._stop_if(self._agreed())
         seconds = time.perf_counter() - begin
         distributed.leave()
         return self._finish(seconds, self.loop.step - first) if self.rank == 0 else {}
 
-    def _batches(self, received: Received) -> Iterator[list[Sample]]:
-        """What is to be computed; a signal ends the wait for it, after a checkpoint."""
-        batches = grouped(self.batches, self.settings.accumulate)
-        while True:
-            try:
-                with received.at_once():
-                    samples = next(batches, None)
-            except Interrupted:
-                self._save()
-                raise
-            if samples is None:
-                return
-            yield samples
+    def _epoch(self) -> None:
+        try:
+            self._updates()
+        except Stuck:  # between two updates: they are not lost
+            self.stop.end()
+            self._save()
+            when = f"after update {self.loop.step}, {self.stop.place}"
+            raise Stopped(self.stop.number, self.folder, when) from None
 
-    def _epoch(self, received: Received) -> None:
+    def _updates(self) -> None:
+        """Those of the epoch that are not done."""
         settings = self.settings
         self.model.train()
         self.order.begin(self.epoch, self.done * settings.accumulate)
         clock, images = time.perf_counter(), 0
         rate = 0.0
-        for samples in self._batches(received):
+        for samples in grouped(self.stop.waited(self.batches), settings.accumulate):
             if self.done == self.updates_per_epoch:
                 break  # what is left over does not fill an update
             seed_all(mix("update", settings.seed, self.loop.step, self.rank))
@@ -234,7 +287,7 @@ class Run:
                     memory=memory,
                 )
                 clock, images = time.perf_counter(), 0
-            stop = self._agreed(received)
+            stop = self._agreed()
             last = self.done == self.updates_per_epoch  # validation may take long
             if stop or last or step % settings.checkpoint_every == 0:
                 self._save()
@@ -254,9 +307,9 @@ class Run:
             return mixed
         return images, labels
 
-    def _agreed(self, received: Received) -> int:
+    def _agreed(self) -> int:
         """The signal to stop for, the same in all processes; 0: none."""
-        mine = received[0] if received else 0
+        mine = self.stop.number
         if self.world == 1:
             return mine
         count, total = distributed.sums([float(mine > 0), float(mine)])
@@ -264,7 +317,7 @@ class Run:
 
     def _stop_if(self, number: int) -> None:
         if number and self.epoch < self.settings.epochs:
-            raise Stopped(number, self.loop.step, self.folder)
+            raise Stopped(number, self.folder, f"after update {self.loop.step}")
 
     def _validate(self) -> None:
         found: dict[str, Scores] = {}
@@ -284,7 +337,7 @@ class Run:
         self.watch.say(f"epoch {self.epoch}/{self.settings.epochs}: validation {line}")
 
     def _measure(self) -> tuple[Scores, dict[str, str]]:
-        return measure(self.model, self.valid_batches, self.device, self.precision)
+        return measure(self.model, self.stop.waited(self.valid_batches), self.device, self.precision)
 
     # ---- files ---------------------------------------------------------------------------------------------
 
@@ -331,7 +384,7 @@ class Run:
         """eval.npz of the best weights; the summary."""
         best = load_model(self.folder / BEST, device=self.device)
         batches = loader(self.validation, self.settings.batch_size, self.settings.workers)
-        found = answers(best, batches, self.device, self.precision)
+        found = answers(best, self.stop.waited(batches), self.device, self.precision)
         found.save(self.folder / "eval.npz", self.valid)
         images = steps * self.per_update
         return {
@@ -359,9 +412,24 @@ class Run:
         return FloatingPointError(text)
 
 
+def _leftovers(folder: Path) -> list[str]:
+    """Takes away what a killed run left half written, and says so."""
+    names = remove_leftovers(folder, (CONFIG, CHECKPOINT, LOG, "health.txt"))
+    return [f"removed half-written files of a killed process: {', '.join(names)}"] if names else []
+
+
 def resumed(folder: Path, changes: dict[str, Any]) -> Settings:
     """The settings of a run that goes on; ValueError for changes that would make it another run."""
     fixed = sorted(set(changes) - set(MACHINE))
     if fixed:
         raise ValueError(f"{', '.join(fixed)}: cannot change when a run goes on; {', '.join(MACHINE)} can")
-    return Settings().merged(read_toml(str(folder / CONFIG))).merged(changes)
+    path = str(folder / CONFIG)
+    found = read_toml(path)
+    try:
+        settings = Settings().merged(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    missing = [name for name, value in vars(settings).items() if name not in found and value is not None]
+    if missing:  # the value that it has by default may not be the one that the run began with
+        raise ValueError(f"{path}: not there, though the run began with them: {', '.join(missing[:12])}")
+    return settings.merged(changes)

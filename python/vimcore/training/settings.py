@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import typing
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from ..files import literal
+
+MOST_PROCESSES = 1024  # threads, or loader processes, as in the C++ core: more is a slip
 SECTIONS = ("model", "data", "augmentation", "optimizer", "schedule", "run")
 
 
@@ -104,7 +108,9 @@ class Settings:
     schedule_steps: str = _key(
         "schedule", "authors", "when it moves: authors' is one epoch late", ("authors", "epoch", "update")
     )
-    warmup_epochs: float = _key("schedule", 5, "of linear growth from warmup_lr")
+    warmup_epochs: float = _key(
+        "schedule", 5, "of growth from warmup_lr; not set: at most a tenth of a run shorter than its preset"
+    )
     warmup_lr: float = _key("schedule", 1e-6, "where warm-up starts, never scaled")
     min_lr: float = _key("schedule", 1e-5, "where the cosine ends, never scaled")
 
@@ -144,8 +150,10 @@ class Settings:
                 raise ValueError(f"{name}: expected 0 or more and less than 1, got {getattr(self, name)}")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad: expected more than 0, got {self.clip_grad}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: expected at least 1, got {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_PROCESSES:
+            raise ValueError(f"threads: expected 1 to {MOST_PROCESSES}, got {self.threads}")
+        if self.workers > MOST_PROCESSES:
+            raise ValueError(f"workers: expected 0 to {MOST_PROCESSES}, got {self.workers}")
         for name, lengths in (("img_size", (1, 2)), ("crop_scale", (2,)), ("crop_ratio", (2,))):
             value = getattr(self, name)
             if value is not None and len(value) not in lengths:
@@ -154,6 +162,12 @@ class Settings:
             raise ValueError(
                 f"batch_size: expected an even number with mixup or cutmix, got {self.batch_size}"
             )
+        for field in fields(self):
+            for value in _items(getattr(self, field.name)):
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{field.name}: expected a finite number, got {value}")
+                if isinstance(value, str) and not _is_utf8(value):
+                    raise ValueError(f"{field.name}: expected text in UTF-8, got {literal(value)}")
 
     def merged(self, changes: Mapping[str, Any]) -> Settings:
         """These settings with other values of some keys; ValueError names a key that does not exist."""
@@ -205,9 +219,16 @@ def _toml(value: Any) -> str:
     if isinstance(value, float):
         text = repr(value)
         return text if any(c in text for c in ".en") else text + ".0"
-    return json.dumps(
-        value, ensure_ascii=False
-    )  # of strings, integers, booleans and lists TOML's way as well
+    # JSON writes strings, integers, booleans and lists TOML's way as well, but for one control character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _converted(name: str, value: Any, wanted: Any) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..picture_files import printable
+from ..files import literal, named
+from ..run_files import entry_of
 from .checkpoint import rewrite_lines
 
 
@@ -28,45 +29,56 @@ def peak_memory(device: torch.device) -> int:
 class Watch:
     """Writes RUN/log.jsonl and, by the process that writes, shows how far the run is.
 
-    Lines of kind "step" and "eval" as the columns of a table; "fault" names a file that was skipped.
+    Lines of kind "step" and "eval" as the columns of a table; "start" holds what the learning rate follows
+    from and what was noted about the settings, "fault" names a file that was skipped.
+
+    Args:
+        steps, done: updates of the whole run, and of what the checkpoint holds.
+        whole_epoch: whether the checkpoint was written after the scores of its last epoch.
+        resumed: whether there is a checkpoint; without, a log that lies there is of a run that ended before.
+
+    Raises:
+        ValueError: a line of the log is no entry of one.
     """
 
-    def __init__(self, folder: Path, steps: int, done: int, whole_epoch: bool, writes: bool) -> None:
+    def __init__(
+        self, folder: Path, steps: int, done: int, whole_epoch: bool, writes: bool, resumed: bool
+    ) -> None:
         self.writes = writes
         self.skipped: set[str] = set()
         self.bar: tqdm[Any] | None = None
         self.board: Any = None
+        self.path = path = folder / "log.jsonl"
+        self.begins = not resumed or not path.exists()
         if not writes:
             return
-        path = folder / "log.jsonl"
 
-        def before(line: bytes) -> bool:
+        def before(number: int, line: bytes) -> bool:
             """Whether the line is of what the checkpoint holds."""
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # cut by a crash
+            if not resumed:
                 return False
+            entry = entry_of(line, path, number)
             if entry["kind"] == "fault":
                 self.skipped.add(entry["file"])
-            return bool(
-                entry["kind"] == "fault"
-                or entry["step"] < done
-                or (entry["step"] == done and (whole_epoch or entry["kind"] == "step"))
-            )
+            if "step" not in entry or entry["step"] < done:
+                return True
+            return bool(entry["step"] == done and (whole_epoch or entry["kind"] == "step"))
 
         rewrite_lines(path, before)
-        # Names that are no UTF-8 become JSON's \udc80 to \udcff.
-        self.file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  closed by close()
+        # A name that is not UTF-8 stands there as JSON's escapes.
+        self.file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  see close()
+        if resumed and self.begins:
+            self.say(f"vimcore: {path}: not there; a new one begins after update {done}")
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, mininterval=0.2)
 
     def say(self, text: str) -> None:
         """A line on stderr, above the bar."""
-        if self.writes:
+        if self.writes and sys.stderr is not None:  # closed by `2>&-`: tqdm would take stdout
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
 
@@ -77,20 +89,26 @@ class Watch:
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None  # JSON has no such numbers
-        self.file.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
-        self.file.flush()
+        with named(self.path):
+            self.file.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
+            self.file.flush()
         if self.board is not None and "step" in values:
             group = f"{kind}/{values['weights']}" if "weights" in values else kind
             for name, value in values.items():
                 if name not in ("step", "epoch") and isinstance(value, (int, float)):
                     self.board.add_scalar(f"{group}/{name}", value, values["step"])
 
+    def start(self, **values: Any) -> None:
+        """The first line of the log."""
+        if self.begins:
+            self.record("start", **values)
+
     def faults(self, found: dict[str, str]) -> None:
         """Files that could not be read; each is told once."""
         for name, reason in found.items():
             if name not in self.skipped:
                 self.skipped.add(name)
-                self.say(f"vimcore: skipped {printable(name)}: {reason}")
+                self.say(f"vimcore: skipped {literal(name)}: {literal(reason)}")
                 self.record("fault", file=name, error=reason)
 
     def step(self, epoch: int, epochs: int, loss: float, lr: float, rate: float, memory: int) -> None:
@@ -108,4 +126,5 @@ class Watch:
         if self.board is not None:
             self.board.close()
         if self.writes:
-            self.file.close()
+            with named(self.path):
+                self.file.close()

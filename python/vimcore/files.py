@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are written whole or not at all, and names that may hold anything. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, cast
+
+
+@contextlib.contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Gives an OSError that names no file, such as a full disk's, the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes its name, replacing another, when everything is on the disk.
+
+    Raises:
+        OSError: names the file and the reason, also where the writer made something else of it.
+    """
+    if path.exists() and not path.is_file():  # as root one could replace /dev/null
+        raise OSError(errno.EINVAL, "not a regular file, which no other may replace", str(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with named(path), _Remembering(temporary) as raw:
+            try:
+                file = io.BufferedWriter(raw)  # type: ignore[type-var]
+                yield cast(IO[bytes], file)
+                file.flush()
+            except Exception as error:  # torch.save turns a full disk into a RuntimeError about its own code
+                if raw.error is None:
+                    raise
+                raise raw.error from error
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class _Remembering(io.FileIO):
+    """A file to write that keeps the error of a failed write."""
+
+    error: OSError | None = None
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        if self.error is not None:
+            raise self.error  # a buffer that is dropped would try once more
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+_SHOWN = "\u00ad\u200c\u200d"  # soft hyphen and joiners belong to words
+_CODED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def literal(name: str) -> str:
+    """A name as one line of text: characters that control, or that no text may hold, by their codes."""
+    return "".join(_code(c) if _coded(c) else c for c in name)
+
+
+def _coded(character: str) -> bool:
+    if character in _SHOWN:
+        return False
+    return unicodedata.category(character) in _CODED or character in "\ufffe\uffff"
+
+
+def _code(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def shortened(name: str, length: int) -> str:
+    """A name as one line of at most `length` characters."""
+    text = literal(name)
+    return text if len(text) <= length else text[: length - 1] + "\u2026"
