@@ -190,6 +190,8 @@ void run(const Network& net, const Tensor& images, const Outputs& out, Saved* sa
     if (step == 2) residuals[2] = net.take_wide(net.sequence());
     std::size_t wanted = 0;
     const std::int64_t only = last_token(net, out, saved);
+    Tensor last, row;  // of that token; taken before the blocks take theirs, which then find the same memory every time
+    if (only >= 0) last = net.take({net.batch, 1, net.dim}), row = net.take_wide({net.batch, net.dim});
     for (std::int64_t layer = 0; layer < config.depth; layer += step) {
         if (config.rope) {
             net.rotate(stream.h, false);
@@ -202,8 +204,7 @@ void run(const Network& net, const Tensor& images, const Outputs& out, Saved* sa
             }
         }
         if (only >= 0 && layer == config.depth - 1) {
-            stream = run_layers(net, layer, stream, nullptr, {net.take({net.batch, 1, net.dim}), {}}, residuals, only);
-            const Tensor row = net.take_wide({net.batch, net.dim});
+            stream = run_layers(net, layer, stream, nullptr, {last, {}}, residuals, only);
             readout_forward(ctx, {.reduce = Reduce::select,
                                   .index = {only, -1},
                                   .x = stream.residual,
