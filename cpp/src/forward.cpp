@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "network.h"
+#include "weight_cache.h"
 
 namespace vimcore {
 
@@ -248,6 +249,7 @@ void forward(Context& ctx, const Config& config, const Params& params, const Ten
 {
     const Network net(ctx, config, params, images, draws);
     ctx.training = saved != nullptr;
+    if (saved && ctx.cache) ctx.cache->begin_step();
     if (saved) saved->prepare(config, net.batch, net.dtype, ctx.device());
     if (net.batch > 0) run_together(ctx, [&] { run(net, images, out, saved); });
 }
