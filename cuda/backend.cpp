@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backend.h"
 
+#include <atomic>
 #include <limits>
 #include <string>
 
@@ -29,15 +30,19 @@ private:
 // The number of the capture that the stream takes part in, or 0.
 std::uint64_t capturing(cudaStream_t stream)
 {
+    static std::atomic<std::uint64_t> unknown = std::numeric_limits<std::uint64_t>::max();  // never the same twice
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    unsigned long long number = 0;
-    const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &number);
+    const cudaError_t error = cudaStreamIsCapturing(stream, &status);
     if (error == cudaErrorStreamCaptureImplicit) {  // the legacy stream, while another one captures
         (void)cudaGetLastError();
-        return std::numeric_limits<std::uint64_t>::max();
+        return unknown--;
     }
     VIM_CUDA(error);
-    return status == cudaStreamCaptureStatusNone ? 0 : std::uint64_t{number};
+    if (status == cudaStreamCaptureStatusNone) return 0;
+    unsigned long long number = 0;
+    if (cudaStreamGetCaptureInfo(stream, &status, &number) == cudaSuccess && number > 0) return number;
+    (void)cudaGetLastError();
+    return unknown--;
 }
 
 // Copies of weights, cut into pieces, in device memory.

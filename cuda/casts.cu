@@ -24,6 +24,8 @@ __device__ __forceinline__ void cast(const float* __restrict__ from, T* __restri
 {
     constexpr int step = V * cast_block;
     const int thread = static_cast<int>(threadIdx.x);
+    device::assume_global(from);
+    device::assume_global(to);
     if (vectors && count == cast_piece) {
         Floats<V> part[cast_piece / step];
 #pragma unroll

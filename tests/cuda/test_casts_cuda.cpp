@@ -161,8 +161,21 @@ void check_renewal()
             CHECK(training == -1 || training == step + 1);
         }
     }
-    // Types side by side: each renews its own.
+    // What is first asked for later joins the others.
     Context ctx(Device::cuda());
+    Bench headless(ctx, config, DType::bf16);
+    vimcore::Outputs tokens;
+    tokens.tokens = headless.side.result({2, config.tokens(), config.embed_dim});
+    for (int round = 0; round < 2; round++) {
+        forward(ctx, config, headless.weights.params, headless.images, tokens);
+        headless.weights.params.changed();
+    }
+    for (int round = 0; round < 3; round++) {
+        CHECK(same_bits(headless.inferred(), headless.fresh()));
+        headless.write(random, 3);
+        headless.weights.params.changed();
+    }
+    // Types side by side: each renews its own.
     Bench narrow(ctx, config, DType::bf16), half(ctx, config, DType::f16);
     half.weights.params = narrow.weights.params;
     half.weights.tensors = narrow.weights.tensors;

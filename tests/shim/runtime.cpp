@@ -281,7 +281,9 @@ cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStre
         const std::lock_guard lock(state_lock());
         if (const cudaError_t status = check_range(memory, bytes, true, "the memory")) return status;
     }
-    return submit(stream, [=] { std::memset(memory, value, bytes); });
+    return submit(stream, [=] {
+        if (running()) std::memset(memory, value, bytes);
+    });
 }
 cudaError_t cudaMemset(void* memory, int value, std::size_t bytes)
 {
