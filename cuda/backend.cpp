@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "backend.h"
 
+#include <atomic>
+#include <limits>
 #include <string>
 
 #include "cublaslt.h"
@@ -25,17 +27,29 @@ private:
     cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-bool capturing(cudaStream_t stream)
+// The number of the capture that the stream takes part in, or 0.
+std::uint64_t capturing(cudaStream_t stream)
 {
+    static std::atomic<std::uint64_t> unknown = std::numeric_limits<std::uint64_t>::max();  // never the same twice
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     const cudaError_t error = cudaStreamIsCapturing(stream, &status);
     if (error == cudaErrorStreamCaptureImplicit) {  // the legacy stream, while another one captures
         (void)cudaGetLastError();
-        return true;
+        return unknown--;
     }
     VIM_CUDA(error);
-    return status != cudaStreamCaptureStatusNone;
+    if (status == cudaStreamCaptureStatusNone) return 0;
+    unsigned long long number = 0;
+    if (cudaStreamGetCaptureInfo(stream, &status, &number) == cudaSuccess && number > 0) return number;
+    (void)cudaGetLastError();
+    return unknown--;
 }
+
+// Copies of weights, cut into pieces, in device memory.
+struct CastTable {
+    Buffer memory;
+    Index pieces;
+};
 
 std::shared_ptr<void> event_behind(cudaStream_t stream)
 {
@@ -159,7 +173,7 @@ void CudaBackend::await(Context& ctx, void* mark)
     }
 }
 
-bool CudaBackend::recording(Context& ctx)
+std::uint64_t CudaBackend::recording(Context& ctx)
 {
     const DeviceGuard guard(ctx.device().index);
     return capturing(stream_of(ctx));
@@ -218,6 +232,29 @@ void CudaBackend::copy(Context& ctx, const Tensor& from, const Tensor& to)
 {
     const DeviceGuard guard(ctx.device().index);
     cuda::copy(ctx, from, to);
+}
+
+std::shared_ptr<void> CudaBackend::prepare_copies(Context& ctx, std::vector<Copy> copies)
+{
+    const int device = ctx.device().index;
+    const DeviceGuard guard(device);
+    const std::vector<CastPiece> pieces = cast_pieces(copies);
+    const std::size_t bytes = pieces.size() * sizeof(CastPiece);
+    const auto table = std::make_shared<CastTable>(Buffer(bytes, ctx.device()), static_cast<Index>(pieces.size()));
+    if (bytes == 0) return table;
+    const OutsideCapture outside;  // on a stream of its own, which no capture includes
+    const std::shared_ptr<void> own = make_stream(device);
+    const auto stream = static_cast<cudaStream_t>(own.get());
+    VIM_CUDA(cudaMemcpyAsync(table->memory.data(), pieces.data(), bytes, cudaMemcpyHostToDevice, stream));
+    VIM_CUDA(cudaStreamSynchronize(stream));
+    return table;
+}
+
+void CudaBackend::run_copies(Context& ctx, const void* prepared)
+{
+    const DeviceGuard guard(ctx.device().index);
+    const auto& table = *static_cast<const CastTable*>(prepared);
+    cast_all(ctx, static_cast<const CastPiece*>(table.memory.data()), table.pieces);
 }
 
 void CudaBackend::fill_zero(Context& ctx, const Tensor& tensor)

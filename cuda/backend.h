@@ -20,6 +20,8 @@ public:
     void upload(Context& ctx, const void* host, const Tensor& to) override;
     void download(Context& ctx, const Tensor& from, void* host) override;
     void copy(Context& ctx, const Tensor& from, const Tensor& to) override;
+    std::shared_ptr<void> prepare_copies(Context& ctx, std::vector<Copy> copies) override;
+    void run_copies(Context& ctx, const void* prepared) override;
     void fill_zero(Context& ctx, const Tensor& tensor) override;
     void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out) override;
     void scale_rows_backward(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& dout,
@@ -29,7 +31,7 @@ public:
     void change_stream(Context& ctx, void* from, void* to) override;
     std::shared_ptr<void> mark(Context& ctx) override;
     void await(Context& ctx, void* mark) override;
-    bool recording(Context& ctx) override;
+    std::uint64_t recording(Context& ctx) override;
     std::shared_ptr<void> make_stream(int device) override;
     std::shared_ptr<void> record(Context& ctx, void (*program)(void*), void* context) override;
     void replay(Context& ctx, void* recording) override;

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "arena.h"
+#include "device_sizes.h"
 #include "ops.h"
 #include "vectors.cuh"
 
@@ -21,7 +22,7 @@ namespace {
 using device::Floats;
 
 constexpr int max_block = 128;
-constexpr Index most_parts = 512;  // threads that share channels
+constexpr Index most_parts = device_sizes::conv_parts;  // threads that share channels
 
 template <class T>
 struct Direction {

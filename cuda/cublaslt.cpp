@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "device_sizes.h"
 #include "vimcore/error.h"
 
 namespace vimcore::cuda {
@@ -196,7 +197,7 @@ Blas blas_of(int index, const GemmArgs& args)
     if (device.handle) return device;
     int major = 0;
     VIM_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-    device.workspace = std::uint64_t{major >= 9 ? 32u : 4u} << 20;
+    device.workspace = major >= 9 ? std::uint64_t{device_sizes::blas_workspace} : 4u << 20;
     check_lt(library().call.create(&device.handle), "cublasLtCreate", args);
     return device;
 }

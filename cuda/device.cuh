@@ -59,6 +59,12 @@ __device__ __forceinline__ void store(T* to, const Vec<T, N>& value)
 {
     *reinterpret_cast<Vec<T, N>*>(to) = value;
 }
+// An address that was itself read from memory: only arguments of kernels are known to be of global memory.
+template <class T>
+__device__ __forceinline__ void assume_global(T* address)
+{
+    __builtin_assume(__isGlobal(address));
+}
 
 // ---- shared memory: one dynamic allocation per block, cut up by the kernel
 // -------------------------------------------

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = x W^T + bias; backward dx = dy W, dW += dy^T x, dbias += the rows of dy. Weights, biases and their gradients are
-// float32; beside 16-bit activations weights and biases are cast once and kept in the weight cache, and gradients are
-// accumulated in float32 by the products themselves. Two problems of one size at a fixed distance from each other
-// (x_proj of both directions) run as one batch.
+// float32; beside 16-bit activations weights and biases are cast and kept in the weight cache, which renews all of them
+// with one launch when weights have changed (casts.cu), and gradients are accumulated in float32 by the products
+// themselves. Two problems of one size at a fixed distance from each other (x_proj of both directions) run as one
+// batch.
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "arena.h"
 #include "cublaslt.h"
@@ -18,13 +20,15 @@ namespace {
 // Keys of what is cached for a weight or bias, plus its DType. Other files of this folder use other keys.
 enum CacheKind : int { cache_weight = 100, cache_pair = 120, cache_bias = 140 };
 
+// copies(to): what makes up the packed form at `to`.
 template <class F>
-const void* packed(Context& ctx, const Tensor& weight, int kind, DType dtype, Index count, F&& fill)
+const void* packed(Context& ctx, const Tensor& weight, int kind, DType dtype, Index count, F&& copies)
 {
     const auto bytes = static_cast<std::size_t>(count) * size_of(dtype);
-    if (ctx.cache) return ctx.cache->get(ctx, weight.data, kind + static_cast<int>(dtype), bytes, fill);
+    const int group = static_cast<int>(dtype);
+    if (ctx.cache) return ctx.cache->get_copies(ctx, weight.data, kind + group, group, bytes, copies);
     void* memory = ctx.arena().take({count}, dtype).data;
-    fill(memory);
+    for (const Copy& c : copies(memory)) copy(ctx, c.from, c.to);
     return memory;
 }
 
@@ -32,7 +36,7 @@ const void* cast(Context& ctx, const Tensor& weight, CacheKind kind, DType dtype
 {
     if (!weight || weight.dtype == dtype) return weight.data;
     return packed(ctx, weight, kind, dtype, weight.numel(),
-                  [&](void* to) { copy(ctx, weight, {to, weight.shape, dtype, ctx.device()}); });
+                  [&](void* to) { return std::vector<Copy>{{weight, {to, weight.shape, dtype, ctx.device()}}}; });
 }
 
 // Both weights, the second `stride` elements behind the first.
@@ -40,8 +44,9 @@ const void* cast_pair(Context& ctx, const Tensor& first, const Tensor& second, D
 {
     const auto offset = static_cast<std::size_t>(stride) * size_of(dtype);
     return packed(ctx, first, cache_pair, dtype, 2 * stride, [&](void* to) {
-        copy(ctx, first, {to, first.shape, dtype, ctx.device()});
-        copy(ctx, second, {static_cast<char*>(to) + offset, second.shape, dtype, ctx.device()});
+        void* const behind = static_cast<char*>(to) + offset;
+        return std::vector<Copy>{{first, {to, first.shape, dtype, ctx.device()}},
+                                 {second, {behind, second.shape, dtype, ctx.device()}}};
     });
 }
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "arena.h"
+#include "device_sizes.h"
 #include "ops.h"
 #include "vectors.cuh"
 
@@ -20,7 +21,7 @@ namespace {
 using device::Floats;
 
 constexpr int warps = 4;
-constexpr Index most_parts = 1024;
+constexpr Index most_parts = device_sizes::norm_parts;
 
 template <class T>
 struct NormParams {

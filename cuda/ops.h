@@ -5,7 +5,9 @@
 #pragma once
 
 #include <span>
+#include <vector>
 
+#include "../cpp/src/backend.h"
 #include "launch.h"
 #include "vimcore/ops.h"
 
@@ -36,6 +38,18 @@ void fill_zero(Context& ctx, const Tensor& tensor);             // elementwise.c
 void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out);  // elementwise.cu
 void scale_rows_backward(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& dout,
                          const Tensor& dmatrix, const Tensor& dfactor);  // elementwise.cu
+
+// Copies of float32 tensors, cut into pieces; `copies` of them in one launch, the table being in device memory.
+// casts.cu
+struct CastPiece {
+    const float* from;
+    void* to;
+    int count;
+    DType dtype;   // of to
+    bool vectors;  // both addresses allow them
+};
+std::vector<CastPiece> cast_pieces(std::span<const Copy> copies);
+void cast_all(Context& ctx, const CastPiece* table, Index pieces);
 
 // out (columns) += the rows of x (rows, columns), at most four at a time, x of one type and equally many rows. Those
 // without `out` are passed over. reduce.cu

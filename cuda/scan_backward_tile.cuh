@@ -5,11 +5,12 @@
 #pragma once
 
 #include "device.cuh"
+#include "device_sizes.h"
 #include "launch.h"
 
 namespace vimcore::cuda {
 
-inline constexpr int back_threads = 64;  // of a direction
+inline constexpr int back_threads = device_sizes::back_threads;  // of a direction
 inline constexpr int back_warps = back_threads / device::warp_size;
 
 // Byte offsets of one direction's arrays in shared memory; those that depend on the rank come last.

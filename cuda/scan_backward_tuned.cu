@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "arena.h"
+#include "device_sizes.h"
 #include "ops.h"
 #include "scan_sums.h"
 
@@ -14,14 +15,6 @@ namespace {
 
 constexpr int most_shared = 99 * 1024;  // bytes of shared memory that every device since sm_80 grants a block
 constexpr Index large = Index{1} << 28;
-
-// Tokens of a segment: all, up to some length; then, whatever the batch is, so that its images give the same bits. A
-// multiple of the chunk.
-Index segment_of(Index len, Index chunk)
-{
-    constexpr Index whole = 2048, least = 256, most_segments = 64;
-    return round_up(len < whole ? len : std::max(least, ceil_div(len, most_segments)), chunk);
-}
 
 bool is_aligned(const void* p, Index bytes)
 {
@@ -45,6 +38,8 @@ template <class Shape_>
 bool run(Context& ctx, const Scan& a)
 {
     using T = typename Shape_::T;
+    static_assert(Shape_::channels == device_sizes::back_channels(Shape_::states));
+    static_assert(Shape_::tile == device_sizes::back_tile && Shape_::C * Shape_::S == device_sizes::back_kept);
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2, size = sizeof(T);
     const Index state = Shape_::states, rank = a.passes[0].dt_weight.size(1), row = rank + 2 * state;
     const auto directions = static_cast<int>(a.passes.size());
@@ -79,7 +74,7 @@ bool run(Context& ctx, const Scan& a)
     s.wide_q = rank % 4 == 0;
     const Index tiles = std::min(a.chunk, round_up(len, Shape_::tile)) / Shape_::tile;
     s.chunk_tiles = static_cast<int>(tiles);  // no more than there are
-    const Index segment = segment_of(len, tiles * Shape_::tile), units = batch * ceil_div(len, segment);
+    const Index segment = device_sizes::back_segment(len, tiles * Shape_::tile), units = batch * ceil_div(len, segment);
     const Index blocks = units * s.groups;
     s.segment_tiles = static_cast<int>(segment / Shape_::tile);
     s.segments = static_cast<int>(ceil_div(len, segment));

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "device_sizes.h"
 #include "launch.h"
 
 namespace vimcore::cuda {
@@ -33,8 +34,8 @@ struct GenericScan {
     float scale;
 };
 
-inline constexpr int generic_threads = 64;
-inline constexpr int generic_states = 16;  // that fit in registers
+inline constexpr int generic_threads = device_sizes::generic_channels;
+inline constexpr int generic_states = device_sizes::generic_states;  // that fit in registers
 
 // What is multiplied with delta to give the exponent of 2.
 __device__ __forceinline__ float scan_decay(float stored, bool log_A)

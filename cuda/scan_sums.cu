@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "arena.h"
+#include "device_sizes.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {
@@ -12,7 +13,7 @@ namespace vimcore::cuda {
 namespace {
 
 constexpr std::size_t most_partials = 8, most_rows = 2;
-constexpr Index dt_parts = 64;  // sums over tokens that add up to dweight
+constexpr Index dt_parts = device_sizes::dt_parts;  // sums over tokens that add up to dweight
 
 struct PartialTable {
     PartialSum sum[most_partials];

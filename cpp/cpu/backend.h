@@ -109,7 +109,7 @@ public:
     void change_stream(Context& ctx, void* from, void* to) override;
     std::shared_ptr<void> mark(Context&) override { return nullptr; }
     void await(Context&, void*) override {}
-    bool recording(Context&) override { return false; }
+    std::uint64_t recording(Context&) override { return 0; }
     std::shared_ptr<void> make_stream(int) override { return nullptr; }
     std::shared_ptr<void> record(Context& ctx, void (*program)(void*), void* context) override;
     void replay(Context& ctx, void* recording) override;

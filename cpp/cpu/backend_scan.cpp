@@ -2,7 +2,9 @@
 // The selective scan on the CPU. Parallel over images and blocks of channels; within a task the recurrence is
 // sequential in time, and both directions over the same tokens follow each other, so that the sum of directions and
 // the gate happen in the first-level cache.
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numbers>
 
 #include "backend.h"
@@ -275,7 +277,9 @@ Pass<T> textbook_pass(Context& ctx, const SelectiveScan& a)
     const Index dim = a.u.size(2), state = a.A.size(1);
     T* A = scratch<T>(ctx, dim * state).template as<T>();
     for (Index e = 0; e < dim; e++)
-        for (Index n = 0; n < state; n++) A[n * dim + e] = a.A.as<T>()[e * state + n] * std::numbers::log2e_v<T>;
+        for (Index n = 0; n < state; n++)  // finite, as the packed one
+            A[n * dim + e] =
+                std::max(a.A.as<T>()[e * state + n] * std::numbers::log2e_v<T>, std::numeric_limits<T>::lowest());
     Pass<T> pass;
     pass.tokens = a.u.size(1);
     ScanArgs<T>& s = pass.args;

@@ -67,7 +67,7 @@ static void scan_delta(const ScanArgs<T>& f, Rows<const T> dt, Index count, Inde
 }
 
 // The recurrence of G states over one block and, if wanted, y += C h. delta, du (delta u) and y are [count][lanes].
-template <class T, int G, bool output>
+template <class T, int G, bool output, bool far>
 static void scan_recur(const T* A, T* state, const T* delta, const T* du, Rows<const T> B, Rows<const T> C, Index count,
                        T* y)
 {
@@ -82,7 +82,7 @@ static void scan_recur(const T* A, T* state, const T* delta, const T* du, Rows<c
         if constexpr (output) sum[0] = load<T>(y + s * w);
 #pragma GCC unroll 16
         for (int n = 0; n < G; n++) {
-            const Vec<T> a = exp2_product(d, load<T>(A + n * w));
+            const Vec<T> a = exp2_product<far>(d, load<T>(A + n * w));
             h[n] = fma(a, h[n], x * b[n]);
             if constexpr (output) sum[n & 1] = fma(h[n], splat(c[n]), sum[n & 1]);
         }
@@ -95,7 +95,7 @@ static void scan_recur(const T* A, T* state, const T* delta, const T* du, Rows<c
 }
 
 // All groups of `count` states.
-template <class T, bool output>
+template <class T, bool output, bool far>
 static void scan_groups(Index count, const T* A, T* h, const T* delta, const T* du, Rows<const T> B, Rows<const T> C,
                         Index tokens, T* y)
 {
@@ -105,10 +105,29 @@ static void scan_groups(Index count, const T* A, T* h, const T* delta, const T* 
             recur(A + n * lanes<T>, h + n * lanes<T>, delta, du, Rows<const T>{B.first + n, B.step},
                   Rows<const T>{C.first + n, C.step}, tokens, y);
     };
-    run(scan_recur<T, scan_group, output>, scan_group);
-    if constexpr (scan_group > 8) run(scan_recur<T, 8, output>, 8);
-    run(scan_recur<T, 4, output>, 4);
-    run(scan_recur<T, 1, output>, 1);
+    run(scan_recur<T, scan_group, output, far>, scan_group);
+    if constexpr (scan_group > 8) run(scan_recur<T, 8, output, far>, 8);
+    run(scan_recur<T, 4, output, far>, 4);
+    run(scan_recur<T, 1, output, far>, 1);
+}
+// The same for any decay; largest: the magnitudes of A, see largest_of.
+template <class T, bool output>
+static void scan_groups(Vec<T> largest, Index count, const T* A, T* h, const T* delta, const T* du, Rows<const T> B,
+                        Rows<const T> C, Index tokens, T* y)
+{
+    if constexpr (exp2_has_far<T>)
+        if (exp2_is_far<T>(delta, tokens, largest))
+            return scan_groups<T, output, true>(count, A, h, delta, du, B, C, tokens, y);
+    scan_groups<T, output, false>(count, A, h, delta, du, B, C, tokens, y);
+}
+
+// The largest magnitude in every lane of the vectors A[0, states).
+template <class T>
+VIM_INLINE Vec<T> largest_of(const T* A, Index states)
+{
+    Vec<T> largest{};
+    for (Index n = 0; n < states; n++) largest = at_least(largest, magnitude(load<T>(A + n * lanes<T>)));
+    return largest;
 }
 
 // One vector of channels, states [n0, n0 + states), all tokens.
@@ -123,7 +142,7 @@ static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index
         store<T>(h + n * w, f.h ? load_upto<T>(f.h + (n0 + n) * f.dim + e, live) : splat(T(0)));
     }
     const Vec<T> D = f.D && n0 == 0 ? load_upto<T>(f.D + e, live) : splat(T(0));
-    const Vec<T> scale = splat(f.scale);
+    const Vec<T> scale = splat(f.scale), largest = largest_of<T>(A, states);
 
     for (Index done = 0, count; done < f.len; done += count) {
         const Index token = f.reverse ? f.len - 1 - done : done, natural = f.begin + token;
@@ -149,7 +168,7 @@ static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index
             store<T>(du + s * w, d * in);
             store<T>(y + s * w, D * in);
         }
-        scan_groups<T, true>(states, A, h, delta, du, rows(f.B + n0, f.ldb, token, f.reverse),
+        scan_groups<T, true>(largest, states, A, h, delta, du, rows(f.B + n0, f.ldb, token, f.reverse),
                              rows(f.C + n0, f.ldb, token, f.reverse), count, y);
         for (Index s = 0; s < count; s++) {
             Vec<T> v = load<T>(y + s * w);
@@ -176,13 +195,16 @@ static void scan_forward(const ScanArgs<T>& f)
     }
 }
 
-// out (N, E) = -exp(A_log) log2(e), transposed. In double throughout: it runs once per set of weights.
+// out (N, E) = -exp(A_log) log2(e), transposed; finite. In double throughout: it runs once per set of weights.
 template <class T>
 static void prepare_A(const T* A_log, Index dim, Index state, T* out)
 {
+    constexpr double lowest = sizeof(T) == 4 ? -0x1.fffffep127 : -0x1.fffffffffffffp1023;
     for (Index n = 0; n < state; n++)
-        for (Index e = 0; e < dim; e++)
-            out[n * dim + e] = T(-__builtin_exp(double(A_log[e * state + n])) * 1.4426950408889634);
+        for (Index e = 0; e < dim; e++) {
+            const double A = -__builtin_exp(double(A_log[e * state + n])) * 1.4426950408889634;
+            out[n * dim + e] = T(A < lowest ? lowest : A);
+        }
 }
 
 }  // namespace vimcore::cpu::VIM_ISA

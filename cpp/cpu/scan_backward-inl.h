@@ -41,12 +41,16 @@ template <class T>
 struct ScanScratch {
     T *A, *lambda, *dA;  // [V][N]
     T* dD_dbias;         // [V][2]
+    T* largest;          // [V]: magnitude of A
     T* starts;           // [K][V][N]: state on entry of every tile of a chunk
     ScanTile<T>* tiles;  // [K][V]
     T *decay, *before;   // [scan_tile][N]: a, h[t - 1] of one group of states, in the first columns
     T *dB, *dC;          // [scan_tile][N]
     T* zero;             // [N]
 };
+
+template <bool value>
+struct Flag {};
 
 VIM_INLINE Index scan_ceil(Index a, Index b) { return (a + b - 1) / b; }
 
@@ -65,6 +69,7 @@ static Index scan_layout(ScanScratch<T>& s, T* p, Index state, Index chunk, Inde
     s.lambda = take(vectors * state);
     s.dA = take(vectors * state);
     s.dD_dbias = take(vectors * 2);
+    s.largest = take(vectors);
     s.starts = take(tiles * vectors * state);
     s.tiles = reinterpret_cast<ScanTile<T>*>(take(tiles * vectors * 4 * scan_tile));
     s.decay = take(scan_tile * state);
@@ -82,7 +87,7 @@ static Index scan_backward_scratch(Index state, Index chunk, Index channels)
 }
 
 // G states of one tile, forward: keeps a and h[t - 1], adds C h to y and gy h to dC. Row s of the kept is at s * ld.
-template <class T, int G>
+template <class T, int G, bool far>
 static void scan_replay(const T* A, const T* start, const ScanTile<T>& tile, const T* dy, Rows<const T> B,
                         Rows<const T> C, Index count, Index ld, T* decay, T* before, Rows<const T> dC_in, T* dC, T* y)
 {
@@ -96,7 +101,7 @@ static void scan_replay(const T* A, const T* start, const ScanTile<T>& tile, con
         Vec<T> sum[2] = {load<T>(y + s * w), splat(T(0))};
 #pragma GCC unroll 16
         for (int n = 0; n < G; n++) {
-            const Vec<T> a = exp2_product(d, load<T>(A + n * w));
+            const Vec<T> a = exp2_product<far>(d, load<T>(A + n * w));
             store<T>(decay + n * w, a);
             store<T>(before + n * w, h[n]);
             h[n] = fma(a, h[n], x * b[n]);
@@ -195,8 +200,8 @@ struct ScanBackward {
             if (left <= scan_tile) break;
             for (Index n = 0; n < N; n++) store<T>(start + ld + n * w, load<T>(start + n * w));
             const Rows<const T> B = rows(f.B, f.ldb, first, f.reverse);
-            scan_groups<T, false>(N, scratch.A + v * N * w, start + ld, tile->delta, tile->du, B, B, scan_tile,
-                                  nullptr);
+            scan_groups<T, false>(load<T>(scratch.largest + v * w), N, scratch.A + v * N * w, start + ld, tile->delta,
+                                  tile->du, B, B, scan_tile, nullptr);
         }
     }
 
@@ -236,9 +241,16 @@ struct ScanBackward {
                      {old_B + n * w, old_ld}, scratch.dB + n * w);
             }
         };
-        both(scan_replay<T, walk_group>, scan_walk<T, walk_group>, walk_group);
-        if constexpr (walk_group > 4) both(scan_replay<T, 4>, scan_walk<T, 4>, 4);
-        both(scan_replay<T, 1>, scan_walk<T, 1>, 1);
+        auto groups = [&]<bool far>(Flag<far>) {
+            both(scan_replay<T, walk_group, far>, scan_walk<T, walk_group>, walk_group);
+            if constexpr (walk_group > 4) both(scan_replay<T, 4, far>, scan_walk<T, 4>, 4);
+            both(scan_replay<T, 1, far>, scan_walk<T, 1>, 1);
+        };
+        if constexpr (exp2_has_far<T>)
+            exp2_is_far<T>(tile.delta, count, load<T>(scratch.largest + v * w)) ? groups(Flag<true>{})
+                                                                                : groups(Flag<false>{});
+        else
+            groups(Flag<false>{});
 
         T* totals = scratch.dD_dbias + v * 2 * w;
         Vec<T> dD = load<T>(totals), dbias = load<T>(totals + w);
@@ -305,6 +317,7 @@ static void scan_backward(const ScanBackwardArgs<T>& g)
             store<T>(s.lambda + i * w, splat(T(0)));
             store<T>(s.dA + i * w, splat(T(0)));
         }
+        store<T>(s.largest + v * w, largest_of<T>(s.A + v * f.state * w, f.state));
         store<T>(s.dD_dbias + 2 * v * w, splat(T(0)));
         store<T>(s.dD_dbias + (2 * v + 1) * w, splat(T(0)));
     }

@@ -158,6 +158,11 @@ VIM_INLINE V at_most(V a, V high)
 #endif
     return a > high ? high : a;
 }
+template <class V>
+VIM_INLINE V magnitude(V a)
+{
+    return at_least(a, -a);
+}
 
 template <class T>
 VIM_INLINE T sum(Vec<T> v)  // pairwise, fixed order

@@ -57,18 +57,48 @@ VIM_INLINE Vec<float> exp2_scale(Vec<float> shifted, Vec<float>, Vec<float> r)
 }
 #endif
 
-// 2^(d a) for finite d a <= 127, relative error 2e-7 and that of d a; exactly 1 where d a is 0. Below -126 the result
-// is at most 2^-126.
+// 2^(d a) for d a <= 127, relative error 2e-7 and that of d a; exactly 1 where d a is 0. Below -126 the result is at
+// most 2^-126, from -150 on it is 0, also where d a overflows.
+//
+// AVX-512 needs no clamp until the square of the remainder, which is up to 2^-24 |d a|, overflows: callers ask once for
+// many d and a whether one of them is `far`, and take the clamp with those only. The bits are the same with both.
+#if VIM_AVX512
+template <class T>
+inline constexpr bool exp2_has_far = sizeof(T) == 4;
+#else
+template <class T>
+inline constexpr bool exp2_has_far = false;
+#endif
+
+// Whether |d a| passes 2^80 for one of the vectors d[0, count) and some a in [-largest, largest].
+template <class T>
+VIM_INLINE bool exp2_is_far([[maybe_unused]] const T* d, [[maybe_unused]] Index count, [[maybe_unused]] Vec<T> largest)
+{
+#if VIM_AVX512
+    if constexpr (exp2_has_far<T>) {
+        Vec<T> reach{};
+        for (Index s = 0; s < count; s++) reach = at_least(reach, magnitude(load<T>(d + s * lanes<T>)));
+        return _mm512_cmp_ps_mask((__m512)(reach * largest), _mm512_set1_ps(0x1p80f), _CMP_GT_OQ) != 0;
+    }
+#endif
+    return false;
+}
+
+template <bool far>
 VIM_INLINE Vec<float> exp2_product(Vec<float> d, Vec<float> a)
 {
 #if VIM_AVX512
     const Vec<float> shifted = fma(d, a, splat(round_to)), n = shifted - round_to;
-    return exp2_scale<false>(shifted, n, fms(d, a, n));
+    Vec<float> r = fms(d, a, n);
+    if constexpr (far) r = at_most(at_least(r, splat(-1.0f)), splat(1.0f));
+    return exp2_scale<false>(shifted, n, r);
 #else
-    const Vec<float> x = at_least(d * a, splat(-126.0f)), shifted = x + round_to, n = shifted - round_to;
+    // the bits of 2^-127 are those of 0
+    const Vec<float> x = at_least(d * a, splat(-127.0f)), shifted = x + round_to, n = shifted - round_to;
     return exp2_scale<false>(shifted, n, x - n);
 #endif
 }
+template <bool>
 VIM_INLINE Vec<double> exp2_product(Vec<double> d, Vec<double> a)
 {
     d *= a;

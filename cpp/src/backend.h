@@ -2,13 +2,20 @@
 // What a device must provide: one method per operator of ops.h, arguments already checked.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "vimcore/ops.h"
 
 namespace vimcore {
+
+struct Copy {
+    Tensor from, to;
+};
 
 class Backend {
 public:
@@ -30,6 +37,16 @@ public:
     virtual void upload(Context& ctx, const void* host, const Tensor& to) = 0;
     virtual void download(Context& ctx, const Tensor& from, void* host) = 0;
     virtual void copy(Context& ctx, const Tensor& from, const Tensor& to) = 0;  // converts between float types
+    // Copies that are made again and again: prepared once, then queued as one piece of work, where the device has that.
+    // Sources are float32. Allowed while a graph is recorded, which needs what was prepared for as long as it lives.
+    virtual std::shared_ptr<void> prepare_copies(Context&, std::vector<Copy> copies)
+    {
+        return std::make_shared<std::vector<Copy>>(std::move(copies));
+    }
+    virtual void run_copies(Context& ctx, const void* prepared)
+    {
+        for (const Copy& c : *static_cast<const std::vector<Copy>*>(prepared)) copy(ctx, c.from, c.to);
+    }
     virtual void fill_zero(Context& ctx, const Tensor& tensor) = 0;
     // out[i, :] = factor[i] matrix[i, :], of parameters
     virtual void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out) = 0;
@@ -43,7 +60,8 @@ public:
     // A mark behind what is queued on the context's stream, for another stream to wait for; none where calls complete.
     virtual std::shared_ptr<void> mark(Context& ctx) = 0;
     virtual void await(Context& ctx, void* mark) = 0;
-    virtual bool recording(Context& ctx) = 0;  // what is queued now is recorded, by us or by the caller
+    // Whether what is queued now is recorded, by us or by the caller: the number of the recording, or 0.
+    virtual std::uint64_t recording(Context& ctx) = 0;
     virtual std::shared_ptr<void> make_stream(int device) = 0;  // none on the CPU
     // What `program` queues on the context's stream, recorded instead of run; replay queues it again.
     virtual std::shared_ptr<void> record(Context& ctx, void (*program)(void* context), void* context) = 0;

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "network.h"
+#include "weight_cache.h"
 
 namespace vimcore {
 
@@ -190,6 +191,8 @@ void run(const Network& net, const Tensor& images, const Outputs& out, Saved* sa
     if (step == 2) residuals[2] = net.take_wide(net.sequence());
     std::size_t wanted = 0;
     const std::int64_t only = last_token(net, out, saved);
+    Tensor last, row;  // of that token; taken before the blocks take theirs, which then find the same memory every time
+    if (only >= 0) last = net.take({net.batch, 1, net.dim}), row = net.take_wide({net.batch, net.dim});
     for (std::int64_t layer = 0; layer < config.depth; layer += step) {
         if (config.rope) {
             net.rotate(stream.h, false);
@@ -202,8 +205,7 @@ void run(const Network& net, const Tensor& images, const Outputs& out, Saved* sa
             }
         }
         if (only >= 0 && layer == config.depth - 1) {
-            stream = run_layers(net, layer, stream, nullptr, {net.take({net.batch, 1, net.dim}), {}}, residuals, only);
-            const Tensor row = net.take_wide({net.batch, net.dim});
+            stream = run_layers(net, layer, stream, nullptr, {last, {}}, residuals, only);
             readout_forward(ctx, {.reduce = Reduce::select,
                                   .index = {only, -1},
                                   .x = stream.residual,
@@ -247,6 +249,7 @@ void forward(Context& ctx, const Config& config, const Params& params, const Ten
 {
     const Network net(ctx, config, params, images, draws);
     ctx.training = saved != nullptr;
+    if (saved && ctx.cache) ctx.cache->begin_step();
     if (saved) saved->prepare(config, net.batch, net.dtype, ctx.device());
     if (net.batch > 0) run_together(ctx, [&] { run(net, images, out, saved); });
 }

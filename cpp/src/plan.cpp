@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "backend.h"
+#include "device_sizes.h"
 #include "vimcore/error.h"
 #include "vimcore/params.h"
 
@@ -27,6 +28,15 @@ std::int64_t saturated(double bytes)
 std::int64_t tile_of(Device device)
 {
     return device.type == Device::Type::cpu ? cpu_backend().tile() : std::int64_t{1} << 40;
+}
+
+// What first calls take more, as pieces of an arena have 1 MiB at least: of each arena, and two of the main one.
+constexpr double rounding = 1 << 20;
+
+// Bytes of scratch memory of the products that a backend takes from a library.
+double workspace(Device device)
+{
+    return device.type == Device::Type::cuda ? static_cast<double>(device_sizes::blas_workspace) : 0;
 }
 
 void check(const Config& c, std::int64_t batch, int threads)
@@ -70,12 +80,59 @@ struct Elements {
     double narrow = 0, wide = 0;
 };
 
-// What block_backward takes for `images` images; see block.cpp, and the scans' backward of each backend.
-Elements block_backward_elements(const Config& c, double images, Memory memory, bool cuda)
+// Floats that the scan of one block takes on CUDA; see scan_tuned.cu.
+double cuda_forward_floats(const Config& c, double images, DType dtype)
 {
-    const auto chunk = static_cast<double>(Saved::chunk(memory));
     const PlanSizes s(c, 1);
-    const double rows = images * s.L, groups = std::ceil(s.E / 64), tiles = std::ceil(std::min(chunk, s.L) / 16);
+    const bool sum = dtype != DType::f32 && s.directions == 2;  // of both directions, before it is rounded
+    return images * s.E * ((sum ? s.L : 0) + (c.d_state > device_sizes::generic_states ? s.N : 0));
+}
+
+// Floats that the gradient of both scans takes on CUDA; see scan_backward_tuned.cu, scan_backward.cu.
+double cuda_scan_backward_floats(const Config& c, double images, std::int64_t chunk, DType dtype)
+{
+    using namespace device_sizes;
+    const PlanSizes s(c, 1);
+    const std::int64_t len = c.tokens(), N = c.d_state;
+    const double rows = images * s.L;
+    auto ceil_div = [](std::int64_t a, std::int64_t b) { return static_cast<double>((a + b - 1) / b); };
+    const bool several = s.directions == 2 || (!back_is_tuned(N) && N > generic_states);
+    const double sum = dtype != DType::f32 && several ? rows * s.E : 0;
+    if (back_is_tuned(N)) {
+        const double tiles = std::min(ceil_div(chunk, back_tile), ceil_div(len, back_tile));
+        const double segments = ceil_div(len, back_segment(len, static_cast<std::int64_t>(tiles) * back_tile));
+        const double units = images * segments, groups = ceil_div(c.inner(), back_channels(N));
+        const double starts = units * groups * (tiles - 1) * static_cast<double>(back_threads * back_kept);
+        const double part = rows * groups * std::ceil((s.R + 2 * s.N) / 4) * 4;
+        const double parameters = units * (s.N + s.R + 2) * s.E, ahead = segments > 1 ? units * (s.N + 1) * s.E : 0;
+        return sum + s.directions * (starts + part + parameters + ahead);
+    }
+    const double groups = ceil_div(c.inner(), generic_channels);
+    const double starts =
+        images * groups * ceil_div(chunk, generic_tile) * static_cast<double>(generic_states * generic_channels);
+    const double lambda = N > generic_states ? 2 * rows * s.E : 0;
+    return sum + rows * (s.E + groups * 2 * s.N) + images * (s.N + 2) * s.E +
+           std::max(starts + lambda, static_cast<double>(dt_parts) * s.R * s.E);
+}
+
+// Floats that the gradients of one block take on CUDA: the scans', partial sums of conv1d and norm.
+double cuda_backward_floats(const Config& c, double images, std::int64_t chunk, DType dtype)
+{
+    using namespace device_sizes;
+    const PlanSizes s(c, 1);
+    const double rows = images * s.L;
+    const bool window = c.d_conv >= 2 && c.d_conv <= 4;
+    const double units = window ? images * std::ceil(s.L / 16) : rows;
+    return cuda_scan_backward_floats(c, images, chunk, dtype) + (window ? 0 : rows * s.E) +
+           std::min(static_cast<double>(conv_parts), units) * s.E * static_cast<double>(c.d_conv + 1) * s.projections +
+           std::min(static_cast<double>(norm_parts), std::ceil(rows / 4)) * 2 * s.D + 2 * rows;
+}
+
+// What block_backward takes for `images` images; see block.cpp, and the scans' backward of each backend.
+Elements block_backward_elements(const Config& c, double images, Memory memory, bool cuda, DType dtype)
+{
+    const PlanSizes s(c, 1);
+    const double rows = images * s.L;
     const bool shared_u = s.directions > s.projections;
     Elements e;
     e.narrow =
@@ -83,19 +140,12 @@ Elements block_backward_elements(const Config& c, double images, Memory memory, 
     if (memory == Memory::least) e.narrow += rows * 2 * s.E;
     if (c.layer_scale) e.wide += 2 * s.D * s.E;
     if (cuda) {
-        // the tuned kernels, or the generic one
-        const bool tuned = c.d_state == 8 || c.d_state == 16 || c.d_state == 32;
-        const double sums = rows * groups * (2 * s.N + s.R), starts = images * s.E * s.N * tiles;
-        e.wide +=
-            tuned ? s.directions * (sums + starts) + rows * s.E : sums + starts + rows * s.E * (c.d_state > 16 ? 4 : 2);
-        e.wide += s.directions * images * s.E * (s.N + s.R + 2);
-        // partial sums of conv1d and norm, see their kernels
-        e.wide +=
-            std::min(512.0, images * std::ceil(s.L / 16)) * s.E * static_cast<double>(c.d_conv + 1) * s.directions +
-            std::min(1024.0, std::ceil(rows / 4)) * 2 * s.D;
+        e.wide += cuda_backward_floats(c, images, Saved::chunk(memory), dtype);
+        if (c.layer_scale && dtype != DType::f32) e.narrow += s.D * s.E;  // gamma W, cast
     } else {
-        const double channels = std::min(s.E, 64.0);
-        const double own = channels * (3 * s.N + 2 + tiles * (s.N + 64)) + 16 * 65 * s.N;
+        const double chunk = static_cast<double>(Saved::chunk(memory)), tiles = std::ceil(std::min(chunk, s.L) / 16);
+        const double groups = std::ceil(s.E / 64), channels = std::min(s.E, 64.0);
+        const double own = channels * (3 * s.N + 3 + tiles * (s.N + 64)) + 16 * 65 * s.N;
         e.narrow +=
             s.directions * images * (s.L * s.E + groups * 2 * s.L * s.N + s.E * (s.N + 2)) + images * groups * own;
         e.narrow += s.directions * images * s.E * static_cast<double>(c.d_conv + 1);
@@ -130,22 +180,22 @@ std::int64_t training_bytes(const Config& c, Memory memory, std::int64_t batch, 
     const std::int64_t groups = (batch + images - 1) / images;
     const std::int64_t slots = threads > 1 && c.tokens() <= 8192 ? std::min<std::int64_t>(threads, groups) : 1;
 
-    const double rows = s.B * s.L, stream = (pairs ? 2 : 1) * rows * s.D;  // dh, dresidual
-    const Elements group = block_backward_elements(c, static_cast<double>(images), memory, cuda);
-    // Contexts that work side by side, and what their arenas lose where pieces do not fit.
-    const double sides = slots > 1 ? 1.25 * static_cast<double>(slots + (groups % slots ? 1 : 0)) : 1.1;
-    const double head = 2 * rows * s.D + 2 * s.B * (per_token ? s.L : 1) * std::max(outputs, s.D);
+    const double rows = s.B * s.L;
+    const Elements group = block_backward_elements(c, static_cast<double>(images), memory, cuda, dtype);
+    const double narrow = static_cast<double>(size_of(dtype)), wide_size = static_cast<double>(size_of(wide(dtype)));
+    const double block = group.narrow * narrow + group.wide * wide_size;
+    // Contexts that work side by side keep their memory; in the main one head, blocks and embedding follow one another.
+    const double workers = slots > 1 ? static_cast<double>(slots) : 0;
+    const double own_block = slots == 1 || groups % slots ? block : 0;
+    const double stream = (pairs ? 2 : 1) * rows * s.D * (narrow + wide_size);  // dh, dresidual
+    const double head = (2 * rows * s.D + 2 * s.B * (per_token ? s.L : 1) * std::max(outputs, s.D)) * narrow;
     const double patches = std::min(s.B * s.J, static_cast<double>(std::min<std::int64_t>(tile, 1 << 17)));
-    const double embed = s.B * s.J * s.D + 2 * patches * s.patch;
+    const double embed = (s.B * s.J * s.D + 2 * patches * s.patch) * narrow;
     double block_weights = 3 * s.D * s.E + s.directions * s.E * (2 * s.R + 3 * s.N + static_cast<double>(c.d_conv) + 3);
     if (groups == 1) block_weights = 0;  // groups sum their gradients apart
-    const double narrow = stream + std::max({sides * group.narrow, head, embed});
-    const double wide_elements =
-        stream + sides * group.wide + static_cast<double>(slots) * block_weights + (c.rope ? 4 * s.J * s.D : 0);
-    const double backward = narrow * static_cast<double>(size_of(dtype)) +
-                            wide_elements * static_cast<double>(size_of(wide(dtype))) + (cuda ? 32.0 * (1 << 20) : 0);
-    const double rounding = (sides + 1) * 1.25 * (1 << 20);
-    return saturated(backward + rounding);
+    const double weights = (static_cast<double>(slots) * block_weights + (c.rope ? 4 * s.J * s.D : 0)) * wide_size;
+    return saturated(workers * block + stream + std::max({own_block, head, embed}) + weights +
+                     rounding * (workers + 3) + workspace(device));
 }
 
 std::int64_t forward_bytes(const Config& c, std::int64_t batch, DType dtype, int threads, Device device)
@@ -159,27 +209,32 @@ std::int64_t forward_bytes(const Config& c, std::int64_t batch, DType dtype, int
     const bool pairs = c.directions == Directions::block;
     const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
 
-    // Arenas grow piece by piece, so that what follows one another in time is added up nevertheless.
     // As Network::for_each_group cuts a batch: groups side by side have scratch memory of their own.
     const std::int64_t full = std::max<std::int64_t>(1, tile / c.tokens());
     const std::int64_t images = std::clamp<std::int64_t>(batch / threads, 1, full);
     const std::int64_t apart = threads > 1 && c.tokens() <= 8192 ? batch / images / threads * threads * images : 0;
-    const double group = group_elements(c, images, tile);
-    const double groups = (apart > 0 ? threads : 0) + (apart < batch ? 1 : 0);
+    const double workers = apart > 0 ? threads : 0;
+    Elements group;
+    group.narrow = group_elements(c, images, tile);
+    group.wide = 2 * static_cast<double>(c.d_state) * E;
+    if (c.layer_scale) group.wide += D * E * (device.type == Device::Type::cuda ? 2 : 1);  // and its cast
+    if (device.type == Device::Type::cuda) group.wide += cuda_forward_floats(c, B, dtype);
 
     const auto patch = static_cast<double>(c.in_chans * c.patch_size * c.patch_size);
     const double embedding =
         B * J * D + std::min(B * J, static_cast<double>(std::min<std::int64_t>(tile, 1 << 17))) * patch;
-    const double narrow = (pairs ? 3 : 1) * B * L * D                       // the stream of tokens
-                          + embedding + groups * group + B * L * D + B * D  // normalised tokens, what the head reads
-                          + 2 * B * (per_token ? L : 1) * outputs;
-    double wide_elements = (pairs ? 3 : 1) * B * L * D + B * D  // the residual stream
-                           + groups * 2 * static_cast<double>(c.d_state) * E;
-    if (c.layer_scale) wide_elements += groups * D * E;
-    if (c.rope) wide_elements += 4 * J * D;
-    const double rounding = (groups + 1) * 1.25 * (1 << 20);  // pieces of an arena have 1 MiB at least
-    return saturated(narrow * static_cast<double>(size_of(dtype)) +
-                     wide_elements * static_cast<double>(size_of(wide(dtype))) + rounding);
+    const double narrow_size = static_cast<double>(size_of(dtype)),
+                 wide_size = static_cast<double>(size_of(wide(dtype)));
+    // Workers keep their memory, and so do tokens and residual stream; embedding, blocks and head follow one another.
+    const double tokens = (pairs ? 3 : 1) * B * L * D * narrow_size, residual = (pairs ? 3 : 1) * B * L * D * wide_size;
+    const double block = group.narrow * narrow_size + group.wide * wide_size, own_block = apart < batch ? block : 0;
+    const double logits = B * (per_token ? L : 1) * outputs * narrow_size;
+    const double head = B * L * D * narrow_size + (per_token ? logits : 0);
+    const double rows = 3 * B * D * wide_size;  // what the head reads
+    const double rope = c.rope ? 4 * J * D * wide_size : 0;
+    return saturated(workers * block + tokens +
+                     std::max(embedding * narrow_size, residual + std::max(own_block, head)) + rows + logits + rope +
+                     rounding * (workers + 2) + workspace(device));
 }
 
 std::int64_t weight_bytes(const Config& config)

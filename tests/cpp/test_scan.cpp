@@ -6,6 +6,7 @@
 #include <limits>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -342,6 +343,38 @@ void test_nan(const Kernels<T>& k)
     }
 }
 
+// Steps and decays whose product overflows, or nearly: all that is kept of a state is 0, in both passes.
+template <class T>
+void test_far(const Kernels<T>& k, double tolerance, double gradients)
+{
+    for (bool reverse : {false, true})
+        for (Index state : {4, 16, 17}) {
+            Shape s;
+            s.len = 40;
+            s.state = state;
+            s.reverse = reverse;
+            for (auto [low, high] : {std::pair{62.0, 88.0}, {-1.5, 88.0}, {86.0, 88.0}}) {
+                s.A_low = low;
+                s.A_high = high;
+                s.delta_shift = 0;
+                test_shape(k, s, tolerance, gradients);
+                s.delta_shift = -60;  // decays in reach of the steps again, of which they are rounded with the product
+                test_shape(k, s, 3 * tolerance, 100 * gradients);
+            }
+            for (auto [low, high] : {std::pair{-1.5, 1.5}, {-60.0, 20.0}, {62.0, 88.0}}) {
+                s.A_low = low;
+                s.A_high = high;
+                s.delta_shift = 1e30;
+                test_shape(k, s, tolerance, 10 * gradients);
+            }
+        }
+    // A_log for which A itself, times log2(e), is beyond float
+    const T A_log[] = {T(88.5), T(400), T(1e5)};
+    T A[3];
+    k.prepare_A(A_log, 3, 1, A);
+    for (const T a : A) CHECK(std::isfinite(a) && a < T(-3e38));
+}
+
 template <class T>
 void test_isa(const std::string& isa)
 {
@@ -413,6 +446,7 @@ void test_isa(const std::string& isa)
         slow.chunk = 64;
         test_shape(k, slow, sizeof(T) == 4 ? 2e-5 : 1e-13, sizeof(T) == 4 ? 1e-4 : 1e-12);
     }
+    test_far(k, tolerance, gradients);
 }
 
 }  // namespace

@@ -144,6 +144,10 @@ void check_replay()
     CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     CHECK(cudaStreamIsCapturing(stream, &status) == cudaSuccess && status == cudaStreamCaptureStatusActive);
+    unsigned long long number = 0, later = 0;
+    CHECK(cudaStreamGetCaptureInfo(stream, &status, &number) == cudaSuccess && number > 0);
+    CHECK(cudaStreamGetCaptureInfo(side, &status, &later) == cudaSuccess && status == cudaStreamCaptureStatusNone);
+    CHECK(later == 0);
     CHECK(cudaMemcpyAsync(x, host, 16, cudaMemcpyHostToDevice, stream) == cudaSuccess);
     CHECK(cudaEventRecord(fork, stream) == cudaSuccess && cudaStreamWaitEvent(side, fork) == cudaSuccess);
     CHECK(start(increase, 1, 4, 0, side, x) == cudaSuccess);
@@ -156,6 +160,9 @@ void check_replay()
     CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
     CHECK(host[0] == 1.0f);  // nothing has run
     CHECK(cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess && cudaGraphDestroy(graph) == cudaSuccess);
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);  // another number
+    CHECK(cudaStreamGetCaptureInfo(stream, &status, &later) == cudaSuccess && later > number);
+    CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess && cudaGraphDestroy(graph) == cudaSuccess);
     const std::int64_t before = shim::launches();
     CHECK(cudaGraphLaunch(exec, stream) == cudaSuccess && cudaGraphLaunch(exec, stream) == cudaSuccess);
     CHECK(shim::launches() == before + 2);
@@ -278,6 +285,17 @@ void check_functions()
     CHECK(device::reciprocal(0x1p126f) == 0x1p-126f);
 }
 
+// Memory at the most, whatever was given back since.
+void check_most_memory()
+{
+    (void)shim::most_memory();
+    const std::size_t before = shim::most_memory();
+    float *x = nullptr, *y = nullptr;
+    CHECK(cudaMalloc(&x, 1000) == cudaSuccess && cudaMalloc(&y, 24) == cudaSuccess && cudaFree(x) == cudaSuccess);
+    CHECK(shim::most_memory() == before + 1024 && shim::most_memory() == before + 24);
+    CHECK(cudaFree(y) == cudaSuccess);
+}
+
 }  // namespace
 
 int main()
@@ -285,6 +303,7 @@ int main()
     check_launches();
     check_memory();
     check_replay();
+    check_most_memory();
     check_captures();
     check_type<__nv_bfloat16>(7, __float2bfloat16_rn, __bfloat162float, __bfloat16_as_ushort, __ushort_as_bfloat16);
     check_type<__half>(10, __float2half_rn, __half2float, __half_as_ushort, __ushort_as_half);

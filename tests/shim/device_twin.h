@@ -32,6 +32,7 @@ void store(T* to, const Vec<T, N>& value, shim::Where where = shim::Where::curre
     shim::check_alignment(to, sizeof(value), "store", where);
     std::memcpy(to, &value, sizeof(value));
 }
+inline void assume_global(const void*) {}
 
 // ---- shared memory
 // --------------------------------------------------------------------------------------------------- What s[i] is:

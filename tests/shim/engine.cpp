@@ -302,8 +302,9 @@ void fill_poison(void* memory, std::size_t bytes)
     for (std::size_t i = 0; i < bytes; i++) to[i] = poison[i % 4];
 }
 
-static std::atomic<bool> running = true;
-void set_running(bool on) { running = on; }
+static std::atomic<bool> runs = true;
+void set_running(bool on) { runs = on; }
+bool running() { return runs; }
 
 void fail(const std::string& what)
 {
@@ -313,7 +314,7 @@ void fail(const std::string& what)
 
 void run(const Launch& launch)
 {
-    if (!running) return;
+    if (!runs) return;
     static std::mutex one_at_a_time;
     const std::lock_guard lock(one_at_a_time);
     std::fenv_t environment;

@@ -36,7 +36,8 @@ void run(const Launch& launch);
 
 void set_seed(std::uint64_t seed);
 void set_race_checks(bool on);
-void set_running(bool on);  // off: launches do nothing, for tests of what surrounds them
+void set_running(bool on);  // off: launches and fills do nothing and memory has no end, for tests of sizes
+bool running();
 
 template <class... T>
 std::string join(const T&... parts)

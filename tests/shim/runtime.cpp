@@ -22,7 +22,7 @@ struct Allocation {
 struct State {
     std::map<std::uintptr_t, Allocation> memory;
     std::map<const void*, std::size_t> shared;  // of kernels, from cudaFuncSetAttribute
-    std::size_t used = 0;
+    std::size_t used = 0, most = 0;
     int architecture = 90, devices = 2;
     bool foreign = false;
     State()
@@ -134,6 +134,11 @@ int device_count() { return state().devices; }
 int current_device() { return device_in_use; }
 std::int64_t allocations() { return allocation_count; }
 std::int64_t launches() { return launch_count; }
+std::size_t most_memory()
+{
+    const std::lock_guard lock(state_lock());
+    return std::exchange(state().most, state().used);
+}
 void name_kernel(const char* name) { next_kernel = name; }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const char* type, std::function<void()> thread)
@@ -227,10 +232,11 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes)
     allocation_count++;
     *memory = nullptr;
     if (bytes == 0) return cudaSuccess;
-    if (bytes > device_memory - state().used || posix_memalign(memory, 256, bytes))
+    if ((running() && bytes > device_memory - state().used) || posix_memalign(memory, 256, bytes))
         return error(cudaErrorMemoryAllocation, bytes, " bytes");
-    fill_poison(*memory, bytes);
+    if (running()) fill_poison(*memory, bytes);
     state().used += bytes;
+    state().most = std::max(state().most, state().used);
     state().memory[reinterpret_cast<std::uintptr_t>(*memory)] = {bytes, device_in_use};
     return cudaSuccess;
 }
@@ -275,7 +281,9 @@ cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStre
         const std::lock_guard lock(state_lock());
         if (const cudaError_t status = check_range(memory, bytes, true, "the memory")) return status;
     }
-    return submit(stream, [=] { std::memset(memory, value, bytes); });
+    return submit(stream, [=] {
+        if (running()) std::memset(memory, value, bytes);
+    });
 }
 cudaError_t cudaMemset(void* memory, int value, std::size_t bytes)
 {

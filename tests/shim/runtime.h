@@ -18,6 +18,7 @@ void set_architecture(int number);
 int device_count();          // 2 unless VIMCORE_SHIM_DEVICES says otherwise
 std::int64_t allocations();  // calls of cudaMalloc so far
 std::int64_t launches();     // kernels run so far
+std::size_t most_memory();   // bytes of cudaMalloc at the most since the last call
 inline constexpr std::size_t device_memory = std::size_t{8} << 30;
 
 // Remembers the error and why it came; returns it.

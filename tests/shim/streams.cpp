@@ -13,6 +13,7 @@
 namespace {
 
 struct Capture {
+    unsigned long long number = 0;
     CUstream_st* origin = nullptr;
     cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
     std::thread::id thread;
@@ -235,7 +236,8 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
     if (const cudaError_t status = check_stream(stream)) return status;
     if (stream->capture) return error(cudaErrorInvalidValue, "the stream is being captured already");
     stream->capture = std::make_shared<Capture>();
-    *stream->capture = {stream, mode, std::this_thread::get_id(), false, {}, {stream}, {}};
+    static unsigned long long captures = 0;
+    *stream->capture = {++captures, stream, mode, std::this_thread::get_id(), false, {}, {stream}, {}};
     handles().captures.push_back(stream->capture);
     return cudaSuccess;
 }
@@ -273,6 +275,13 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
     *status = !stream->capture           ? cudaStreamCaptureStatusNone
               : stream->capture->invalid ? cudaStreamCaptureStatusInvalidated
                                          : cudaStreamCaptureStatusActive;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* number)
+{
+    if (const cudaError_t error = cudaStreamIsCapturing(stream, status)) return error;
+    const std::lock_guard lock(state_lock());
+    if (*status == cudaStreamCaptureStatusActive && number) *number = stream->capture->number;
     return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long)
