@@ -3,8 +3,8 @@
 
 On CUDA a call is queued on torch's current stream of the tensor's device, and what it writes was allocated by
 torch: streams, lifetimes and `torch.cuda.graph` work as with torch's own operators. Before a capture, run the
-call once. A captured inference keeps the weights that were there when it was captured; a captured training
-step reads them anew in every replay.
+call once. What was captured, an inference or a training step, reads the weights anew in every replay; an
+inference captured within `constant_weights` keeps those that it found.
 """
 
 from __future__ import annotations

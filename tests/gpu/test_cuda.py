@@ -203,6 +203,28 @@ def test_cuda_graph(batch: int, dtype: str) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(logits, wanted)
+        for p in model.parameters():  # which nothing announces: replays read weights anew
+            p.data.mul_(1.01)
+
+
+def test_a_fused_optimizer_learns_as_the_others() -> None:
+    """It writes without being counted by torch."""
+    images, labels = torch.randn(8, 3, 64, 64, device=CUDA), torch.arange(8, device=CUDA)
+    courses = []
+    for options in ({"fused": True}, {"foreach": True}):
+        model = tiny().train()
+        optimizer, course = torch.optim.AdamW(model.parameters(), lr=1e-3, **options), []
+        for _ in range(10):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = model(images)
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            loss.backward()
+            optimizer.step()
+            course.append(loss.item())
+        courses.append(course)
+    assert courses[0] == pytest.approx(courses[1], rel=0.05)
+    assert courses[0][-1] < courses[0][0] / 2
 
 
 def test_weights_written_in_place_are_seen() -> None:
