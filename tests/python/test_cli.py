@@ -17,6 +17,7 @@ import vimcore
 from vimcore import _core, doctor, doctor_gradients
 from vimcore.cli import COMMANDS, main
 from vimcore.data import encode_png
+from vimcore.extras import needs
 from vimcore.io import save_model
 
 LABELS = ["cat", "dog", "owl", "\u00fcber"]
@@ -138,7 +139,7 @@ def test_training_says_what_it_needs() -> None:
             [sys.executable, "-c", program, missing, *arguments], capture_output=True, text=True, check=False
         )
         assert done.returncode == 1
-        assert done.stderr == f"vimcore: training needs {missing}: pip install 'vimcore[train]'\n"
+        assert done.stderr == f"vimcore: training needs {missing}; {needs('train')}\n"
 
 
 def test_predict_needs_no_torch(weights: Path, pictures: Path) -> None:
