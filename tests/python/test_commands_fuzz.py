@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A short run of tests/fuzz/commands.py, and that it sees what it is there for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+from vim_infer import BINARY
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))
+import commands
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> commands.Sandbox:
+    commands.imported()
+    return commands.Sandbox(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.parametrize(("program", "count"), [("vimcore", 50), ("vim-infer", 100)])
+def test_bad_lines(
+    sandbox: commands.Sandbox, program: str, count: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No traceback, no signal, status 0, 1 or 2, and a line that says why."""
+    args = argparse.Namespace(seed=0, count=count, seconds=60, line=None)
+    maker = commands.Maker(args.seed, program, sandbox.paths, BINARY)
+    bad = commands.attack(maker, sandbox, BINARY, args)
+    out = capfd.readouterr().out
+    assert bad == 0, out
+    assert f"{program}: {count} lines" in out
+
+
+def test_the_lines_of_a_seed_are_the_same(sandbox: commands.Sandbox) -> None:
+    makers = [commands.Maker(seed, "vimcore", sandbox.paths, BINARY) for seed in (3, 3, 4)]
+    lines = [[str(maker.line(number)) for number in range(40)] for maker in makers]
+    assert lines[0] == lines[1] != lines[2]
+    assert len(set(lines[0])) > 30
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "why"),
+    [
+        (1, "Traceback (most recent call last):\n  File\nKeyError: 'x'\n", "traceback"),
+        (-11, "", "status -11"),
+        (None, "", "not over after 30 s"),
+        (1, "", "status 1 without a line that says why"),
+        (1, "vimcore: " + 9000 * "x" + "\n", "a line of more than 4000 characters"),
+        (2, "vimcore predict: error: no\n", "status 2 without a word about the usage"),
+        (1, "vimcore: a.png: no such file\n", None),
+        (2, "usage: vimcore predict\nvimcore predict: error: no\n", None),
+    ],
+)
+def test_what_is_a_fault(status: int | None, error: str, why: str | None) -> None:
+    line = commands.Line(0, "vimcore", ["predict", "--json", "a.png"], "")
+    assert commands.fault(line, commands.Ended(status, "", error)) == why
+
+
+def test_words_between_json_are_a_fault() -> None:
+    line = commands.Line(0, "vimcore", ["predict", "--json", "a.png"], "no stderr")
+    good, bad = (commands.Ended(0, out, "") for out in ('{"image": "a"}\n', '{"p": NaN}\n'))
+    assert commands.fault(line, good) is None
+    assert "not JSON" in str(commands.fault(line, bad))
