@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optional packages: how to get what an extra of pyproject.toml names."""
+"""How to get what an optional part of vimcore needs."""
 
 from __future__ import annotations
 
 
 def needs(extra: str) -> str:
-    """How to install an extra; vimcore is on no package index, so only a checkout has it."""
+    """What to do where a package of `extra` (torch, demo, train, test or bench) is not installed.
+
+    vimcore is in no package registry, so it is named by its folder.
+    """
     return f"install it with: pip install '.[{extra}]' in a checkout of vimcore"

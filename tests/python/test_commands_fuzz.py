@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -63,3 +64,25 @@ def test_words_between_json_are_a_fault() -> None:
     good, bad = (commands.Ended(0, out, "") for out in ('{"image": "a"}\n', '{"p": NaN}\n'))
     assert commands.fault(line, good) is None
     assert "not JSON" in str(commands.fault(line, bad))
+
+
+@pytest.mark.parametrize(
+    ("streams", "status"),
+    [("no stderr", 0), ("full stderr", 0), ("no stdout", 1), ("full stdout", 1), ("left stdout", 1)],
+)
+def test_training_goes_on(sandbox: commands.Sandbox, streams: str, status: int) -> None:
+    """The files are whole; only the summary that could not be printed shows in the status."""
+    folder = sandbox.ready()
+    ended = commands.run(
+        commands.Line(0, "vimcore", ["train", *commands.TRAIN.split(), "--json"], streams), folder, ""
+    )
+    assert ended.status == status, ended
+    entries = [json.loads(line) for line in (folder / "new" / "log.jsonl").read_text().splitlines()]
+    assert [entry for entry in entries if entry["kind"] == "eval"]
+    assert (folder / "new" / "best.safetensors").exists()
+    if status == 0:
+        assert json.loads(ended.out)["best"]
+    elif streams == "left stdout":
+        assert "cannot write" not in ended.error  # its reader wanted to hear no more
+    else:
+        assert ended.error.splitlines()[-1].startswith("vimcore: cannot write the results: ")
