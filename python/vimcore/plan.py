@@ -17,6 +17,7 @@ from typing import Any
 
 from . import _core, options
 from .bench import WIDTHS
+from .metadata import unpack
 
 MODES = {"inference": "", "training, least": "least", "training, lean": "lean", "training, fast": "fast"}
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16", "float16")}
@@ -140,9 +141,7 @@ def shown(count: float) -> str:
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """The whole plan: a row for each device, mode and batch, and what fits."""
     if args.weights:
-        config = json.loads(_core.safetensors_header(args.weights)[1].get("vimcore.config", "null"))
-        if config is None:
-            raise ValueError(f"{args.weights}: no vimcore file (no vimcore.config in its metadata)")
+        config = unpack(_core.safetensors_header(args.weights)[1], args.weights)[0]
     else:
         config = {"embed_dim": WIDTHS[args.model], "img_size": [224, 224]}
     if args.size:

@@ -64,7 +64,7 @@ SURELY_BAD = {
 # What makes a legal line long, or its network large: only small values, and never left to the default.
 LONG = set(
     """--epochs --workers --pairs --seconds --sample --pause --sizes --batch --batches --repeats --embed-dim
-    --depth --img-size --patch-size --stride --size --threads --accumulate --in-chans""".split()  # noqa: SIM905
+    --depth --img-size --patch-size --stride --size --peers --accumulate --in-chans""".split()  # noqa: SIM905
 )
 BRIEF = ["", "0", "-1", "1", "x", "nan", "-inf", "1,"]
 NUMBERS = [
@@ -76,6 +76,7 @@ NUMBERS = [
     "inf",
     "0x10",
     "1_0",
+    "100000",
     "1" + "0" * 23,
     "9" * 5000,
     "\u0663",
@@ -192,7 +193,7 @@ class Maker:
             option = rng.choice(self.options[command if kind == "add" else rng.choice(list(self.options))])
             extra = [option, *(self._value(rng, option, command) for _ in range(rng.choice([0, 1, 1, 1, 2])))]
             groups.insert(rng.choice([at, len(groups)]), extra)
-        elif kind == "drop" and groups and group[0] not in LONG:
+        elif kind == "drop" and groups and group[0].partition("=")[0] not in LONG:
             del groups[at]
         elif kind == "bare":
             del group[1:]

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from vim_infer import BINARY
+from vimcore.cli import main
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))
 import commands
+import hostile
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,44 @@ def test_bad_lines(
     out = capfd.readouterr().out
     assert bad == 0, out
     assert f"{program}: {count} lines" in out
+
+
+READERS = {
+    "info": "{} --json",
+    "predict": "--weights {} --json pictures/b",
+    "plan": "--weights {} --device cpu --batch 1 --json",
+    "health": "--weights {} --count 1 --json pictures/b",
+    "eval": "{} --data pictures --workers 0 --threads 1 --json",
+    "convert": "{} new.safetensors --json",
+}
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_every_bad_file_of_weights(
+    sandbox: commands.Sandbox,
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Read, or refused in a line that names the file; what one command refuses is no surprise to another."""
+    monkeypatch.chdir(sandbox.ready())
+    files = sorted(name for name in hostile.files() if name.endswith(".safetensors"))
+    read = []
+    for name in files:
+        status = main([command, *READERS[command].format(name).split()])
+        out, error = capsys.readouterr()
+        said = [text for text in error.splitlines() if text.startswith("vimcore: ")]
+        if status == 0:
+            read.append(name)
+            assert [json.loads(text) for text in out.splitlines()], name
+        else:
+            assert status == 1, name
+            assert said, (name, out)
+            # what does not fit the data is said of the classes, or of the pictures
+            assert any(re.search(rf"{re.escape(name)}|classes that|pictures/", t) for t in said), (name, said)
+            assert max(map(len, said)) < 4000, name
+    assert "good.safetensors" in read
+    assert {"config-null.safetensors", "cut.safetensors", "empty.safetensors"}.isdisjoint(read)
 
 
 def test_the_lines_of_a_seed_are_the_same(sandbox: commands.Sandbox) -> None:
