@@ -196,7 +196,8 @@ def describe_file(path: str) -> dict[str, Any]:
     wrong = [name for name, shape in wanted.items() if shapes.get(name) != shape]
     wrong += [name for name in shapes if name not in wanted and not name.startswith("rope.")]
     if wrong:
-        raise ValueError(f"{path}: tensors do not fit the architecture: {', '.join(wrong[:12])}")
+        more = f" and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        raise ValueError(f"{path}: tensors do not fit the architecture: {', '.join(wrong[:12])}{more}")
     count = 0
     for shape in wanted.values():
         size = 1

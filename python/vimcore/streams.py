@@ -80,9 +80,12 @@ def lost_output() -> OSError | None:
 
 
 def one_line(text: str) -> str:
-    """The items of a longer message on one line, control characters escaped; as vim-infer does."""
+    """The items of a longer message on one line, as vim-infer has them.
+
+    Control characters, and bytes of names that are not UTF-8, become \\x and two digits.
+    """
     text = re.sub(r"(:?) *\n *", lambda found: ": " if found[1] else "; ", text.strip())
-    return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+    return re.sub(r"[\x00-\x1f\x7f\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) & 255:02x}", text)
 
 
 def complain(text: str) -> None:

@@ -24,7 +24,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> commands.Sandbox:
     return commands.Sandbox(tmp_path_factory.mktemp("fuzz"))
 
 
-@pytest.mark.parametrize(("program", "count"), [("vimcore", 50), ("vim-infer", 100)])
+@pytest.mark.parametrize(("program", "count"), [("vimcore", 40), ("vim-infer", 100)])
 def test_bad_lines(
     sandbox: commands.Sandbox, program: str, count: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
