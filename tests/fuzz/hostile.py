@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,10 @@ def make(folder: Path) -> list[str]:
     (folder / "circle").symlink_to("circle")
     (folder / "odd").mkdir()
     os.mkfifo(folder / "odd" / "fifo.png")
+    for name, minor in (("null", 3), ("zero", 5), ("full", 7)):
+        # Devices of our own, where we may make them: a fault that replaces one must not reach the system's.
+        with contextlib.suppress(PermissionError):
+            os.mknod(folder / name, stat.S_IFCHR | 0o666, os.makedev(1, minor))
     more = [
         "pictures",
         "odd",
@@ -147,4 +153,4 @@ def make(folder: Path) -> list[str]:
         "absent/x",
         odd,
     ]
-    return [*names, *more, "good.safetensors/x", "/dev/null", "/dev/full", "/dev/zero", ".", ".."]
+    return [*names, *more, "good.safetensors/x", "null", "zero", "full", ".", ".."]

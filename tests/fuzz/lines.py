@@ -46,7 +46,7 @@ LONG = set(
 )
 # Read to their end, pipes too: what nobody writes to, or never ends, is waited for as it should be.
 TEXT_FILES = {"--list", "--labels", "--config"}
-ENDLESS = {"odd/fifo.png", "/dev/zero"}
+ENDLESS = {"odd/fifo.png", "zero"}
 BRIEF = ["", "0", "-1", "1", "x", "nan", "-inf", "1,"]
 NUMBERS = [
     *BRIEF,
