@@ -21,7 +21,8 @@ target_include_directories(vimcore PUBLIC $<INSTALL_INTERFACE:${CMAKE_INSTALL_IN
 install(TARGETS vimcore EXPORT vimcore-targets)
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/cpp/include/vimcore DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 
-# What a static library needs at link time, for CMake and for pkg-config.
+# What a static library needs at link time, for CMake and for pkg-config. A shared library brings it along; where
+# only the static one is installed, it is needed with and without `pkg-config --static`.
 set(VIMCORE_DEPENDENCIES "")
 set(VIMCORE_PC_REQUIRES "")
 set(VIMCORE_PC_LIBS -pthread)
@@ -58,6 +59,10 @@ write_basic_package_version_file(vimcore-config-version.cmake COMPATIBILITY Same
 install(FILES ${PROJECT_BINARY_DIR}/vimcore-config.cmake ${PROJECT_BINARY_DIR}/vimcore-config-version.cmake
   DESTINATION ${package_dir})
 
+set(VIMCORE_PC_NEEDS "Requires:${VIMCORE_PC_REQUIRES}\nLibs: -L\${libdir} -lvimcore ${VIMCORE_PC_LIBS}")
+if(BUILD_SHARED_LIBS)
+  set(VIMCORE_PC_NEEDS "Libs: -L\${libdir} -lvimcore\nLibs.private: ${VIMCORE_PC_LIBS}")
+endif()
 # From the .pc file up to the prefix, so that the tree may be moved.
 file(RELATIVE_PATH up /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
 set(VIMCORE_PC_PREFIX "\${pcfiledir}/${up}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _core
 from ._core import Error, build_info
+from .extras import needs
 from .models import list_models
 from .runtime import Runtime
 
@@ -78,7 +79,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise ImportError(f"vimcore.{name} needs torch: pip install 'vimcore[torch]'") from error
+        raise ImportError(f"vimcore.{name} needs torch; {needs('torch')}") from error
     value = module if name in _LAZY_MODULES else getattr(module, name)
     globals()[name] = value
     return value

@@ -21,6 +21,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,27 +31,14 @@ from statistics import median
 from types import ModuleType
 from typing import Any
 
+from . import options
+from .extras import needs
+
 Call = Callable[[], Any]
 
 PEERS = ("torch", "openvino", "onnxruntime", "vim-torch")
 WIDTHS = {"vim_tiny": 192, "vim_small": 384, "vim_base": 768}
 STATE_UPDATE_FLOPS = 20  # 10 slots of the FMA pipe: the exponential takes most of them
-
-
-def _numbers(text: str) -> list[int]:
-    """Type of an option: positive integers, separated by commas."""
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"expected positive numbers, got {text!r}")
-    return values
-
-
-def _positive(text: str) -> int:
-    """Type of an option: one positive integer."""
-    values = _numbers(text)
-    if len(values) != 1:
-        raise argparse.ArgumentTypeError(f"expected one number, got {text!r}")
-    return values[0]
 
 
 def _peer_names(text: str) -> list[str]:
@@ -67,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", choices=sorted(WIDTHS), default="vim_tiny", help="size (default: vim_tiny)"
     )
     parser.add_argument(
-        "--sizes", type=_numbers, default=[224, 512, 1248], help="image sides in pixels, e.g. 224,512"
+        "--sizes", type=options.numbers, default=[224, 512, 1248], help="image sides in pixels, e.g. 224,512"
     )
-    parser.add_argument("--batch", type=_numbers, default=[1, 8], help="batch sizes, e.g. 1,8")
+    parser.add_argument("--batch", type=options.numbers, default=[1, 8], help="batch sizes, e.g. 1,8")
     parser.add_argument("--train", action="store_true", help="forward and backward with a cross-entropy loss")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
@@ -80,15 +68,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", choices=("least", "lean", "fast"), default="lean", help="what backward keeps"
     )
-    parser.add_argument("--threads", type=_positive, default=2, help="threads on both sides (default: 2)")
+    parser.add_argument(
+        "--threads", type=options.threads, default=2, help="threads on both sides (default: 2)"
+    )
     parser.add_argument("--peers", type=_peer_names, default=list(PEERS), help="default: all; '' is none")
     parser.add_argument(
         "--peers-dir", type=Path, help="folder of deit.py and vim_torch.py (default: tests/bench)"
     )
-    parser.add_argument("--pairs", type=_positive, default=15, help="pairs for each figure (default: 15)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="no new pair of a figure after this long")
-    parser.add_argument("--sample", type=float, default=0.1, help="seconds of calls that make one sample")
-    parser.add_argument("--pause", type=float, default=0.03, help="seconds of rest before each sample")
+    parser.add_argument(
+        "--pairs", type=options.positive, default=15, help="pairs for each figure (default: 15)"
+    )
+    parser.add_argument(
+        "--seconds", type=options.seconds, default=60.0, help="no new pair of a figure after this long"
+    )
+    parser.add_argument(
+        "--sample", type=options.seconds, default=0.1, help="seconds of calls that make one sample"
+    )
+    parser.add_argument(
+        "--pause", type=options.seconds, default=0.03, help="seconds of rest before each sample"
+    )
     parser.add_argument(
         "--json", metavar="FILE", help="write everything to FILE as JSON; - is standard output"
     )
@@ -331,30 +329,43 @@ def _line(row: dict[str, Any]) -> str:
     return "  ".join(cell.rjust(len(title)) for cell, title in zip(cells, HEADER, strict=True))
 
 
+def _check(args: argparse.Namespace) -> None:
+    """An error for what could only fail later, or would be ignored."""
+    if re.fullmatch(r"cpu|cuda(:\d{1,4})?", args.device) is None:
+        raise ValueError(f"--device: expected 'cpu', 'cuda' or 'cuda:N', got {args.device!r}")
+    if args.device == "cpu" and args.dtype != "float32":
+        raise ValueError(f"--dtype {args.dtype}: the CPU computes in float32")
+    if small := [side for side in args.sizes if side < 16]:
+        raise ValueError(f"--sizes: an image of {small[0]} pixels is smaller than a patch of 16")
+    if args.json not in (None, "-"):
+        place = Path(args.json)
+        if place.is_dir() or not os.access(place.parent, os.W_OK):  # known now, not after minutes
+            raise ValueError(f"--json {args.json}: no file can be written there")
+
+
 def main(args: argparse.Namespace) -> int:
-    """Runs `vimcore bench`; returns the exit status."""
+    """Runs `vimcore bench`; returns the exit status.
+
+    Raises:
+        ValueError: an option does not fit; before anything is measured.
+        RuntimeError: something that is needed is not there.
+    """
     try:
         import torch
-    except ImportError:
-        print("vimcore bench: needs torch, which is not installed", file=sys.stderr)
-        return 1
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"the benchmark needs torch; {needs('torch')}") from error
     import vimcore
 
     cuda = args.device != "cpu"
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    _check(args)
     run_case, header = _case, HEADER
     where = f"{args.threads} threads, {machine()['cpu']}"
-    try:
-        folder = peers_folder(args.peers_dir)
-        if cuda:
-            from . import bench_cuda
+    folder = peers_folder(args.peers_dir)
+    if cuda:
+        from . import bench_cuda
 
-            where, run_case, header = bench_cuda.prepare(args), bench_cuda.case, bench_cuda.HEADER
-        elif args.dtype != "float32":
-            raise ValueError(f"--dtype {args.dtype}: the CPU computes in float32")
-    except (FileNotFoundError, RuntimeError, ValueError) as error:
-        print(f"vimcore bench: {error}", file=sys.stderr)
-        return 1
+        where, run_case, header = bench_cuda.prepare(args), bench_cuda.case, bench_cuda.HEADER
     notes = sys.stderr
     if folder is None and args.peers:
         print("no peers: they live in tests/bench of a source checkout; give --peers-dir", file=notes)
@@ -377,13 +388,8 @@ def main(args: argparse.Namespace) -> int:
     print("  ".join(header), file=table, flush=True)
     try:
         for side in args.sizes:
-            if side < 16:
-                raise ValueError(f"--sizes: an image of {side} pixels is smaller than a patch of 16")
             for batch in args.batch:
                 report["rows"] += run_case(args, side, batch, folder, skipped)
-    except (RuntimeError, ValueError) as error:
-        print(f"vimcore bench: {error}", file=sys.stderr)
-        return 1
     finally:
         torch.set_num_threads(threads_before)
     for name, why in skipped.items():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import itertools
 import json
 import os
@@ -12,15 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from . import options
+from .extras import needs
+from .streams import complain, lost_output, standard_streams
+
 Command = Callable[[argparse.Namespace], int]
-
-
-def _positive(text: str) -> int:
-    """Type of an option: a positive integer."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
 
 
 def _print_table(rows: Sequence[Sequence[Any]], indent: str = "") -> None:
@@ -38,9 +35,11 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="vimcore-demo", metavar="FOLDER", help="where to write (default: %(default)s)"
     )
-    parser.add_argument("--epochs", type=_positive, help="passes over the training digits (default: 20)")
+    parser.add_argument(
+        "--epochs", type=options.positive, help="passes over the training digits (default: 20)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same result (default: %(default)s)")
-    parser.add_argument("--threads", type=_positive, help="default: 1; does not change the result")
+    parser.add_argument("--threads", type=options.threads, help="default: 1; does not change the result")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON instead of tables")
 
 
@@ -51,7 +50,7 @@ def _demo(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("vimcore"):
             raise
-        raise RuntimeError(f"the demo needs {error.name}: pip install 'vimcore[demo]'") from error
+        raise RuntimeError(f"the demo needs {error.name}; {needs('demo')}") from error
     metrics = run_demo(args.out, args.epochs, args.seed, args.threads, show=not args.json)
     if args.json:
         print(json.dumps(metrics))
@@ -70,7 +69,7 @@ def _training() -> Any:
         if error.name is None or error.name.startswith("vimcore"):
             raise
         package = error.name.partition(".")[0]
-        raise RuntimeError(f"training needs {package}: pip install 'vimcore[train]'") from error
+        raise RuntimeError(f"training needs {package}; {needs('train')}") from error
     return commands
 
 
@@ -98,10 +97,12 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="picture files, or folders of them")
     parser.add_argument("--weights", required=True, metavar="FILE", help="vimcore safetensors file")
     parser.add_argument(
-        "--topk", type=_positive, default=5, metavar="N", help="classes to show (default: %(default)s)"
+        "--topk", type=options.positive, default=5, metavar="N", help="classes to show (default: %(default)s)"
     )
     parser.add_argument("--logits", action="store_true", help="with --json: add the logits of all classes")
-    parser.add_argument("--threads", type=_positive, help="default: all cores; does not change the result")
+    parser.add_argument(
+        "--threads", type=options.threads, help="default: all cores; does not change the result"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
         "--dtype",
@@ -126,7 +127,7 @@ def _predict(args: argparse.Namespace) -> int:
         total += 1
         if result.error is not None:
             failed += 1
-            print(f"vimcore: {printable(result.image)}: {result.error}", file=sys.stderr, flush=True)
+            complain(f"{result.image}: {result.error}")
         if args.json:  # the last line also tells what was passed over
             print(result.to_json(args.logits, None if later else passed_over), flush=True)
         elif result.error is None:
@@ -137,11 +138,11 @@ def _predict(args: argparse.Namespace) -> int:
                 assert result.logits is not None
                 print("  logits " + " ".join(f"{float(v):.9g}" for v in result.logits))
     if passed_over:
-        print(f"vimcore: {printable(passed_over_text(passed_over))}", file=sys.stderr)
+        complain(passed_over_text(passed_over))
     if total == 0:
         raise RuntimeError("no pictures found (JPEG, PNG, PPM, PGM)")
     if failed:
-        print(f"vimcore: {failed} of {total} images failed", file=sys.stderr)
+        complain(f"{failed} of {total} images failed")
     return 1 if failed else 0
 
 
@@ -203,7 +204,8 @@ def describe_file(path: str) -> dict[str, Any]:
     wrong = [name for name, shape in wanted.items() if shapes.get(name) != shape]
     wrong += [name for name in shapes if name not in wanted and not name.startswith("rope.")]
     if wrong:
-        raise ValueError(f"{path}: tensors do not fit the architecture: {', '.join(wrong[:12])}")
+        more = f" and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        raise ValueError(f"{path}: tensors do not fit the architecture: {', '.join(wrong[:12])}{more}")
     count = 0
     for shape in wanted.values():
         size = 1
@@ -273,7 +275,11 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", choices=("png", "svg"), default="png", help="default: %(default)s")
     parser.add_argument(
-        "--mistakes", type=_positive, default=24, metavar="N", help="pictures to show (default: %(default)s)"
+        "--mistakes",
+        type=options.positive,
+        default=24,
+        metavar="N",
+        help="pictures to show (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
@@ -284,10 +290,10 @@ def _plot(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("vimcore"):
             raise
-        raise RuntimeError(f"plotting needs {error.name}: pip install 'vimcore[demo]'") from error
+        raise RuntimeError(f"plotting needs {error.name}; {needs('demo')}") from error
     written, notes = plot_runs(args.runs, args.out, args.format, args.mistakes)
     for note in notes:
-        print(f"vimcore: {note}", file=sys.stderr)
+        complain(note)
     print(json.dumps({"written": written}) if args.json else "\n".join(written))
     return 0
 
@@ -298,26 +304,30 @@ def _health_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weights", required=True, metavar="FILE", help="vimcore safetensors file")
     parser.add_argument(
-        "--count", type=_positive, default=4, metavar="N", help="images to look at (default: %(default)s)"
+        "--count",
+        type=options.positive,
+        default=4,
+        metavar="N",
+        help="images to look at (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="every range as JSON")
 
 
 def _health(args: argparse.Namespace) -> int:
-    from .picture_files import passed_over_text, printable
+    from .picture_files import passed_over_text
 
     try:
         from .health import health_of_file
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise RuntimeError("the health report needs torch: pip install 'vimcore[torch]'") from error
+        raise RuntimeError(f"the health report needs torch; {needs('torch')}") from error
     passed_over = Counter[str]()
     try:
         found = health_of_file(args.weights, args.images, args.count, passed_over)
     finally:
         if passed_over:
-            print(f"vimcore: {printable(passed_over_text(passed_over))}", file=sys.stderr)
+            complain(passed_over_text(passed_over))
     extra = {"passed_over": dict(sorted(passed_over.items()))} if passed_over else {}
     print(json.dumps({**found.to_dict(), **extra}) if args.json else found)
     return 0 if found.first_nonfinite is None else 1
@@ -388,11 +398,14 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Comman
 }
 
 
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """Only the chosen command gets its options, so that no other command's module is imported."""
+def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """That of all commands, and that of the chosen one.
+
+    Only the chosen command gets its options, so that no other command's module is imported.
+    """
     from . import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = own = argparse.ArgumentParser(
         prog="vimcore", description="Vision Mamba on CPU and GPU: train, load, explain, run."
     )
     parser.add_argument("--version", action="version", version=f"vimcore {__version__}")
@@ -401,35 +414,64 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == chosen:
             add_arguments(sub)
+            own = sub
         sub.set_defaults(run=run)
-    return parser
+    return parser, own
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Like `parse_args`, but what nobody knows is answered by the command that was given it."""
+    chosen = next((a for a in arguments if a in COMMANDS), None)
+    parser, own = _parser(chosen)
+    args, unknown = parser.parse_known_args(arguments)
+    if not unknown:
+        return args
+    if unknown[0] in arguments[: arguments.index(args.command)]:
+        own = parser
+    text = "unrecognized arguments: " + " ".join(unknown)
+    flag = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+    if close := difflib.get_close_matches(flag, own._option_string_actions, 1, 0.7):
+        text += f" (did you mean {close[0]}?)"
+    own.error(text)
 
 
 def _message(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    text = str(error) or type(error).__name__
-    return text.replace(":\n  ", ": ").replace("\n  ", "; ").replace("\n", " ")  # one line
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status."""
+    """Runs one command and returns its exit status.
+
+    Raises:
+        SystemExit: after `--help` and `--version` with 0, after bad usage with 2.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(next((a for a in arguments if a in COMMANDS), None)).parse_args(arguments)
-    try:
-        status: int = args.run(args)
-        sys.stdout.flush()
+    with standard_streams():
+        status, failure = 1, ""
+        leaving: SystemExit | None = None
+        try:
+            args = _parsed(arguments)
+            status = args.run(args)
+        except SystemExit as asked:
+            leaving = asked
+        except KeyboardInterrupt:
+            status, failure = 130, "interrupted"
+        except BrokenPipeError:
+            pass  # the reader has gone, and wants to hear no more
+        except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+            failure = _message(error)
+        if lost := lost_output():
+            status, leaving = 1, None
+            failure = (
+                "" if isinstance(lost, BrokenPipeError) else f"cannot write the results: {lost.strerror}"
+            )
+        if leaving is not None:
+            raise leaving
+        if failure:
+            complain(failure)
         return status
-    except BrokenPipeError:
-        # The reader has gone; the interpreter must not complain about it once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        print("vimcore: interrupted", file=sys.stderr)
-        return 130
-    except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        print(f"vimcore: {_message(error)}", file=sys.stderr)
-        return 1
 
 
 if __name__ == "__main__":

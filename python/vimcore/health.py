@@ -19,7 +19,7 @@ from . import _core
 from .functions import describe
 from .images import network_input
 from .io import load_model
-from .metadata import unpack
+from .metadata import rescaled_preprocess, unpack
 from .nn import VisionMamba
 from .picture_files import find_images, read_file
 from .plain import Plain
@@ -164,6 +164,7 @@ def health_of_file(
     preprocess = unpack(_core.safetensors_header(weights)[1], weights)[2]
     if preprocess is None:
         raise ValueError(f"{weights}: no preprocessing, so nothing that a picture could fill")
+    preprocess = rescaled_preprocess(preprocess, (height, width))
     inputs = []
     for path in itertools.islice(find_images(pictures, passed_over), count):
         inputs.append(network_input(read_file(path), path, json.dumps(preprocess)))

@@ -15,8 +15,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from . import _core
+from . import _core, options
 from .bench import WIDTHS
+from .metadata import unpack
 
 MODES = {"inference": "", "training, least": "least", "training, lean": "lean", "training, fast": "fast"}
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16", "float16")}
@@ -41,13 +42,6 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=sorted(WIDTHS), default="vim_tiny", help="default: %(default)s")
     parser.add_argument("--weights", metavar="FILE", help="the architecture of this vimcore file instead")
@@ -55,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=parse_size, metavar="PIXELS", help="224, or 512x1024 (default: 224 or the file's)"
     )
     parser.add_argument(
-        "--batch", type=_positive, nargs="+", metavar="N", help=f"default: {' '.join(map(str, BATCHES))}"
+        "--batch",
+        type=options.positive,
+        nargs="+",
+        metavar="N",
+        help=f"default: {' '.join(map(str, BATCHES))}",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), nargs="+", default=["cpu", "cuda"], help="default: both"
@@ -66,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="of activations on cuda (default: %(default)s)",
     )
-    parser.add_argument("--threads", type=_positive, help="on the cpu (default: all cores)")
+    parser.add_argument("--threads", type=options.threads, help="on the cpu (default: all cores)")
     parser.add_argument(
         "--device-memory",
         type=parse_bytes,
@@ -143,9 +141,7 @@ def shown(count: float) -> str:
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """The whole plan: a row for each device, mode and batch, and what fits."""
     if args.weights:
-        config = json.loads(_core.safetensors_header(args.weights)[1].get("vimcore.config", "null"))
-        if config is None:
-            raise ValueError(f"{args.weights}: no vimcore file (no vimcore.config in its metadata)")
+        config = unpack(_core.safetensors_header(args.weights)[1], args.weights)[0]
     else:
         config = {"embed_dim": WIDTHS[args.model], "img_size": [224, 224]}
     if args.size:

@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .extras import needs
+
 try:
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 except ModuleNotFoundError as error:
     if error.name is None or error.name.split(".")[0] != "timm":
         raise
-    raise ImportError("vimcore.timm needs timm: pip install 'vimcore[train]'") from error
+    raise ImportError(f"vimcore.timm needs timm; {needs('train')}") from error
 
 from . import _core, io, ops
 from .arguments import integer, native

@@ -74,7 +74,10 @@ class Device:
             torch.cuda.empty_cache()
 
     def memory(self, call: Call) -> int | None:
-        """Bytes of device memory taken for one call, by any allocator; weights and inputs are not counted."""
+        """Bytes of device memory taken for one call, by any allocator; weights and inputs are not counted.
+
+        None where nothing was seen: without a device, or where the call lived on what was taken before it.
+        """
         if not self.cuda:
             return None
         self.release()
@@ -83,7 +86,7 @@ class Device:
         self.synchronize()
         taken = free - torch.cuda.mem_get_info()[0]
         del result
-        return int(taken)
+        return int(taken) if taken > 0 else None
 
 
 def sequence(calls: Sequence[Call]) -> Call:

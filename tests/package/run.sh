@@ -126,11 +126,14 @@ flags() { PKG_CONFIG_PATH=$work/$1-root/$libdir/pkgconfig pkg-config "${@:2}" vi
 read -ra static_flags < <(flags static --static --cflags --libs)
 read -ra shared_flags < <(flags shared --cflags --libs)
 shared_flags+=(-Wl,-rpath,"$shared/$libdir")
+read -ra plain_flags < <(flags static --cflags --libs) # only the static library is there: the same without --static
+"$cxx" -std=c++20 $here/consumer.cpp "${plain_flags[@]}" -o "$work/plain-only"
+"$cc" -std=c99 $here/consumer.c "${plain_flags[@]}" -o "$work/plain-c-only"
 "$cxx" -std=c++20 $here/consumer.cpp "${static_flags[@]}" -o "$work/plain-static"
 "$cxx" -std=c++20 $here/consumer.cpp "${shared_flags[@]}" -o "$work/plain-shared"
 "$cc" -std=c99 $here/consumer.c "${static_flags[@]}" -o "$work/plain-c-static"
 "$cc" -std=c99 $here/consumer.c "${shared_flags[@]}" -o "$work/plain-c-shared"
-for kind in static shared; do
+for kind in static shared only; do
     "$work/plain-$kind" "$work/made.safetensors"
     "$work/plain-c-$kind" "$weights" "$picture" | diff "$work/logits" -
 done

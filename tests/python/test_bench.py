@@ -140,15 +140,25 @@ def test_without_peers(
     assert "--peers-dir" in err
 
 
+ENDLESS = [("--threads", "1025"), ("--sample", "nan"), ("--seconds", "inf"), ("--pause", "-1")]
+
+
 def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for options in (("--peers", "jax"), ("--sizes", "0"), ("--batch", "two"), ("--threads", "1,2")):
+    for options in (("--peers", "jax"), ("--sizes", "0"), ("--batch", "two"), ("--threads", "1,2"), *ENDLESS):
         with pytest.raises(SystemExit) as error:
             parsed(*options)
         assert error.value.code == 2
-    assert bench.main(parsed("--peers-dir", str(tmp_path))) == 1
-    assert "no deit.py" in capsys.readouterr().err
-    assert bench.main(parsed("--sizes", "8")) == 1
-    assert "smaller than a patch" in capsys.readouterr().err
+    for options, error, text in (
+        (("--peers-dir", str(tmp_path)), FileNotFoundError, "no deit.py"),
+        (("--sizes", "32,8"), ValueError, "8 pixels is smaller than a patch"),
+        (("--json", str(tmp_path / "no" / "x.json")), ValueError, "no file can be written there"),
+        (("--json", str(tmp_path)), ValueError, "no file can be written there"),
+        (("--dtype", "float16"), ValueError, "the CPU computes in float32"),
+        (("--device", "gpu"), ValueError, "expected 'cpu', 'cuda' or 'cuda:N', got 'gpu'"),
+    ):
+        with pytest.raises(error, match=text):
+            bench.main(parsed(*options))
+    assert capsys.readouterr().out == ""  # nothing was measured
 
 
 def test_vim_infer_against_its_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import vimcore
 from vimcore import _core, doctor, doctor_gradients
 from vimcore.cli import COMMANDS, main
 from vimcore.data import encode_png
+from vimcore.extras import needs
 from vimcore.io import save_model
 
 LABELS = ["cat", "dog", "owl", "\u00fcber"]
@@ -140,7 +141,7 @@ def test_training_says_what_it_needs() -> None:
             [sys.executable, "-c", program, missing, *arguments], capture_output=True, text=True, check=False
         )
         assert done.returncode == 1
-        assert done.stderr == f"vimcore: training needs {missing}: pip install 'vimcore[train]'\n"
+        assert done.stderr == f"vimcore: training needs {missing}; {needs('train')}\n"
 
 
 def test_predict_needs_no_torch(weights: Path, pictures: Path) -> None:
@@ -359,6 +360,29 @@ def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
         main(arguments)
     assert caught.value.code == 2
     assert "usage: vimcore" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage", "said"),
+    [
+        (["predict", "--weights", "w", "--jsn", "x.png"], "predict", "--jsn (did you mean --json?)"),
+        (["plan", "--device-memry=8G"], "plan", "--device-memry=8G (did you mean --device-memory?)"),
+        (["info", "a", "b"], "info", "unrecognized arguments: b\n"),
+        (["doctor", "--frobnicate"], "doctor", "unrecognized arguments: --frobnicate\n"),
+        (["--threads", "doctor"], "[-h]", "unrecognized arguments: --threads\n"),
+        (["plan", "--threads", "1025"], "plan", "expected a whole number from 1 to 1024, got '1025'"),
+        (["bench", "--sample", "nan"], "bench", "expected a number of seconds from 0 to 1000000, got 'nan'"),
+        (["bench", "--batch", "1,"], "bench", "expected a whole number from 1 to 1000000000, got ''"),
+    ],
+)
+def test_the_command_that_was_meant_answers(
+    arguments: list[str], usage: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    error = capsys.readouterr().err
+    assert error.startswith(f"usage: vimcore {usage}")
+    assert said in error
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

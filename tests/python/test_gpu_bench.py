@@ -279,3 +279,23 @@ def test_acceptance_script(tmp_path: Path) -> None:
     assert code == 1
     assert output.count("nothing is built") == 2
     assert "FAILED: tests bench" in output
+
+
+@pytest.mark.parametrize(("free", "seen"), [((900, 700), 200), ((900, 900), None), ((900, 950), None)])
+def test_memory_that_nothing_saw_is_no_number(
+    free: tuple[int, int], seen: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a call that takes nothing new from the device, the table says "-", not 0."""
+    table, timing = load("gpu/table.py"), load("gpu/timing.py")
+    left = list(free)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (left.pop(0), 1000))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    device = timing.Device("cpu")
+    monkeypatch.setattr(device, "cuda", True)
+    monkeypatch.setattr(device, "synchronize", lambda: None)
+    found = device.memory(lambda: None)
+    assert found == seen
+    assert table._of({"vimcore": found}, "vimcore") == ("-" if seen is None else "200")
+    assert table._share({"vimcore": found, "official": 400}, "vimcore", "official") == (
+        "-" if seen is None else "0.50"
+    )

@@ -19,6 +19,7 @@ from golden import relative
 from helpers import build, images_for, small
 from vimcore.cli import main
 from vimcore.data import encode_png
+from vimcore.extras import needs
 from vimcore.plain import Plain
 
 CONFIGS = {
@@ -252,7 +253,7 @@ def test_command_without_torch(weights: Path) -> None:
     command = [sys.executable, "-c", program, "health", "--weights", str(weights)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "vimcore: the health report needs torch: pip install 'vimcore[torch]'\n"
+    assert done.stderr == f"vimcore: the health report needs torch; {needs('torch')}\n"
 
 
 def test_command_on_damaged_weights(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,13 +7,13 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 import typing
 from pathlib import Path
 from typing import Any
 
 from ..files import literal, shortened
 from ..picture_files import passed_over_text
+from ..streams import complain
 from .presets import DEFAULT, PRESETS, recipe
 from .settings import MOST_PROCESSES, SECTIONS, Settings, read_toml
 
@@ -92,7 +92,7 @@ def train(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(settings.to_toml())
         for note in notes:
-            print(f"vimcore: {note}", file=sys.stderr)
+            complain(note)
         return 0
     from .run import train as run
     from .stopping import Stopped
@@ -101,7 +101,7 @@ def train(args: argparse.Namespace) -> int:
     try:
         summary = run(settings, folder, args.resume is not None, notes)
     except Stopped as stopped:
-        print(f"vimcore: {stopped}", file=sys.stderr)
+        complain(str(stopped))
         return stopped.status
     if not summary:
         return 0  # not the process that writes
@@ -186,9 +186,9 @@ def evaluate(args: argparse.Namespace) -> int:
             if args.json:
                 print(json.dumps(_facts(found), ensure_ascii=False), flush=True)
     for name, reason in results[-1].answers.faults.items():
-        print(f"vimcore: skipped {literal(name)}: {literal(reason)}", file=sys.stderr)
+        complain(f"skipped {name}: {reason}")
     if images.passed_over:
-        print(f"vimcore: {passed_over_text(images.passed_over)}", file=sys.stderr)
+        complain(passed_over_text(images.passed_over))
     best = max(results, key=lambda found: found.answers.scores().top1)
     if args.out:
         best.answers.save(Path(args.out), best.images)

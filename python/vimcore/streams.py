@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Standard output and error of a command, also where they are closed, full, or left by their reader.
+
+Results that cannot be written are a failure. Messages that nobody can read are dropped, and the work goes on.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+
+class _Stream(io.FileIO):
+    """Descriptor 1 or 2. What cannot be written is dropped; on 1 it raises, once, and is remembered."""
+
+    lost: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        if self.lost is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.lost = error
+                if self.fileno() == 1:
+                    raise
+        return memoryview(data).nbytes
+
+
+def _text(number: int, like: TextIO | None, errors: str) -> io.TextIOWrapper:
+    """A text stream to a descriptor, buffered like another; without one, like a pipe."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Stream(number, "w", closefd=False)),
+        getattr(like, "encoding", "utf-8"),
+        errors,
+        line_buffering=number == 2 or getattr(like, "line_buffering", False),
+        write_through=getattr(like, "write_through", False),
+    )
+
+
+def _occupy() -> None:
+    """Opens closed descriptors, else the next file would get what is meant for them; 1 takes nothing."""
+    for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, mode), True)  # the lowest one that is free
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """While it lasts, `sys.stdout` and `sys.stderr` are there, and writing to the latter never fails.
+
+    Streams that somebody put in their place are left alone.
+    """
+    before = sys.stdout, sys.stderr
+    _occupy()
+    if sys.stdout is None or sys.stdout is sys.__stdout__:
+        sys.stdout = _text(1, sys.stdout, "surrogateescape")  # names of files as the system has them
+    if sys.stderr is None or sys.stderr is sys.__stderr__:
+        sys.stderr = _text(2, sys.stderr, "backslashreplace")
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def lost_output() -> OSError | None:
+    """Why what was written to standard output did not get there; None where it did."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return error
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return raw.lost if isinstance(raw, _Stream) else None
+
+
+def one_line(text: str) -> str:
+    """The items of a longer message on one line, as vim-infer has them.
+
+    Control characters, and bytes of names that are not UTF-8, become \\x and two digits.
+    """
+    text = re.sub(r"(:?) *\n *", lambda found: ": " if found[1] else "; ", text.strip())
+    return re.sub(r"[\x00-\x1f\x7f\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) & 255:02x}", text)
+
+
+def complain(text: str) -> None:
+    """One line on stderr."""
+    print(f"vimcore: {one_line(text)}", file=sys.stderr, flush=True)
