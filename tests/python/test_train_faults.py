@@ -157,6 +157,13 @@ def test_checkpoints_that_do_not_fit(
     path, saved, expected = seen
     assert path == run / "checkpoint.pt"
     check(path, saved, expected)
+    older = copy.deepcopy(saved)
+    for group in older["optimizer"]["param_groups"]:
+        group.pop("foreach")  # as if torch had this option since
+    check(path, older, expected)
+    older["optimizer"]["param_groups"][0].pop("betas")
+    with pytest.raises(ValueError, match="missing: 'betas'"):
+        check(path, older, expected)
     for change, message in CHANGES:
         content = copy.deepcopy(saved)
         change(content)

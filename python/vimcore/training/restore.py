@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _KEYS = ("format", "model", "average", "optimizer", "scaler", "step", "epoch", "done", "best", "identity")
+_GROUP = ("params", "lr", "betas", "eps", "weight_decay")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _BEST = ("top1", "top5", "epoch", "weights")
 
@@ -89,8 +90,12 @@ class _Checker:
         groups = self._list("optimizer.param_groups", value["param_groups"], len(own_groups))
         for i, (group, own) in enumerate(zip(groups, own_groups)):
             field = f"optimizer.param_groups[{i}]"
-            self._keys(field, group, tuple(own))
+            # a later torch may have options that this group was saved without: they have their defaults
+            wanted_keys = tuple(name for name in own if name in group or name in _GROUP)
+            self._keys(field, group, wanted_keys)
             for name, wanted in own.items():
+                if name not in group:
+                    continue
                 if name == "lr":
                     self._number(f"{field}.lr", group[name], 0, math.inf)
                 elif type(group[name]) is not type(wanted) or group[name] != wanted:
