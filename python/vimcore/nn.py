@@ -334,7 +334,10 @@ class VisionMamba(nn.Module):
         if torch.is_grad_enabled():
             part = core.taking_part(kind, layers)
             differentiated = images.requires_grad or any(p.requires_grad for p, t in zip(params, part) if t)
-        request = Request(kind, layers, self._draws(kind, images, position), self.memory)
+        draws = self._draws(kind, images)
+        if position >= 0:  # drawn before
+            draws = draws._replace(class_position=position)
+        request = Request(kind, layers, draws, self.memory)
         if differentiated:
             return NetworkFunction.apply(core, request, constant, images, *params)
         return core.run(request, images, params, None, constant)
@@ -424,8 +427,8 @@ class VisionMamba(nn.Module):
         """Where the class token stands in this training forward (class_token="random")."""
         return int(torch.randint(0, self._facts["patches"] + 1, ()))
 
-    def _draws(self, kind: str, images: Tensor, position: int = -1) -> Draws:
-        """The random draws of one training forward, from torch's generator, but for a given position."""
+    def _draws(self, kind: str, images: Tensor) -> Draws:
+        """The random draws of one training forward, from torch's generator."""
         if not self.training:
             return Draws()
         c, batch, dtype = self._config, images.shape[0], wide(images.dtype)
@@ -439,6 +442,7 @@ class VisionMamba(nn.Module):
             ones = images.new_ones(batch, self._facts["tokens"], self.embed_dim, dtype=dtype)
             mask = F.dropout(ones, c["drop_rate"])
         flip = c["directions"] == "sequence" and bool(torch.rand(()) < 0.5)
+        position = -1
         if c["class_token"] == "random" and kind == "logits" and self._head_is_fused():
             position = self._draw_position()
         return Draws(drop_path, mask, flip, position)
