@@ -58,7 +58,7 @@ class Settings:
     memory: str = _key("model", "lean", "what backward keeps", ("least", "lean", "fast"))
 
     data: str | None = _key(
-        "data", None, "folder of class folders (or of train/ and val/), CSV file, or digits"
+        "data", None, "folder of class folders (or of train/ and val/), CSV or TSV list, or digits"
     )
     val: str | None = _key("data", None, "the same for validation")
     val_fraction: float = _key("data", 0.1, "held out of each class where there is no validation data")
