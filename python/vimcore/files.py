@@ -79,8 +79,10 @@ class _Remembering(io.FileIO):
 
 def listed(names: Sequence[str], separator: str = ", ", most: int = 12) -> str:
     """The first of many names or faults, and how many more there are."""
-    more = [f"and {len(names) - most} more"] if len(names) > most else []
-    return separator.join([*names[:most], *more])
+    text = separator.join(names[:most])
+    if len(names) <= most:
+        return text
+    return f"{text}{' ' if separator == ', ' else separator}and {len(names) - most} more"
 
 
 def printable(name: str) -> str:
