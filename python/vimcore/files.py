@@ -56,6 +56,12 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """A file of UTF-8, as `atomic` writes it."""
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
 class _Remembering(io.FileIO):
     """A file to write that keeps the error of a failed write."""
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..files import listed
+from ..files import listed, write_text
 from ..io import load_model, save_model
 from ..picture_files import passed_over_text
 from . import distributed
-from .checkpoint import read_checkpoint, write_checkpoint, write_text
+from .checkpoint import read_checkpoint, write_checkpoint
 from .data import Images, Sample, Validation, passed_over, training_and_validation
 from .inputs import channels_of, eval_transform, grouped, input_of, mixup_of, training_batches
 from .lock import Lock, remove_leftovers
