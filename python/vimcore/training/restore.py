@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ..files import listed
+from ..files import listed, shortened
 
 _KEYS = ("format", "model", "average", "optimizer", "scaler", "step", "epoch", "done", "best", "identity")
 _GROUP = ("params", "lr", "betas", "eps", "weight_decay")
@@ -189,5 +189,4 @@ def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         where = "" if value.device.type == "cpu" else f" on {value.device.type}"
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{where}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}\u2026"
+    return shortened(repr(value), 60)
