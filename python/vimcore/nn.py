@@ -335,7 +335,7 @@ class VisionMamba(nn.Module):
             part = core.taking_part(kind, layers)
             differentiated = images.requires_grad or any(p.requires_grad for p, t in zip(params, part) if t)
         draws = self._draws(kind, images)
-        if position >= 0:
+        if position >= 0:  # drawn before
             draws = draws._replace(class_position=position)
         request = Request(kind, layers, draws, self.memory)
         if differentiated:
