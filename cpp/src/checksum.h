@@ -16,8 +16,8 @@ class Checksum {
 public:
     explicit Checksum(std::span<const Tensor> tensors);
 
-    // Of what the tensors hold now; on all threads of the context, the same value for any number of them. A changed
-    // element changes it for certain, any other change but for one in 2^32.
+    // Of what the tensors hold now; on all threads of the context, the same value for any number of them. One
+    // changed word of 32 bits changes it for certain, any other change but for one in 2^32.
     std::uint64_t operator()(Context& ctx) const;
 
 private:

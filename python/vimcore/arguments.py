@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,6 +36,17 @@ def sides(what: str, value: Any) -> tuple[int, int]:
     if len(found) != 2:
         raise ValueError(f"{what}: expected one side or (height, width), got {value!r}")
     return integer(what, found[0], 1), integer(what, found[1], 1)
+
+
+def gpu_number(what: str, value: Any) -> int:
+    """The number of a GPU for "cuda" (the first) or "cuda:N"; -1 for "cpu".
+
+    Raises:
+        ValueError: names `what` and the value.
+    """
+    if not isinstance(value, str) or re.fullmatch(r"cpu|cuda(:[0-9]{1,4})?", value) is None:
+        raise ValueError(f"{what}: expected 'cpu', 'cuda' or 'cuda:N', got {value!r:.60}")
+    return -1 if value == "cpu" else int(value.partition(":")[2] or 0)
 
 
 def options(given: Mapping[str, Any]) -> dict[str, Any]:

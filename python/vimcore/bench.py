@@ -21,7 +21,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from types import ModuleType
 from typing import Any
 
 from . import options
+from .arguments import gpu_number
 from .extras import needs
 
 Call = Callable[[], Any]
@@ -331,8 +331,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def _check(args: argparse.Namespace) -> None:
     """An error for what could only fail later, or would be ignored."""
-    if re.fullmatch(r"cpu|cuda(:\d{1,4})?", args.device) is None:
-        raise ValueError(f"--device: expected 'cpu', 'cuda' or 'cuda:N', got {args.device!r}")
+    gpu_number("--device", args.device)
     if args.device == "cpu" and args.dtype != "float32":
         raise ValueError(f"--dtype {args.dtype}: the CPU computes in float32")
     if small := [side for side in args.sizes if side < 16]:

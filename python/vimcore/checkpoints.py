@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .metadata import listed
+from .files import listed
 from .wrappers import chosen, format_of, plain_names, read_safetensors
 
 

@@ -7,7 +7,6 @@ import argparse
 import difflib
 import itertools
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -114,7 +113,8 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from .picture_files import passed_over_text, printable
+    from .files import printable
+    from .picture_files import passed_over_text
     from .predict import predict
     from .runtime import Runtime
 
@@ -190,43 +190,9 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
-def describe_file(path: str) -> dict[str, Any]:
-    """What a vimcore file holds; flops are multiply-adds of one image, scans included."""
-    from . import _core
-    from .metadata import unpack
-
-    tensors, metadata = _core.safetensors_header(path)
-    config, labels, preprocess = unpack(metadata, path)
-    config_json = _core.config_normalize(json.dumps(config))
-    facts = _core.config_facts(config_json)
-    shapes = {name: tuple(shape) for name, _, shape in tensors}
-    wanted = {name: tuple(shape) for name, shape in _core.param_shapes(config_json)}
-    wrong = [name for name, shape in wanted.items() if shapes.get(name) != shape]
-    wrong += [name for name in shapes if name not in wanted and not name.startswith("rope.")]
-    if wrong:
-        more = f" and {len(wrong) - 12} more" if len(wrong) > 12 else ""
-        raise ValueError(f"{path}: tensors do not fit the architecture: {', '.join(wrong[:12])}{more}")
-    count = 0
-    for shape in wanted.values():
-        size = 1
-        for side in shape:
-            size *= side
-        count += size
-    return {
-        "file": path,
-        "bytes": os.path.getsize(path),
-        "types": sorted({str(dtype) for _, dtype, _ in tensors}),
-        "parameters": count,
-        "flops": facts["flops"],
-        "tokens": facts["tokens"],
-        "grid": list(facts["grid"]),
-        "config": json.loads(config_json),
-        "labels": labels,
-        "preprocess": preprocess,
-    }
-
-
 def _info(args: argparse.Namespace) -> int:
+    from .info import describe_file
+
     facts = describe_file(args.weights)
     if args.json:
         print(json.dumps(facts, ensure_ascii=False))

@@ -13,11 +13,11 @@ import numpy as np
 
 from . import _core
 from .arguments import options
-from .metadata import CONFIG_KEY, check_labels, default_preprocess, listed, pack, unpack
-from .wrappers import format_of, read_safetensors
+from .files import listed
+from .metadata import CONFIG_KEY, check_labels, default_preprocess, pack, unpack
+from .wrappers import ROPE_TABLES, format_of, read_safetensors
 
 Shapes = Mapping[str, tuple[int, ...]]
-ROPE_TABLES = ("rope.freqs_cos", "rope.freqs_sin")
 PUBLISHED_SIZE = 224
 
 
@@ -201,13 +201,20 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 def read_labels(path: str) -> list[str]:
-    """One label per line, or a JSON list."""
+    """One label per line, or a JSON list.
+
+    Raises:
+        OSError, ValueError: the file cannot be read, is not UTF-8, or begins like a list and is none.
+    """
     with open(path, encoding="utf-8") as file:
-        text = file.read()
+        try:
+            text = file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: expected labels in UTF-8: {error}") from None
     if text.lstrip().startswith("["):
         try:
             labels = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (RecursionError, ValueError) as error:
             raise ValueError(f"{path}: not a JSON list of labels: {error}") from None
         return list(labels)
     return text.splitlines()

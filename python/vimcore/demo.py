@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from . import _core, images
 from .data import encode_png, load_digits, split_digits
+from .files import write_text
 from .io import save_model
 from .nn import VisionMamba
 from .predict import Prediction, predict
@@ -196,7 +197,7 @@ def run_demo(
             "loss": history.loss,
             "valid_accuracy": history.valid_accuracy,
         }
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         say(
             f"{100 * accuracy:.2f} % of the held-out digits are right; "
             f"{metrics['seconds']:.0f} seconds in all.\n\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are written whole or not at all, and names that may hold anything. Needs no torch."""
+"""Files that are written whole or not at all, and their names in messages. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import errno
 import io
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
 
@@ -56,6 +56,12 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    """A file of UTF-8, as `atomic` writes it."""
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
 class _Remembering(io.FileIO):
     """A file to write that keeps the error of a failed write."""
 
@@ -72,6 +78,22 @@ class _Remembering(io.FileIO):
         except OSError as error:
             self.error = error
             raise
+
+
+# ---- names -------------------------------------------------------------------------------------------------
+
+
+def listed(names: Sequence[str], separator: str = ", ", most: int = 12) -> str:
+    """The first of many names or faults, and how many more there are."""
+    text = separator.join(names[:most])
+    if len(names) <= most:
+        return text
+    return f"{text}{' ' if separator == ', ' else separator}and {len(names) - most} more"
+
+
+def printable(name: str) -> str:
+    """A file name as text that can be printed: bytes that are no UTF-8 as \\xff, all else as it is."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 _SHOWN = "\u00ad\u200c\u200d"  # soft hyphen and joiners belong to words

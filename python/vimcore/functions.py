@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from . import _core
+from .draws import Draws
 from .place import exported, place, wide
 
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -62,18 +63,6 @@ def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., t
 
 
 # ---- the whole network -------------------------------------------------------------------------------------
-
-
-class Draws(NamedTuple):
-    """The random draws of one training forward."""
-
-    drop_path: Tensor | None = None  # (depth, B): factor of each mixer output, 0 or 1 / keep
-    mask: Tensor | None = None  # (B, L, D): dropout factors
-    flip: bool = False
-    class_position: int = -1  # -1: where it stands in eval
-
-    def arguments(self) -> dict[str, Any]:
-        return {**self._asdict(), "drop_path": exported(self.drop_path), "mask": exported(self.mask)}
 
 
 class Request(NamedTuple):

@@ -15,17 +15,10 @@ import torch.nn.functional as F
 from . import _core
 from .arguments import integer, sides
 from .checkpoints import read_checkpoint, tensor
-from .metadata import (
-    CONFIG_KEY,
-    check_labels,
-    default_preprocess,
-    image_size,
-    listed,
-    pack,
-    patch_grid,
-    unpack,
-)
-from .state import ROPE_TABLES, computed, described, parametrised, tensors_to_save
+from .files import listed
+from .metadata import CONFIG_KEY, check_labels, default_preprocess, image_size, pack, patch_grid, unpack
+from .state import computed, described, parametrised, tensors_to_save
+from .wrappers import ROPE_TABLES
 
 if TYPE_CHECKING:
     from .nn import VisionMamba
@@ -113,10 +106,8 @@ def save_model(
     """
     model = _unwrapped(model)
     config = dict(model.config)
-    if not isinstance(model.head, torch.nn.Linear | torch.nn.Identity):
-        config["num_classes"] = model._config[
-            "num_classes"
-        ]  # what the constructor of a derived class was told
+    if not isinstance(model.head, torch.nn.Linear | torch.nn.Identity):  # of a derived class: as it was told
+        config["num_classes"] = model._config["num_classes"]
     config_json = _core.config_normalize(json.dumps(config))
     names = None if labels is None else check_labels(labels, int(config["num_classes"]))
     if preprocess is None:
@@ -236,7 +227,7 @@ def _fill(
         return name not in ROPE_TABLES and not (skip_head and name.startswith("head."))
 
     given = {name: value for name, value in state.items() if counts(name)}
-    wanted, plain = _places(model, given)
+    wanted, plain = _destinations(model, given)
     wanted = {name: value for name, value in wanted.items() if counts(name)}
     faults = [f"missing: {name} {tuple(p.shape)}" for name, p in wanted.items() if name not in given]
     faults += [f"unexpected: {name} {tuple(v.shape)}" for name, v in given.items() if name not in wanted]
@@ -271,7 +262,7 @@ def _fill(
                 value.copy_(given[name])
 
 
-def _places(
+def _destinations(
     model: VisionMamba, given: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.nn.Module, str, str]]]:
     """The model's tensors by name, rotations left out, and those among them that a parametrisation computes.

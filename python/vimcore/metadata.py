@@ -72,12 +72,6 @@ def check_labels(labels: Sequence[str], num_classes: int) -> list[str]:
     return names
 
 
-def listed(faults: Sequence[str], separator: str = ", ", most: int = 12) -> str:
-    """The first of many faults, and how many more there are."""
-    more = [f"and {len(faults) - most} more"] if len(faults) > most else []
-    return separator.join([*faults[:most], *more])
-
-
 def pack(
     config_json: str, labels: Sequence[str] | None, preprocess: Mapping[str, Any] | None
 ) -> dict[str, str]:

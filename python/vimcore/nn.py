@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _core
 from .arguments import integer, options
 from .checks import refuse_tracing, refuse_wrapped
 from .constant import ConstantWeights
-from .functions import Core, Draws, NetworkFunction, Request, describe
+from .draws import Draws, draw, draw_position
+from .functions import Core, NetworkFunction, Request, describe
 from .layers import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
-from .place import autocast_type, from_device, on_cuda, wide
+from .place import autocast_type, from_device, on_cuda
 from .places import Places, hooks_of, made
 
 Network = TypeVar("Network", bound="VisionMamba")
@@ -244,7 +244,7 @@ class VisionMamba(nn.Module):
         if self._head_is_fused():
             return self._call("logits", images)[0]
         if self._config["class_token"] == "random" and self.training:
-            position = self._draw_position()
+            position = draw_position(self._facts)
             return self.head(self._call("tokens", images, position=position)[0][:, position])
         return self.forward_head(self.forward_features(images))
 
@@ -423,29 +423,11 @@ class VisionMamba(nn.Module):
             raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}")
         return images.contiguous()
 
-    def _draw_position(self) -> int:
-        """Where the class token stands in this training forward (class_token="random")."""
-        return int(torch.randint(0, self._facts["patches"] + 1, ()))
-
     def _draws(self, kind: str, images: Tensor) -> Draws:
-        """The random draws of one training forward, from torch's generator."""
+        """The random draws of one forward; none in eval mode."""
         if not self.training:
             return Draws()
-        c, batch, dtype = self._config, images.shape[0], wide(images.dtype)
-        drop_path = mask = None
-        if c["drop_path_rate"] > 0:
-            steps = max(c["depth"] - 1, 1)
-            rates = [c["drop_path_rate"] * (j / steps if c["depth"] > 1 else 1.0) for j in range(c["depth"])]
-            keep = 1 - torch.tensor(rates, dtype=dtype, device=images.device)[:, None]
-            drop_path = (torch.rand(c["depth"], batch, dtype=dtype, device=images.device) < keep) / keep
-        if c["drop_rate"] > 0:
-            ones = images.new_ones(batch, self._facts["tokens"], self.embed_dim, dtype=dtype)
-            mask = F.dropout(ones, c["drop_rate"])
-        flip = c["directions"] == "sequence" and bool(torch.rand(()) < 0.5)
-        position = -1
-        if c["class_token"] == "random" and kind == "logits" and self._head_is_fused():
-            position = self._draw_position()
-        return Draws(drop_path, mask, flip, position)
+        return draw(self._config, self._facts, images, kind == "logits" and self._head_is_fused())
 
     # ---- copies --------------------------------------------------------------------------------------------
 

@@ -104,8 +104,3 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     return str(error).removeprefix("[decode_image] : ")
-
-
-def printable(name: str) -> str:
-    """A file name as text that can be printed: bytes that are no UTF-8 as \\xff."""
-    return os.fsencode(name).decode(errors="backslashreplace")

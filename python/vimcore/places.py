@@ -69,9 +69,8 @@ class Places:
             self._slots.append((owner if parent else None, owner._parameters, leaf))
         self._links = [(model._modules, part, holders[part]) for part in children[""]]
         self._hooks: list[dict[int, Any]] = []
-        self._held: list[
-            tuple[dict[str, Any], dict[str, Any], int]
-        ] = []  # attributes, parameters, their number
+        # attributes of a submodule, its parameters, their number
+        self._held: list[tuple[dict[str, Any], dict[str, Any], int]] = []
         self._absent: list[tuple[dict[str, Any], str]] = []  # parameters that are None: no bias
         self._modules: list[tuple[dict[str, Any], list[Any]]] = []
         self._root = model._parameters

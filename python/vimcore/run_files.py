@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .files import shortened
+
 _FIELDS = {
     "step": ("step", "epoch", "loss", "lr", "images_per_second", "grad_norm"),
     "eval": ("step", "epoch", "loss", "top1", "top5"),
@@ -71,8 +73,7 @@ def entry_of(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 
 def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:59]}\u2026"
+    return shortened(json.dumps(value), 60)
 
 
 def _is_real(value: Any) -> bool:

@@ -277,7 +277,7 @@ def _picture(file: str) -> NDArray[Any] | str:
         return "no file"
     try:
         data = read_file(file)
-        if file.endswith(".npy"):
+        if file.lower().endswith(".npy"):
             return _channels(np.load(io.BytesIO(data), allow_pickle=False))
         pixels = decode(data, file)
     except OSError as error:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .arguments import integer, sides
+from .arguments import gpu_number, integer, sides
 from .metadata import default_preprocess, rescaled_preprocess, unpack
 
 
@@ -48,11 +47,9 @@ class Runtime:
         img_size: int | tuple[int, int] | None = None,
         dtype: str = "float32",
     ) -> None:
-        if not isinstance(device, str) or re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
-            raise ValueError(f"[Runtime] device: expected 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+        cuda = gpu_number("[Runtime] device", device)
         if device == "cpu" and dtype != "float32":
             raise ValueError(f"[Runtime] dtype: expected 'float32' on the cpu, got {dtype!r}")
-        cuda = -1 if device == "cpu" else int(device.partition(":")[2] or 0)
         if threads is not None:
             threads = integer("[Runtime] threads", threads, 1)
         if img_size is not None:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .files import listed
 from .layers import Layer, Mixer, PatchEmbed, Rope, Scale
-from .metadata import listed
+from .wrappers import ROPE_TABLES
 
 if TYPE_CHECKING:
     from .nn import VisionMamba
 
-ROPE_TABLES = ("rope.freqs_cos", "rope.freqs_sin")
 _OURS = (Layer, Mixer, PatchEmbed, Rope, Scale)
 _PLAIN = (*_OURS, nn.ModuleList, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.Dropout)
 
@@ -35,11 +35,6 @@ _REMEDIES = {
 def described(kind: type) -> bool:
     """Whether the configuration describes all tensors of this class: ours, not those derived from it."""
     return bool(vars(kind).get("_described", False))
-
-
-def class_of(model: nn.Module) -> type:
-    """The class of a module, also where parametrisations have put another in its place."""
-    return parametrize.type_before_parametrizations(model)
 
 
 def parametrised(model: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
@@ -77,7 +72,7 @@ def tensors_to_save(model: VisionMamba, wanted: Sequence[tuple[str, Sequence[int
         ValueError: names tensors that are missing or cannot be written, and what to do.
     """
     state = {name: value for name, value in model.state_dict().items() if name not in ROPE_TABLES}
-    complete = described(class_of(model))
+    complete = described(parametrize.type_before_parametrizations(model))
     faults = _replaced(model) if complete else []
     order = {name: i for i, (name, _) in enumerate(wanted)}
     if not complete:  # its head is its own
@@ -106,7 +101,7 @@ def _replaced(model: VisionMamba) -> list[str]:
     """Modules that are not what the constructor put there: the file would not tell what they do."""
     found = []
     for path, module in model.named_modules():
-        kind = class_of(module)
+        kind = parametrize.type_before_parametrizations(module)
         if module is not model and kind not in _PLAIN and "parametrizations" not in path.split("."):
             found.append(f"{path}: a {kind.__name__}")
     return found

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from . import _core
-from .metadata import CONFIG_KEY, listed
+from .files import listed
+from .metadata import CONFIG_KEY
 
 # Keys of a checkpoint under which programs put the weights, and the averaged ones.
 KEYS = {
@@ -22,6 +23,7 @@ PREFIXES = ("module", "model", "net", "backbone")
 PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 COUNTER = "n_averaged"  # of torch's AveragedModel
 ANCHOR = "patch_embed.proj.weight"  # every Vision Mamba has it
+ROPE_TABLES = ("rope.freqs_cos", "rope.freqs_sin")  # which follow from the configuration
 
 
 def format_of(path: str) -> str:
@@ -72,8 +74,8 @@ def chosen(content: Mapping[Any, Any], weights: str, path: str) -> tuple[Mapping
                 f"{path}: weights under several keys: {', '.join(found)}; save one of them alone"
             )
         if not found and level == 0 and weights == "ema":
-            keys = sorted(map(str, content))
-            raise ValueError(f"{path}: no averaged weights ({', '.join(KEYS['ema'])}) among {keys[:12]}")
+            keys = listed(sorted(map(str, content)))
+            raise ValueError(f"{path}: no averaged weights ({', '.join(KEYS['ema'])}) among its keys: {keys}")
         if not found:
             break
         if found[0] != KEYS[weights][0]:  # the authors' own layout needs no word

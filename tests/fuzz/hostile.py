@@ -68,14 +68,14 @@ TOML = {
     "cut": "[model\n",
 }
 CSV = {
-    "good": b"file,label\npictures/a/0.png,a\npictures/b/0.png,b\n" * 4,
-    "nul": b"file,label\npictures/a/0.png\x00,a\n",
-    "field": b"file,label\n" + b"x" * 200_000 + b",a\n",
-    "short": b"file,label\npictures/a/0.png\n",
-    "latin": b"file,label\npictures/a/0.png,\xe9\n",
-    "quote": b'file,label\n"pictures/a/0.png,a\n',
+    "good": b"path,label\npictures/a/0.png,a\npictures/b/0.png,b\n" * 4,
+    "nul": b"path,label\npictures/a/0.png\x00,a\n",
+    "field": b"path,label\n" + b"x" * 200_000 + b",a\n",
+    "short": b"path,label\npictures/a/0.png\n",
+    "latin": b"path,label\npictures/a/0.png,\xe9\n",
+    "quote": b'path,label\n"pictures/a/0.png,a\n',
     "header": b"a,b,c\n",
-    "absent": b"file,label\nabsent.png,a\nabsent.png,b\n",
+    "absent": b"path,label\nabsent.png,a\nabsent.png,b\n",
 }
 TEXTS = {
     "empty": b"",

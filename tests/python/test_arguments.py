@@ -107,6 +107,9 @@ def test_arguments_of_loading(tmp_path: Path) -> None:
     for threads in (0, 1.0, "2", True):
         with pytest.raises((TypeError, ValueError), match=r"\[Runtime\] threads: expected"):
             vimcore.Runtime(path, threads=threads)  # type: ignore[arg-type]
+    for device in ("gpu", "cuda:", "cuda:-1", "cuda:\u0663", "cuda:99999999999", 0, None):
+        with pytest.raises(ValueError, match=r"\[Runtime\] device: expected 'cpu', 'cuda' or 'cuda:N', got"):
+            vimcore.Runtime(path, device=device)  # type: ignore[arg-type]
     for classes in (1.0, "2", -1):
         with pytest.raises((TypeError, ValueError), match="num_classes: expected"):
             vimcore.VisionMamba(**SMALL).reset_classifier(classes)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import vimcore
 from golden import NAMES, load
 from vimcore import _core
 from vimcore.cli import main
-from vimcore.convert import convert, infer_config, parse_setting
+from vimcore.convert import convert, infer_config, parse_setting, read_labels
 from vimcore.io import rope_tables
 
 PUBLISHED = {
@@ -201,6 +201,14 @@ def test_command_errors(
     assert message in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize("content", [b"cat\n\xff\n", b"[" * 100_000, b'["cat"'])
+def test_labels_that_are_no_text_or_list(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path}: (expected labels in UTF-8|not a JSON list of labels): "):
+        read_labels(str(path))
 
 
 def test_labels_must_fit(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from test_images import by_pillow, encode, equal, needs_jpeg, needs_png, picture, png
+from test_images import by_pillow, chunk, encode, equal, interlaced_rows, needs_jpeg, needs_png, picture, png
 from vimcore import _core, images
 
 IMAGE = Image.fromarray(picture(23, 31))
@@ -64,10 +64,6 @@ def jpeg_with(*parts: bytes) -> bytes:
     """APP1 segments before what the picture has."""
     head = b"".join(b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part for part in parts)
     return JPEG[:2] + head + JPEG[2:]
-
-
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def png_with(*chunks: bytes, behind: bool = False) -> bytes:
@@ -301,20 +297,7 @@ def test_png_cut_anywhere(mode: str) -> None:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 5), (8, 8), (9, 11), (2, 1), (1, 9)])
 def test_interlaced_png_cut_behind_the_pixels(height: int, width: int, depth: int) -> None:
     """Which row comes last depends on the size; an image of one column has fewer passes."""
-    rng = np.random.default_rng(depth)
-    rows = b""
-    for y, x, dy, dx in (
-        (0, 0, 8, 8),
-        (0, 4, 8, 8),
-        (4, 0, 8, 4),
-        (0, 2, 4, 4),
-        (2, 0, 4, 2),
-        (0, 1, 2, 2),
-        (1, 0, 2, 1),
-    ):
-        across = len(range(x, width, dx))
-        if across:
-            rows += b"".join(b"\0" + rng.bytes(3 * across * depth // 8) for _ in range(y, height, dy))
+    rows = interlaced_rows(height, width, depth, np.random.default_rng(depth))
     whole = png(width, height, depth, 2, rows, interlace=1)
     pixels = _core.decode_image(whole, "a.png")
     for missing in range(1, 21):

@@ -118,14 +118,32 @@ def test_png_palette_depths_and_transparency(bits: int) -> None:
         equal(_core.decode_image(data, "a.png"), by_pillow(data))
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """Of a PNG, with its length and CRC."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def interlaced_rows(height: int, width: int, depth: int, rng: np.random.Generator) -> bytes:
+    """Random colours in Adam7's seven passes: first row and column, and how far the next ones are."""
+    rows = b""
+    for y, x, down, right in (
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    ):
+        if across := len(range(x, width, right)):
+            rows += b"".join(b"\0" + rng.bytes(3 * across * depth // 8) for _ in range(y, height, down))
+    return rows
+
+
 def png(
     width: int, height: int, depth: int, colour: int, rows: bytes, extra: bytes = b"", interlace: int = 0
 ) -> bytes:
     """A PNG from its parts; `rows` are filtered but uncompressed."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
     body = chunk(b"IHDR", head) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
@@ -144,33 +162,17 @@ def test_png_grey_depths(depth: int) -> None:
 @needs_png
 def test_png_palette_index_beyond_the_palette() -> None:
     """Pillow and libpng both show black for colours that the palette lacks."""
-    palette = b"PLTE" + bytes([10, 20, 30, 40, 50, 60])
-    extra = struct.pack(">I", 6) + palette + struct.pack(">I", zlib.crc32(palette))
-    data = png(4, 1, 8, 3, b"\0" + bytes([0, 1, 2, 255]), extra=extra)
+    palette = chunk(b"PLTE", bytes([10, 20, 30, 40, 50, 60]))
+    data = png(4, 1, 8, 3, b"\0" + bytes([0, 1, 2, 255]), extra=palette)
     equal(_core.decode_image(data, "a.png"), by_pillow(data))
     assert _core.decode_image(data, "a.png")[0, 3].tolist() == [0, 0, 0]
 
 
 @needs_png
 def test_png_interlaced_and_gamma() -> None:
-    rng = np.random.default_rng(3)
-    passes = [
-        (0, 0, 8, 8),
-        (0, 4, 8, 8),
-        (4, 0, 8, 4),
-        (0, 2, 4, 4),
-        (2, 0, 4, 2),
-        (0, 1, 2, 2),
-        (1, 0, 2, 1),
-    ]
-    rows = b""
-    for y, x, dy, dx in passes:
-        width = len(range(x, 11, dx))
-        if width:
-            rows += b"".join(b"\0" + rng.bytes(3 * width) for _ in range(y, 9, dy))
-    gamma = b"gAMA" + struct.pack(">I", 100000)
-    extra = struct.pack(">I", 4) + gamma + struct.pack(">I", zlib.crc32(gamma))
-    data = png(11, 9, 8, 2, rows, extra=extra, interlace=1)
+    rows = interlaced_rows(9, 11, 8, np.random.default_rng(3))
+    gamma = chunk(b"gAMA", struct.pack(">I", 100000))
+    data = png(11, 9, 8, 2, rows, extra=gamma, interlace=1)
     equal(_core.decode_image(data, "a.png"), by_pillow(data))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import json
@@ -328,17 +329,23 @@ def holder(run: Path) -> Iterator[int]:
     reader, writer = os.pipe()
     number = os.fork()
     if number == 0:
-        Lock(run).take()
-        child = os.fork()
-        if child:
-            os.write(writer, str(child).encode())
-        time.sleep(60)
-        os._exit(0)
+        try:
+            Lock(run).take()
+            child = os.fork()
+            if child:
+                os.write(writer, str(child).encode())
+            time.sleep(60)
+        finally:
+            os._exit(0)  # whatever happens, here are no further tests
+    os.close(writer)
     child = int(os.read(reader, 20))
     yield number
     os.kill(child, signal.SIGKILL)
     os.close(reader)
-    os.close(writer)
+    with contextlib.suppress(ChildProcessError):  # a test that passed has waited for it
+        if os.waitpid(number, os.WNOHANG)[0] == 0:
+            os.kill(number, signal.SIGKILL)
+            os.waitpid(number, 0)
 
 
 def test_two_runs_in_one_folder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def test_files_passed_over_are_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "none" / "class" / "a.webp").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"no images in class folders .*; passed over: 1 \.webp"):
         open_images(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'none'))}: no images"):  # its name once
+        training_and_validation(str(root), str(tmp_path / "none"), 0.1)
 
 
 def test_pipes_sockets_and_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +129,7 @@ def test_lists(name: str, encoding: str, tmp_path: Path) -> None:
         (b"path,label,path\n", r"expected the columns path and label, got"),
         (b"path\tlabel\na.png\t1\n", r"expected the columns path and label, got"),
         (b"", r"expected the columns path and label, got \[\]"),
+        (b"path,label\n", r"no rows below the columns' names"),
     ],
 )
 def test_lists_that_are_wrong(

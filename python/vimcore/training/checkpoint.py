@@ -41,12 +41,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_text(path: Path, text: str) -> None:
-    """A text file."""
-    with atomic(path) as file:
-        file.write(text.encode())
-
-
 def rewrite_lines(path: Path, keep: Callable[[int, bytes], bool]) -> None:
     """Drops the lines of a file that `keep(number, line)` refuses, and a last one without an end."""
     if path.exists():

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .._core import Error
+from ..files import listed, printable
 from ..images import decode
-from ..picture_files import SUFFIXES, is_hidden, kind_of, passed_over_text, printable, read_file, reason, walk
+from ..picture_files import SUFFIXES, is_hidden, kind_of, passed_over_text, read_file, reason, walk
 from .lists import LISTS, read_list
 from .sampling import Key, seed_all
 from .transforms import Transform, UnreadableError
@@ -90,8 +91,7 @@ class Images:
         strange = sorted(set(self.classes) - set(classes))
         if strange:
             raise ValueError(
-                f"classes that the network does not have: {', '.join(strange[:12])}; "
-                f"it has {', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''}"
+                f"classes that the network does not have: {listed(strange)}; it has {listed(classes)}"
             )
         place = {name: i for i, name in enumerate(classes)}
         to = np.array([place[name] for name in self.classes], np.int64)
@@ -184,8 +184,11 @@ def open_images(path: str) -> Images:
     """
     if path == "digits":
         return _digits()
-    found = _listed(path) if path.lower().endswith(LISTS) else _folder(path)
+    is_list = path.lower().endswith(LISTS)
+    found = _of_list(path) if is_list else _folder(path)
     if not len(found):
+        if is_list:
+            raise ValueError(f"{path}: no rows below the columns' names, so no images")
         raise ValueError(
             f"{path}: no images in class folders (JPEG, PNG, PPM, PGM, .npy)"
             + (f"; {passed_over_text(found.passed_over)}" if found.passed_over else "")
@@ -206,8 +209,9 @@ def training_and_validation(data: str, val: str | None, fraction: float) -> tupl
         data = os.path.join(data, "train")
     train = open_images(data)
     if val is not None:
+        valid = open_images(val)
         try:
-            return train, open_images(val).relabelled(train.classes), f"validated on {val}"
+            return train, valid.relabelled(train.classes), f"validated on {val}"
         except ValueError as error:
             raise ValueError(f"{val}: {error}") from None
     if data == "digits":
@@ -216,9 +220,7 @@ def training_and_validation(data: str, val: str | None, fraction: float) -> tupl
         learn, held_out = split_digits(train.labels)
         return train.part(learn), train.part(held_out), "validated on the held-out fifth"
     held = np.zeros(len(train), bool)
-    for label in range(
-        len(train.classes)
-    ):  # spread evenly over the files of each class, so no draw is needed
+    for label in range(len(train.classes)):  # spread evenly over the files of each class: no draw is needed
         of_class = np.flatnonzero(train.labels == label)
         count = round(len(of_class) * fraction)
         held[of_class[((np.arange(count) + 0.5) * len(of_class) / max(count, 1)).astype(int)]] = True
@@ -252,11 +254,11 @@ def _folder(path: str) -> Images:
         labels += [label] * (len(files) - len(labels))
     empty = [name for i, name in enumerate(classes) if i not in set(labels)]
     if files and empty:
-        raise ValueError(f"{path}: class folders without images: {', '.join(empty[:12])}")
+        raise ValueError(f"{path}: class folders without images: {listed(empty)}")
     return Images(files, np.array(labels, np.int64), classes, passed_over=passed_over)
 
 
-def _listed(path: str) -> Images:
+def _of_list(path: str) -> Images:
     """A list of paths, relative to it, and labels."""
     rows = read_list(path)
     names = {label for _, label in rows}

@@ -52,7 +52,7 @@ def images_of(data: str | None, settings: Settings | None) -> Images:
         return open_images(data)
     if settings is None or settings.data is None:
         raise ValueError(
-            "data: name a folder of class folders, a CSV file, or digits; there is no run to ask"
+            "data: name a folder of class folders, a CSV or TSV list, or digits; there is no run to ask"
         )
     return training_and_validation(settings.data, settings.val, settings.val_fraction)[1]
 

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..files import listed, shortened
+
 _KEYS = ("format", "model", "average", "optimizer", "scaler", "step", "epoch", "done", "best", "identity")
 _GROUP = ("params", "lr", "betas", "eps", "weight_decay")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -144,9 +146,8 @@ class _Checker:
         strange = [key for key in value if key not in wanted]
         for found, what in ((missing, "missing"), (strange, "not expected")):
             if found:
-                names = ", ".join(_shown(key) for key in found[:12])
-                more = f" and {len(found) - 12} more" if len(found) > 12 else ""
-                raise ValueError(f"{self.path}: {field}: {what}: {names}{more}")
+                names = listed([_shown(key) for key in found])
+                raise ValueError(f"{self.path}: {field}: {what}: {names}")
 
     def _list(self, field: str, value: Any, length: int) -> list[Any]:
         if not isinstance(value, list) or len(value) != length:
@@ -188,5 +189,4 @@ def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         where = "" if value.device.type == "cpu" else f" on {value.device.type}"
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{where}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}\u2026"
+    return shortened(repr(value), 60)

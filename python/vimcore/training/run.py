@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..files import listed, write_text
 from ..io import load_model, save_model
 from ..picture_files import passed_over_text
 from . import distributed
-from .checkpoint import read_checkpoint, write_checkpoint, write_text
+from .checkpoint import read_checkpoint, write_checkpoint
 from .data import Images, Sample, Validation, passed_over, training_and_validation
 from .inputs import channels_of, eval_transform, grouped, input_of, mixup_of, training_batches
 from .lock import Lock, remove_leftovers
@@ -96,7 +97,7 @@ class Run:
         self._refuse_another(resume)
 
         if settings.data is None:
-            raise ValueError("data: name a folder of class folders, a CSV file, or digits")
+            raise ValueError("data: name a folder of class folders, a CSV or TSV list, or digits")
         train, self.valid, about = training_and_validation(settings.data, settings.val, settings.val_fraction)
         self.passed_over = passed_over(train, self.valid)
         channels = channels_of(settings, train)
@@ -431,5 +432,5 @@ def resumed(folder: Path, changes: dict[str, Any]) -> Settings:
         raise ValueError(f"{path}: {error}") from None
     missing = [name for name, value in vars(settings).items() if name not in found and value is not None]
     if missing:  # the value that it has by default may not be the one that the run began with
-        raise ValueError(f"{path}: not there, though the run began with them: {', '.join(missing[:12])}")
+        raise ValueError(f"{path}: not there, though the run began with them: {listed(missing)}")
     return settings.merged(changes)

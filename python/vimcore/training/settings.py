@@ -19,8 +19,9 @@ else:
     import tomli as tomllib
 
 from ..files import literal
+from ..options import MOST_THREADS
 
-MOST_PROCESSES = 1024  # threads, or loader processes, as in the C++ core: more is a slip
+MOST_PROCESSES = MOST_THREADS  # that load images
 SECTIONS = ("model", "data", "augmentation", "optimizer", "schedule", "run")
 
 
@@ -58,7 +59,7 @@ class Settings:
     memory: str = _key("model", "lean", "what backward keeps", ("least", "lean", "fast"))
 
     data: str | None = _key(
-        "data", None, "folder of class folders (or of train/ and val/), CSV file, or digits"
+        "data", None, "folder of class folders (or of train/ and val/), CSV or TSV list, or digits"
     )
     val: str | None = _key("data", None, "the same for validation")
     val_fraction: float = _key("data", 0.1, "held out of each class where there is no validation data")
@@ -150,8 +151,8 @@ class Settings:
                 raise ValueError(f"{name}: expected 0 or more and less than 1, got {getattr(self, name)}")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad: expected more than 0, got {self.clip_grad}")
-        if self.threads is not None and not 1 <= self.threads <= MOST_PROCESSES:
-            raise ValueError(f"threads: expected 1 to {MOST_PROCESSES}, got {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"threads: expected 1 to {MOST_THREADS}, got {self.threads}")
         if self.workers > MOST_PROCESSES:
             raise ValueError(f"workers: expected 0 to {MOST_PROCESSES}, got {self.workers}")
         for name, lengths in (("img_size", (1, 2)), ("crop_scale", (2,)), ("crop_ratio", (2,))):
