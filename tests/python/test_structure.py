@@ -16,6 +16,7 @@ from golden import relative
 from helpers import SMALL, build, images_for, small
 from test_weights import fresh
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -78,6 +79,24 @@ def inside_a_layer(model: Model) -> None:
     model.layers[1].adapter = nn.Linear(16, 16)
 
 
+def class_swapped(model: Model) -> None:
+    model.layers[0].mixer.in_proj.__class__ = OtherLinear
+
+
+def dilated(model: Model) -> None:
+    model.layers[0].mixer.conv1d.dilation = (2,)
+
+
+def compiled_layer(model: Model) -> None:
+    model.layers[0] = torch.compile(model.layers[0], backend="eager")
+
+
+def parameter_renamed(model: Model) -> None:
+    mixer = model.layers[0].mixer
+    mixer.E = mixer.D
+    del mixer.D
+
+
 def weight_removed(model: Model) -> None:
     del model.norm_f.weight
 
@@ -91,6 +110,22 @@ HANGS: dict[str, tuple[Callable[[Model], Any], str]] = {
     "layer more": (a_layer_more, r"layers: has modules that the network does not know: 2"),
     "layer less": (a_layer_less, r"layers\.1: expected .*Layer, got none"),
     "module in a layer": (inside_a_layer, r"layers\.1: has modules that the network does not know: adapter"),
+    "class swapped": (class_swapped, r"layers\.0\.mixer\.in_proj: expected .* got .*OtherLinear"),
+    "dilated": (dilated, r"layers\.0\.mixer\.conv1d: dilation expected \(1,\), got \(2,\)"),
+    "compiled layer": (compiled_layer, r"layers\.0: expected .* got .*OptimizedModule.*compile\(model\)"),
+    "compiled in place": (
+        lambda m: m.norm_f.compile(backend="eager"),
+        r"norm_f: is compiled.*model\.compile\(\)",
+    ),
+    "no head": (
+        lambda m: setattr(m, "head", None),
+        r"head: expected a module, got none.*reset_classifier\(0\)",
+    ),
+    "head removed": (lambda m: delattr(m, "head"), r"head: expected a module, got none"),
+    "no class token": (lambda m: setattr(m, "cls_token", None), r"cls_token: .*none"),
+    "position removed": (lambda m: delattr(m, "pos_embed"), r"pos_embed: .*none"),
+    "no weight": (lambda m: setattr(m.norm_f, "weight", None), r"norm_f.*: .*(without weight|none)"),
+    "parameter renamed": (parameter_renamed, r"layers\.0\.mixer.*(does not know: E|D: .*none)"),
     "weight removed": (weight_removed, r"norm_f: is without weight"),
     "quantized": (
         lambda m: setattr(m.layers[0].mixer, "x_proj", torch.ao.nn.quantized.dynamic.Linear(32, 11)),
@@ -127,8 +162,57 @@ def test_what_would_be_passed_over_is_refused(hang: Callable[[Model], Any], mess
     if used:
         model(images)
     hang(model)
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        model(images)
+
+
+ROTATED = small(class_token="head", rope=True)
+ROTATIONS: dict[str, tuple[Callable[[Model], Any], str]] = {
+    "written to": (lambda m: m.rope.freqs_cos.zero_(), r"rope\.freqs_cos: not the rotation of rope_grid=14"),
+    "loaded": (
+        lambda m: m.load_state_dict({**m.state_dict(), "rope.freqs_sin": -m.rope.freqs_sin}),
+        r"rope\.freqs_sin: not the rotation",
+    ),
+    "of another size": (
+        lambda m: setattr(m.rope, "freqs_sin", m.rope.freqs_sin[:1]),
+        r"rope\.freqs_sin: expected \(6, 16\), got \(1, 16\)",
+    ),
+    "hook": (lambda m: m.rope.register_forward_hook(print), r"rope: has the hook print"),
+    "removed": (lambda m: delattr(m, "rope"), r"rope: expected .*Rope, got none"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), ROTATIONS.values(), ids=ROTATIONS)
+def test_rotations_are_those_of_the_configuration(change: Callable[[Model], Any], message: str) -> None:
+    model, images = build(ROTATED).eval(), images_for(ROTATED, 1, torch.float32)
+    wanted = model(images)
+    model.rope.bfloat16().float()
+    assert torch.equal(model(images), wanted)
+    change(model)
     with pytest.raises(RuntimeError, match=message):
         model(images)
+
+
+@pytest.mark.parametrize("own", ["hook", "forward", "compiled"])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_what_hangs_on_a_head_runs(classes: int, own: str) -> None:
+    model, images, ran = build(small(num_classes=classes)).eval(), images_for(SMALL, 1, torch.float32), []
+    wanted = model(images)
+    call = model.head.forward
+
+    def forward(x: Tensor) -> Tensor:
+        ran.append(x)
+        return call(x)
+
+    if own == "hook":
+        model.head.register_forward_hook(lambda *_: ran.append(None))
+    elif own == "forward":
+        model.head.forward = forward
+    else:
+        model.head.forward = forward
+        model.head.compile(backend="eager")
+    assert relative(model(images), wanted) < 1e-5
+    assert ran
 
 
 def test_a_removed_hook_is_forgotten() -> None:
@@ -256,6 +340,7 @@ TRACERS: dict[str, Callable[[Model, Tensor], Any]] = {
     "make_fx, before dispatch": lambda model, x: make_fx(model, pre_dispatch=True)(x),
     "export": export(False),
     "export, strict": export(True),
+    "jit.script": lambda model, x: torch.jit.script(model),
     "fx": lambda model, x: torch.fx.symbolic_trace(model),
 }
 
@@ -291,6 +376,99 @@ def test_functional_transforms_are_refused(transform: Callable[[Model, Tensor], 
     with pytest.raises(TypeError, match=r"expected a plain tensor, got one of torch\.func"):
         transform(model, images)
     assert torch.equal(model(images), wanted)
+
+
+def dual(x: Tensor) -> Tensor:
+    return forward_ad.make_dual(x, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_is_refused(grad: bool) -> None:
+    """Also where nothing requires a gradient: the tangents would be lost."""
+    model, images = build(SMALL).eval().requires_grad_(grad), images_for(SMALL, 2, torch.float32)
+    head = {"head.weight": model.head.weight.detach()}
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        model(images)
+        with pytest.raises(TypeError, match=r"images: .* a dual tensor of forward-mode"):
+            model(dual(images))
+        with pytest.raises(TypeError, match=r"head\.weight: .* a dual tensor of forward-mode"):
+            torch.func.functional_call(model, {k: dual(v) for k, v in head.items()}, (images,))
+        with pytest.raises(TypeError, match=r"\[rms_norm\] x: .* a dual tensor of forward-mode"):
+            vimcore.ops.rms_norm(dual(images), torch.ones(12))
+
+
+@pytest.mark.parametrize("second", [torch.autograd.functional.hessian, torch.autograd.functional.hvp])
+def test_second_derivatives_are_no_zeros(second: Callable[..., Any]) -> None:
+    """Also of a sum, whose incoming gradient is a constant."""
+    model, images = build(SMALL).eval(), images_for(SMALL, 1, torch.float32)
+    arguments = () if second is torch.autograd.functional.hessian else (images,)
+    with pytest.raises(RuntimeError, match="second derivatives are not available"):
+        second(lambda x: model(x).sum(), images, *arguments)
+    with pytest.raises(RuntimeError, match="second derivatives are not available"):
+        torch.autograd.functional.jvp(model, images, images)  # takes them of a gradient
+
+
+Tensors = list[Tensor]
+OPERATORS: dict[str, tuple[list[tuple[int, ...]], Callable[[Tensors], Tensor]]] = {
+    "rms_norm": ([(1, 3, 4), (4,)], lambda t: vimcore.ops.rms_norm(*t)),
+    "layer_norm": ([(1, 3, 4), (4,), (4,), (1, 3, 4)], lambda t: vimcore.ops.layer_norm(*t)[0]),
+    "causal_conv1d": ([(1, 3, 4), (4, 2), (4,)], lambda t: vimcore.ops.causal_conv1d(*t)),
+    "selective_scan": (
+        [(1, 3, 4), (1, 3, 4), (4, 2), (1, 3, 2), (1, 3, 2)],
+        lambda t: vimcore.ops.selective_scan(*t),
+    ),
+    "bidirectional_scan": (
+        [(1, 3, 4), *[s for s in [(1, 3, 4), (1, 3, 5), (4, 2), (4,), (4, 1), (4,)] for _ in range(2)]],
+        lambda t: vimcore.ops.bidirectional_scan(t[0], *[t[i : i + 2] for i in range(1, 13, 2)]),
+    ),
+    "vim_block": (
+        [(1, 3, 16), (1, 3, 16)],
+        lambda t: vimcore.ops.vim_block(t[0], dict(build(SMALL).layers[0].named_parameters()), t[1])[0],
+    ),
+}
+
+
+@pytest.mark.parametrize(("shapes", "operator"), OPERATORS.values(), ids=OPERATORS)
+def test_second_derivatives_of_operators_are_no_zeros(
+    shapes: list[tuple[int, ...]], operator: Callable[[Tensors], Tensor]
+) -> None:
+    for chosen in range(len(shapes)):  # by one argument at a time
+        tensors = [torch.rand(shape) for shape in shapes]
+        tensors[chosen].requires_grad_()
+        (gradient,) = torch.autograd.grad(operator(tensors).sum(), tensors[chosen], create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives are not available"):
+            torch.autograd.grad(gradient.sum(), tensors[chosen])
+
+
+def test_batches_of_gradients_are_refused() -> None:
+    model, images = build(SMALL).eval(), images_for(SMALL, 1, torch.float32)
+    assert torch.autograd.functional.jacobian(model, images).shape == (1, 3, *images.shape)
+    with pytest.raises(TypeError, match=r"one gradient at a time.*vectorize"):
+        torch.autograd.functional.jacobian(model, images, vectorize=True)
+
+
+def freed(images: Tensor) -> Tensor:
+    images = images.clone()
+    images.untyped_storage().resize_(0)
+    return images
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_images_that_are_no_array_are_refused() -> None:
+    model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
+    wanted = model(images)
+    nested = torch.nested.nested_tensor(list(images))
+    for other, kind in ((images.to_sparse(), "torch.sparse_coo"), (nested, "nested")):
+        with pytest.raises(
+            TypeError, match=rf"\[VisionMamba\] images: expected a dense tensor, got .*{kind}"
+        ):
+            model(other)
+        with pytest.raises(TypeError, match=rf"\[rms_norm\] x: expected a dense tensor, got .*{kind}"):
+            vimcore.ops.rms_norm(other, torch.ones(12))
+    with pytest.raises(TypeError, match=r"images: expected a tensor with its memory"):
+        model(freed(images))
+    assert torch.equal(model(torch._neg_view(-images)), wanted)
+    assert torch.equal(model(images.flip(0).flip(0)), wanted)
 
 
 class Wrapper(Tensor):
