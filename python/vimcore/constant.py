@@ -27,6 +27,8 @@ class ConstantWeights:
         """Takes note of the weights as they are: on entering, and after a write that was announced."""
         self.core, self.params = model._weights()
         self.weights = self.core.weights(self.params)
+        # parametrised weights: of use only where no gradient goes on to what they are computed from
+        self.computed = not all(isinstance(p, nn.Parameter) for p in self.params)
         self._sum = self._look()
 
     def check(self, model: VisionMamba) -> None:

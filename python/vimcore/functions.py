@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from . import _core
-from .checks import refuse_batched
+from .checks import refuse_batched, refuse_layout
 from .place import exported, place, wide
 
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -120,10 +120,15 @@ class Core:
         Args:
             copy: whether copies of parameters that are not contiguous are brought up to date.
         """
-        places = [
-            (p.data_ptr(), p.shape) if p.is_contiguous() else (p.data_ptr(), p.shape, p.stride())
-            for p in params
-        ]
+        try:
+            places = [
+                (p.data_ptr(), p.shape) if p.is_contiguous() else (p.data_ptr(), p.shape, p.stride())
+                for p in params
+            ]
+        except RuntimeError:
+            for name, p in zip(self.names, params):
+                refuse_layout("VisionMamba", name, p)
+            raise
         with self._lock:
             bound = self._bound
             if bound is not None and bound.places == places:
@@ -133,9 +138,10 @@ class Core:
                 return bound.weights
             held = [p.detach() for p in params]
             for name, p in zip(self.names, held):
-                if p.device != held[0].device:
+                if p.is_meta or p.device != held[0].device:
+                    device = "the cpu or cuda" if held[0].is_meta else held[0].device
                     raise ValueError(
-                        f"[VisionMamba] {name}: expected a tensor on {held[0].device}, got {describe(p)}"
+                        f"[VisionMamba] {name}: expected a tensor on {device}, got {describe(p)}"
                     )
                 if p.is_contiguous() and p.untyped_storage().nbytes() < p.nbytes:
                     raise ValueError(

@@ -328,7 +328,8 @@ class VisionMamba(nn.Module):
         self, kind: str, images: Tensor, layers: tuple[int, ...], position: int = -1
     ) -> tuple[Tensor, ...]:
         refuse_tracing("VisionMamba")
-        if entered := self._constant:
+        entered = self._constant
+        if entered and not (entered[-1].computed and torch.is_grad_enabled()):
             core, params, constant = entered[-1].core, entered[-1].params, entered[-1].weights
         else:
             (core, params), constant = self._weights(), None

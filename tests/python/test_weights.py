@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import os
@@ -233,6 +234,21 @@ def test_constant_weights_are_differentiated() -> None:
     assert torch.equal(*found)
 
 
+def test_constant_weights_that_are_computed_are_differentiated() -> None:
+    """Also after entering without gradients, and more than once."""
+    images, found = images_for(SMALL, 2, torch.float32), []
+    for constant in (False, True):
+        model = build(SMALL).eval()
+        nn.utils.parametrizations.weight_norm(model.layers[0].mixer.in_proj)
+        with contextlib.ExitStack() as stack:
+            with torch.no_grad():
+                stack.enter_context(model.constant_weights() if constant else contextlib.nullcontext())
+            for _ in range(2):
+                model(images).sum().backward()
+        found.append(model.layers[0].mixer.in_proj.parametrizations.weight.original1.grad)
+    assert torch.equal(*found)
+
+
 def test_a_network_is_freed_at_once() -> None:
     """Not when the collector next runs: on a GPU that would be device memory."""
     gc.collect()
@@ -289,6 +305,18 @@ def test_another_size_at_the_same_address_is_refused() -> None:
     weight = model.layers[0].mixer.x_proj.weight
     weight.data = weight.data.view(weight.shape[::-1])
     with pytest.raises(ValueError, match=r"x_proj\.weight: expected \(11, 32\) .*, got \(32, 11\)"):
+        model(images)
+
+
+def test_weights_that_are_no_array_are_refused() -> None:
+    model, images = build(SMALL), images_for(SMALL, 1, torch.float32)
+    with pytest.raises(ValueError, match=r"cls_token: expected a tensor on the cpu or cuda, got .* meta"):
+        within(build(SMALL).to("meta"), lambda m: None)
+    with pytest.raises(ValueError, match=r"cls_token: expected a tensor on the cpu or cuda, got .* meta"):
+        within(model, lambda m: m.to("meta"))
+    model = build(SMALL)
+    model.head.weight = nn.Parameter(model.head.weight.detach().to_sparse())
+    with pytest.raises(TypeError, match=r"head\.weight: expected a dense tensor, got .*sparse_coo"):
         model(images)
 
 
