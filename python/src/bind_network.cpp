@@ -12,11 +12,15 @@ namespace vimcore::python {
 
 namespace {
 
-// The weights of one network: views of arrays that Python keeps alive, with their packed forms.
+// The weights of one network: views of arrays, which it owns as long as a call of some thread may read them, with their
+// packed forms.
 class Weights {
 public:
-    explicit Weights(Params params, const std::vector<Tensor>& all)
-        : params_(std::move(params)), first_(all.front()), checksum_(on_cpu() ? all : std::vector<Tensor>{})
+    Weights(Params params, std::vector<In> arrays, const std::vector<Tensor>& all)
+        : params_(std::move(params)),
+          arrays_(std::move(arrays)),
+          first_(all.front()),
+          checksum_(on_cpu() ? all : std::vector<Tensor>{})
     {
         params_.changed();
     }
@@ -34,8 +38,9 @@ public:
             return 0;
         }
         const std::uint64_t now = checksum_(ctx);
-        std::uint64_t before = seen_.load();
-        if (now != before && seen_.compare_exchange_strong(before, now)) params_.changed();
+        std::lock_guard lock(mutex_);  // no thread may take a sum for seen before the forms are stale
+        if (now != seen_) params_.changed();
+        seen_ = now;
         return now;
     }
 
@@ -43,9 +48,11 @@ private:
     bool on_cpu() const { return device().type == Device::Type::cpu; }
 
     Params params_;
+    std::vector<In> arrays_;
     Tensor first_;
     Checksum checksum_;
-    std::atomic<std::uint64_t> seen_{0};
+    std::mutex mutex_;
+    std::uint64_t seen_ = 0;
 };
 
 using Token = nb::ndarray<std::uint8_t, nb::ndim<1>>;
@@ -89,7 +96,7 @@ public:
         });
         if (all.size() != arrays.size())
             fail("parameters", "expected " + std::to_string(all.size()) + ", got " + std::to_string(arrays.size()));
-        return std::make_unique<Weights>(std::move(params), all);
+        return std::make_unique<Weights>(std::move(params), arrays, all);
     }
 
     std::unique_ptr<SavedHandle> saved(const std::string& memory, std::uintptr_t stream, bool capturing)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
@@ -25,7 +26,12 @@ def refuse_tracing(op: str) -> None:
         what = "torch.export, torch.onnx.export and make_fx"
     else:
         return
-    raise RuntimeError(
+    raise RuntimeError(tracing_refusal(op, what))
+
+
+def tracing_refusal(op: str, what: str) -> str:
+    """The message for what records operators."""
+    return (
         f"[{op}] {what} cannot follow the C++ core of vimcore, whose result would be recorded as a constant; "
         "to run a network elsewhere save it (model.save) for vimcore.Runtime, vim-infer or the C++ library"
     )
@@ -34,13 +40,22 @@ def refuse_tracing(op: str) -> None:
 def refuse_wrapped(op: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
     """TypeError for the first tensor whose shape says something else than its memory."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if not transformed and set(map(type, tensors)) <= _PLAIN:
+    dual = forward_ad._current_level >= 0
+    if not transformed and not dual and set(map(type, tensors)) <= _PLAIN:
         return
     for name, tensor in zip(names, tensors):
-        if transformed and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if not isinstance(tensor, Tensor):
+            given = "none" if tensor is None else type(tensor).__name__
+            found = f"{given}: put the parameter back, or build a network without it"
+        elif transformed and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             found = (
                 "one of torch.func (vmap, grad, jvp, functionalize), which vimcore does not follow: give the "
                 "network a batch, and differentiate with torch.autograd"
+            )
+        elif dual and forward_ad.unpack_dual(tensor).tangent is not None:
+            found = (
+                "a dual tensor of forward-mode differentiation, which vimcore does not follow: "
+                "differentiate with torch.autograd.grad or backward()"
             )
         elif type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
             continue  # plain, or a subclass that adds methods to its memory
@@ -56,3 +71,23 @@ def refuse_wrapped(op: str, names: Sequence[str], tensors: Sequence[Tensor]) -> 
                 "give plain tensors (dequantized where it is quantized)"
             )
         raise TypeError(f"[{op}] {name}: expected a plain tensor, got {found}")
+
+
+def refuse_layout(op: str, name: str, tensor: Tensor) -> None:
+    """TypeError for a tensor that is no dense array, or whose memory was freed."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "a nested one" if tensor.is_nested else f"one of {tensor.layout}"
+        raise TypeError(
+            f"[{op}] {name}: expected a dense tensor, got {kind}: to_dense() or padding makes one"
+        )
+    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+        raise TypeError(f"[{op}] {name}: expected a tensor with its memory, which was freed (resize_(0))")
+
+
+def refuse_batched(gradients: Sequence[Tensor | None]) -> None:
+    """TypeError for gradients that stand for many: backward computes one at a time."""
+    if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients):
+        raise TypeError(
+            "vimcore: backward takes one gradient at a time, got a batch of them (is_grads_batched=True, "
+            "jacobian(vectorize=True)): leave these options at False"
+        )

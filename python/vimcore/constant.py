@@ -3,27 +3,32 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from .place import on_cuda, place
+from .places import written
 
 if TYPE_CHECKING:
     from .nn import VisionMamba
+
+ENTERING = threading.Lock()  # of any network: held for an assignment
 
 
 class ConstantWeights:
     """The weights of a network as `VisionMamba.constant_weights` found them."""
 
     def __init__(self, model: VisionMamba) -> None:
+        self.renew(model)
+
+    def renew(self, model: VisionMamba) -> None:
+        """Takes note of the weights as they are: on entering, and after a write that was announced."""
         self.core, self.params = model._weights()
         self.weights = self.core.weights(self.params)
-        self._sum = self._look()
-
-    def renew(self) -> None:
-        """Takes note of a write that was announced."""
-        self.core.weights(self.params)  # copies of what is not contiguous
+        # parametrised weights: of use only where no gradient goes on to what they are computed from
+        self.computed = not all(isinstance(p, nn.Parameter) for p in self.params)
         self._sum = self._look()
 
     def check(self, model: VisionMamba) -> None:
@@ -40,12 +45,12 @@ class ConstantWeights:
     def _look(self) -> tuple[int, list[tuple[int, int]]]:
         """Something that another content changes: a checksum, on a device what torch counts."""
         threads, stream, _ = place(self.params[0])
-        counted = [_written(p) for p in self.params] if on_cuda(self.params[0]) else []
+        counted = [_place(p) for p in self.params] if on_cuda(self.params[0]) else []
         return self.weights.look(threads, stream), counted
 
 
-def _written(tensor: Tensor) -> tuple[int, int]:
+def _place(tensor: Tensor) -> tuple[int, int]:
     """Where a parameter is and how often torch saw it written to; a computed one is always elsewhere."""
     if not isinstance(tensor, nn.Parameter) or tensor.is_inference():
         return 0, 0
-    return tensor.data_ptr(), tensor._version
+    return tensor.data_ptr(), written(tensor)

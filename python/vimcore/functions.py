@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from . import _core
+from .checks import refuse_batched, refuse_layout
 from .draws import Draws
 from .place import exported, place, wide
 
@@ -32,11 +33,11 @@ def describe(value: Any) -> str:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes gradients on; differentiating them is an error."""
+    """Passes gradients on; differentiating them, by whatever they were computed from, is an error."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.view_as(t) for t in tensors)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -46,17 +47,22 @@ class _NoSecondDerivative(torch.autograd.Function):
 def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
     """For the backward of a Function: its results may not be differentiated again.
 
-    Unlike torch's decorator it also says so where the incoming gradient is a constant.
+    Unlike torch's decorator it also says so where the incoming gradient is a constant. The error stands
+    between the results and what they depend on, as far as it was saved: every argument, or an output. Without
+    a path torch takes second derivatives for zero.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_batched(gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
         present = [t for t in results if t is not None]
         if not torch.is_grad_enabled() or not present:
             return results
-        guarded = iter(_NoSecondDerivative.apply(torch.empty(0, requires_grad=True), *present))
+        sources = [t for t in (*gradients, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        anchor = torch.empty(0, requires_grad=True)
+        guarded = iter(_NoSecondDerivative.apply(len(present), *present, anchor, *sources))
         return tuple(None if t is None else next(guarded) for t in results)
 
     return wrapper
@@ -103,7 +109,15 @@ class Core:
         Args:
             copy: whether copies of parameters that are not contiguous are brought up to date.
         """
-        places = [p.data_ptr() if p.is_contiguous() else (p.data_ptr(), p.stride()) for p in params]
+        try:
+            places = [
+                (p.data_ptr(), p.shape) if p.is_contiguous() else (p.data_ptr(), p.shape, p.stride())
+                for p in params
+            ]
+        except RuntimeError:
+            for name, p in zip(self.names, params):
+                refuse_layout("VisionMamba", name, p)
+            raise
         with self._lock:
             bound = self._bound
             if bound is not None and bound.places == places:
@@ -113,9 +127,10 @@ class Core:
                 return bound.weights
             held = [p.detach() for p in params]
             for name, p in zip(self.names, held):
-                if p.device != held[0].device:
+                if p.is_meta or p.device != held[0].device:
+                    device = "the cpu or cuda" if held[0].is_meta else held[0].device
                     raise ValueError(
-                        f"[VisionMamba] {name}: expected a tensor on {held[0].device}, got {describe(p)}"
+                        f"[VisionMamba] {name}: expected a tensor on {device}, got {describe(p)}"
                     )
                 if p.is_contiguous() and p.untyped_storage().nbytes() < p.nbytes:
                     raise ValueError(
@@ -305,7 +320,7 @@ class NormFunction(torch.autograd.Function):
         out, total = torch.empty_like(x), torch.empty_like(x, dtype=wide(x.dtype))
         x_, residual_, weight_, bias_, total_, out_ = _exported([x, residual, weight, bias, total, out])
         _core.norm_forward(kind, eps, x_, residual_, weight_, bias_, total_, out_, *place(out))
-        ctx.save_for_backward(total.detach(), weight, bias)
+        ctx.save_for_backward(total, weight, bias)
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.eps, ctx.dtype = kind, eps, x.dtype
         return out, total
@@ -396,14 +411,14 @@ class BidirectionalScanFunction(torch.autograd.Function):
         outputs = [[exported(state)] for state in states]
         passes = [values[:6], values[6:]]
         _core.scan_forward(exported(xz), passes, outputs, scale, chunk, exported(out), *place(out))
-        ctx.save_for_backward(xz, *states, *inputs)
+        ctx.save_for_backward(z, xz, *states, *inputs)  # z: see _once
         ctx.scale, ctx.chunk = scale, chunk
         return out
 
     @staticmethod
     @_once
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        xz, first, second, *inputs = ctx.saved_tensors
+        _, xz, first, second, *inputs = ctx.saved_tensors
         gradients = [torch.zeros_like(t) for t in inputs]
         dout = dout.contiguous()
         dxz, out = torch.zeros_like(xz), torch.empty_like(dout)
@@ -434,7 +449,7 @@ class BlockFunction(torch.autograd.Function):
         _core.block_forward(config_json, params_, x_, residual_, reverse, total_, out_, saved, *place(out))
         if saved is None:
             return out, total
-        ctx.save_for_backward(from_dlpack(saved.token), total.detach(), *params)
+        ctx.save_for_backward(from_dlpack(saved.token), total, *params)
         ctx.set_materialize_grads(False)
         ctx.config_json, ctx.reverse, ctx.memory, ctx.dtype = config_json, reverse, memory, x.dtype
         return out, total

@@ -57,6 +57,20 @@ class Rope(nn.Module):
         self.register_buffer("freqs_cos", cos.to(torch.get_default_dtype()))
         self.register_buffer("freqs_sin", sin.to(torch.get_default_dtype()))
 
+    def faults(self, config: dict[str, Any]) -> list[str]:
+        """Which tables are not those of the configuration, be they rounded to 16 bits."""
+        from .io import rope_tables
+
+        found = []
+        for name, table in zip(("freqs_cos", "freqs_sin"), rope_tables(config)):
+            value = self._buffers.get(name)
+            if value is None or value.shape != table.shape:
+                got = "none" if value is None else tuple(value.shape)
+                found.append(f"rope.{name}: expected {tuple(table.shape)}, got {got}")
+            elif not value.is_meta and not (value.detach().cpu().double() - table).abs().max() < 4e-3:
+                found.append(f"rope.{name}: not the rotation of rope_grid={config['rope_grid']}")
+        return found
+
 
 class Mixer(nn.Module):
     """Holds the parameters of one bidirectional mixer (paper, section 3.3)."""

@@ -9,20 +9,20 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import _core
 from .arguments import integer, options
-from .checks import refuse_tracing, refuse_wrapped
-from .constant import ConstantWeights
+from .checks import refuse_layout, refuse_tracing, refuse_wrapped, tracing_refusal
+from .constant import ENTERING, ConstantWeights
 from .draws import Draws, draw, draw_position
 from .functions import Core, NetworkFunction, Request, describe
 from .layers import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
 from .place import autocast_type, from_device, on_cuda
-from .places import Places, hooks_of, made
+from .places import Places, does_more, made
 
 Network = TypeVar("Network", bound="VisionMamba")
 _PER_TOKEN = ("max", "all")  # without class token: the head sees every token
@@ -106,7 +106,7 @@ class VisionMamba(nn.Module):
         self._facts: dict[str, Any] = _core.config_facts(config_json)
         self._core: Core | None = None
         self._places: Places | None = None
-        self._constant: ConstantWeights | None = None
+        self._constant: tuple[ConstantWeights, ...] = ()  # entered, the last one holds
 
         c, tokens = self._config, self._facts["tokens"]
         self.embed_dim = self.num_features = embed_dim = c["embed_dim"]  # Python's types, whatever came in
@@ -305,13 +305,16 @@ class VisionMamba(nn.Module):
         return torch.cat([tokens[:, :at], tokens[:, at + 1 :]], dim=1) if at else tokens[:, 1:]
 
     def _head_is_fused(self) -> bool:
-        head = self.head
+        head = getattr(self, "head", None)
+        if head is None:
+            raise RuntimeError(
+                "[VisionMamba] head: expected a module, got none; for a network without a head: "
+                "reset_classifier(0)"
+            )
+        if does_more(head):
+            return False
         return type(head) is nn.Identity or (
-            type(head) is nn.Linear
-            and head.in_features == self.embed_dim
-            and head.bias is not None
-            and "forward" not in vars(head)
-            and not any(hooks_of(head))
+            type(head) is nn.Linear and head.in_features == self.embed_dim and head.bias is not None
         )
 
     def _call(
@@ -325,8 +328,9 @@ class VisionMamba(nn.Module):
         self, kind: str, images: Tensor, layers: tuple[int, ...], position: int = -1
     ) -> tuple[Tensor, ...]:
         refuse_tracing("VisionMamba")
-        if self._constant is not None:
-            core, params, constant = self._constant.core, self._constant.params, self._constant.weights
+        entered = self._constant
+        if entered and not (entered[-1].computed and torch.is_grad_enabled()):
+            core, params, constant = entered[-1].core, entered[-1].params, entered[-1].weights
         else:
             (core, params), constant = self._weights(), None
         images = self._checked(images, params[0])
@@ -362,19 +366,33 @@ class VisionMamba(nn.Module):
             TypeError: a parameter is no plain tensor.
         """
         core = self._network()
-        if self._places is None or not self._places.hold(self):
+        places = self._places  # other threads may set it meanwhile
+        if places is None or not places.hold(self):
             self._places = None
-            self._places = Places(self, core.names, self._made)
-        params = self._places.tensors(self)
+            places = Places(self, core.names, self._made)
+            if faults := self._rotation_faults():
+                raise RuntimeError(
+                    f"[VisionMamba] {'; '.join(faults)}; the core computes its own rotations and would "
+                    "ignore these: build the network with their rope_grid, or put the constructor's back"
+                )
+            self._places = places
+        params = places.tensors(self)
         refuse_wrapped("VisionMamba", core.names, params)
         return core, params
+
+    def _rotation_faults(self) -> list[str]:
+        if not self._config["rope"]:
+            return []
+        tables = {f"rope.{key}": table for key, table in self.rope.named_buffers()}
+        refuse_wrapped("VisionMamba", list(tables), list(tables.values()))
+        return self.rope.faults(self._config)
 
     # ---- weights that change -------------------------------------------------------------------------------
 
     def weights_changed(self) -> None:
         """Announces a write to weights within `constant_weights`; elsewhere calls look for changes."""
-        if self._constant is not None:
-            self._constant.renew()
+        for constant in self._constant:
+            constant.renew(self)
 
     @contextmanager
     def constant_weights(self) -> Iterator[None]:
@@ -386,12 +404,14 @@ class VisionMamba(nn.Module):
         Raises:
             RuntimeError: on leaving, if weights did change within (on CUDA as far as torch counts writes).
         """
-        outer, self._constant = self._constant, None
-        constant = self._constant = ConstantWeights(self)
+        constant = ConstantWeights(self)
+        with ENTERING:
+            self._constant += (constant,)
         try:
             yield
         finally:
-            self._constant = outer
+            with ENTERING:  # not always the last one: threads and generators leave in any order
+                self._constant = tuple(other for other in self._constant if other is not constant)
         constant.check(self)
 
     def _checked(self, images: Tensor, like: Tensor) -> Tensor:
@@ -407,6 +427,7 @@ class VisionMamba(nn.Module):
         images = from_device(images)
         if isinstance(images, Tensor):
             refuse_wrapped("VisionMamba", ["images"], [images])
+            refuse_layout("VisionMamba", "images", images)
         autocast = autocast_type(like)
         if autocast is not None and isinstance(images, Tensor) and images.is_floating_point():
             images = images.to(autocast)
@@ -421,7 +442,7 @@ class VisionMamba(nn.Module):
             names = "f32, bf16 or f16" if cuda else describe(like).split()[-2]
             expected = f"(B, {channels}, {height}, {width}) {names} {like.device}"
             raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}")
-        return images.contiguous()
+        return images.resolve_neg().contiguous()
 
     def _draws(self, kind: str, images: Tensor) -> Draws:
         """The random draws of one forward; none in eval mode."""
@@ -429,12 +450,17 @@ class VisionMamba(nn.Module):
             return Draws()
         return draw(self._config, self._facts, images, kind == "logits" and self._head_is_fused())
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for."""
+        raise RuntimeError(tracing_refusal("VisionMamba", "torch.jit.script"))
+
     # ---- copies --------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_core": None, "_places": None, "_constant": None}
+        return {**self.__dict__, "_core": None, "_places": None, "_constant": ()}
 
     def _replicate_for_data_parallel(self) -> VisionMamba:
         replica = super()._replicate_for_data_parallel()
-        replica._core = replica._places = replica._constant = None  # those of the original
+        replica._core = replica._places = None  # those of the original
+        replica._constant = ()
         return replica

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .checks import refuse_tracing, refuse_wrapped
+from .checks import refuse_layout, refuse_tracing, refuse_wrapped
 from .functions import (
     NAMES,
     BidirectionalScanFunction,
@@ -56,6 +56,7 @@ def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"[{op}] {name}: expected a tensor, got {describe(tensor)}")
         refuse_wrapped(op, [name], [tensor])
+        refuse_layout(op, name, tensor)
         activation = name.split()[0] in _ACTIVATIONS
         autocast = autocast_type(tensor)
         if autocast is not None and tensor.is_floating_point():
@@ -69,7 +70,7 @@ def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
             wanted = " or ".join(NAMES[t] for t in types)
             place = "the cpu or cuda" if tensor.is_meta else device
             raise ValueError(f"[{op}] {name}: expected a {wanted} tensor on {place}, got {describe(tensor)}")
-        out.append(tensor.contiguous())
+        out.append(tensor.resolve_neg().contiguous())
     return out
 
 

@@ -25,14 +25,33 @@ def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
     return [getattr(module, kind) for kind in _HOOKS]
 
 
+def does_more(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says, or in another way."""
+    return "forward" in vars(module) or _compiled(module) or any(hooks_of(module))
+
+
+def written(tensor: Tensor | None) -> int:
+    """How often torch saw a tensor written to; it does not count for those made in inference mode."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _compiled(module: nn.Module) -> bool:
+    return vars(module).get("_compiled_call_impl") is not None
+
+
 def made(model: nn.Module) -> Made:
     """Type and, of convolutions, settings of every submodule, as the network was built."""
     return {path: _kind(module) for path, module in model.named_modules() if path}
 
 
 def _kind(module: nn.Module) -> tuple[type, tuple[Any, ...]]:
-    settings = _CONVOLUTION if isinstance(module, (nn.Conv1d, nn.Conv2d)) else ()
-    return parametrize.type_before_parametrizations(module), tuple(getattr(module, s) for s in settings)
+    return parametrize.type_before_parametrizations(module), tuple(
+        getattr(module, s) for s in _settings(module)
+    )
+
+
+def _settings(module: nn.Module) -> tuple[str, ...]:
+    return _CONVOLUTION if isinstance(module, (nn.Conv1d, nn.Conv2d)) else ()
 
 
 class Places:
@@ -60,6 +79,8 @@ class Places:
                 if here not in holders:
                     module = holders[parent]._modules.get(part)
                     if module is None:
+                        if parent:
+                            _check_kind(parent, holders[parent], made.get(parent))
                         raise _refusal(here, f"expected {_called(made[here][0])}, got none")
                     holders[here], children[here] = module, []
                     children[parent].append(part)
@@ -67,17 +88,33 @@ class Places:
             leaves.setdefault(parent, set()).add(leaf)
             owner = holders[parent]
             self._slots.append((owner if parent else None, owner._parameters, leaf))
+        if missing := [
+            leaf for leaf in leaves.get("", ()) if not isinstance(getattr(model, leaf, None), Tensor)
+        ]:
+            raise _refusal(missing[0], "expected a parameter, got none")
         self._links = [(model._modules, part, holders[part]) for part in children[""]]
         self._hooks: list[dict[int, Any]] = []
         # attributes of a submodule, its parameters, their number
         self._held: list[tuple[dict[str, Any], dict[str, Any], int]] = []
         self._absent: list[tuple[dict[str, Any], str]] = []  # parameters that are None: no bias
         self._modules: list[tuple[dict[str, Any], list[Any]]] = []
+        self._tables: list[tuple[dict[str, Any], str, Any, int]] = []  # rotations, and how often written to
+        self._kinds: list[tuple[nn.Module, type]] = []
+        self._settings: list[tuple[dict[str, Any], str, Any]] = []  # of convolutions
         self._root = model._parameters
+        if "rope" in made:  # holds no parameters, but turns the tokens
+            rope = model._modules.get("rope")
+            if rope is None:
+                raise _refusal("rope", f"expected {_called(made['rope'][0])}, got none")
+            holders["rope"], children["rope"] = rope, []
+            self._links.append((model._modules, "rope", rope))
+            self._tables = [(rope._buffers, key, t, written(t)) for key, t in rope._buffers.items()]
         for at, module in holders.items():
             if at:
                 _check(at, module, made.get(at), children[at], leaves.get(at, set()))
                 self._hooks += hooks_of(module)
+                self._kinds.append((module, type(module)))
+                self._settings += [(vars(module), key, getattr(module, key)) for key in _settings(module)]
                 held = module._parameters
                 self._held.append((vars(module), held, len(held)))
                 self._absent += [(held, key) for key, p in held.items() if p is None]
@@ -92,15 +129,24 @@ class Places:
             and all(links.get(part) is module for links, part, module in self._links)
             and all(list(links.values()) == modules for links, modules in self._modules)
             and all(
-                own["_parameters"] is p and len(p) == n and "forward" not in own for own, p, n in self._held
+                own["_parameters"] is p
+                and len(p) == n
+                and "forward" not in own
+                and own.get("_compiled_call_impl") is None
+                for own, p, n in self._held
             )
+            and all(type(module) is kind for module, kind in self._kinds)
+            and all(own.get(key) is value for own, key, value in self._settings)
+            and all(own.get(key) is t and written(t) == count for own, key, t, count in self._tables)
             and all(held[key] is None for held, key in self._absent)
         )
 
-    def tensors(self, model: nn.Module) -> list[Tensor]:
-        """The parameters, in the order of the names."""
+    def tensors(self, model: nn.Module) -> list[Any]:
+        """The parameters, in the order of the names; None for what is gone."""
         # a parametrised weight, or one that a wrapper set, is not in _parameters but an attribute still
-        return [d[leaf] if leaf in d else getattr(owner or model, leaf) for owner, d, leaf in self._slots]
+        return [
+            d[leaf] if leaf in d else getattr(owner or model, leaf, None) for owner, d, leaf in self._slots
+        ]
 
 
 def _called(kind: type) -> str:
@@ -117,6 +163,15 @@ def _refusal(path: str, what: str, remedy: str = "") -> RuntimeError:
     )
 
 
+def _check_kind(path: str, module: nn.Module, built: tuple[type, tuple[Any, ...]] | None) -> None:
+    kind = _kind(module)
+    if built is not None and kind != built and path != "head":
+        if kind[0] is built[0]:
+            pairs = zip(_CONVOLUTION, built[1], kind[1])
+            raise _refusal(path, "; ".join(f"{s} expected {a}, got {b}" for s, a, b in pairs if a != b))
+        raise _refusal(path, f"expected {_called(built[0])}, got {_called(kind[0])}", _remedy(kind[0]))
+
+
 def _check(
     path: str,
     module: nn.Module,
@@ -124,12 +179,7 @@ def _check(
     children: list[str],
     leaves: set[str],
 ) -> None:
-    kind = _kind(module)
-    if built is not None and kind != built and path != "head":
-        if kind[0] is built[0]:
-            pairs = zip(_CONVOLUTION, built[1], kind[1])
-            raise _refusal(path, "; ".join(f"{s} expected {a}, got {b}" for s, a, b in pairs if a != b))
-        raise _refusal(path, f"expected {_called(built[0])}, got {_called(kind[0])}", _remedy(kind[0]))
+    _check_kind(path, module, built)
     for hook in (hook for hooks in hooks_of(module) for hook in hooks.values()):
         name = getattr(hook, "__qualname__", type(hook).__qualname__)
         raise _refusal(
@@ -140,6 +190,8 @@ def _check(
         )
     if "forward" in vars(module):
         raise _refusal(path, "has a forward of its own (set on the object)")
+    if _compiled(module):
+        raise _refusal(path, "is compiled", "compile the network as a whole, if at all (model.compile())")
     if further := [key for key, p in module._parameters.items() if p is not None and key not in leaves]:
         raise _refusal(path, f"has parameters that the network does not know: {', '.join(further)}")
     known = [*children, "parametrizations"] if parametrize.is_parametrized(module) else children
@@ -152,6 +204,10 @@ def _check(
 def _remedy(kind: type) -> str:
     if kind.__name__.startswith("FSDP") or "fsdp" in kind.__module__:
         return "shard the network as a whole (fully_shard(model)), not its layers"
+    if kind.__name__ == "OptimizedModule":
+        return "compile the network as a whole, if at all (torch.compile(model))"
+    if kind.__name__ == "CheckpointWrapper":
+        return "the option memory says how much backward recomputes"
     if kind.__module__.startswith("peft"):
         return "merge the adapters into the weights (merge_and_unload)"
     if "quant" in kind.__module__:

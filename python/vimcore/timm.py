@@ -35,6 +35,7 @@ from .arguments import integer, native
 from .metadata import IMAGENET_MEAN, IMAGENET_STD
 from .models import list_models, model_options
 from .nn import Network, VisionMamba
+from .places import does_more
 from .wrappers import chosen, plain_names
 
 _POOLS: dict[str, dict[str, str]] = {
@@ -129,11 +130,12 @@ class TimmVisionMamba(VisionMamba):
 
     @property
     def grad_checkpointing(self) -> bool:
-        return self.memory == "lean"
+        return self.memory != "fast"
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Backward recomputes more (memory="lean", the default), or keeps more ("fast")."""
-        self.memory = "lean" if enable else "fast"
+        """Backward recomputes more (memory="lean", or "least" if set), or keeps more ("fast")."""
+        if enable != self.grad_checkpointing:
+            self.memory = "lean" if enable else "fast"
 
     def get_classifier(self) -> nn.Module:
         """The head: nn.Linear, or nn.Identity without classes."""
@@ -194,8 +196,21 @@ class TimmVisionMamba(VisionMamba):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W), see `VisionMamba.forward`."""
-        fused = self._pool is None and not self._without_norm and not (self.training and self.head_drop.p > 0)
+        fused = self._pool is None and not self._without_norm and self._drop_is_idle()
         return super().forward(x) if fused else self.forward_head(self.forward_features(x))
+
+    def _drop_is_idle(self) -> bool:
+        """Whether the dropout before the head does nothing, so that the core may compute the head."""
+        drop: nn.Module = self.head_drop
+        if type(drop) is nn.Dropout and not (drop.training and drop.p > 0) and not does_more(drop):
+            return True
+        c = self._config
+        if c["class_token"] == "random" or (c["class_token"] == "none" and c["pool"] in ("max", "all")):
+            raise RuntimeError(
+                "[VisionMamba] head_drop: is not called with class_token='random' or a head that sees every "
+                "token, so its rate, hooks or other class would be ignored: leave it as it was made"
+            )
+        return False
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised tokens (B, L, D), see `VisionMamba.forward_features`."""

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users hang on a network's modules, and what torch wraps around its tensors: followed, or refused."""
+"""What users hang on a network's modules: followed, or refused."""
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +13,6 @@ from golden import relative
 from helpers import SMALL, build, images_for, small
 from test_weights import fresh
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
 
 Model = vimcore.VisionMamba
@@ -78,6 +74,24 @@ def inside_a_layer(model: Model) -> None:
     model.layers[1].adapter = nn.Linear(16, 16)
 
 
+def class_swapped(model: Model) -> None:
+    model.layers[0].mixer.in_proj.__class__ = OtherLinear
+
+
+def dilated(model: Model) -> None:
+    model.layers[0].mixer.conv1d.dilation = (2,)
+
+
+def compiled_layer(model: Model) -> None:
+    model.layers[0] = torch.compile(model.layers[0], backend="eager")
+
+
+def parameter_renamed(model: Model) -> None:
+    mixer = model.layers[0].mixer
+    mixer.E = mixer.D
+    del mixer.D
+
+
 def weight_removed(model: Model) -> None:
     del model.norm_f.weight
 
@@ -91,6 +105,22 @@ HANGS: dict[str, tuple[Callable[[Model], Any], str]] = {
     "layer more": (a_layer_more, r"layers: has modules that the network does not know: 2"),
     "layer less": (a_layer_less, r"layers\.1: expected .*Layer, got none"),
     "module in a layer": (inside_a_layer, r"layers\.1: has modules that the network does not know: adapter"),
+    "class swapped": (class_swapped, r"layers\.0\.mixer\.in_proj: expected .* got .*OtherLinear"),
+    "dilated": (dilated, r"layers\.0\.mixer\.conv1d: dilation expected \(1,\), got \(2,\)"),
+    "compiled layer": (compiled_layer, r"layers\.0: expected .* got .*OptimizedModule.*compile\(model\)"),
+    "compiled in place": (
+        lambda m: m.norm_f.compile(backend="eager"),
+        r"norm_f: is compiled.*model\.compile\(\)",
+    ),
+    "no head": (
+        lambda m: setattr(m, "head", None),
+        r"head: expected a module, got none.*reset_classifier\(0\)",
+    ),
+    "head removed": (lambda m: delattr(m, "head"), r"head: expected a module, got none"),
+    "no class token": (lambda m: setattr(m, "cls_token", None), r"cls_token: .*none"),
+    "position removed": (lambda m: delattr(m, "pos_embed"), r"pos_embed: .*none"),
+    "no weight": (lambda m: setattr(m.norm_f, "weight", None), r"norm_f.*: .*(without weight|none)"),
+    "parameter renamed": (parameter_renamed, r"layers\.0\.mixer.*(does not know: E|D: .*none)"),
     "weight removed": (weight_removed, r"norm_f: is without weight"),
     "quantized": (
         lambda m: setattr(m.layers[0].mixer, "x_proj", torch.ao.nn.quantized.dynamic.Linear(32, 11)),
@@ -127,8 +157,57 @@ def test_what_would_be_passed_over_is_refused(hang: Callable[[Model], Any], mess
     if used:
         model(images)
     hang(model)
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        model(images)
+
+
+ROTATED = small(class_token="head", rope=True)
+ROTATIONS: dict[str, tuple[Callable[[Model], Any], str]] = {
+    "written to": (lambda m: m.rope.freqs_cos.zero_(), r"rope\.freqs_cos: not the rotation of rope_grid=14"),
+    "loaded": (
+        lambda m: m.load_state_dict({**m.state_dict(), "rope.freqs_sin": -m.rope.freqs_sin}),
+        r"rope\.freqs_sin: not the rotation",
+    ),
+    "of another size": (
+        lambda m: setattr(m.rope, "freqs_sin", m.rope.freqs_sin[:1]),
+        r"rope\.freqs_sin: expected \(6, 16\), got \(1, 16\)",
+    ),
+    "hook": (lambda m: m.rope.register_forward_hook(print), r"rope: has the hook print"),
+    "removed": (lambda m: delattr(m, "rope"), r"rope: expected .*Rope, got none"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), ROTATIONS.values(), ids=ROTATIONS)
+def test_rotations_are_those_of_the_configuration(change: Callable[[Model], Any], message: str) -> None:
+    model, images = build(ROTATED).eval(), images_for(ROTATED, 1, torch.float32)
+    wanted = model(images)
+    model.rope.bfloat16().float()
+    assert torch.equal(model(images), wanted)
+    change(model)
     with pytest.raises(RuntimeError, match=message):
         model(images)
+
+
+@pytest.mark.parametrize("own", ["hook", "forward", "compiled"])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_what_hangs_on_a_head_runs(classes: int, own: str) -> None:
+    model, images, ran = build(small(num_classes=classes)).eval(), images_for(SMALL, 1, torch.float32), []
+    wanted = model(images)
+    call = model.head.forward
+
+    def forward(x: Tensor) -> Tensor:
+        ran.append(x)
+        return call(x)
+
+    if own == "hook":
+        model.head.register_forward_hook(lambda *_: ran.append(None))
+    elif own == "forward":
+        model.head.forward = forward
+    else:
+        model.head.forward = forward
+        model.head.compile(backend="eager")
+    assert relative(model(images), wanted) < 1e-5
+    assert ran
 
 
 def test_a_removed_hook_is_forgotten() -> None:
@@ -239,122 +318,3 @@ def test_modules_of_a_subclass_are_its_own() -> None:
     model(images).sum().backward()
     assert model.second.weight.grad is not None
     assert model.scale.grad is not None
-
-
-# ---- tracers and wrapped tensors ---------------------------------------------------------------------------
-
-
-def export(strict: bool) -> Callable[[Model, Tensor], Any]:
-    return lambda model, x: torch.export.export(model, (x,), strict=strict)
-
-
-TRACERS: dict[str, Callable[[Model, Tensor], Any]] = {
-    "jit.trace": lambda model, x: torch.jit.trace(model, x, check_trace=False),
-    "onnx, legacy": lambda model, x: torch.onnx.export(model, (x,), io.BytesIO(), dynamo=False),
-    "make_fx": lambda model, x: make_fx(model)(x),
-    "make_fx, fake": lambda model, x: make_fx(model, tracing_mode="fake")(x),
-    "make_fx, before dispatch": lambda model, x: make_fx(model, pre_dispatch=True)(x),
-    "export": export(False),
-    "export, strict": export(True),
-    "fx": lambda model, x: torch.fx.symbolic_trace(model),
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("trace", TRACERS.values(), ids=TRACERS)
-def test_tracers_are_refused(trace: Callable[[Model, Tensor], Any], grad: bool) -> None:
-    model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
-    wanted = model(images)
-    with torch.set_grad_enabled(grad), pytest.raises(Exception, match=r"vimcore|VisionMamba"):
-        trace(model, images)
-    assert torch.equal(model(images), wanted)  # and left as it was
-
-
-TRANSFORMS: dict[str, Callable[[Model, Tensor], Any]] = {
-    "vmap": lambda model, x: torch.vmap(model)(x[:, None]),
-    "grad": lambda model, x: torch.func.grad(lambda t: model(t).sum())(x),
-    "jvp": lambda model, x: torch.func.jvp(model, (x,), (x,)),
-    "functionalize": lambda model, x: torch.func.functionalize(model)(x),
-    "vmap over weights": lambda model, x: torch.vmap(lambda w: torch.func.functional_call(model, w, (x,)))(
-        {k: torch.stack([p, p]) for k, p in model.state_dict().items()}
-    ),
-    "ops": lambda model, x: torch.vmap(lambda t: vimcore.ops.rms_norm(t, torch.ones(12)))(x),
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_functional_transforms_are_refused(transform: Callable[[Model, Tensor], Any]) -> None:
-    model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
-    wanted = model(images)
-    with pytest.raises(TypeError, match=r"expected a plain tensor, got one of torch\.func"):
-        transform(model, images)
-    assert torch.equal(model(images), wanted)
-
-
-class Wrapper(Tensor):
-    """A tensor whose memory is elsewhere, as quantized and sharded ones are."""
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Wrapper:
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].inner)
-        raise NotImplementedError(func)
-
-
-class Named(Tensor):
-    """A subclass that is its memory."""
-
-
-def test_wrapped_tensors_are_refused() -> None:
-    model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
-    wanted = model(images)
-    with pytest.raises(TypeError, match=r"images: expected a plain tensor, got a .*Wrapper, whose memory"):
-        model(Wrapper(images))
-    with pytest.raises(TypeError, match=r"x: expected a plain tensor, got a .*Wrapper"):
-        vimcore.ops.rms_norm(Wrapper(images), torch.ones(12))
-    assert torch.equal(model(images.as_subclass(Named)), wanted)
-    model.head.weight = nn.Parameter(Wrapper(model.head.weight.detach()), requires_grad=False)
-    with pytest.raises(TypeError, match=r"head\.weight: expected a plain tensor, got a .*Wrapper"):
-        model(images)
-
-
-def test_distributed_tensors_are_refused(tmp_path: Path) -> None:
-    from torch import distributed as dist
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    dist.init_process_group("gloo", f"file://{tmp_path}/store", world_size=1, rank=0)
-    try:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
-        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [Replicate()]))
-        with pytest.raises(TypeError, match=r"head\.weight: .* a DTensor.*fully_shard\(model\)"):
-            model(images)
-        model = build(SMALL).eval()
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh)
-        with pytest.raises(RuntimeError, match=r"layers\.0: .*FSDP.*fully_shard\(model\)"):
-            model(images)
-    finally:
-        dist.destroy_process_group()
-
-
-def test_autocast_on_the_cpu_says_that_it_changes_nothing() -> None:
-    from vimcore import place
-
-    place._say_wide.cache_clear()
-    model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="autocast"):
-        model(images)
-    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is said once
-        model(images)

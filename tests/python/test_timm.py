@@ -152,6 +152,25 @@ def test_dropout_before_the_head() -> None:
     assert torch.equal(model(x), model(x))
 
 
+def test_the_dropout_may_be_another_module() -> None:
+    """Hooked, replaced, or in training mode on its own for Monte Carlo dropout."""
+    model = small(drop_rate=0.5).eval()
+    wanted = model(images())
+    model.head_drop.train()
+    assert not torch.equal(model(images()), wanted)
+    model.head_drop = torch.nn.BatchNorm1d(16)
+    model(images()).sum().backward()
+    assert model.head_drop.weight.grad is not None
+    model.head_drop, ran = torch.nn.Dropout(0.0), []
+    model.head_drop.register_forward_hook(lambda *_: ran.append(None))
+    torch.testing.assert_close(model(images()), wanted)
+    assert ran
+    model = small(class_token="random")
+    model.head_drop.p = 0.5
+    with pytest.raises(RuntimeError, match="head_drop: is not called"):
+        model(images())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -214,6 +233,9 @@ def test_checkpointing_maps_to_the_memory_mode() -> None:
         found.append([p.grad.clone() for p in model.parameters()])
     for lean, fast in zip(*found):
         torch.testing.assert_close(lean, fast)
+    model.memory = "least"
+    model.set_grad_checkpointing()
+    assert (model.memory, model.grad_checkpointing) == ("least", True)
 
 
 # ---- features ----------------------------------------------------------------------------------------------

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gc
 import os
+import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -185,6 +189,37 @@ def test_an_announced_write_within_constant_weights() -> None:
     assert torch.equal(model(images), fresh(model, images))
 
 
+@torch.no_grad()
+def test_constant_weights_are_left_in_any_order() -> None:
+    model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
+    first, second = model.constant_weights(), model.constant_weights()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    model.head.weight.data.mul_(2)
+    assert torch.equal(model(images), fresh(model, images))
+    with model.constant_weights(), model.constant_weights():
+        model.head.weight.data.mul_(2)
+        model.weights_changed()  # to both
+        assert torch.equal(model(images), fresh(model, images))
+
+
+@torch.no_grad()
+def test_an_announced_write_to_what_is_computed_or_replaced() -> None:
+    model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
+    nn.utils.parametrizations.weight_norm(model.layers[0].mixer.in_proj)
+    other = build(SMALL).eval()
+    with model.constant_weights():
+        model.layers[0].mixer.in_proj.parametrizations.weight.original0.data.mul_(2)
+        model.head.weight = nn.Parameter(2 * model.head.weight)
+        model.weights_changed()
+        found = model(images)
+    other.head.weight.mul_(2)
+    other.layers[0].mixer.in_proj.weight.mul_(2)
+    assert (found - other(images)).abs().max() < 1e-5
+
+
 def test_constant_weights_are_differentiated() -> None:
     model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
     found = []
@@ -196,6 +231,21 @@ def test_constant_weights_are_differentiated() -> None:
         else:
             model(x).sum().backward()
         found.append(x.grad)
+    assert torch.equal(*found)
+
+
+def test_constant_weights_that_are_computed_are_differentiated() -> None:
+    """Also after entering without gradients, and more than once."""
+    images, found = images_for(SMALL, 2, torch.float32), []
+    for constant in (False, True):
+        model = build(SMALL).eval()
+        nn.utils.parametrizations.weight_norm(model.layers[0].mixer.in_proj)
+        with contextlib.ExitStack() as stack:
+            with torch.no_grad():
+                stack.enter_context(model.constant_weights() if constant else contextlib.nullcontext())
+            for _ in range(2):
+                model(images).sum().backward()
+        found.append(model.layers[0].mixer.in_proj.parametrizations.weight.original1.grad)
     assert torch.equal(*found)
 
 
@@ -214,6 +264,60 @@ def test_a_network_is_freed_at_once() -> None:
         assert core() is None
     finally:
         gc.enable()
+
+
+@torch.no_grad()
+def test_threads_share_a_network() -> None:
+    """Of which every call binds other, not contiguous weights: nobody frees what another one reads."""
+
+    class Strided(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight.t().contiguous().t()
+
+    model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
+    for layer in model.layers:
+        for linear in (layer.mixer.in_proj, layer.mixer.out_proj):
+            nn.utils.parametrize.register_parametrization(linear, "weight", Strided())
+    wanted = copy.deepcopy(model)(images)
+
+    def calls(_: int) -> list[Tensor]:
+        with torch.no_grad():
+            return [model(images) for _ in range(50)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = [y for ys in pool.map(calls, range(4)) for y in ys]
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(y, wanted) for y in found)
+
+
+def test_another_size_at_the_same_address_is_refused() -> None:
+    model, images = build(SMALL), images_for(SMALL, 1, torch.float32)
+    model(images)
+    model.head.weight.data = model.head.weight.data[:2]
+    with pytest.raises(ValueError, match=r"head\.weight: expected \(3, 16\) .*, got \(2, 16\)"):
+        model(images)
+    model = build(SMALL).eval()
+    model(images)
+    weight = model.layers[0].mixer.x_proj.weight
+    weight.data = weight.data.view(weight.shape[::-1])
+    with pytest.raises(ValueError, match=r"x_proj\.weight: expected \(11, 32\) .*, got \(32, 11\)"):
+        model(images)
+
+
+def test_weights_that_are_no_array_are_refused() -> None:
+    model, images = build(SMALL), images_for(SMALL, 1, torch.float32)
+    with pytest.raises(ValueError, match=r"cls_token: expected a tensor on the cpu or cuda, got .* meta"):
+        within(build(SMALL).to("meta"), lambda m: None)
+    with pytest.raises(ValueError, match=r"cls_token: expected a tensor on the cpu or cuda, got .* meta"):
+        within(model, lambda m: m.to("meta"))
+    model = build(SMALL)
+    model.head.weight = nn.Parameter(model.head.weight.detach().to_sparse())
+    with pytest.raises(TypeError, match=r"head\.weight: expected a dense tensor, got .*sparse_coo"):
+        model(images)
 
 
 def test_freed_memory_is_refused() -> None:
