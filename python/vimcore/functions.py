@@ -81,7 +81,7 @@ class Request(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    places: list[Any]
+    places: tuple[list[int], list[torch.Size], list[Any]]  # addresses, shapes, strides that matter
     held: list[Tensor]  # what the core's views point at
     copies: list[int]  # of these parameters, which are not contiguous
     weights: _core.Weights
@@ -110,10 +110,9 @@ class Core:
             copy: whether copies of parameters that are not contiguous are brought up to date.
         """
         try:
-            places = [
-                (p.data_ptr(), p.shape) if p.is_contiguous() else (p.data_ptr(), p.shape, p.stride())
-                for p in params
-            ]
+            contiguous = all(map(Tensor.is_contiguous, params))  # of hundreds of tensors, at every call
+            strides = [] if contiguous else list(map(Tensor.stride, params))
+            places = ([p.data_ptr() for p in params], list(map(Tensor.size, params)), strides)
         except RuntimeError:
             for name, p in zip(self.names, params):
                 refuse_layout("VisionMamba", name, p)

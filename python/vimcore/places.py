@@ -9,6 +9,7 @@ Parametrizations (torch.nn.utils.parametrize) are followed: they run when a para
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ Made = dict[str, tuple[type, tuple[Any, ...]]]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+_settings = attrgetter(*_CONVOLUTION)
 
 
 def hooks_of(module: nn.Module) -> list[dict[int, Any]]:
@@ -45,13 +48,8 @@ def made(model: nn.Module) -> Made:
 
 
 def _kind(module: nn.Module) -> tuple[type, tuple[Any, ...]]:
-    return parametrize.type_before_parametrizations(module), tuple(
-        getattr(module, s) for s in _settings(module)
-    )
-
-
-def _settings(module: nn.Module) -> tuple[str, ...]:
-    return _CONVOLUTION if isinstance(module, (nn.Conv1d, nn.Conv2d)) else ()
+    settings = _settings(module) if isinstance(module, _CONVOLUTIONS) else ()
+    return parametrize.type_before_parametrizations(module), settings
 
 
 class Places:
@@ -99,8 +97,6 @@ class Places:
         self._absent: list[tuple[dict[str, Any], str]] = []  # parameters that are None: no bias
         self._modules: list[tuple[dict[str, Any], list[Any]]] = []
         self._tables: list[tuple[dict[str, Any], str, Any, int]] = []  # rotations, and how often written to
-        self._kinds: list[tuple[nn.Module, type]] = []
-        self._settings: list[tuple[dict[str, Any], str, Any]] = []  # of convolutions
         self._root = model._parameters
         if "rope" in made:  # holds no parameters, but turns the tokens
             rope = model._modules.get("rope")
@@ -109,12 +105,14 @@ class Places:
             holders["rope"], children["rope"] = rope, []
             self._links.append((model._modules, "rope", rope))
             self._tables = [(rope._buffers, key, t, written(t)) for key, t in rope._buffers.items()]
+        self._holders = [module for at, module in holders.items() if at]
+        self._kinds = list(map(type, self._holders))
+        self._convolutions = [module for module in self._holders if isinstance(module, _CONVOLUTIONS)]
+        self._settings = list(map(_settings, self._convolutions))
         for at, module in holders.items():
             if at:
                 _check(at, module, made.get(at), children[at], leaves.get(at, set()))
                 self._hooks += hooks_of(module)
-                self._kinds.append((module, type(module)))
-                self._settings += [(vars(module), key, getattr(module, key)) for key in _settings(module)]
                 held = module._parameters
                 self._held.append((vars(module), held, len(held)))
                 self._absent += [(held, key) for key, p in held.items() if p is None]
@@ -135,8 +133,8 @@ class Places:
                 and own.get("_compiled_call_impl") is None
                 for own, p, n in self._held
             )
-            and all(type(module) is kind for module, kind in self._kinds)
-            and all(own.get(key) is value for own, key, value in self._settings)
+            and list(map(type, self._holders)) == self._kinds
+            and list(map(_settings, self._convolutions)) == self._settings
             and all(own.get(key) is t and written(t) == count for own, key, t, count in self._tables)
             and all(held[key] is None for held, key in self._absent)
         )
