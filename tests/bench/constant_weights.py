@@ -2,7 +2,7 @@
 """What it costs that every call looks whether weights or modules changed: calls without beside calls within
 `constant_weights`, in interleaved pairs; and the checksum alone.
 
-    python tests/bench/constant_weights.py [--model vim_tiny_patch16_224] [--batch 1] [--pairs 60] [--threads 2]
+    python tests/bench/constant_weights.py [--model NAME] [--batch 1] [--pairs 60] [--threads 2]
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="vim_tiny_patch16_224", choices=vimcore.list_models())
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=60)

@@ -6,11 +6,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import json
 import os
+import runpy
 import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -325,3 +328,14 @@ def test_freed_memory_is_refused() -> None:
     model.head.weight.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"head\.weight: .* without its memory"):
         model(images)
+
+
+def test_the_benchmark_of_looking(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).resolve().parents[1] / "bench" / "constant_weights.py"
+    monkeypatch.setattr("sys.argv", [str(script), "--pairs", "1", "--threads", "1"])
+    runpy.run_path(str(script), run_name="__main__")
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["checksum_ms"] < found["ms"]
+    assert found["megabytes"] == 28.6
