@@ -35,7 +35,7 @@ def test_folder(tmp_path: Path) -> None:
     (root / "digit 1" / "notes.txt").write_text("x")
     found = open_images(str(root))
     assert found.classes == ["digit 0", "digit 1", "digit 7"]
-    assert (len(found), found.ignored) == (36, 1)
+    assert (len(found), sum(found.passed_over.values())) == (36, 1)
     assert np.bincount(found.labels).tolist() == [12, 12, 12]
     assert all(found.classes[label] in name for name, label in zip(found.files, found.labels))
     train, valid, about = training_and_validation(str(root), None, 0.25)

@@ -49,11 +49,6 @@ class Images:
         return len(self.labels)
 
     @property
-    def ignored(self) -> int:
-        """How many files were passed over."""
-        return sum(self.passed_over.values())
-
-    @property
     def arrays(self) -> bool:
         """Whether these are numpy files and not pictures."""
         return bool(self.files) and _is_array(self.files[0])
