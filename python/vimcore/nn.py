@@ -399,7 +399,8 @@ class VisionMamba(nn.Module):
         """Within, calls do not look whether weights or submodules changed.
 
         For loops of inference in which nothing may be spent on that: on the CPU a checksum of the weights, on
-        CUDA one launch that casts them anew.
+        CUDA one launch that casts them anew. `torch.func.functional_call` within computes with the network's
+        own weights.
 
         Raises:
             RuntimeError: on leaving, if weights did change within (on CUDA as far as torch counts writes).

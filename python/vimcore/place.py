@@ -4,7 +4,7 @@
 On CUDA a call is queued on torch's current stream of the tensor's device, and what it writes was allocated by
 torch: streams, lifetimes and `torch.cuda.graph` work as with torch's own operators. Before a capture, run the
 call once. What was captured, an inference or a training step, reads the weights anew in every replay; an
-inference captured within `constant_weights` keeps those that it found.
+inference captured within `constant_weights` keeps the casts that it found.
 """
 
 from __future__ import annotations
