@@ -2,8 +2,8 @@
 // The CUDA backend: memory, streams, graphs, and the operators of ops.h on the context's device and stream.
 #pragma once
 
-#include "../cpp/src/backend.h"
-#include "ops.h"
+#include "core/backend.h"
+#include "cuda_operators.h"
 
 namespace vimcore::cuda {
 

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "ops.h"
+#include "cuda_operators.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

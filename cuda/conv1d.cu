@@ -6,7 +6,7 @@
 // Parallel mapping: a thread takes C neighbouring channels of a chunk of tokens and walks through it with the inputs of
 // the taps in registers; where both directions are wanted it reads x once and writes both. Consecutive threads take
 // consecutive channels. Every u is summed in the order of k, however tokens are cut.
-#include "ops.h"
+#include "cuda_operators.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

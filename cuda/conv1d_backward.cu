@@ -10,9 +10,9 @@
 // chunks, then over the threads that share channels, in order.
 #include <algorithm>
 
-#include "arena.h"
-#include "device_sizes.h"
-#include "ops.h"
+#include "core/arena.h"
+#include "core/device_sizes.h"
+#include "cuda_operators.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

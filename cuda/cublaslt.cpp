@@ -14,8 +14,8 @@
 #include <tuple>
 #include <vector>
 
-#include "arena.h"
-#include "device_sizes.h"
+#include "core/arena.h"
+#include "core/device_sizes.h"
 #include "vimcore/error.h"
 
 namespace vimcore::cuda {

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "ops.h"
+#include "cuda_operators.h"
 
 namespace vimcore::cuda {
 

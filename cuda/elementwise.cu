@@ -8,7 +8,7 @@
 // scale_rows backward: a warp per row.
 #include <stdexcept>
 
-#include "ops.h"
+#include "cuda_operators.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

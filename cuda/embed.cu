@@ -7,7 +7,7 @@
 // consecutive threads along a row; patches: a block per row of cols, so that both sides are read and written in runs.
 #include <algorithm>
 
-#include "ops.h"
+#include "cuda_operators.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

@@ -4,7 +4,7 @@
 //   tokens   g = dout mask;  dpatches[b, j] = g[b, t(j)];  dpos[t] += sum_b g[b, t];  dclass += sum_b g[b, position]
 // Parallel mapping: patches: a thread per pixel gathers, in order of the patches, so that overlapping ones need no
 // atomics; tokens: a thread per token and V neighbouring channels walks through the images in order.
-#include "ops.h"
+#include "cuda_operators.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

@@ -4,7 +4,7 @@
 // Any sizes and leading dimensions; plain rather than fast: it stands in for cuBLASLt and checks it.
 // Parallel mapping: a block computes 64 by 64 elements, a thread 4 by 4 of them; slices of 16 along k pass through
 // shared memory. An element is one chain of multiply-adds in the order of k, whatever the rows around it.
-#include "ops.h"
+#include "cuda_operators.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

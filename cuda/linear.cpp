@@ -9,9 +9,9 @@
 #include <optional>
 #include <vector>
 
-#include "arena.h"
+#include "core/arena.h"
+#include "core/weight_cache.h"
 #include "cublaslt.h"
-#include "weight_cache.h"
 
 namespace vimcore::cuda {
 

@@ -6,7 +6,7 @@
 // Parallel mapping: a warp per row, a lane holds every 32nd vector of V elements. Rows of up to 32 V M elements stay in
 // registers; longer ones, and those that have no vectors, are read once per pass. Each element is read and written by
 // one lane only, so that outputs may be written over inputs.
-#include "ops.h"
+#include "cuda_operators.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

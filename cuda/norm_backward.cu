@@ -9,9 +9,9 @@
 // two kernels: a warp per row, then a thread per column and part of the rows. dresidual may lie over dresidual_out.
 #include <algorithm>
 
-#include "arena.h"
-#include "device_sizes.h"
-#include "ops.h"
+#include "core/arena.h"
+#include "core/device_sizes.h"
+#include "cuda_operators.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

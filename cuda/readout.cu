@@ -6,8 +6,8 @@
 // depends on the batch.
 #include <limits>
 
-#include "arena.h"
-#include "ops.h"
+#include "core/arena.h"
+#include "cuda_operators.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

@@ -3,7 +3,7 @@
 // dout or half of it at the chosen tokens (select), 0 elsewhere. x, dx (B, L, D), dout (B, D) T.
 // Parallel mapping: mean, select: a thread per element. max: a block per image and 32 channels; its warps take every
 // eighth token, first to find the maximum, which is joined over the warps, then to write.
-#include "ops.h"
+#include "cuda_operators.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

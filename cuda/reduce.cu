@@ -5,9 +5,9 @@
 // four sums over equally many rows share a launch.
 #include <algorithm>
 
-#include "arena.h"
+#include "core/arena.h"
+#include "cuda_operators.h"
 #include "device.cuh"
-#include "ops.h"
 
 namespace vimcore::cuda {
 

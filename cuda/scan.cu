@@ -3,7 +3,7 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "ops.h"
+#include "cuda_operators.h"
 #include "scan_args.cuh"
 #include "scan_choice.h"
 

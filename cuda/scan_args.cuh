@@ -2,8 +2,8 @@
 // Arguments of ops.h as those of the generic scan, for forward and backward; its launch.
 #pragma once
 
-#include "arena.h"
-#include "ops.h"
+#include "core/arena.h"
+#include "cuda_operators.h"
 #include "scan_generic.cuh"
 
 namespace vimcore::cuda {

@@ -3,8 +3,8 @@
 // 16 states. What blocks leave behind is summed in a fixed order (scan_sums.h).
 #include <stdexcept>
 
-#include "arena.h"
-#include "ops.h"
+#include "core/arena.h"
+#include "cuda_operators.h"
 #include "scan_args.cuh"
 #include "scan_backward_generic.cuh"
 #include "scan_choice.h"

@@ -4,8 +4,8 @@
 // projection. Outside the recurrence a thread has two neighbouring channels and `deep` tokens in the order of the scan.
 #pragma once
 
+#include "core/device_sizes.h"
 #include "device.cuh"
-#include "device_sizes.h"
 #include "launch.h"
 
 namespace vimcore::cuda {

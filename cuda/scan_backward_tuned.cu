@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
-#include "arena.h"
-#include "device_sizes.h"
-#include "ops.h"
+#include "core/arena.h"
+#include "core/device_sizes.h"
+#include "cuda_operators.h"
 #include "scan_sums.h"
 
 namespace vimcore::cuda {

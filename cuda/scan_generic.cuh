@@ -7,8 +7,8 @@
 // A thread walks one channel of one image through time; its states are in registers, or in memory where there are many.
 #pragma once
 
+#include "core/device_sizes.h"
 #include "device.cuh"
-#include "device_sizes.h"
 #include "launch.h"
 
 namespace vimcore::cuda {

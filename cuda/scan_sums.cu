@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "arena.h"
-#include "device_sizes.h"
+#include "core/arena.h"
+#include "core/device_sizes.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

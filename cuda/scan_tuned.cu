@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "arena.h"
-#include "ops.h"
+#include "core/arena.h"
+#include "cuda_operators.h"
 #include "scan_choice.h"
 
 namespace vimcore::cuda {

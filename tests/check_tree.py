@@ -15,11 +15,20 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*["<]([^">]+)[">]', re.MULTILINE)
 # A file below the folder on the left may not include anything that matches the pattern on the right.
 FORBIDDEN = {
     "cpp/include/vimcore": r"^(?!vimcore/)(?!/)(?!std)[a-z_/]+\.h$|cuda|torch|nlohmann|nanobind|Python\.h",
-    "cpp/src": r"\.cu|cuda_|torch|kernels\.h|simd\.h|-inl\.h",
-    "cpp/cpu": r"cuda|torch|model\.h|network\.h",
-    "cpp/tools": r"(^|/)(json|arena|backend|network|weight_cache|kernels|simd\w*|isa)\.h$|-inl\.h$|cuda",
-    "cuda": r"cpp/cpu|/cpu/|model\.h|network\.h|torch",
+    "cpp/src": r"\.\./|\.cu|cuda_|torch|kernels\.h|simd\.h|isa\.h|threads\.h|-inl\.h",
+    "cpp/cpu": r"\.\./|cuda|torch|model\.h|^(files|images|network)/",
+    "cpp/tools": r"^(core|files|images|network)/|(^|/)(kernels|simd\w*|isa)\.h$|-inl\.h$|cuda",
+    "cuda": r"\.\./|/cpu/|model\.h|^(files|images|network)/|torch",
     "python/src": r"torch|/cpu/|arena\.h|backend\.h",
+    "tests": r"/src/|\.\./cuda/",
+}
+# The floors of cpp/src with their public headers: a file includes its own floor and those below.
+FLOORS = {
+    "core": ["tensor", "context", "error", "ops", "config", "build_info", "version"],
+    "files": ["safetensors"],
+    "images": ["image", "preprocess"],
+    "network": ["params", "model", "plan", "optimizer"],
+    "": ["c_api"],  # cpp/src/c_api.cpp
 }
 # Kernel translation units may not include the standard library: see cpp/cpu/kernels.h.
 KERNEL_HEADERS = {"immintrin.h", "arm_neon.h", "kernels.h", "simd.h", "simd_math.h"}
@@ -34,6 +43,25 @@ def check_includes() -> list[str]:
             for name in INCLUDE.findall(path.read_text()):
                 if re.search(pattern, name):
                     faults.append(f"{path.relative_to(root)} includes {name}")
+    return faults + check_floors() + check_kernels()
+
+
+def check_floors() -> list[str]:
+    faults = []
+    source = root / "cpp/src"
+    floor_of = {f"vimcore/{name}.h": floor for floor, names in FLOORS.items() for name in names}
+    for path in sorted(source.rglob("*.*")):
+        above = list(FLOORS)[list(FLOORS).index(str(path.relative_to(source).parent).strip(".")) + 1 :]
+        for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE):
+            if name not in floor_of and not (source / name).is_file():
+                faults.append(f"{path.relative_to(root)} includes {name}, expected a path below cpp/src")
+            elif floor_of.get(name, name.rpartition("/")[0]) in above:
+                faults.append(f"{path.relative_to(root)} includes {name} of a floor above its own")
+    return faults
+
+
+def check_kernels() -> list[str]:
+    faults = []
     for path in [*(root / "cpp/cpu").glob("*-inl.h"), root / "cpp/cpu/simd.h", root / "cpp/cpu/kernels.h"]:
         for name in INCLUDE.findall(path.read_text()):
             if name not in KERNEL_HEADERS and not name.endswith("-inl.h"):

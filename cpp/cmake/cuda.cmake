@@ -124,7 +124,7 @@ endif()
 # Adds the backend, or what stands in for it, to the library.
 function(vimcore_add_cuda target)
   if(NOT VIMCORE_WITH_CUDA)
-    target_sources(${target} PRIVATE ${PROJECT_SOURCE_DIR}/cpp/src/no_cuda.cpp)
+    target_sources(${target} PRIVATE ${PROJECT_SOURCE_DIR}/cpp/src/core/no_cuda.cpp)
     return()
   endif()
   target_sources(${target} PRIVATE ${VIMCORE_CUDA_SOURCES})

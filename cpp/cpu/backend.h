@@ -8,9 +8,9 @@
 #include <cstring>
 #include <span>
 
-#include "../src/arena.h"
-#include "../src/backend.h"
-#include "../src/weight_cache.h"
+#include "core/arena.h"
+#include "core/backend.h"
+#include "core/weight_cache.h"
 #include "isa.h"
 #include "threads.h"
 

@@ -4,10 +4,10 @@
 #include <cstring>
 
 #include "convert.h"
-#include "float_types.h"
-#include "model_file.h"
-#include "orientation.h"
-#include "safetensors_format.h"
+#include "files/float_types.h"
+#include "files/safetensors_format.h"
+#include "images/orientation.h"
+#include "network/model_file.h"
 
 namespace vimcore::python {
 

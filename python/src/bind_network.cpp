@@ -4,7 +4,7 @@
 #include <map>
 #include <mutex>
 
-#include "checksum.h"
+#include "core/checksum.h"
 #include "place.h"
 #include "saved.h"
 

@@ -9,7 +9,7 @@
 
 #include "check.h"
 #include "files.h"
-#include "orientation.h"
+#include "images/orientation.h"
 #include "vimcore/error.h"
 #include "vimcore/image.h"
 

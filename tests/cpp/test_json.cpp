@@ -10,7 +10,7 @@
 
 #include "check.h"
 #include "files.h"
-#include "json.h"
+#include "files/json.h"
 #include "vimcore/config.h"
 
 using namespace vimcore;

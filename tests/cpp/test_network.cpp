@@ -10,8 +10,8 @@
 #include <thread>
 #include <vector>
 
-#include "arena.h"
 #include "check.h"
+#include "core/arena.h"
 #include "vimcore/vimcore.h"
 
 using namespace vimcore;

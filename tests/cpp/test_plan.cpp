@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <vector>
 
-#include "arena.h"
 #include "check.h"
+#include "core/arena.h"
 #include "vimcore/vimcore.h"
 
 using namespace vimcore;

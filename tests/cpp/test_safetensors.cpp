@@ -19,7 +19,7 @@
 
 #include "check.h"
 #include "files.h"
-#include "float_types.h"
+#include "files/float_types.h"
 #include "vimcore/error.h"
 #include "vimcore/safetensors.h"
 

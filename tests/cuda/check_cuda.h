@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "../cpp/check.h"
-#include "backend.h"
+#include "core/backend.h"
 #include "vimcore/context.h"
 #include "vimcore/tensor.h"
 

@@ -5,9 +5,9 @@
 // projections.
 #include <memory>
 
-#include "../../cuda/ops.h"
-#include "arena.h"
 #include "check_cuda.h"
+#include "core/arena.h"
+#include "cuda_operators.h"
 
 using namespace vimcore;
 using namespace vimcore::test;

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "core/weight_cache.h"
 #include "network_cuda.h"
-#include "weight_cache.h"
 #ifdef VIMCORE_SHIM
 #include "runtime.h"
 #endif

@@ -3,10 +3,10 @@
 #include <array>
 #include <string>
 
-#include "arena.h"
 #include "check_cuda.h"
+#include "core/arena.h"
+#include "core/weight_cache.h"
 #include "vimcore/ops.h"
-#include "weight_cache.h"
 
 using namespace vimcore;
 using namespace vimcore::test;

@@ -6,7 +6,7 @@
 #include <fstream>
 
 #include "../cpp/golden.h"
-#include "arena.h"
+#include "core/arena.h"
 #include "network_cuda.h"
 
 using namespace vimcore;

@@ -2,8 +2,8 @@
 // Normalisation, convolution, sums, copies and the plain matrix product on the device against the CPU in float64: all
 // types and optional arguments, sizes around every limit of the kernels, outputs over inputs, unaligned addresses. An
 // image by itself must give the bits that it gives in a batch.
-#include "../../cuda/ops.h"
 #include "check_cuda.h"
+#include "cuda_operators.h"
 
 using namespace vimcore;
 using namespace vimcore::test;

@@ -3,9 +3,9 @@
 // run here: only what is asked for counts.
 #include <cstdio>
 
-#include "arena.h"
+#include "core/arena.h"
+#include "core/device_sizes.h"
 #include "cublaslt.h"
-#include "device_sizes.h"
 #include "network_cuda.h"
 #ifdef VIMCORE_SHIM
 #include "engine.h"

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "json.h"
+#include "files/json.h"
 #include "vimcore/config.h"
 #include "vimcore/image.h"
 

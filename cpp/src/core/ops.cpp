@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks every argument once, then hands over to the backend of the context.
+#include "vimcore/ops.h"
+
+#include <stdexcept>
+
+#include "core/backend.h"
+
+namespace vimcore {
+
+namespace {
+
+// Checks the tensors of one operator call against the type and device of its first one, an activation. Parameters, the
+// residual stream, states and statistics are wide: float32 beside 16-bit activations.
+class Check {
+public:
+    Check(Context& ctx, const char* op, const char* name, const Tensor& first) : ctx_(ctx), op_(op), dtype_(first.dtype)
+    {
+        if (!computes(dtype_)) fail(name, "expected " + std::string(types()) + ", got " + describe(first));
+    }
+
+    [[noreturn]] void fail(const char* name, const std::string& what) const
+    {
+        throw std::invalid_argument(std::string("[") + op_ + "] " + name + ": " + what);
+    }
+
+    // `shape` exactly, in the call's type and on its device.
+    const Check& required(const char* name, const Tensor& tensor, const Shape& shape) const
+    {
+        return exactly(name, tensor, shape, dtype_);
+    }
+
+    const Check& optional(const char* name, const Tensor& tensor, const Shape& shape) const
+    {
+        return tensor ? required(name, tensor, shape) : *this;
+    }
+
+    // The same for wide tensors.
+    const Check& required_wide(const char* name, const Tensor& tensor, const Shape& shape) const
+    {
+        return exactly(name, tensor, shape, wide(dtype_));
+    }
+
+    const Check& optional_wide(const char* name, const Tensor& tensor, const Shape& shape) const
+    {
+        return tensor ? required_wide(name, tensor, shape) : *this;
+    }
+
+    // Either an activation or wide.
+    const Check& either(const char* name, const Tensor& tensor, const Shape& shape) const
+    {
+        return tensor.dtype == wide(dtype_) ? required_wide(name, tensor, shape) : required(name, tensor, shape);
+    }
+
+    void positive(const char* name, std::int64_t value) const
+    {
+        if (value <= 0) fail(name, "expected a positive number, got " + std::to_string(value));
+    }
+
+    void rank(const char* name, const Tensor& tensor, int rank) const
+    {
+        if (tensor.shape.rank() != rank)
+            fail(name, "expected " + std::to_string(rank) + " axes, got " + describe(tensor));
+    }
+
+private:
+    bool computes(DType dtype) const
+    {
+        if (ctx_.device().type == Device::Type::cpu) return dtype == DType::f32 || dtype == DType::f64;
+        return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16;
+    }
+
+    const char* types() const
+    {
+        return ctx_.device().type == Device::Type::cpu ? "f32 or f64 on the cpu" : "f32, f16 or bf16 on cuda";
+    }
+
+    const Check& exactly(const char* name, const Tensor& tensor, const Shape& shape, DType dtype) const
+    {
+        auto wanted = [&] { return to_string(shape) + " " + name_of(dtype) + " " + to_string(ctx_.device()); };
+        if (!tensor && shape.numel() != 0) fail(name, "expected " + wanted() + ", got none");
+        if (tensor.shape == shape && tensor.dtype == dtype && tensor.device == ctx_.device()) return *this;
+        if (!tensor && tensor.shape.rank() == 0) return *this;  // an empty tensor needs no memory
+        fail(name, "expected " + wanted() + ", got " + describe(tensor));
+    }
+
+    Context& ctx_;
+    const char* op_;
+    DType dtype_;
+};
+
+// The shape of `tensor` with its last axis replaced.
+Shape with_last(const Tensor& tensor, std::int64_t last) { return tensor.shape.with(-1, last); }
+
+}  // namespace
+
+void norm_forward(Context& ctx, const NormForward& a)
+{
+    Check check(ctx, "norm", "out", a.out);
+    check.rank("out", a.out, 3);
+    const Shape x = a.out.shape, vector{x[2]};
+    if (!a.h && !a.residual) check.fail("h", "expected h or residual, got neither");
+    check.optional("h", a.h, x).optional_wide("residual", a.residual, x);
+    check.optional_wide("residual_out", a.residual_out, x).optional_wide("row_scale", a.row_scale, {x[0]});
+    check.required_wide("weight", a.weight, vector).optional_wide("bias", a.bias, vector);
+    if (x.numel()) ctx.backend().norm_forward(ctx, a);
+}
+
+void norm_backward(Context& ctx, const NormBackward& a)
+{
+    Check check(ctx, "norm backward", "dout", a.dout);
+    check.rank("x", a.x, 3);
+    const Shape x = a.x.shape, vector{x[2]};
+    check.required_wide("x", a.x, x).required("dout", a.dout, x).optional("dh", a.dh, x);
+    check.required_wide("dresidual", a.dresidual, x).optional_wide("dresidual_out", a.dresidual_out, x);
+    check.optional_wide("row_scale", a.row_scale, {x[0]}).required_wide("weight", a.weight, vector);
+    check.optional_wide("dweight", a.dweight, vector).optional_wide("dbias", a.dbias, vector);
+    if (x.numel()) ctx.backend().norm_backward(ctx, a);
+}
+
+void linear_forward(Context& ctx, std::span<const LinearForward> args)
+{
+    for (const LinearForward& a : args) {
+        Check check(ctx, "linear", "x", a.x);
+        check.rank("weight", a.weight, 2);
+        const std::int64_t outputs = a.weight.size(0);
+        check.required("x", a.x, with_last(a.x, a.weight.size(1))).required("y", a.y, with_last(a.x, outputs));
+        check.required_wide("weight", a.weight, a.weight.shape).optional_wide("bias", a.bias, {outputs});
+    }
+    ctx.backend().linear_forward(ctx, args);
+}
+
+void linear_backward(Context& ctx, std::span<const LinearBackward> args)
+{
+    for (const LinearBackward& a : args) {
+        Check check(ctx, "linear backward", "dy", a.dy);
+        const std::int64_t outputs = a.dy.shape[-1];
+        if (a.dx) {
+            check.rank("weight", a.weight, 2);
+            check.required_wide("weight", a.weight, {outputs, a.weight.size(1)});
+            check.required("dx", a.dx, with_last(a.dy, a.weight.size(1)));
+        }
+        if (a.dweight) {
+            check.rank("dweight", a.dweight, 2);
+            check.required_wide("dweight", a.dweight, {outputs, a.dweight.size(1)});
+            check.required("x", a.x, with_last(a.dy, a.dweight.size(1)));
+        }
+        check.optional_wide("dbias", a.dbias, {outputs});
+    }
+    ctx.backend().linear_backward(ctx, args);
+}
+
+namespace {
+
+void check_conv(Context& ctx, const Conv1d& a, bool backward)
+{
+    Check check(ctx, backward ? "conv1d backward" : "conv1d", "x", a.x);
+    check.rank("x", a.x, 3);
+    const std::int64_t batch = a.x.size(0), len = a.x.size(1);
+    if (backward) check.required("dx", a.dx, a.x.shape);
+    for (const ConvPass& p : a.passes) {
+        check.rank("u", p.u, 3);
+        const std::int64_t dim = p.u.size(2), tokens = p.u.size(1);
+        const std::int64_t width = dim > 0 ? p.weight.numel() / dim : 0;
+        check.positive("weight", width);
+        check.required_wide("weight", p.weight, p.weight.shape.rank() == 3 ? Shape{dim, 1, width} : Shape{dim, width});
+        check.optional_wide("bias", p.bias, {dim}).required("u", p.u, {batch, tokens, dim});
+        if (dim > a.x.size(2))
+            check.fail("x", "expected at least " + std::to_string(dim) + " columns, got " + describe(a.x));
+        if (p.begin < 0 || p.begin + tokens > len) check.fail("u", "tokens reach beyond x, " + describe(a.x));
+        if (!backward) continue;
+        if (tokens != len) check.fail("du", "backward takes the whole sequence of " + std::to_string(len) + " tokens");
+        check.required("du", p.du, p.u.shape).optional_wide("dbias", p.dbias, {dim});
+        check.optional_wide("dweight", p.dweight, p.weight.shape);
+    }
+}
+
+void check_scan(Context& ctx, const Scan& a, bool backward)
+{
+    Check check(ctx, backward ? "scan backward" : "scan", "xz", a.xz);
+    check.rank("xz", a.xz, 3);
+    const std::int64_t batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
+    const Shape sequence{batch, len, inner};
+    check.required("out", a.out, sequence).required("xz", a.xz, {batch, len, 2 * inner});
+    if (backward) check.required("dout", a.dout, sequence).required("dxz", a.dxz, a.xz.shape);
+    for (const ScanPass& p : a.passes) {
+        check.rank("A_log", p.A_log, 2);
+        check.rank("dt_weight", p.dt_weight, 2);
+        check.rank("u", p.u, 3);
+        const std::int64_t state = p.A_log.size(1), rank = p.dt_weight.size(1), tokens = p.u.size(1);
+        check.positive("d_state", state);
+        check.positive("dt_rank", rank);
+        const Shape u{batch, tokens, inner}, q{batch, tokens, rank + 2 * state};
+        check.required_wide("A_log", p.A_log, {inner, state}).required_wide("D", p.D, {inner});
+        check.required_wide("dt_weight", p.dt_weight, {inner, rank}).required_wide("dt_bias", p.dt_bias, {inner});
+        check.required("u", p.u, u).required("q", p.q, q);
+        check.optional_wide("state", p.state, {batch, state, inner});
+        if (p.begin < 0 || p.begin + tokens > len) check.fail("u", "tokens reach beyond xz, " + describe(a.xz));
+        if (p.checkpoints || backward) {
+            check.positive("chunk", a.chunk);
+            check.required_wide("checkpoints", p.checkpoints, {batch, (len + a.chunk - 1) / a.chunk, state, inner});
+        }
+        if (!backward) continue;
+        if (tokens != len) check.fail("u", "backward takes the whole sequence of " + std::to_string(len) + " tokens");
+        check.required("du", p.du, u).required("dq", p.dq, q);
+        check.optional_wide("dA_log", p.dA_log, p.A_log.shape).optional_wide("dD", p.dD, {inner});
+        check.optional_wide("ddt_weight", p.ddt_weight, p.dt_weight.shape);
+        check.optional_wide("ddt_bias", p.ddt_bias, {inner});
+    }
+}
+
+void check_selective_scan(Context& ctx, const SelectiveScan& a, bool backward)
+{
+    Check check(ctx, backward ? "selective_scan backward" : "selective_scan", "u", a.u);
+    check.rank("u", a.u, 3);
+    check.rank("A", a.A, 2);
+    const Shape x = a.u.shape, vector{x[2]}, A{x[2], a.A.size(1)}, B{x[0], x[1], a.A.size(1)};
+    check.positive("A", a.A.size(1));
+    check.required("u", a.u, x).required("delta", a.delta, x).required_wide("A", a.A, A);
+    check.required("B", a.Bm, B).required("C", a.Cm, B).required("out", a.out, x);
+    check.optional_wide("D", a.D, vector).optional("z", a.z, x).optional_wide("delta_bias", a.delta_bias, vector);
+    if (!backward) return;
+    check.required("dout", a.dout, x).required("du", a.du, x).required("ddelta", a.ddelta, x);
+    check.required_wide("dA", a.dA, A).required("dB", a.dB, B).required("dC", a.dC, B);
+    if (a.D) check.required_wide("dD", a.dD, vector);
+    if (a.z) check.required("dz", a.dz, x);
+    if (a.delta_bias) check.required_wide("ddelta_bias", a.ddelta_bias, vector);
+}
+
+void check_patches(Context& ctx, const Patches& a)
+{
+    Check check(ctx, "patches", "images", a.images);
+    check.rank("images", a.images, 4);
+    check.rank("cols", a.cols, 3);
+    check.positive("patch", a.patch);
+    check.positive("stride", a.stride);
+    const std::int64_t height = a.images.size(2), width = a.images.size(3);
+    if (height < a.patch || width < a.patch)
+        check.fail("images",
+                   "expected at least " + std::to_string(a.patch) + " pixels a side, got " + describe(a.images));
+    const std::int64_t total = ((height - a.patch) / a.stride + 1) * ((width - a.patch) / a.stride + 1);
+    check.required("images", a.images, a.images.shape);
+    check.required("cols", a.cols, {a.images.size(0), a.cols.size(1), a.images.size(1) * a.patch * a.patch});
+    if (a.begin < 0 || a.begin + a.cols.size(1) > total)
+        check.fail("cols", "rows reach beyond the " + std::to_string(total) + " patches of " + describe(a.images));
+}
+
+void check_tokens(Context& ctx, const Tokens& a)
+{
+    Check check(ctx, "tokens", "out", a.out);
+    check.rank("out", a.out, 3);
+    const Shape x = a.out.shape, token{1, 1, x[2]};
+    std::int64_t count = 0;
+    for (int i = 0; i < 2; i++) {
+        check.optional_wide("class_token", a.class_token[i], token);
+        check.optional_wide("dclass_token", a.dclass_token[i], token);
+        if (a.position[i] < 0) continue;
+        if (a.position[i] >= x[1] || (i == 1 && a.position[1] <= a.position[0]))
+            check.fail("position", std::to_string(a.position[i]) + " does not fit " + describe(a.out));
+        count++;
+    }
+    check.required("patches", a.patches, {x[0], x[1] - count, x[2]}).optional_wide("mask", a.mask, x);
+    check.optional_wide("pos_embed", a.pos_embed, {1, x[1], x[2]});
+    check.optional_wide("dpos_embed", a.dpos_embed, {1, x[1], x[2]});
+}
+
+void check_readout(Context& ctx, const Readout& a, const Tensor& row, const Tensor& x)
+{
+    Check check(ctx, "readout", "x", x);
+    check.rank("x", x, 3);
+    check.required("x", x, x.shape).required("out", row, {x.size(0), x.size(2)});
+    check.positive("tokens", x.size(1));
+    if (a.reduce == Reduce::select && (a.index[0] < 0 || a.index[0] >= x.size(1) || a.index[1] >= x.size(1)))
+        check.fail("index", std::to_string(a.index[0]) + " does not fit " + describe(x));
+}
+
+}  // namespace
+
+void conv1d_forward(Context& ctx, const Conv1d& args)
+{
+    check_conv(ctx, args, false);
+    ctx.backend().conv1d_forward(ctx, args);
+}
+
+void conv1d_backward(Context& ctx, const Conv1d& args)
+{
+    check_conv(ctx, args, true);
+    ctx.backend().conv1d_backward(ctx, args);
+}
+
+void scan_forward(Context& ctx, const Scan& args)
+{
+    check_scan(ctx, args, false);
+    ctx.backend().scan_forward(ctx, args);
+}
+
+void scan_backward(Context& ctx, const Scan& args)
+{
+    check_scan(ctx, args, true);
+    ctx.backend().scan_backward(ctx, args);
+}
+
+void selective_scan_forward(Context& ctx, const SelectiveScan& args)
+{
+    check_selective_scan(ctx, args, false);
+    ctx.backend().selective_scan_forward(ctx, args);
+}
+
+void selective_scan_backward(Context& ctx, const SelectiveScan& args)
+{
+    check_selective_scan(ctx, args, true);
+    ctx.backend().selective_scan_backward(ctx, args);
+}
+
+void patches_forward(Context& ctx, const Patches& args)
+{
+    check_patches(ctx, args);
+    ctx.backend().patches_forward(ctx, args);
+}
+
+void patches_backward(Context& ctx, const Patches& args)
+{
+    check_patches(ctx, args);
+    ctx.backend().patches_backward(ctx, args);
+}
+
+void tokens_forward(Context& ctx, const Tokens& args)
+{
+    check_tokens(ctx, args);
+    ctx.backend().tokens_forward(ctx, args);
+}
+
+void tokens_backward(Context& ctx, const Tokens& args)
+{
+    check_tokens(ctx, args);
+    ctx.backend().tokens_backward(ctx, args);
+}
+
+void rope(Context& ctx, const Rope& args)
+{
+    Check check(ctx, "rope", "x", args.x);
+    check.rank("x", args.x, 3);
+    const Shape table{args.x.size(1) - args.skip, args.x.size(2)};
+    check.required_wide("cos", args.cos, table).required_wide("sin", args.sin, table);
+    ctx.backend().rope(ctx, args);
+}
+
+void readout_forward(Context& ctx, const Readout& args)
+{
+    check_readout(ctx, args, args.out, args.x);
+    ctx.backend().readout_forward(ctx, args);
+}
+
+void readout_backward(Context& ctx, const Readout& args)
+{
+    check_readout(ctx, args, args.dout, args.dx);
+    if (args.reduce == Reduce::max) check_readout(ctx, args, args.dout, args.x);
+    ctx.backend().readout_backward(ctx, args);
+}
+
+void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
+{
+    const bool narrow = out.dtype != wide(out.dtype);
+    Check check(ctx, "add", "out", narrow ? out : b);
+    check.rank("out", out, 3);
+    check.either("out", out, out.shape).either("a", a, out.shape).either("b", b, out.shape);
+    check.optional_wide("row_scale", row_scale, {out.size(0)});
+    ctx.backend().add(ctx, a, b, out, row_scale);
+}
+
+}  // namespace vimcore

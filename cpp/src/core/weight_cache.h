@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+// Packed forms of weights (GEMM panels, transposed convolution weights, exp(A_log), casts), built at first use and
+// rebuilt after Params::changed(). Shared between concurrent calls on the same weights.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <utility>
+#include <vector>
+
+#include "core/backend.h"
+#include "vimcore/error.h"
+
+namespace vimcore {
+
+class WeightCache {
+public:
+    // The packed form `kind` of the weight at `weight`; fill writes it when it is missing or stale. A table is filled
+    // once. On a device with streams, `fill` queues its work on the context's stream; other streams wait for it.
+    const void* get(Context& ctx, const void* weight, int kind, std::size_t bytes,
+                    const std::function<void(void*)>& fill, bool table = false)
+    {
+        const Key key{weight, kind};
+        auto current = [&](const Entry& entry) {
+            return entry.bytes == bytes && (entry.version == version_ || (table && entry.version >= 0));
+        };
+        {
+            std::shared_lock lock(mutex_);
+            auto found = entries_.find(key);
+            if (found != entries_.end() && current(found->second)) return found->second.use(ctx);
+        }
+        if (ctx.backend().recording(ctx)) not_prepared();
+        std::unique_lock lock(mutex_);
+        Entry& entry = entries_[key];
+        if (!current(entry)) {
+            place(ctx, entry, bytes);
+            fill(entry.data);
+            entry.filled_now(ctx, version_, ctx.backend().mark(ctx));
+        }
+        return entry.use(ctx);
+    }
+
+    // A packed form that consists of copies(to). The first time it is made alone; later all forms of one group are
+    // renewed by one piece of work, as soon as one that is stale is asked for. While a graph is recorded, that is part
+    // of the graph: once for an inference whose forms are stale, and once for every training step, as weights will have
+    // changed when it is replayed.
+    const void* get_copies(Context& ctx, const void* weight, int kind, int group, std::size_t bytes,
+                           const std::function<std::vector<Copy>(void*)>& copies)
+    {
+        const Key key{weight, kind};
+        const bool step_recorded = ctx.training && ctx.backend().recording(ctx);
+        if (!step_recorded) {
+            std::shared_lock lock(mutex_);
+            const auto found = entries_.find(key);
+            if (found != entries_.end() && found->second.current(bytes, version_)) return found->second.use(ctx);
+        }
+        const std::uint64_t recording = ctx.backend().recording(ctx);
+        std::unique_lock lock(mutex_);
+        if (recording) return recorded(ctx, key, bytes, recording);
+        Entry& entry = entries_[key];
+        if (entry.current(bytes, version_)) return entry.use(ctx);
+        if (entry.bytes == bytes && same_sources(entry.copies, copies(entry.data))) {
+            renew(ctx, group);
+            const std::shared_ptr<void> done = ctx.backend().mark(ctx);
+            for (auto& [unused, other] : entries_)
+                if (other.group == group) other.filled_now(ctx, version_, done);
+        } else {
+            place(ctx, entry, bytes);
+            entry.group = group;
+            entry.copies = copies(entry.data);
+            groups_[group].prepared = nullptr;  // has one more
+            for (const Copy& c : entry.copies) ctx.backend().copy(ctx, c.from, c.to);
+            entry.filled_now(ctx, version_, ctx.backend().mark(ctx));
+        }
+        return entry.use(ctx);
+    }
+
+    void invalidate()  // contents change, places stay
+    {
+        std::unique_lock lock(mutex_);
+        version_++;
+    }
+
+    // A training step begins: if it is recorded, it renews its copies itself.
+    void begin_step()
+    {
+        std::unique_lock lock(mutex_);
+        for (auto& [unused, group] : groups_) group.recorded = {};
+    }
+
+private:
+    using Key = std::pair<const void*, int>;
+    struct Entry {
+        void* data = nullptr;  // in a slab
+        std::size_t bytes = 0;
+        std::int64_t version = -1;
+        void* stream = nullptr;        // that filled it
+        std::shared_ptr<void> filled;  // when that was done
+        int group = -1;                // of forms that consist of copies
+        std::vector<Copy> copies;
+
+        bool current(std::size_t wanted, std::int64_t now) const { return bytes == wanted && version == now; }
+        void filled_now(Context& ctx, std::int64_t now, std::shared_ptr<void> done)
+        {
+            filled = std::move(done);
+            stream = ctx.stream();
+            version = now;
+        }
+        const void* use(Context& ctx) const
+        {
+            if (filled && stream != ctx.stream()) ctx.backend().await(ctx, filled.get());
+            return data;
+        }
+    };
+    struct Group {
+        void* prepared = nullptr;                           // all its copies; null: to be prepared
+        std::pair<std::uint64_t, std::int64_t> recorded{};  // recording that renewed them, and at which version
+    };
+
+    // While a graph is recorded: memory that was used before, which the graph fills again.
+    const void* recorded(Context& ctx, const Key& key, std::size_t bytes, std::uint64_t recording)
+    {
+        const auto found = entries_.find(key);
+        if (found == entries_.end() || found->second.bytes != bytes) not_prepared();
+        const Entry& entry = found->second;
+        if (!ctx.training && entry.version == version_) return entry.use(ctx);
+        Group& group = groups_[entry.group];
+        const std::pair now{recording, version_};
+        if (group.recorded != now) renew(ctx, entry.group);
+        group.recorded = now;
+        return entry.use(ctx);
+    }
+
+    [[noreturn]] static void not_prepared()
+    {
+        throw Error("[weights] not prepared yet: make the call once before recording it in a graph");
+    }
+
+    static bool same_sources(const std::vector<Copy>& a, const std::vector<Copy>& b)
+    {
+        return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                          [](const Copy& x, const Copy& y) { return x.from.data == y.from.data; });
+    }
+
+    // Queues all copies of a group, behind what filled them before.
+    void renew(Context& ctx, int group)
+    {
+        std::vector<Copy> all;
+        void* awaited = nullptr;
+        void*& prepared = groups_[group].prepared;
+        for (const auto& [unused, entry] : entries_) {
+            if (entry.group != group) continue;
+            if (!prepared) all.insert(all.end(), entry.copies.begin(), entry.copies.end());
+            if (std::exchange(awaited, entry.filled.get()) != entry.filled.get()) entry.use(ctx);
+        }
+        if (!prepared) prepared = prepared_.emplace_back(ctx.backend().prepare_copies(ctx, std::move(all))).get();
+        ctx.backend().run_copies(ctx, prepared);
+    }
+
+    void place(Context& ctx, Entry& entry, std::size_t bytes)
+    {
+        if (entry.bytes == bytes) return;
+        entry.data = take(ctx.device(), bytes);
+        entry.bytes = bytes;
+    }
+
+    // From the last slab, or a new one: few large blocks of memory are had much faster than many small ones.
+    void* take(Device device, std::size_t bytes)
+    {
+        bytes = (bytes + 255) / 256 * 256;
+        if (slabs_.empty() || slabs_.back().bytes() - used_ < bytes) {
+            const std::size_t slab = std::clamp(total_, std::size_t{1} << 16, std::size_t{1} << 22);
+            slabs_.emplace_back(std::max(slab, bytes), device);
+            used_ = 0;
+        }
+        void* data = static_cast<char*>(slabs_.back().data()) + used_;
+        used_ += bytes;
+        total_ += bytes;
+        return data;
+    }
+
+    std::shared_mutex mutex_;
+    std::map<Key, Entry> entries_;
+    std::map<int, Group> groups_;
+    std::vector<std::shared_ptr<void>> prepared_;  // also what graphs may still read
+    std::vector<Buffer> slabs_;
+    std::size_t used_ = 0, total_ = 0;  // of the last slab, of all
+    std::int64_t version_ = 0;
+};
+
+}  // namespace vimcore

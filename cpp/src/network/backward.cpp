@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+// The whole network, backward: forward.cpp read from the end.
+#include <algorithm>
+
+#include "network/group_gradients.h"
+#include "network/pass.h"
+
+namespace vimcore {
+
+namespace {
+
+// dlogits -> gradient of the normalised tokens, which are computed again.
+void head_backward(const Pass& pass, const Tensor& tokens, const Tensor& dlogits, const Tensor& dtokens,
+                   Params& dparams)
+{
+    Arena::Scope scope(pass.ctx.arena());
+    const Config& c = pass.config;
+    const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
+    auto apply = [&](const Tensor& x, const Tensor& dy, const Tensor& dx) {
+        if (c.num_classes == 0) {
+            pass.ctx.backend().copy(pass.ctx, dy, dx);
+            return;
+        }
+        const LinearBackward args{.x = x,
+                                  .weight = pass.params.head_weight,
+                                  .dy = dy,
+                                  .dx = dx,
+                                  .dweight = dparams.head_weight,
+                                  .dbias = dparams.head_bias};
+        linear_backward(pass.ctx, {&args, 1});
+    };
+    Readout readout = pass.readout();
+    if (!per_token) {
+        const Tensor row = pass.take({pass.batch, pass.dim}), drow = pass.take({pass.batch, pass.dim});
+        readout.x = tokens;
+        readout.out = row;
+        readout_forward(pass.ctx, readout);
+        apply(row, dlogits, drow);
+        readout.dout = drow;
+        readout.dx = dtokens;
+        readout_backward(pass.ctx, readout);
+    } else if (c.pool == Pool::all) {
+        apply(tokens, dlogits, dtokens);
+    } else {
+        const Shape shape{pass.batch, pass.len, dlogits.size(1)};
+        readout.x = tokens;
+        if (c.num_classes > 0) {
+            readout.x = pass.take(shape);
+            const LinearForward args{
+                .x = tokens, .weight = pass.params.head_weight, .bias = pass.params.head_bias, .y = readout.x};
+            linear_forward(pass.ctx, {&args, 1});
+        }
+        readout.dout = dlogits;
+        readout.dx = pass.take(shape);
+        readout_backward(pass.ctx, readout);
+        apply(tokens, readout.dx, dtokens);
+    }
+}
+
+void embed_backward(const Pass& pass, const Tensor& images, const Tensor& dh, Params& dparams, const Tensor& dimages)
+{
+    Arena::Scope scope(pass.ctx.arena());
+    const Config& c = pass.config;
+    const Tensor dpatches = pass.take({pass.batch, c.patches(), pass.dim}), weight = pass.patch_weight();
+    Tokens tokens = pass.tokens(dpatches, dh);
+    tokens.dclass_token[0] = dparams.class_token;
+    tokens.dclass_token[1] = dparams.class_token_tail;
+    tokens.dpos_embed = dparams.pos_embed;
+    tokens_backward(pass.ctx, tokens);
+    if (!dparams.patch_weight && !dparams.patch_bias && !dimages) return;
+    if (dimages) pass.ctx.backend().fill_zero(pass.ctx, dimages);
+    pass.for_each_patch_block([&](std::int64_t b, std::int64_t n, std::int64_t begin, std::int64_t count) {
+        Arena::Scope block(pass.ctx.arena());
+        const Tensor cols = pass.take({n, count, weight.size(1)}), x = cols.view({n * count, weight.size(1)});
+        Patches patches{
+            .images = images.slice(b, b + n), .patch = c.patch_size, .stride = c.stride, .begin = begin, .cols = cols};
+        patches_forward(pass.ctx, patches);
+        const Tensor dx = dimages ? pass.take(x.shape) : Tensor{};
+        const LinearBackward args{.x = x,
+                                  .weight = weight,
+                                  .dy = pass.patch_rows(dpatches, b, n, begin, count),
+                                  .dx = dx,
+                                  .dweight = dparams.patch_weight.view(weight.shape),
+                                  .dbias = dparams.patch_bias};
+        linear_backward(pass.ctx, {&args, 1});
+        if (!dimages) return;
+        patches.images = dimages.slice(b, b + n);
+        patches.cols = dx.view(cols.shape);
+        patches_backward(pass.ctx, patches);
+    });
+}
+
+// f(context, begin, end, gradients) for groups of images: side by side, one thread each, as far as they divide evenly,
+// the others on all threads. Gradients are summed per group and then in the order of the groups, however they ran.
+template <class F>
+void for_each_group(const Pass& pass, BlockParams& dblock, F&& f)
+{
+    const std::int64_t size = pass.images_per_group(), groups = (pass.batch + size - 1) / size;
+    if (groups == 1) return f(pass.ctx, 0, pass.batch, dblock);
+    Arena::Scope scope(pass.ctx.arena());
+    const int slots = static_cast<int>(pass.may_run_apart() ? std::min<std::int64_t>(pass.ctx.threads(), groups) : 1);
+    const GroupGradients parts(pass.ctx, dblock, slots);
+    for (int slot = 0; slot < slots; slot++) pass.ctx.worker(slot);  // made before going parallel
+    struct Work {
+        const Pass& pass;
+        const GroupGradients& parts;
+        F& f;
+        std::int64_t first, size;
+
+        void run(Context& own, int slot) const
+        {
+            const std::int64_t begin = (first + slot) * size;
+            BlockParams part = parts.start(own, slot);
+            f(own, begin, std::min(pass.batch, begin + size), part);
+        }
+    } work{pass, parts, f, 0, size};
+    for (; work.first < groups; work.first += slots) {
+        const int count = static_cast<int>(std::min<std::int64_t>(slots, groups - work.first));
+        if (count == slots && slots > 1)
+            pass.ctx.backend().run_workers(
+                pass.ctx, count,
+                [](void* context, int slot) {
+                    const Work& w = *static_cast<Work*>(context);
+                    w.run(w.pass.ctx.worker(slot), slot);
+                },
+                &work);
+        else
+            for (int slot = 0; slot < count; slot++) work.run(pass.ctx, slot);
+        parts.finish(count);
+    }
+}
+
+void run(const Pass& pass, const Tensor& images, const Saved& saved, const Outputs& gradients, Params& dparams,
+         const Tensor& dimages)
+{
+    Context& ctx = pass.ctx;
+    const Config& config = pass.config;
+    const Params& params = pass.params;
+    Arena::Scope scope(ctx.arena());
+    const std::int64_t step = pass.layers_per_step();
+    const Tensor dh = pass.take(pass.sequence()), dresidual = pass.take_wide(pass.sequence());
+    {
+        Arena::Scope inner(ctx.arena());
+        const Tensor dtokens = pass.take(pass.sequence());
+        ctx.backend().fill_zero(ctx, dtokens);
+        if (gradients.logits) {
+            const Tensor tokens = pass.take(pass.sequence());
+            norm_forward(ctx, {.h = {},
+                               .row_scale = {},
+                               .residual = saved.residual,
+                               .weight = params.norm_weight,
+                               .bias = params.norm_bias,
+                               .kind = config.norm,
+                               .eps = config.norm_eps,
+                               .residual_out = {},
+                               .out = tokens});
+            head_backward(pass, tokens, gradients.logits, dtokens, dparams);
+        }
+        if (gradients.tokens) add(ctx, dtokens, gradients.tokens, dtokens);
+        norm_backward(ctx, {.x = saved.residual,
+                            .row_scale = pass.drop_path(config.depth - 1),
+                            .weight = params.norm_weight,
+                            .kind = config.norm,
+                            .eps = config.norm_eps,
+                            .dout = dtokens,
+                            .dresidual_out = {},
+                            .dresidual = dresidual,
+                            .dh = dh,
+                            .dweight = dparams.norm_weight,
+                            .dbias = dparams.norm_bias});
+    }
+
+    Tensor pair_dh, pair_dresidual;  // of the second layer of a pair
+    if (step == 2) {
+        pair_dh = pass.take(pass.sequence());
+        pair_dresidual = pass.take_wide(pass.sequence());
+    }
+    std::size_t wanted = gradients.layers.size();
+    for (std::int64_t layer = config.depth - step; layer >= 0; layer -= step) {
+        for (; wanted > 0 && gradients.layers[wanted - 1] >= layer; wanted--) {
+            const Tensor& d = gradients.intermediates[wanted - 1];
+            add(ctx, dresidual, d, dresidual);
+            add(ctx, dh, d, dh, pass.drop_path(layer + step - 1));
+        }
+        for (std::int64_t k = step - 1; k >= 0; k--) {
+            const auto i = static_cast<std::size_t>(layer + k);
+            const Tensor scale = pass.drop_path(layer + k - 1);
+            const Tensor own_dh = k == 1 ? pair_dh : dh, own_dresidual = k == 1 ? pair_dresidual : dresidual;
+            for_each_group(
+                pass, dparams.blocks[i], [&](Context& own, std::int64_t begin, std::int64_t end, BlockParams& dblock) {
+                    const Block block{.h = {},
+                                      .row_scale = scale.slice(begin, end),
+                                      .residual = {},
+                                      .reverse = pass.reverse(layer + k),
+                                      .residual_out = {},
+                                      .out = {}};
+                    block_backward(own, config, params.blocks[i], block, pass.group(saved.blocks[i], begin, end),
+                                   {.dout = dh.slice(begin, end),
+                                    .dresidual_out = dresidual.slice(begin, end),
+                                    .dresidual = own_dresidual.slice(begin, end),
+                                    .dh = own_dh.slice(begin, end)},
+                                   dblock);
+                });
+        }
+        if (step == 2) {
+            add(ctx, dh, pair_dh, dh);
+            add(ctx, dresidual, pair_dresidual, dresidual);
+        }
+        if (config.rope) {
+            pass.rotate(dh, true);
+            if (config.rope_residual && layer > 0) pass.rotate(dresidual, true);
+        }
+    }
+    embed_backward(pass, images, dh, dparams, dimages);
+}
+
+}  // namespace
+
+void backward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Saved& saved,
+              const Outputs& gradients, Params& dparams, const Tensor& dimages, const Draws& draws)
+{
+    const Pass pass(ctx, config, params, images, draws);
+    ctx.training = true;
+    dparams.blocks.resize(static_cast<std::size_t>(config.depth));
+    if (pass.batch > 0) run_together(ctx, [&] { run(pass, images, saved, gradients, dparams, dimages); });
+}
+
+}  // namespace vimcore

@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: Apache-2.0
+// One Vim block: norm -> in_proj -> per direction (conv1d, x_proj, selective scan) -> gate, sum -> out_proj.
+// Long sequences run in tiles that fit the cache: the forward direction starts at the first tile, the reverse one at
+// the last, and where the second of them comes to a tile, the tile's output is finished.
+#include <algorithm>
+
+#include "core/arena.h"
+#include "core/backend.h"
+#include "vimcore/model.h"
+
+namespace vimcore {
+
+namespace {
+
+// One pass of a scan over the tokens: which weights, which way.
+struct Route {
+    DirectionParams weights;
+    DirectionParams* gradients = nullptr;
+    bool reverse = false;
+};
+
+struct Routes {
+    Route route[2];
+    int count = 1;
+    int projections = 1;  // passes with a convolution and x_proj of their own
+};
+
+Routes routes(const Config& config, const BlockParams& params, bool reverse, BlockParams* dparams)
+{
+    Routes r;
+    r.route[0] = {params.forward, dparams ? &dparams->forward : nullptr, reverse};
+    if (!config.two_directions()) return r;
+    r.count = 2;
+    r.route[1] = {params.reverse, dparams ? &dparams->reverse : nullptr, true};
+    if (config.directions == Directions::ssm_conv) {
+        r.projections = 2;
+    } else {  // ssm: all but A_log is shared, the convolution stays causal
+        Tensor A_log = params.reverse.A_log;
+        r.route[1].weights = params.forward;
+        r.route[1].weights.A_log = A_log;
+    }
+    return r;
+}
+
+struct Sizes {
+    std::int64_t batch, len, dim, inner, state, q;
+    DType dtype;  // of activations
+};
+
+Sizes sizes(const Config& config, const Tensor& x)
+{
+    return {x.size(0), x.size(1), config.embed_dim, config.inner(), config.d_state, config.rank() + 2 * config.d_state,
+            x.dtype};
+}
+
+// gamma folded into out_proj: h gamma = s (gamma W)^T.
+Tensor scaled_out_proj(Context& ctx, const BlockParams& p)
+{
+    if (!p.gamma) return p.out_proj;
+    const Tensor scaled = ctx.arena().take(p.out_proj.shape, p.out_proj.dtype);
+    ctx.backend().scale_rows(ctx, p.out_proj, p.gamma, scaled);
+    return scaled;
+}
+
+// A scratch weight is not in the cache of packed weights.
+class WithoutCache {
+public:
+    explicit WithoutCache(Context& ctx, bool apply) : ctx_(ctx), cache_(ctx.cache)
+    {
+        if (apply) ctx.cache = nullptr;
+    }
+    ~WithoutCache() { ctx_.cache = cache_; }
+
+private:
+    Context& ctx_;
+    WeightCache* cache_;
+};
+
+void out_projection(Context& ctx, const BlockParams& p, const Tensor& weight, const Tensor& s, const Tensor& out)
+{
+    WithoutCache guard(ctx, static_cast<bool>(p.gamma));
+    const LinearForward args{.x = s, .weight = weight, .bias = {}, .y = out};
+    linear_forward(ctx, {&args, 1});
+}
+
+// All images at once, or one image and tokens [t0, t1) of it. tensor: (B, L, columns)
+Tensor rows(const Tensor& tensor, bool whole, std::int64_t image, std::int64_t t0, std::int64_t t1)
+{
+    if (!tensor || whole) return tensor;
+    Tensor part = tensor[image].slice(t0, t1);
+    return part.view({1, t1 - t0, part.size(1)});
+}
+
+// The forward pass of some images whose sequences are cut into tiles of `tile` tokens.
+class Forward {
+public:
+    Forward(Context& ctx, const Config& config, const BlockParams& params, const Block& block, BlockSaved* saved,
+            std::int64_t tile)
+        : ctx_(ctx),
+          config_(config),
+          params_(params),
+          block_(block),
+          saved_(saved),
+          s_(sizes(config, block.h ? block.h : block.residual)),
+          tile_(std::min(tile, s_.len)),
+          tiles_((s_.len + tile_ - 1) / tile_),
+          routes_(routes(config, params, block.reverse, nullptr)),
+          out_proj_(scaled_out_proj(ctx, params))
+    {
+        xz_ = saved && saved->xz ? saved->xz : take({s_.batch, s_.len, 2 * s_.inner});
+        y_ = take({s_.batch, s_.len, s_.inner});
+    }
+
+    void run()
+    {
+        if (tiles_ == 1) {
+            step(0, 0, {});
+            return;
+        }
+        const Tensor states = ctx_.arena().take({routes_.count, 1, s_.state, s_.inner}, wide(s_.dtype));
+        for (std::int64_t image = 0; image < s_.batch; image++) {
+            ctx_.backend().fill_zero(ctx_, states);
+            for (std::int64_t i = 0; i < tiles_; i++) step(image, i, states);
+        }
+    }
+
+private:
+    Tensor take(const Shape& shape) { return ctx_.arena().take(shape, s_.dtype); }
+
+    // The i-th tile of every direction.
+    void step(std::int64_t image, std::int64_t i, const Tensor& states)
+    {
+        Arena::Scope scope(ctx_.arena());
+        const bool whole = tiles_ == 1;
+        std::int64_t tile[2];
+        for (int p = 0; p < routes_.count; p++) tile[p] = routes_.route[p].reverse ? tiles_ - 1 - i : i;
+        const bool two = routes_.count == 2, same = two && tile[0] == tile[1];
+        const bool first_visit = !two || 2 * i < tiles_;          // nobody was here before
+        const bool last_visit = !two || same || 2 * i >= tiles_;  // the other direction was
+        const int places = same ? 1 : routes_.count;
+
+        for (int p = 0; first_visit && p < places; p++) project_in(image, tile[p]);
+
+        Tensor u_of[2], q_of[2], u,
+            q;  // u, q: of all projections side by side: equal distances let a backend batch their products
+        ConvPass conv[2];
+        LinearForward x_proj[2];
+        const std::int64_t batch = whole ? s_.batch : 1;
+        u = take({routes_.projections, batch * tile_, s_.inner});
+        if (!saved_) q = take({routes_.projections, batch * tile_, s_.q});
+        auto part = [&](const Tensor& all, int p) {
+            const Range range = tokens_of(p, tile[p]);
+            const std::int64_t count = range.end - range.begin;
+            return all[p].slice(0, batch * count).view({batch, count, all.size(2)});
+        };
+        for (int p = 0; p < routes_.projections; p++) {
+            const DirectionParams& w = routes_.route[p].weights;
+            const auto [t0, t1] = tokens_of(p, tile[p]);
+            q_of[p] = saved_ ? rows(saved_->q[p], whole, image, t0, t1) : part(q, p);
+            u_of[p] = part(u, p);
+            const bool reverse = routes_.projections == 1 && two ? false : routes_.route[p].reverse;
+            conv[p] = {.reverse = reverse,
+                       .weight = w.conv_weight,
+                       .bias = w.conv_bias,
+                       .begin = t0,
+                       .u = u_of[p],
+                       .du = {},
+                       .dweight = {},
+                       .dbias = {}};
+            x_proj[p] = {.x = u_of[p], .weight = w.x_proj, .bias = {}, .y = q_of[p]};
+        }
+        const auto count = static_cast<std::size_t>(routes_.projections);
+        conv1d_forward(ctx_,
+                       {.x = rows(xz_, whole, image, 0, s_.len), .passes = {conv, count}, .silu = true, .dx = {}});
+        linear_forward(ctx_, {x_proj, count});
+
+        ScanPass scan[2];
+        for (int p = 0; p < routes_.count; p++) {
+            const int source = std::min(p, routes_.projections - 1);
+            const DirectionParams& w = routes_.route[p].weights;
+            Tensor checkpoints;
+            if (saved_ && saved_->checkpoints)
+                checkpoints = whole ? saved_->checkpoints[p] : saved_->checkpoints[p].slice(image, image + 1);
+            scan[p] = {.reverse = routes_.route[p].reverse,
+                       .u = u_of[source],
+                       .q = q_of[source],
+                       .A_log = w.A_log,
+                       .D = w.D,
+                       .dt_weight = w.dt_weight,
+                       .dt_bias = w.dt_bias,
+                       .begin = tokens_of(p, tile[p]).begin,
+                       .state = states ? states[p] : Tensor{},
+                       .add = last_visit && p > 0,
+                       .finish = last_visit,
+                       .checkpoints = checkpoints,
+                       .du = {},
+                       .dq = {},
+                       .dA_log = {},
+                       .dD = {},
+                       .ddt_weight = {},
+                       .ddt_bias = {}};
+            if (two && same) scan[p].finish = p == 1;
+            if (two && !same) scan[p].add = last_visit;
+        }
+        scan_forward(ctx_, {.xz = rows(xz_, whole, image, 0, s_.len),
+                            .passes = {scan, static_cast<std::size_t>(routes_.count)},
+                            .scale = config_.direction_scale(),
+                            .chunk = saved_ ? saved_->chunk : 0,
+                            .out = rows(y_, whole, image, 0, s_.len),
+                            .dout = {},
+                            .dxz = {}});
+
+        if (block_.only >= 0) {
+            const Tensor y = take({s_.batch, s_.inner});
+            readout_forward(
+                ctx_, {.reduce = Reduce::select, .index = {block_.only, -1}, .x = y_, .out = y, .dout = {}, .dx = {}});
+            out_projection(ctx_, params_, out_proj_, y, block_.out.view({s_.batch, s_.dim}));
+            return;
+        }
+        for (int p = 0; last_visit && p < places; p++) {
+            const std::int64_t t0 = tile[p] * tile_, t1 = std::min(s_.len, t0 + tile_);
+            out_projection(ctx_, params_, out_proj_, rows(y_, whole, image, t0, t1),
+                           rows(block_.out, whole, image, t0, t1));
+        }
+    }
+
+    struct Range {
+        std::int64_t begin, end;
+    };
+    // The tokens of a tile that a direction needs: where one output is wanted, none beyond it.
+    Range tokens_of(int p, std::int64_t tile) const
+    {
+        const std::int64_t begin = tile * tile_, end = std::min(s_.len, begin + tile_);
+        if (block_.only < 0) return {begin, end};
+        return routes_.route[p].reverse ? Range{block_.only, end} : Range{begin, block_.only + 1};
+    }
+
+    // Norm and in_proj of one tile.
+    void project_in(std::int64_t image, std::int64_t tile)
+    {
+        Arena::Scope scope(ctx_.arena());
+        const bool whole = tiles_ == 1;
+        const std::int64_t t0 = tile * tile_, t1 = std::min(s_.len, t0 + tile_);
+        const Tensor v = take({whole ? s_.batch : 1, t1 - t0, s_.dim});
+        const Tensor scale = whole || !block_.row_scale ? block_.row_scale : block_.row_scale.slice(image, image + 1);
+        norm_forward(ctx_, {.h = rows(block_.h, whole, image, t0, t1),
+                            .row_scale = scale,
+                            .residual = rows(block_.residual, whole, image, t0, t1),
+                            .weight = params_.norm_weight,
+                            .bias = params_.norm_bias,
+                            .kind = config_.norm,
+                            .eps = config_.norm_eps,
+                            .residual_out = rows(block_.residual_out, whole, image, t0, t1),
+                            .out = v});
+        const LinearForward args{.x = v, .weight = params_.in_proj, .bias = {}, .y = rows(xz_, whole, image, t0, t1)};
+        linear_forward(ctx_, {&args, 1});
+    }
+
+    Context& ctx_;
+    const Config& config_;
+    const BlockParams& params_;
+    const Block& block_;
+    BlockSaved* saved_;
+    Sizes s_;
+    std::int64_t tile_, tiles_;
+    Routes routes_;
+    Tensor out_proj_, xz_, y_;
+};
+
+constexpr std::int64_t whole_sequence = std::int64_t{1} << 40;
+
+// Tokens of a tile, whole chunks of checkpoints. An even cut was measured and is no faster than a short last tile.
+std::int64_t tile_length(Context& ctx, const Config& config)
+{
+    // A causal convolution feeds both directions of "ssm", so its reverse scan cannot start at the far end.
+    if (config.directions == Directions::ssm) return whole_sequence;
+    return ((ctx.tile > 0 ? ctx.tile : ctx.backend().tile()) + 63) / 64 * 64;
+}
+
+}  // namespace
+
+bool block_may_stop_early(Context& ctx, const Config& config)
+{
+    return config.directions != Directions::ssm && config.directions != Directions::block &&
+           config.tokens() <= tile_length(ctx, config);
+}
+
+void block_forward(Context& ctx, const Config& config, const BlockParams& params, const Block& block, BlockSaved* saved)
+{
+    if (block.out.numel() == 0) return;
+    Arena::Scope scope(ctx.arena());
+    const std::int64_t tile = tile_length(ctx, config);
+    run_together(ctx, [&] { Forward(ctx, config, params, block, saved, tile).run(); });
+}
+
+void block_backward(Context& ctx, const Config& config, const BlockParams& params, const Block& block,
+                    const BlockSaved& saved, const BlockGradients& g, BlockParams& dparams)
+{
+    if (saved.residual.numel() == 0) return;
+    Arena::Scope scope(ctx.arena());
+    Sizes s = sizes(config, saved.residual);
+    s.dtype = saved.q.dtype;
+    const Routes r = routes(config, params, block.reverse, &dparams);
+    const auto passes = static_cast<std::size_t>(r.count), projections = static_cast<std::size_t>(r.projections);
+    auto take = [&](const Shape& shape) { return ctx.arena().take(shape, s.dtype); };
+    const Shape sequence{s.batch, s.len, s.inner};
+
+    // out_proj, as far as its input gradient
+    const Tensor out_proj = scaled_out_proj(ctx, params);
+    const Tensor dy = take(sequence), y = take(sequence), dxz = take({s.batch, s.len, 2 * s.inner});
+    Tensor v, xz = saved.xz;
+    auto normalise = [&] {  // once more, as in forward
+        v = take(saved.residual.shape);
+        norm_forward(ctx, {.h = {},
+                           .row_scale = {},
+                           .residual = saved.residual,
+                           .weight = params.norm_weight,
+                           .bias = params.norm_bias,
+                           .kind = config.norm,
+                           .eps = config.norm_eps,
+                           .residual_out = {},
+                           .out = v});
+    };
+    if (!xz) {
+        normalise();
+        xz = take(dxz.shape);
+        const LinearForward args{.x = v, .weight = params.in_proj, .bias = {}, .y = xz};
+        linear_forward(ctx, {&args, 1});
+    }
+    {
+        WithoutCache guard(ctx, static_cast<bool>(params.gamma));
+        const LinearBackward args{.x = {}, .weight = out_proj, .dy = g.dout, .dx = dy, .dweight = {}, .dbias = {}};
+        linear_backward(ctx, {&args, 1});
+    }
+
+    // u again, then both scans backward. What belongs to the directions lies side by side: equal distances let a
+    // backend batch their products.
+    const Tensor us = take({r.projections, s.batch, s.len, s.inner}), dus = take(us.shape);
+    ConvPass conv[2];
+    for (std::size_t p = 0; p < projections; p++) {
+        const Route& route = r.route[p];
+        conv[p] = {.reverse = passes == projections && route.reverse,
+                   .weight = route.weights.conv_weight,
+                   .bias = route.weights.conv_bias,
+                   .begin = 0,
+                   .u = us[static_cast<std::int64_t>(p)],
+                   .du = dus[static_cast<std::int64_t>(p)],
+                   .dweight = route.gradients->conv_weight,
+                   .dbias = route.gradients->conv_bias};
+    }
+    conv1d_forward(ctx, {.x = xz, .passes = {conv, projections}, .silu = true, .dx = {}});
+    const Tensor dqs = take({r.count, s.batch, s.len, s.q});
+    ScanPass scan[2];
+    for (std::size_t p = 0; p < passes; p++) {
+        const std::size_t source = std::min(p, projections - 1);
+        const DirectionParams& w = r.route[p].weights;
+        const DirectionParams& d = *r.route[passes == projections ? p : 0].gradients;
+        scan[p] = {.reverse = r.route[p].reverse,
+                   .u = conv[source].u,
+                   .q = saved.q[static_cast<std::int64_t>(source)],
+                   .A_log = w.A_log,
+                   .D = w.D,
+                   .dt_weight = w.dt_weight,
+                   .dt_bias = w.dt_bias,
+                   .begin = 0,
+                   .state = {},
+                   .add = false,
+                   .finish = true,
+                   .checkpoints = saved.checkpoints[static_cast<std::int64_t>(p)],
+                   .du = p == source ? conv[p].du : take(sequence),
+                   .dq = dqs[static_cast<std::int64_t>(p)],
+                   .dA_log = r.route[p].gradients->A_log,
+                   .dD = d.D,
+                   .ddt_weight = d.dt_weight,
+                   .ddt_bias = d.dt_bias};
+    }
+    scan_backward(ctx, {.xz = xz,
+                        .passes = {scan, passes},
+                        .scale = config.direction_scale(),
+                        .chunk = saved.chunk,
+                        .out = y,
+                        .dout = dy,
+                        .dxz = dxz});
+    if (passes > projections) {  // both scans read the same u and q
+        add(ctx, scan[0].du, scan[1].du, scan[0].du);
+        add(ctx, scan[0].dq, scan[1].dq, scan[0].dq);
+    }
+
+    // out_proj's own gradient, now that its input is known again
+    const LinearBackward out_grad{
+        .x = y,
+        .weight = {},
+        .dy = g.dout,
+        .dx = {},
+        .dweight = params.gamma ? ctx.arena().take(params.out_proj.shape, params.out_proj.dtype) : dparams.out_proj,
+        .dbias = {}};
+    if (params.gamma) ctx.backend().fill_zero(ctx, out_grad.dweight);
+    if (out_grad.dweight) linear_backward(ctx, {&out_grad, 1});
+    if (params.gamma)  // d(gamma W) into dW and dgamma
+        ctx.backend().scale_rows_backward(ctx, params.out_proj, params.gamma, out_grad.dweight, dparams.out_proj,
+                                          dparams.gamma);
+
+    // x_proj, convolution
+    LinearBackward x_proj[2];
+    for (std::size_t p = 0; p < projections; p++)
+        x_proj[p] = {.x = conv[p].u,
+                     .weight = r.route[p].weights.x_proj,
+                     .dy = scan[p].dq,
+                     .dx = conv[p].du,
+                     .accumulate_dx = true,
+                     .dweight = r.route[p].gradients->x_proj,
+                     .dbias = {}};
+    linear_backward(ctx, {x_proj, projections});
+    conv1d_backward(ctx, {.x = xz, .passes = {conv, projections}, .silu = true, .dx = dxz});
+
+    // in_proj and norm
+    if (!v) normalise();
+    const Tensor dv = take(saved.residual.shape);
+    const LinearBackward in_proj{
+        .x = v, .weight = params.in_proj, .dy = dxz, .dx = dv, .dweight = dparams.in_proj, .dbias = {}};
+    linear_backward(ctx, {&in_proj, 1});
+    norm_backward(ctx, {.x = saved.residual,
+                        .row_scale = block.row_scale,
+                        .weight = params.norm_weight,
+                        .kind = config.norm,
+                        .eps = config.norm_eps,
+                        .dout = dv,
+                        .dresidual_out = g.dresidual_out,
+                        .dresidual = g.dresidual,
+                        .dh = g.dh,
+                        .dweight = dparams.norm_weight,
+                        .dbias = dparams.norm_bias});
+}
+
+}  // namespace vimcore

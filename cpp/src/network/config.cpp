@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vimcore/config.h"
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+#include "files/json.h"
+
+namespace vimcore {
+namespace {
+
+using json::Value;
+template <class T, std::size_t count>
+using Names = std::array<std::pair<T, const char*>, count>;
+using Wide = __int128;
+
+constexpr Names<Directions, 5> direction_names{{{Directions::none, "none"},
+                                                {Directions::sequence, "sequence"},
+                                                {Directions::block, "block"},
+                                                {Directions::ssm, "ssm"},
+                                                {Directions::ssm_conv, "ssm_conv"}}};
+constexpr Names<ClassToken, 5> class_token_names{{{ClassToken::none, "none"},
+                                                  {ClassToken::head, "head"},
+                                                  {ClassToken::double_, "double"},
+                                                  {ClassToken::middle, "middle"},
+                                                  {ClassToken::random, "random"}}};
+constexpr Names<Pool, 4> pool_names{
+    {{Pool::mean, "mean"}, {Pool::max, "max"}, {Pool::last, "last"}, {Pool::all, "all"}}};
+constexpr Names<Norm, 2> norm_names{{{Norm::rms, "rms"}, {Norm::layer, "layer"}}};
+
+template <class T, std::size_t count>
+std::string name_in(const Names<T, count>& names, T value, const char* option)
+{
+    for (const auto& [entry, name] : names)
+        if (entry == value) return name;
+    throw std::invalid_argument(std::string("[config] ") + option + ": unknown value " +
+                                std::to_string(static_cast<int>(value)));
+}
+
+template <class T, std::size_t count>
+T value_in(const Names<T, count>& names, const std::string& text, const std::string& what)
+{
+    std::string known;
+    for (const auto& [entry, name] : names) {
+        if (text == name) return entry;
+        known += std::string(known.empty() ? "\"" : ", \"") + name + '"';
+    }
+    throw std::invalid_argument(what + ": expected one of " + known + ", got \"" + json::printable(text, 40) + '"');
+}
+
+[[noreturn]] void fail(const std::string& option, const std::string& what)
+{
+    throw std::invalid_argument("[config] " + option + ": " + what);
+}
+
+void check_range(const char* option, std::int64_t value, std::int64_t low, std::int64_t high)
+{
+    if (value < low || value > high)
+        fail(option,
+             "expected " + std::to_string(low) + " to " + std::to_string(high) + ", got " + std::to_string(value));
+}
+
+void check_rate(const char* option, double value)
+{
+    if (!(value >= 0.0 && value < 1.0)) fail(option, "expected at least 0 and below 1, got " + std::to_string(value));
+}
+
+// Multiply-adds of one image; needs only sizes within the limits of validate().
+Wide count_flops(const Config& config)
+{
+    const Wide tokens = config.tokens(), width = config.embed_dim, inner = config.inner(), state = config.d_state;
+    const Wide rank = config.rank();
+    const int scans = config.two_directions() ? 2 : 1;
+    const int branches = config.directions == Directions::ssm_conv ? 2 : 1;  // "ssm" shares all but the scan
+    const Wide branch = config.d_conv * inner + (rank + 2 * state) * inner + rank * inner;
+    const Wide per_token = 2 * inner * width + inner * width + branches * branch + scans * 4 * inner * state;
+    const Wide patch = Wide{config.patches()} * config.in_chans * config.patch_size * config.patch_size * width;
+    const bool every_token =
+        config.class_token == ClassToken::none && (config.pool == Pool::max || config.pool == Pool::all);
+    const Wide head = Wide{config.num_classes} * width * (every_token ? tokens : 1);
+    return tokens * config.depth * per_token + patch + head;
+}
+
+void set_option(Config& config, const std::string& key, const Value& value, bool& has_stride)
+{
+    const std::string what = "[config] " + json::printable(key, 40);
+    const auto integer = [&](std::int64_t& out) { out = value.as_integer(what); };
+    const auto boolean = [&](bool& out) { out = value.as_boolean(what); };
+    const auto real = [&](double& out) { out = value.as_real(what); };
+
+    if (key == "img_size") {
+        if (value.kind == json::Kind::integer) {
+            config.img_height = config.img_width = value.number.integer;
+        } else {
+            if (value.kind != json::Kind::array || value.items.size() != 2)
+                throw std::invalid_argument(what + ": expected an integer or [height, width]");
+            config.img_height = value.items[0].as_integer(what);
+            config.img_width = value.items[1].as_integer(what);
+        }
+    } else if (key == "patch_size") {
+        integer(config.patch_size);
+    } else if (key == "stride") {
+        if (value.kind == json::Kind::null) return;  // as patch_size
+        integer(config.stride);
+        has_stride = true;
+    } else if (key == "in_chans") {
+        integer(config.in_chans);
+    } else if (key == "num_classes") {
+        integer(config.num_classes);
+    } else if (key == "embed_dim") {
+        integer(config.embed_dim);
+    } else if (key == "depth") {
+        integer(config.depth);
+    } else if (key == "d_state") {
+        integer(config.d_state);
+    } else if (key == "d_conv") {
+        integer(config.d_conv);
+    } else if (key == "expand") {
+        integer(config.expand);
+    } else if (key == "dt_rank") {
+        if (value.kind == json::Kind::string) {
+            if (value.string != "auto") throw std::invalid_argument(what + ": expected \"auto\" or an integer");
+            config.dt_rank = 0;
+        } else {
+            integer(config.dt_rank);
+            check_range("dt_rank", config.dt_rank, 1, std::int64_t{1} << 20);  // 0 is not a spelling of "auto"
+        }
+    } else if (key == "directions") {
+        config.directions = value_in(direction_names, value.as_string(what), what);
+    } else if (key == "average_directions") {
+        boolean(config.average_directions);
+    } else if (key == "class_token") {
+        config.class_token = value_in(class_token_names, value.as_string(what), what);
+    } else if (key == "pool") {
+        config.pool = value_in(pool_names, value.as_string(what), what);
+    } else if (key == "norm") {
+        config.norm = value_in(norm_names, value.as_string(what), what);
+    } else if (key == "norm_eps") {
+        real(config.norm_eps);
+    } else if (key == "pos_embed") {
+        boolean(config.pos_embed);
+    } else if (key == "rope") {
+        boolean(config.rope);
+    } else if (key == "rope_residual") {
+        boolean(config.rope_residual);
+    } else if (key == "rope_grid") {
+        integer(config.rope_grid);
+    } else if (key == "layer_scale") {
+        if (value.kind == json::Kind::null)
+            config.layer_scale.reset();
+        else
+            config.layer_scale = value.as_real(what);
+    } else if (key == "drop_rate") {
+        real(config.drop_rate);
+    } else if (key == "drop_path_rate") {
+        real(config.drop_path_rate);
+    } else {
+        throw std::invalid_argument("[config] unknown option \"" + json::printable(key, 40) + '"');
+    }
+}
+
+}  // namespace
+
+std::int64_t Config::class_tokens() const
+{
+    return class_token == ClassToken::none ? 0 : class_token == ClassToken::double_ ? 2 : 1;
+}
+
+std::int64_t Config::class_position() const
+{
+    if (class_token == ClassToken::none) return -1;
+    return class_token == ClassToken::middle ? patches() / 2 : 0;
+}
+
+double Config::direction_scale() const { return directions == Directions::ssm_conv && average_directions ? 0.5 : 1.0; }
+
+// The limits are far above any use; they keep every product of sizes within 64 bits.
+void Config::validate() const
+{
+    constexpr std::int64_t side = std::int64_t{1} << 20;
+    check_range("img_size height", img_height, 1, side);
+    check_range("img_size width", img_width, 1, side);
+    check_range("patch_size", patch_size, 1, 4096);
+    check_range("stride", stride, 1, 4096);
+    check_range("in_chans", in_chans, 1, 4096);
+    check_range("num_classes", num_classes, 0, 1 << 24);
+    check_range("embed_dim", embed_dim, 1, 1 << 16);
+    check_range("depth", depth, 1, 4096);
+    check_range("d_state", d_state, 1, 4096);
+    check_range("d_conv", d_conv, 1, 256);
+    check_range("expand", expand, 1, 64);
+    check_range("dt_rank", dt_rank, 0, side);
+    check_range("rope_grid", rope_grid, 1, side);
+    name_in(direction_names, directions, "directions");
+    name_in(class_token_names, class_token, "class_token");
+    name_in(pool_names, pool, "pool");
+    name_in(norm_names, norm, "norm");
+    if (!(norm_eps > 0.0 && std::isfinite(norm_eps)))
+        fail("norm_eps", "expected a positive number, got " + std::to_string(norm_eps));
+    if (layer_scale && !std::isfinite(*layer_scale)) fail("layer_scale", "expected a finite number");
+    check_rate("drop_rate", drop_rate);
+    check_rate("drop_path_rate", drop_path_rate);
+
+    if (stride > patch_size)
+        fail("stride", "expected at most patch_size, " + std::to_string(patch_size) + ", got " +
+                           std::to_string(stride) + ": the pixels between the patches would never be read");
+    if (img_height < patch_size || img_width < patch_size)
+        fail("img_size", "image of " + std::to_string(img_height) + " x " + std::to_string(img_width) +
+                             " is smaller than a patch of " + std::to_string(patch_size));
+    if (tokens() > std::numeric_limits<std::int32_t>::max())
+        fail("img_size", "gives " + std::to_string(tokens()) + " tokens; at most 2147483647 are supported");
+    if (directions == Directions::block && depth % 2 != 0)
+        fail("depth", "directions \"block\" needs an even depth, got " + std::to_string(depth));
+    if (rope_residual && !rope) fail("rope_residual", "needs rope");
+    if (rope) {
+        if (embed_dim % 4 != 0) fail("rope", "needs embed_dim divisible by 4, got " + std::to_string(embed_dim));
+        if (stride != patch_size)
+            fail("rope", "needs stride equal to patch_size, got " + std::to_string(stride) + " and " +
+                             std::to_string(patch_size));
+        if (class_token != ClassToken::none && class_token != ClassToken::head)
+            fail("rope", "needs class_token \"none\" or \"head\", got \"" +
+                             name_in(class_token_names, class_token, "class_token") + '"');
+    }
+    if (count_flops(*this) > std::numeric_limits<std::int64_t>::max())
+        fail("img_size", "the network is too large: its operations cannot be counted in 64 bits");
+}
+
+std::int64_t Config::flops() const
+{
+    validate();
+    return static_cast<std::int64_t>(count_flops(*this));
+}
+
+std::string Config::to_json() const
+{
+    std::string out = "{";
+    const auto put = [&](const char* key, const std::string& value) {
+        if (out.size() > 1) out += ", ";
+        out += json::quote(key);
+        out += ": ";
+        out += value;
+    };
+    const auto text = [](const std::string& value) { return json::quote(value); };
+    const auto boolean = [](bool value) { return std::string(value ? "true" : "false"); };
+    put("img_size", std::string("[").append(std::to_string(img_height)) + ", " + std::to_string(img_width) + "]");
+    put("patch_size", std::to_string(patch_size));
+    put("stride", std::to_string(stride));
+    put("in_chans", std::to_string(in_chans));
+    put("num_classes", std::to_string(num_classes));
+    put("embed_dim", std::to_string(embed_dim));
+    put("depth", std::to_string(depth));
+    put("d_state", std::to_string(d_state));
+    put("d_conv", std::to_string(d_conv));
+    put("expand", std::to_string(expand));
+    put("dt_rank", dt_rank > 0 ? std::to_string(dt_rank) : text("auto"));
+    put("directions", text(name_in(direction_names, directions, "directions")));
+    put("average_directions", boolean(average_directions));
+    put("class_token", text(name_in(class_token_names, class_token, "class_token")));
+    put("pool", text(name_in(pool_names, pool, "pool")));
+    put("norm", text(name_in(norm_names, norm, "norm")));
+    put("norm_eps", json::number(norm_eps));
+    put("pos_embed", boolean(pos_embed));
+    put("rope", boolean(rope));
+    put("rope_residual", boolean(rope_residual));
+    put("rope_grid", std::to_string(rope_grid));
+    put("layer_scale", layer_scale ? json::number(*layer_scale) : "null");
+    put("drop_rate", json::number(drop_rate));
+    put("drop_path_rate", json::number(drop_path_rate));
+    return out + '}';
+}
+
+Config Config::from_json(std::string_view text)
+{
+    const Value root = json::parse(text);
+    root.require_object("[config]");
+    Config config;
+    bool has_stride = false;
+    for (std::size_t i = 0; i < root.keys.size(); ++i) set_option(config, root.keys[i], root.items[i], has_stride);
+    if (!has_stride) config.stride = config.patch_size;
+    config.validate();
+    return config;
+}
+
+}  // namespace vimcore

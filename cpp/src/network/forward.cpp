@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+// The whole network, forward: patches, class tokens and positions, blocks, final norm, read-out, head.
+#include <algorithm>
+#include <stdexcept>
+
+#include "core/weight_cache.h"
+#include "network/pass.h"
+
+namespace vimcore {
+
+const char* name_of(Memory memory)
+{
+    return memory == Memory::least ? "least" : memory == Memory::lean ? "lean" : "fast";
+}
+
+std::int64_t Saved::chunk(Memory memory) { return memory == Memory::fast ? 16 : 64; }
+
+std::int64_t Saved::bytes_per_block(const Config& c, Memory memory, std::int64_t batch, DType dtype)
+{
+    const std::int64_t n = c.two_directions() ? 2 : 1, projections = c.directions == Directions::ssm_conv ? 2 : 1;
+    const std::int64_t chunks = (c.tokens() + chunk(memory) - 1) / chunk(memory);
+    const std::int64_t xz = memory == Memory::least ? 0 : 2 * c.inner();
+    const std::int64_t per_token = xz + projections * (c.rank() + 2 * c.d_state);
+    const std::int64_t wide_elements = c.tokens() * c.embed_dim + n * chunks * c.d_state * c.inner();
+    return batch * (c.tokens() * per_token * static_cast<std::int64_t>(size_of(dtype)) +
+                    wide_elements * static_cast<std::int64_t>(size_of(wide(dtype))));
+}
+
+namespace {
+
+// Points the tensors into memory from `base` on; how many bytes they take.
+std::size_t lay_out(Saved& saved, const Config& c, std::int64_t batch, DType dtype, Device device, void* base)
+{
+    const std::int64_t n = c.two_directions() ? 2 : 1, projections = c.directions == Directions::ssm_conv ? 2 : 1;
+    const std::int64_t len = c.tokens(), chunk = Saved::chunk(saved.memory), chunks = (len + chunk - 1) / chunk;
+    std::size_t used = 0;
+    auto place = [&](const Shape& shape, DType type) {
+        Tensor tensor{static_cast<char*>(base) + used, shape, type, device};
+        used += (tensor.bytes() + 63) / 64 * 64;
+        return tensor;
+    };
+    saved.batch = batch;
+    saved.blocks.resize(static_cast<std::size_t>(c.depth));
+    for (BlockSaved& block : saved.blocks) {
+        block.chunk = chunk;
+        block.residual = place({batch, len, c.embed_dim}, wide(dtype));
+        block.xz = saved.memory == Memory::least ? Tensor{} : place({batch, len, 2 * c.inner()}, dtype);
+        block.q = place({projections, batch, len, c.rank() + 2 * c.d_state}, dtype);
+        block.checkpoints = place({n, batch, chunks, c.d_state, c.inner()}, wide(dtype));
+    }
+    saved.residual = place({batch, len, c.embed_dim}, wide(dtype));
+    return used;
+}
+
+}  // namespace
+
+void Saved::prepare(const Config& c, std::int64_t images, DType dtype, Device device)
+{
+    used = lay_out(*this, c, images, dtype, device, storage.data());
+    if (used <= storage.bytes() && storage.device() == device) return;
+    storage = Buffer(used, device);
+    lay_out(*this, c, images, dtype, device, storage.data());
+}
+
+void Saved::attach(const Config& c, std::int64_t images, DType dtype, Device device, void* data, std::size_t bytes)
+{
+    if (bytes > 0 && reinterpret_cast<std::uintptr_t>(data) % 64 != 0)
+        throw std::invalid_argument("[Saved] memory: expected an address that 64 divides");
+    used = lay_out(*this, c, images, dtype, device, data);
+    if (bytes != used)
+        throw std::invalid_argument("[Saved] memory: expected the " + std::to_string(used) +
+                                    " bytes that forward saved, got " + std::to_string(bytes));
+}
+
+namespace {
+
+// images -> h: patches through the projection, class tokens, positions.
+void embed(const Pass& pass, const Tensor& images, const Tensor& h)
+{
+    Arena::Scope scope(pass.ctx.arena());
+    const Config& c = pass.config;
+    const Tensor patches = pass.take({pass.batch, c.patches(), pass.dim}), weight = pass.patch_weight();
+    pass.for_each_patch_block([&](std::int64_t b, std::int64_t n, std::int64_t begin, std::int64_t count) {
+        Arena::Scope block(pass.ctx.arena());
+        const Tensor cols = pass.take({n, count, weight.size(1)});
+        patches_forward(pass.ctx, {.images = images.slice(b, b + n),
+                                   .patch = c.patch_size,
+                                   .stride = c.stride,
+                                   .begin = begin,
+                                   .cols = cols});
+        const LinearForward args{.x = cols.view({n * count, weight.size(1)}),
+                                 .weight = weight,
+                                 .bias = pass.params.patch_bias,
+                                 .y = pass.patch_rows(patches, b, n, begin, count)};
+        linear_forward(pass.ctx, {&args, 1});
+    });
+    tokens_forward(pass.ctx, pass.tokens(patches, h));
+}
+
+// The residual stream: h, the last mixer output, and residual, none before the first block.
+struct Stream {
+    Tensor h, residual;
+};
+
+// One layer, or a forward and a reverse one on the same input.
+Stream run_layers(const Pass& pass, std::int64_t first, Stream in, Saved* saved, const Tensor (&out)[2],
+                  const Tensor (&residual_out)[3], std::int64_t only = -1)
+{
+    const std::int64_t count = pass.layers_per_step();
+    auto residual = [&](std::int64_t k) {
+        return saved ? saved->blocks[static_cast<std::size_t>(first + k)].residual : residual_out[k];
+    };
+    for (std::int64_t k = 0; k < count; k++) {
+        const std::int64_t layer = first + k;
+        const auto i = static_cast<std::size_t>(layer);
+        const Tensor scale = pass.drop_path(layer - 1);
+        pass.for_each_group(saved != nullptr, [&](Context& ctx, std::int64_t begin, std::int64_t end) {
+            BlockSaved part;
+            if (saved) part = pass.group(saved->blocks[i], begin, end);
+            const Block block{.h = in.h.slice(begin, end),
+                              .row_scale = scale.slice(begin, end),
+                              .residual = in.residual.slice(begin, end),
+                              .reverse = pass.reverse(layer),
+                              .residual_out = residual(k).slice(begin, end),
+                              .out = out[k].slice(begin, end),
+                              .only = only};
+            block_forward(ctx, pass.config, pass.params.blocks[i], block, saved ? &part : nullptr);
+        });
+    }
+    if (count == 1) return {out[0], residual(0)};
+    add(pass.ctx, out[0], out[1], in.h);
+    add(pass.ctx, residual(0), residual(1), residual_out[2]);
+    return {in.h, residual_out[2]};
+}
+
+void classify(const Pass& pass, const Tensor& x, const Tensor& y)
+{
+    if (pass.config.num_classes == 0) return pass.ctx.backend().copy(pass.ctx, x, y);
+    const LinearForward args{.x = x, .weight = pass.params.head_weight, .bias = pass.params.head_bias, .y = y};
+    linear_forward(pass.ctx, {&args, 1});
+}
+
+void head(const Pass& pass, const Tensor& tokens, const Tensor& logits)
+{
+    Arena::Scope scope(pass.ctx.arena());
+    const Config& c = pass.config;
+    const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
+    const std::int64_t outputs = c.num_classes > 0 ? c.num_classes : pass.dim;
+    Readout readout = pass.readout();
+    if (!per_token) {
+        const Tensor row = pass.take({pass.batch, pass.dim});
+        readout.x = tokens;
+        readout.out = row;
+        readout_forward(pass.ctx, readout);
+        classify(pass, row, logits);
+    } else if (c.pool == Pool::all) {
+        classify(pass, tokens, logits);
+    } else {
+        readout.x = pass.take({pass.batch, pass.len, outputs});
+        readout.out = logits;
+        classify(pass, tokens, readout.x);
+        readout_forward(pass.ctx, readout);
+    }
+}
+
+// The one token of the last layer that reaches the outputs, or -1 where all do.
+std::int64_t last_token(const Pass& pass, const Outputs& out, const Saved* saved)
+{
+    const Readout readout = pass.readout();
+    const bool all = saved || out.tokens || !out.logits || !out.layers.empty() || readout.reduce != Reduce::select ||
+                     readout.index[1] >= 0 || !block_may_stop_early(pass.ctx, pass.config);
+    return all ? -1 : readout.index[0];
+}
+
+void run(const Pass& pass, const Tensor& images, const Outputs& out, Saved* saved)
+{
+    Context& ctx = pass.ctx;
+    const Config& config = pass.config;
+    const Params& params = pass.params;
+    Arena::Scope scope(ctx.arena());
+    const std::int64_t step = pass.layers_per_step();
+    Stream stream{pass.take(pass.sequence()), {}};
+    embed(pass, images, stream.h);
+
+    // A single layer writes its output over its input; a pair needs both outputs until they are added.
+    const Tensor outs[2] = {step == 2 ? pass.take(pass.sequence()) : stream.h,
+                            step == 2 ? pass.take(pass.sequence()) : Tensor{}};
+    Tensor residuals[3];  // of the step's layers where nothing is saved; of a pair, the sum
+    for (std::int64_t k = 0; k < step && (!saved || config.rope_residual); k++)
+        residuals[k] = pass.take_wide(pass.sequence());
+    if (step == 2) residuals[2] = pass.take_wide(pass.sequence());
+    std::size_t wanted = 0;
+    const std::int64_t only = last_token(pass, out, saved);
+    Tensor last, row;  // of that token; taken before the blocks take theirs, which then find the same memory every time
+    if (only >= 0) last = pass.take({pass.batch, 1, pass.dim}), row = pass.take_wide({pass.batch, pass.dim});
+    for (std::int64_t layer = 0; layer < config.depth; layer += step) {
+        if (config.rope) {
+            pass.rotate(stream.h, false);
+            if (config.rope_residual && stream.residual) {
+                if (saved && step == 1) {  // what was saved stays as it is
+                    ctx.backend().copy(ctx, stream.residual, residuals[0]);
+                    stream.residual = residuals[0];
+                }
+                pass.rotate(stream.residual, false);
+            }
+        }
+        if (only >= 0 && layer == config.depth - 1) {
+            stream = run_layers(pass, layer, stream, nullptr, {last, {}}, residuals, only);
+            readout_forward(ctx, {.reduce = Reduce::select,
+                                  .index = {only, -1},
+                                  .x = stream.residual,
+                                  .out = row,
+                                  .dout = {},
+                                  .dx = {}});
+            stream.residual = row.view({pass.batch, 1, pass.dim});
+            break;
+        }
+        stream = run_layers(pass, layer, stream, saved, outs, residuals);
+        for (; wanted < out.layers.size() && out.layers[wanted] <= layer + step - 1; wanted++) {
+            if (out.layers[wanted] != layer + step - 1)
+                throw std::invalid_argument("[forward] layer " + std::to_string(out.layers[wanted]) +
+                                            ": outputs exist after layers 0.." + std::to_string(config.depth - 1) +
+                                            ", with Directions::block after odd ones");
+            add(ctx, stream.residual, stream.h, out.intermediates[wanted], pass.drop_path(layer + step - 1));
+        }
+    }
+    if (!out.tokens && !out.logits && !saved) return;
+
+    const Tensor tokens = out.tokens ? out.tokens : pass.take(stream.h.shape);
+    norm_forward(ctx, {.h = stream.h,
+                       .row_scale = pass.drop_path(config.depth - 1),
+                       .residual = stream.residual,
+                       .weight = params.norm_weight,
+                       .bias = params.norm_bias,
+                       .kind = config.norm,
+                       .eps = config.norm_eps,
+                       .residual_out = saved ? saved->residual : Tensor{},
+                       .out = tokens});
+    if (only >= 0)
+        classify(pass, tokens.view({pass.batch, pass.dim}), out.logits);
+    else if (out.logits)
+        head(pass, tokens, out.logits);
+}
+
+}  // namespace
+
+void forward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Outputs& out,
+             Saved* saved, const Draws& draws)
+{
+    const Pass pass(ctx, config, params, images, draws);
+    ctx.training = saved != nullptr;
+    if (saved && ctx.cache) ctx.cache->begin_step();
+    if (saved) saved->prepare(config, pass.batch, pass.dtype, ctx.device());
+    if (pass.batch > 0) run_together(ctx, [&] { run(pass, images, out, saved); });
+}
+
+}  // namespace vimcore

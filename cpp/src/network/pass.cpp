@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "network/pass.h"
+
+#include <cmath>
+#include <stdexcept>
+#include <vector>
+
+#include "core/weight_cache.h"
+
+namespace vimcore {
+
+Pass::Pass(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Draws& draws)
+    : ctx(ctx),
+      config(config),
+      params(params),
+      draws(draws),
+      dtype(images.dtype),
+      batch(images.shape.rank() == 4 ? images.size(0) : 0),
+      len(config.tokens()),
+      dim(config.embed_dim),
+      outer_cache(ctx.cache)
+{
+    const Shape expected{batch, config.in_chans, config.img_height, config.img_width};
+    if (!(images.shape == expected))
+        throw std::invalid_argument("[forward] images: expected (B, " + std::to_string(config.in_chans) + ", " +
+                                    std::to_string(config.img_height) + ", " + std::to_string(config.img_width) +
+                                    "), got " + describe(images));
+    if (static_cast<std::int64_t>(params.blocks.size()) != config.depth)
+        throw std::invalid_argument("[forward] params: expected " + std::to_string(config.depth) + " blocks, got " +
+                                    std::to_string(params.blocks.size()));
+    if (params.patch_weight.dtype != wide(dtype))
+        throw std::invalid_argument("[forward] images: expected " + std::string(name_of(params.patch_weight.dtype)) +
+                                    " as the parameters, got " + describe(images));
+    if (draws.drop_path && !(draws.drop_path.shape == Shape{config.depth, batch}))
+        throw std::invalid_argument("[forward] drop_path: expected " + to_string(Shape{config.depth, batch}) +
+                                    ", got " + describe(draws.drop_path));
+    if (draws.flip && config.directions != Directions::sequence)
+        throw std::invalid_argument("[forward] flip: only Directions::sequence runs sequences backwards");
+    ctx.cache = params.cache.get();
+}
+
+std::int64_t Pass::images_per_group() const
+{
+    const std::int64_t tile = ctx.tile > 0 ? ctx.tile : ctx.backend().tile();
+    return std::max<std::int64_t>(1, tile / std::max<std::int64_t>(len, 1));
+}
+
+BlockSaved Pass::group(const BlockSaved& saved, std::int64_t begin, std::int64_t end) const
+{
+    // q and checkpoints lie group by group, so that each group is a contiguous tensor.
+    auto piece = [&](const Tensor& tensor) {
+        const std::int64_t n = tensor.size(0), row = tensor.numel() / std::max<std::int64_t>(batch, 1);
+        return tensor.view({batch, row})
+            .slice(begin, end)
+            .view({n, end - begin, tensor.size(2), row / (n * tensor.size(2))});
+    };
+    BlockSaved part;
+    part.chunk = saved.chunk;
+    part.residual = saved.residual.slice(begin, end);
+    part.xz = saved.xz.slice(begin, end);
+    part.q = piece(saved.q);
+    const Tensor& c = saved.checkpoints;
+    part.checkpoints = piece(c).view({c.size(0), end - begin, c.size(2), c.size(3), c.size(4)});
+    return part;
+}
+
+Tokens Pass::tokens(const Tensor& patches, const Tensor& out) const
+{
+    Tokens t;
+    t.patches = patches;
+    t.out = out;
+    t.pos_embed = params.pos_embed;
+    t.mask = draws.mask;
+    t.class_token[0] = params.class_token;
+    t.class_token[1] = params.class_token_tail;
+    t.position[0] = config.class_token == ClassToken::random && draws.class_position >= 0 ? draws.class_position
+                                                                                          : config.class_position();
+    if (config.class_token == ClassToken::double_) t.position[1] = len - 1;
+    return t;
+}
+
+Readout Pass::readout() const
+{
+    Readout r;
+    if (config.class_token != ClassToken::none) {
+        const Tokens t = tokens({}, {});
+        r.reduce = Reduce::select;
+        r.index[0] = t.position[0];
+        r.index[1] = t.position[1];
+    } else if (config.pool == Pool::last) {
+        r.reduce = Reduce::select;
+        r.index[0] = len - 1;
+    } else {
+        r.reduce = config.pool == Pool::max ? Reduce::max : Reduce::mean;
+    }
+    return r;
+}
+
+Tensor Pass::patch_weight() const
+{
+    return params.patch_weight.view({dim, config.in_chans * config.patch_size * config.patch_size});
+}
+
+namespace {
+
+// Angles of the grid, coordinates rescaled to the pre-training grid: cos in the first half of the rows, sin in the
+// second.
+template <class T>
+void fill_rope(const Config& c, T* table)
+{
+    const std::int64_t D = c.embed_dim, half = D / 2, height = c.grid_height(), width = c.grid_width();
+    for (std::int64_t y = 0; y < height; y++)
+        for (std::int64_t x = 0; x < width; x++)
+            for (std::int64_t d = 0; d < D; d++) {
+                const double at = d < half ? static_cast<double>(y) / static_cast<double>(height)
+                                           : static_cast<double>(x) / static_cast<double>(width);
+                const double frequency =
+                    std::pow(10000.0, -2.0 * static_cast<double>(d % half / 2) / static_cast<double>(half));
+                const double angle = at * static_cast<double>(c.rope_grid) * frequency;
+                const std::int64_t i = (y * width + x) * D + d;
+                table[i] = static_cast<T>(std::cos(angle));
+                table[height * width * D + i] = static_cast<T>(std::sin(angle));
+            }
+}
+
+}  // namespace
+
+void Pass::rotate(const Tensor& x, bool inverse) const
+{
+    const std::int64_t count = 2 * config.patches() * dim;
+    Arena::Scope scope(ctx.arena());
+    // beyond the kinds of the backends, and different for tables of one size
+    const int kind = static_cast<int>(1000 + (config.rope_grid << 12) + config.grid_height());
+    Tensor both{nullptr, {2, config.patches(), dim}, wide(dtype), ctx.device()};
+    auto fill = [&](void* out) {
+        both.data = out;
+        auto upload = [&](auto zero) {
+            std::vector<decltype(zero)> host(static_cast<std::size_t>(count));
+            fill_rope(config, host.data());
+            ctx.backend().upload(ctx, host.data(), both);
+        };
+        both.dtype == DType::f32 ? upload(float{}) : upload(double{});
+    };
+    if (ctx.cache)
+        both.data = const_cast<void*>(ctx.cache->get(ctx, &config.rope_grid, kind, both.bytes(), fill, true));
+    else
+        fill(take_wide({count}).data);
+    vimcore::rope(ctx, {.x = x, .cos = both[0], .sin = both[1], .skip = len - config.patches(), .inverse = inverse});
+}
+
+}  // namespace vimcore

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+#include <utility>
+
+#include "core/arena.h"
+#include "core/backend.h"
+#include "vimcore/model.h"
+#include "vimcore/plan.h"
+
+namespace vimcore {
+
+namespace {
+
+// Shape of the logits of `count` images.
+Shape logits_shape(const Config& c, std::int64_t count)
+{
+    const std::int64_t columns = c.num_classes > 0 ? c.num_classes : c.embed_dim;
+    if (c.class_token == ClassToken::none && c.pool == Pool::all) return {count, c.tokens(), columns};
+    return {count, columns};
+}
+
+Shape result_shape(const Config& c, std::int64_t count, bool features)
+{
+    return features ? Shape{count, c.tokens(), c.embed_dim} : logits_shape(c, count);
+}
+
+Outputs outputs_to(const Tensor& result, bool features)
+{
+    Outputs out;
+    (features ? out.tokens : out.logits) = result;
+    return out;
+}
+
+Shape images_shape(const Config& c, std::int64_t count) { return {count, c.in_chans, c.img_height, c.img_width}; }
+
+}  // namespace
+
+// Where images and results of a session lie on its device, and what was recorded there.
+class Staging {
+public:
+    Staging(const Model& model, const SessionOptions& options, Context& ctx)
+        : model_(model), options_(options), stream_(ctx.backend().make_stream(model.device().index))
+    {
+        ctx.set_stream(stream_.get());
+    }
+
+    // The `count` images at `images` to `result`, both in the host's memory.
+    void run(Context& ctx, const float* images, std::int64_t count, float* result, bool features)
+    {
+        Backend& backend = ctx.backend();
+        const Tensor x = place(images_, images_shape(model_.config(), count));
+        const Tensor y = place(results_, result_shape(model_.config(), count, features));
+        backend.upload(ctx, images, x);
+        compute(ctx, x, y, features);
+        backend.download(ctx, y, result);
+    }
+
+private:
+    Tensor place(Buffer& buffer, const Shape& shape)
+    {
+        Tensor tensor{nullptr, shape, DType::f32, model_.device()};
+        if (buffer.bytes() < tensor.bytes()) {
+            recordings_.clear();
+            buffer = Buffer(tensor.bytes(), model_.device());
+        }
+        tensor.data = buffer.data();
+        return tensor;
+    }
+
+    // The first run of a batch size lays out memory and packs weights, the second is recorded.
+    void compute(Context& ctx, const Tensor& x, const Tensor& y, bool features)
+    {
+        if (allocations_ != ctx.arena().allocations()) recordings_.clear();  // scratch memory has moved
+        auto program = [&] { queue(ctx, x, y, features); };
+        auto found = recordings_.find({x.size(0), features});
+        if (!options_.graph || found == recordings_.end()) {
+            program();
+            allocations_ = ctx.arena().allocations();
+            if (options_.graph) recordings_[{x.size(0), features}] = nullptr;
+            return;
+        }
+        if (!found->second)
+            found->second =
+                ctx.backend().record(ctx, [](void* f) { (*static_cast<decltype(program)*>(f))(); }, &program);
+        ctx.backend().replay(ctx, found->second.get());
+    }
+
+    void queue(Context& ctx, const Tensor& x, const Tensor& y, bool features)
+    {
+        Arena::Scope scope(ctx.arena());
+        const bool narrow = options_.dtype != DType::f32;
+        const Tensor images = narrow ? ctx.arena().take(x.shape, options_.dtype) : x;
+        const Tensor result = narrow ? ctx.arena().take(y.shape, options_.dtype) : y;
+        if (narrow) ctx.backend().copy(ctx, x, images);
+        forward(ctx, model_.config(), model_.params(), images, outputs_to(result, features));
+        if (narrow) ctx.backend().copy(ctx, result, y);
+    }
+
+    const Model& model_;
+    const SessionOptions options_;
+    std::shared_ptr<void> stream_;
+    Buffer images_, results_;
+    std::size_t allocations_ = 0;
+    std::map<std::pair<std::int64_t, bool>, std::shared_ptr<void>> recordings_;  // none: ran once
+};
+
+Session::Session(std::shared_ptr<const Model> model, SessionOptions options)
+    : model_(std::move(model)), options_(options), ctx_(model_ ? model_->device() : Device::cpu(), options.threads)
+{
+    if (!model_) throw std::invalid_argument("[session] model: expected a loaded model, got none");
+    if (options_.max_batch < 1)
+        throw std::invalid_argument("[session] max_batch: expected at least 1, got " +
+                                    std::to_string(options_.max_batch));
+    const bool cpu = model_->device() == Device::cpu();
+    if (options_.dtype != DType::f32 && (cpu || (options_.dtype != DType::f16 && options_.dtype != DType::bf16)))
+        throw std::invalid_argument(std::string("[session] dtype: expected ") + (cpu ? "f32" : "f32, f16 or bf16") +
+                                    " on " + to_string(model_->device()) + ", got " + name_of(options_.dtype));
+    if (cpu)
+        require_memory("session", "batches of " + std::to_string(options_.max_batch) + " images",
+                       forward_bytes(model_->config(), options_.max_batch, options_.dtype, ctx_.threads()));
+    if (!cpu) staging_ = std::make_shared<Staging>(*model_, options_, ctx_);
+}
+
+std::int64_t Session::outputs() const { return logits_shape(model_->config(), 1).numel(); }
+
+std::vector<float> Session::run(const float* images, std::int64_t batch)
+{
+    std::vector<float> logits(static_cast<std::size_t>(std::max<std::int64_t>(batch, 0) * outputs()));
+    run(images, batch, logits.data());
+    return logits;
+}
+
+void Session::run(const float* images, std::int64_t batch, float* logits) { run(images, batch, logits, false); }
+
+void Session::features(const float* images, std::int64_t batch, float* tokens) { run(images, batch, tokens, true); }
+
+void Session::run(const float* images, std::int64_t batch, float* result, bool features)
+{
+    if (batch < 0) throw std::invalid_argument("[session] batch: expected 0 or more, got " + std::to_string(batch));
+    const Config& c = model_->config();
+    const std::int64_t image = images_shape(c, 1).numel(), row = result_shape(c, 1, features).numel();
+    for (std::int64_t b = 0; b < batch; b += options_.max_batch) {
+        const std::int64_t count = std::min(options_.max_batch, batch - b);
+        if (staging_) {
+            staging_->run(ctx_, images + b * image, count, result + b * row, features);
+            continue;
+        }
+        const Tensor x{const_cast<float*>(images) + b * image, images_shape(c, count), DType::f32, {}};
+        const Tensor y{result + b * row, result_shape(c, count, features), DType::f32, {}};
+        forward(ctx_, c, model_->params(), x, outputs_to(y, features));
+    }
+}
+
+}  // namespace vimcore
