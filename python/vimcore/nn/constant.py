@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from ..autograd.tensors import on_cuda, place
+from .base import NetworkBase
 from .structure import written
-
-if TYPE_CHECKING:
-    from .vision_mamba import VisionMamba
 
 ENTERING = threading.Lock()  # of any network: held for an assignment
 
@@ -20,10 +17,10 @@ ENTERING = threading.Lock()  # of any network: held for an assignment
 class ConstantWeights:
     """The weights of a network as `VisionMamba.constant_weights` found them."""
 
-    def __init__(self, model: VisionMamba) -> None:
+    def __init__(self, model: NetworkBase) -> None:
         self.renew(model)
 
-    def renew(self, model: VisionMamba) -> None:
+    def renew(self, model: NetworkBase) -> None:
         """Takes note of the weights as they are: on entering, and after a write that was announced."""
         self.core, self.params = model._weights()
         self.weights = self.core.weights(self.params)
@@ -31,7 +28,7 @@ class ConstantWeights:
         self.computed = not all(isinstance(p, nn.Parameter) for p in self.params)
         self._sum = self._look()
 
-    def check(self, model: VisionMamba) -> None:
+    def check(self, model: NetworkBase) -> None:
         """RuntimeError if the weights of the network are not what they were."""
         core, params = model._weights()
         if core is self.core:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,17 +18,15 @@ from ..utils.files import listed
 from ..weights.checkpoints import read_checkpoint, tensor
 from ..weights.metadata import CONFIG_KEY, check_labels, default_preprocess, pack, unpack
 from ..weights.wrappers import ROPE_TABLES
+from .base import NetworkBase
 from .state import computed, described, parametrised, tensors_to_save
 
-if TYPE_CHECKING:
-    from .vision_mamba import VisionMamba
-
-Network = TypeVar("Network", bound="VisionMamba")
+Network = TypeVar("Network", bound=NetworkBase)
 Path = str | os.PathLike[str]
 
 
 def save(
-    model: VisionMamba,
+    model: NetworkBase,
     path: Path,
     labels: Sequence[str] | None = None,
     preprocess: Mapping[str, Any] | None = None,
@@ -84,7 +82,7 @@ def load_as(
 
 
 def load_checkpoint(
-    model: VisionMamba,
+    model: NetworkBase,
     path: Path,
     *,
     weights: str = "model",
@@ -119,7 +117,7 @@ def load_checkpoint(
 
 
 def fill(
-    model: VisionMamba,
+    model: NetworkBase,
     state: Mapping[str, torch.Tensor],
     path: str,
     *,
@@ -170,7 +168,7 @@ def fill(
 
 
 def _destinations(
-    model: VisionMamba, given: Mapping[str, Any]
+    model: NetworkBase, given: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.nn.Module, str, str]]]:
     """The model's tensors by name, rotations left out, and those among them that a parametrisation computes.
 
@@ -188,7 +186,7 @@ def _destinations(
     return wanted, plain
 
 
-def fitted(model: VisionMamba, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def fitted(model: NetworkBase, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A state dict whose position table fits the model's grid, with the model's own rotation tables.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,8 @@ from torch.nn.utils import parametrize
 
 from ..utils.files import listed
 from ..weights.wrappers import ROPE_TABLES
+from .base import NetworkBase
 from .parameters import Layer, Mixer, PatchEmbed, Rope, Scale
-
-if TYPE_CHECKING:
-    from .vision_mamba import VisionMamba
 
 _OURS = (Layer, Mixer, PatchEmbed, Rope, Scale)
 _PLAIN = (*_OURS, nn.ModuleList, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.Dropout)
@@ -62,7 +60,7 @@ def computed(module: nn.Module, leaf: str) -> Tensor:
             step.training = mode
 
 
-def tensors_to_save(model: VisionMamba, wanted: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Any]:
+def tensors_to_save(model: NetworkBase, wanted: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Any]:
     """Arrays by name: those of the architecture, then those that a derived class has besides.
 
     Args:
@@ -97,7 +95,7 @@ def tensors_to_save(model: VisionMamba, wanted: Sequence[tuple[str, Sequence[int
     return {name: _array(state[name]) for name in sorted(state, key=lambda name: order.get(name, len(order)))}
 
 
-def _replaced(model: VisionMamba) -> list[str]:
+def _replaced(model: NetworkBase) -> list[str]:
     """Modules that are not what the constructor put there: the file would not tell what they do."""
     found = []
     for path, module in model.named_modules():

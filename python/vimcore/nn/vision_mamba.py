@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from ..autograd.network import Core, NetworkFunction, Request
 from ..autograd.tensors import autocast_type, describe, from_device, on_cuda
 from ..utils.arguments import integer, options
 from . import saving
+from .base import NetworkBase
 from .constant import ENTERING, ConstantWeights
 from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
 from .structure import Places, does_more, made
@@ -29,7 +29,7 @@ Network = TypeVar("Network", bound="VisionMamba")
 _PER_TOKEN = ("max", "all")  # without class token: the head sees every token
 
 
-class VisionMamba(nn.Module):
+class VisionMamba(NetworkBase):
     """Vision Mamba: patches, class token, bidirectional Mamba blocks, linear head.
 
     Submodules only hold parameters: the whole network is one call of the C++ core. What that would pass over
@@ -103,7 +103,7 @@ class VisionMamba(nn.Module):
         config_json = _core.config_normalize(json.dumps(options(given)))
         _core.Saved.chunk(str(memory))  # names a wrong one
         self.memory = memory
-        self._config: dict[str, Any] = json.loads(config_json)
+        self._config = json.loads(config_json)
         self._facts: dict[str, Any] = _core.config_facts(config_json)
         self._core: Core | None = None
         self._places: Places | None = None
@@ -121,7 +121,7 @@ class VisionMamba(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
         if rope:
             self.rope = Rope(c)
-        self.head: nn.Module = self._new_head(c["num_classes"])
+        self.head = self._new_head(c["num_classes"])
         self.layers = nn.ModuleList(
             Layer(c, self._facts["inner"], self._facts["rank"]) for _ in range(c["depth"])
         )
@@ -136,16 +136,6 @@ class VisionMamba(nn.Module):
         self._made = made(self)
 
     # ---- description ---------------------------------------------------------------------------------------
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The architecture: `VisionMamba(**model.config)` builds it again. img_size is [height, width]."""
-        return {**self._config, "num_classes": self.num_classes}
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the head, 0 without one."""
-        return self.head.out_features if isinstance(self.head, nn.Linear) else 0
 
     def extra_repr(self) -> str:
         c = self.config
@@ -211,18 +201,6 @@ class VisionMamba(nn.Module):
             TypeError: the constructor of the derived class takes other arguments than `VisionMamba`.
         """
         return saving.load_as(cls, path, img_size, device)
-
-    @classmethod
-    def _of_config(cls: type[Network], config: dict[str, Any]) -> Network:
-        """A network of this class and configuration, as far as its constructor takes that."""
-        try:
-            inspect.signature(cls).bind(**config)
-        except TypeError as error:
-            raise TypeError(
-                f"[VisionMamba] load: {cls.__name__} does not take VisionMamba's options ({error}); make "
-                "the network yourself and fill it with vimcore.load_checkpoint(model, path)"
-            ) from None
-        return cls(**config)
 
     # ---- computing -----------------------------------------------------------------------------------------
 
