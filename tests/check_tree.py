@@ -1,10 +1,11 @@
-"""Checks of the source tree: who includes whom, paths that the documents name.
+"""Checks of the source tree: who includes and imports whom, paths that the documents name.
 
 Headers that stand alone are looked at in tests/package/run.sh.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -69,6 +70,98 @@ def check_kernels() -> list[str]:
     return faults
 
 
+# Python: a module imports from floors below its own and from its own folder; none imports itself by way
+# of others.
+# The package's face (`__init__.py`: public names, imported when first used) and `_core` belong to no floor.
+FLOORS = [
+    "utils",
+    "config",
+    "positions autograd weights",
+    "ops runtime",
+    "nn",
+    "io",
+    "timm data",
+    "tasks",
+    "train",
+    "analysis",
+    "plots",
+    "tools",
+    "cli",
+    "__main__",
+]
+# Modules of the first folder see of the second one only these.
+NARROW = {
+    ("train", "tasks"): {"task", "settings"},
+    ("analysis", "train"): set(),
+}
+
+
+def imports_of(path: Path, package: Path) -> set[str]:
+    """What a module of the package imports from it: at its top, in functions, for type checkers."""
+    here = path.relative_to(package).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("vimcore.") for a in node.names if a.name.startswith("vimcore.")}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = [*here[: len(here) - node.level], *(node.module or "").split(".")]
+            elif node.module and node.module.split(".")[0] == "vimcore":
+                base = node.module.split(".")[1:]
+            else:
+                continue
+            base = [part for part in base if part]
+            for alias in node.names:
+                for parts in ([*base, alias.name], base):
+                    if (
+                        package.joinpath(*parts).is_dir()
+                        or package.joinpath(*parts).with_suffix(".py").exists()
+                    ):
+                        found.add(".".join(parts))
+                        break
+    return {name for name in found if name and name != "_core"} - {".".join(here)}
+
+
+def check_imports() -> list[str]:
+    """Directions between the floors of the Python package, and circles."""
+    package = root / "python/vimcore"
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
+    graph: dict[str, set[str]] = {}
+    for path in sorted(package.rglob("*.py")):
+        name = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__":
+            graph[name] = imports_of(path, package)
+    faults = []
+    for module, names in graph.items():
+        own = module.split(".")[0]
+        if own not in floor:
+            faults.append(f"python/vimcore: {module} is on no floor (FLOORS in tests/check_tree.py)")
+            continue
+        for name in sorted(names):
+            other, _, rest = name.partition(".")
+            if other != own and floor.get(other, len(FLOORS)) >= floor[own]:
+                faults.append(f"python/vimcore: {module} imports {name}, which is not below it")
+            if (own, other) in NARROW and rest not in NARROW[own, other]:
+                faults.append(f"python/vimcore: {module} imports {name}, which is not for it")
+    for module in graph:
+        if reaches(graph, module, module):
+            faults.append(f"python/vimcore: {module} imports itself, by way of others")
+    return faults
+
+
+def reaches(graph: dict[str, set[str]], start: str, end: str) -> bool:
+    seen: set[str] = set()
+    todo = [start]
+    while todo:
+        for name in graph.get(todo.pop(), ()):
+            if name == end:
+                return True
+            if name not in seen:
+                seen.add(name)
+                todo.append(name)
+    return False
+
+
 def check_documents() -> list[str]:
     """Paths in backquotes that look like ours exist."""
     faults = []
@@ -80,7 +173,7 @@ def check_documents() -> list[str]:
 
 
 def main() -> int:
-    faults = check_includes() + check_documents()
+    faults = check_includes() + check_imports() + check_documents()
     print("\n".join(faults) if faults else "source tree: in order")
     return 1 if faults else 0
 

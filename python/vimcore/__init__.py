@@ -9,23 +9,21 @@ torch.
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 from . import _core
 from ._core import Error, build_info
-from .extras import needs
-from .models import list_models
+from .config import list_models
 from .runtime import Runtime
+from .utils.extras import needs
 
 if TYPE_CHECKING:
     from . import io, ops, train
-    from .health import health
+    from .analysis.health import health
+    from .analysis.saliency import saliency
     from .io import load_checkpoint
-    from .models import create_model
-    from .nn import VisionMamba
-    from .saliency import saliency
+    from .nn.models import create_model
+    from .nn.vision_mamba import VisionMamba
 
 __version__: str = _core.__version__
 __all__ = [
@@ -45,11 +43,11 @@ __all__ = [
 ]
 
 _LAZY = {
-    "VisionMamba": "nn",
-    "create_model": "models",
-    "health": "health",
+    "VisionMamba": "nn.vision_mamba",
+    "create_model": "nn.models",
+    "health": "analysis.health",
     "load_checkpoint": "io",
-    "saliency": "saliency",
+    "saliency": "analysis.saliency",
 }
 _LAZY_MODULES = {"io", "nn", "ops", "train"}
 
@@ -57,18 +55,6 @@ _LAZY_MODULES = {"io", "nn", "ops", "train"}
 def cuda_is_available() -> bool:
     """Whether this build can compute on a CUDA device of this machine."""
     return _core.cuda_device_count() > 0
-
-
-class _Package(types.ModuleType):
-    """Keeps `vimcore.saliency` and `health` the functions, also after submodules so named were imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("health", "saliency") and isinstance(value, types.ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -19,18 +19,16 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .checks import refuse_layout, refuse_tracing, refuse_wrapped
-from .functions import (
-    NAMES,
+from .autograd.checks import refuse_layout, refuse_tracing, refuse_wrapped
+from .autograd.operators import (
     BidirectionalScanFunction,
     BlockFunction,
     Conv1dFunction,
     NormFunction,
     SelectiveScanFunction,
     block_parameters,
-    describe,
 )
-from .place import autocast_type, from_device, on_cuda, wide
+from .autograd.tensors import NAMES, autocast_type, describe, from_device, on_cuda, wide
 
 __all__ = ["bidirectional_scan", "causal_conv1d", "layer_norm", "rms_norm", "selective_scan", "vim_block"]
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from .arguments import gpu_number, integer, sides
-from .metadata import default_preprocess, rescaled_preprocess, unpack
+from .utils.arguments import gpu_number, integer, sides
+from .weights.metadata import default_preprocess, rescaled_preprocess, unpack
 
 
 class Runtime:

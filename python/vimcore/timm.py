@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .extras import needs
+from .utils.extras import needs
 
 try:
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -30,13 +30,14 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(f"vimcore.timm needs timm; {needs('train')}") from error
 
-from . import _core, io, ops
-from .arguments import integer, native
-from .metadata import IMAGENET_MEAN, IMAGENET_STD
-from .models import list_models, model_options
-from .nn import Network, VisionMamba
-from .places import does_more
-from .wrappers import chosen, plain_names
+from . import _core, ops
+from .config import list_models, model_options
+from .nn import saving
+from .nn.structure import does_more
+from .nn.vision_mamba import Network, VisionMamba
+from .utils.arguments import integer, native
+from .weights.metadata import IMAGENET_MEAN, IMAGENET_STD
+from .weights.wrappers import chosen, plain_names
 
 _POOLS: dict[str, dict[str, str]] = {
     "token": {},
@@ -190,7 +191,7 @@ class TimmVisionMamba(VisionMamba):
 
     def load_pretrained(self, path: str) -> None:
         """Weights of a local file; for a pretrained_cfg with custom_load. See `vimcore.load_checkpoint`."""
-        io.load_checkpoint(self, path)
+        saving.load_checkpoint(self, path)
 
     # ---- computing -----------------------------------------------------------------------------------------
 
@@ -352,7 +353,7 @@ def checkpoint_filter_fn(state: Mapping[str, Tensor], model: VisionMamba) -> dic
     """
     weights, _ = chosen(state, "model", "checkpoint")
     names, _ = plain_names(map(str, weights), "checkpoint")
-    return io.fitted(model, {names[key]: value for key, value in weights.items() if key in names})
+    return saving.fitted(model, {names[key]: value for key, value in weights.items() if key in names})
 
 
 # ---- registration ------------------------------------------------------------------------------------------

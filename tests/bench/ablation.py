@@ -55,8 +55,8 @@ EXPLAINED = (
 def digits(limit: int) -> tuple[Any, Any]:
     """((images, labels) to learn from, those held out), as `vimcore demo` has them."""
     import torch
-    from vimcore import demo
-    from vimcore.data import encode_png, load_digits, split_digits
+    from vimcore.data.digits import encode_png, load_digits, split_digits
+    from vimcore.tools import demo
 
     pictures, labels = load_digits()
     train, held_out = split_digits(labels)
@@ -70,8 +70,8 @@ def run(task: tuple[str, dict[str, Any], int, int, int]) -> dict[str, Any]:
     """Trains one network from one seed on one thread."""
     import torch
     import vimcore
-    from vimcore import demo
-    from vimcore.train import evaluate, fit
+    from vimcore.tools import demo
+    from vimcore.train.in_memory import evaluate, fit
 
     name, options, seed, epochs, limit = task
     torch.set_num_threads(1)
@@ -132,7 +132,9 @@ def markdown(report: dict[str, Any]) -> str:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Trains everything and returns the report."""
-    from vimcore import bench, build_info, demo
+    from vimcore import build_info
+    from vimcore.tools import demo
+    from vimcore.tools.bench import cpu as bench
 
     networks = {name: o for table in TABLES.values() for name, o in table.items() if name not in SHARED}
     tasks = [(n, o, seed, args.epochs, args.digits) for seed in args.seeds for n, o in networks.items()]

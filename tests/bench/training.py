@@ -29,10 +29,10 @@ import numpy as np
 import torch
 import vimcore
 from PIL import Image, ImageFilter
-from vimcore.training.presets import PRESETS
-from vimcore.training.run import Run
-from vimcore.training.sampling import mix, seed_all
-from vimcore.training.settings import Settings
+from vimcore.data.sampling import mix, seed_all
+from vimcore.tasks.settings import Settings
+from vimcore.train.presets import PRESETS
+from vimcore.train.run import Run
 
 
 def pictures(folder: Path, count: int) -> Path:

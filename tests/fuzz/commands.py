@@ -245,15 +245,6 @@ class Sandbox:
 def imported() -> None:
     """What the commands import, once for all children."""
     import torch
-    import vimcore.bench
-    import vimcore.convert
-    import vimcore.demo
-    import vimcore.doctor
-    import vimcore.health
-    import vimcore.run_plots
-    import vimcore.training.commands
-    import vimcore.training.evaluate
-    import vimcore.training.run  # noqa: F401
 
     torch.set_num_threads(1)  # no pool of threads that a child would miss
 

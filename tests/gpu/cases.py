@@ -90,7 +90,7 @@ def scan_inputs(
 def our_scan(inputs: Mapping[str, Any]) -> Tensor:
     """Both directions as the network calls them: no copy of the gate, no states kept."""
     from vimcore import _core
-    from vimcore.place import exported, place
+    from vimcore.autograd.tensors import exported, place
 
     xz = inputs["xz"]
     out = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
@@ -163,7 +163,7 @@ class OurScanGradients:
 
     def __init__(self, inputs: Mapping[str, Any], dout: Tensor, chunk: int = 64) -> None:
         from vimcore import _core
-        from vimcore.place import exported, place
+        from vimcore.autograd.tensors import exported, place
 
         xz, wide = inputs["xz"], inputs["D"][0].dtype
         (batch, length), inner = xz.shape[:2], xz.shape[2] // 2

@@ -201,7 +201,7 @@ def long_case(setting: Setting, size: str, side: int, dtype: str, seconds: float
     `seconds` is not used: a mode is run twice. Peak and plan are without weights and images.
     """
     import vimcore
-    from vimcore import plan
+    from vimcore.tools import plan
 
     device, kind = setting.device, TYPES[dtype]
     row: dict[str, Any] = {"kind": "long", "size": size, "side": side, "dtype": dtype}

@@ -30,7 +30,7 @@ import vimcore
 from bench import ROOT, describe, save
 from timing import Device
 from torch import Tensor
-from vimcore.training.loop import Loop, NonFiniteError, parameter_groups
+from vimcore.train.loop import Loop, NonFiniteError, parameter_groups
 
 CLASSES = 10
 WINDOW = 20
@@ -172,7 +172,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Averaged losses of every case, one line a type."""
-    from vimcore.plots import BLUE, GREEN, INK, ORANGE, RED, new_figure, save_figure, tidy
+    from vimcore.plots.style.style import BLUE, GREEN, INK, ORANGE, RED, new_figure, save_figure, tidy
 
     colors = {"float32": BLUE, "bfloat16": ORANGE, "float16": GREEN, "float64": RED}
     rows = report["rows"]

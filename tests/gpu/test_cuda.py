@@ -17,8 +17,8 @@ import pytest
 import torch
 import vimcore
 from torch import Tensor
-from vimcore.data import load_digits, split_digits
-from vimcore.train import fit
+from vimcore.data.digits import load_digits, split_digits
+from vimcore.train.in_memory import fit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 import ddp

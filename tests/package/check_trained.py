@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import vimcore
-from vimcore import _core, data, demo
+from vimcore import _core
+from vimcore.data import digits as data
+from vimcore.tools import demo
 
 
 def main(weights: str, held_out: str, picture: str) -> None:

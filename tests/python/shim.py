@@ -24,7 +24,9 @@ BUILD = Path(__file__).resolve().parents[2] / "build" / "release" / "python"
 os.environ.setdefault("VIMCORE_SHIM_FOREIGN", "1")  # torch's memory is device memory, too
 sys.path.insert(0, os.environ.get("VIMCORE_SHIM_PACKAGE", str(BUILD)))
 import vimcore_shim  # noqa: E402
-from vimcore_shim import constant, functions, nn, ops, place  # noqa: E402
+from vimcore_shim import ops  # noqa: E402
+from vimcore_shim.autograd import draws, network, operators, tensors  # noqa: E402
+from vimcore_shim.nn import constant, vision_mamba  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # Gradients: every activation and its gradient are rounded.
@@ -62,7 +64,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "to_dlpack": lambda t: on_device(to_dlpack(t)),
         "from_dlpack": on_host,  # what the extension saved
     }
-    for module in (place, functions, nn, ops, constant):
+    for module in (tensors, network, operators, draws, vision_mamba, ops, constant):
         for name, change in changes.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, change)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import vimcore
-from vimcore import arguments
 from vimcore.io import load_model
+from vimcore.utils import arguments
 
 SMALL: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_classes": 5}
 INTEGERS: dict[str, int] = {

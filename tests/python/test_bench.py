@@ -16,7 +16,7 @@ import pytest
 import reference
 import torch
 import vimcore
-from vimcore import bench
+from vimcore.tools.bench import cpu as bench
 
 PEERS = Path(__file__).resolve().parents[1] / "bench"
 

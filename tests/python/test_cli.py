@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 import vimcore
-from vimcore import _core, doctor, doctor_gradients
+from vimcore import _core
 from vimcore.cli import COMMANDS, main
-from vimcore.data import encode_png
-from vimcore.extras import needs
+from vimcore.data.digits import encode_png
 from vimcore.io import save_model
+from vimcore.tools.selftest import gradients as doctor_gradients
+from vimcore.tools.selftest import kernels as doctor
+from vimcore.utils.extras import needs
 
 LABELS = ["cat", "dog", "owl", "\u00fcber"]
 

@@ -14,8 +14,8 @@ import vimcore
 from golden import NAMES, load
 from vimcore import _core
 from vimcore.cli import main
-from vimcore.convert import convert, infer_config, parse_setting, read_labels
-from vimcore.io import rope_tables
+from vimcore.positions import rope_tables
+from vimcore.weights.convert import convert, infer_config, parse_setting, read_labels
 
 PUBLISHED = {
     "vim_tiny_patch16_224": 7_148_008,

@@ -13,10 +13,11 @@ import pytest
 import torch
 import vimcore
 from torch import nn
-from vimcore import _core, demo
+from vimcore import _core
 from vimcore.cli import main
-from vimcore.data import encode_png, load_digits, split_digits
-from vimcore.train import cosine_lr, evaluate, fit, parameter_groups
+from vimcore.data.digits import encode_png, load_digits, split_digits
+from vimcore.tools import demo
+from vimcore.train.in_memory import cosine_lr, evaluate, fit, parameter_groups
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ import vimcore
 from golden import relative
 from helpers import build, images_for, small
 from vimcore.cli import main
-from vimcore.data import encode_png
-from vimcore.extras import needs
-from vimcore.plain import Plain
+from vimcore.data.digits import encode_png
+from vimcore.nn.plain import Plain
+from vimcore.utils.extras import needs
 
 CONFIGS = {
     "middle": small(),
@@ -40,7 +40,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("chunk", [1, 1 << 16])
 def test_the_pass_is_the_network(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vimcore.plain.CHUNK", chunk)
+    monkeypatch.setattr("vimcore.nn.plain.CHUNK", chunk)
     config = CONFIGS[name]
     model, images = build(config, dtype=torch.float64).eval(), images_for(config, 2)
     seen: dict[str, torch.Tensor] = {}

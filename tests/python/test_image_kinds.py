@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 from test_images import by_pillow, chunk, encode, equal, interlaced_rows, needs_jpeg, needs_png, picture, png
-from vimcore import _core, images
+from vimcore import _core
+from vimcore.data import pictures as images
 
 IMAGE = Image.fromarray(picture(23, 31))
 Decode = Callable[[bytes, str], np.ndarray]

@@ -15,7 +15,8 @@ import numpy as np
 import PIL
 import pytest
 from PIL import Image
-from vimcore import _core, images
+from vimcore import _core
+from vimcore.data import pictures as images
 
 build = getattr(_core, "build_info", dict)()
 needs_jpeg = pytest.mark.skipif(build.get("jpeg") is False, reason="built without libjpeg")

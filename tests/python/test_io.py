@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 import vimcore
 from vimcore import _core
-from vimcore.io import load_checkpoint, load_model, resize_pos_embed, rope_tables, save_model
+from vimcore.io import load_checkpoint, load_model, resize_pos_embed, save_model
+from vimcore.positions import rope_tables
 
 SMALL: dict[str, Any] = {"img_size": 24, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_classes": 5}
 

@@ -13,12 +13,13 @@ import pytest
 import vimcore
 from PIL import Image
 from vim_infer import picture, run, same_as_python
-from vimcore import _core, picture_files
+from vimcore import _core
+from vimcore.analysis.health import health_of_file
 from vimcore.cli import main
-from vimcore.health import health_of_file
-from vimcore.images import network_input
-from vimcore.picture_files import find_images, passed_over_text, read_file, walk
-from vimcore.predict import predict
+from vimcore.data import picture_files
+from vimcore.data.picture_files import find_images, passed_over_text, read_file, walk
+from vimcore.data.pictures import network_input
+from vimcore.tools.predict import predict
 
 PASSED_OVER = {
     ".heic": 1,

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from helpers import SMALL, build, images_for, small
-from vimcore import _core, cli, plan
+from vimcore import _core, cli
+from vimcore.tools import plan
 
 G = 1 << 30
 
@@ -67,7 +68,7 @@ def test_what_is_saved_is_what_a_network_keeps() -> None:
         images = images_for(SMALL, 5).float()
         core, params = model._weights()
         saved = core.network.saved(memory)
-        from vimcore.functions import Request
+        from vimcore.autograd.network import Request
 
         core.run(Request("logits"), images, params, saved)
         parts = plan.needed(model.config, 5, f"training, {memory}")

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from vimcore import _core, run_plots
+from vimcore import _core
 from vimcore.cli import main
-from vimcore.data import encode_png, load_digits, split_digits
+from vimcore.data.digits import encode_png, load_digits, split_digits
+from vimcore.plots import runs as run_plots
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -13,10 +13,12 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from vimcore import _core, plots, run_plots
+from vimcore import _core
 from vimcore.cli import main
-from vimcore.data import encode_png
-from vimcore.files import literal, shortened
+from vimcore.data.digits import encode_png
+from vimcore.plots import runs as run_plots
+from vimcore.plots import style as plots
+from vimcore.utils.files import literal, shortened
 
 NAMES = [
     r"$\foo$",

@@ -14,9 +14,12 @@ import pytest
 import shim  # noqa: F401  makes vimcore_shim importable
 import torch
 import vimcore
-import vimcore.doctor_gradients
+import vimcore.tools.selftest.gradients
 from helpers import SMALL
-from vimcore_shim import bench, bench_cuda, doctor, doctor_gradients
+from vimcore_shim.tools.bench import cpu as bench
+from vimcore_shim.tools.bench import cuda as bench_cuda
+from vimcore_shim.tools.selftest import gradients as doctor_gradients
+from vimcore_shim.tools.selftest import kernels as doctor
 
 
 def test_doctor_compares_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +44,7 @@ def test_doctor_compares_the_gradients(training: dict[str, Any], monkeypatch: py
             doctor._random_weights,
             rng,
             "cpu",  # where tensors pass for tensors on the device
-            vimcore.doctor_gradients.Loss,
+            vimcore.tools.selftest.gradients.Loss,
         )
         return {row["check"]: row for row in found}
 

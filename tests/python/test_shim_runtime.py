@@ -94,7 +94,7 @@ def test_a_device_that_is_not_there(file: str) -> None:
 
 
 def test_predict_on_the_device(tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from vimcore.data import encode_png
+    from vimcore.data.digits import encode_png
 
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
     (tmp_path / "a.png").write_bytes(encode_png(pixels))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from vim_infer import BINARY, picture
-from vimcore.streams import one_line
+from vimcore.cli.streams import one_line
 
 FULL = "cannot write the results: No space left on device"
 CLOSED = "cannot write the results: Bad file descriptor"

@@ -219,7 +219,7 @@ def test_distributed_tensors_are_refused(tmp_path: Path) -> None:
 
 
 def test_autocast_on_the_cpu_says_that_it_changes_nothing() -> None:
-    from vimcore import place
+    from vimcore.autograd import tensors as place
 
     place._say_wide.cache_clear()
     model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)

@@ -15,11 +15,11 @@ from PIL import Image
 from train_helpers import ONCE, SMALL, folder, log
 from vimcore import _core
 from vimcore.cli import main
-from vimcore.training import transforms
-from vimcore.training.data import Images, Training, Validation, collate, open_images, training_and_validation
-from vimcore.training.sampling import Order, mix
-from vimcore.training.settings import Settings
-from vimcore.training.transforms import Input
+from vimcore.data import transforms
+from vimcore.data.classes import Images, Training, Validation, collate, open_images, training_and_validation
+from vimcore.data.sampling import Order, mix
+from vimcore.data.transforms import Input
+from vimcore.tasks.settings import Settings
 
 GREY = Input(1, (16, 16), (0.5,), (0.5,), 18)
 COLOUR = Input(3, (16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 18)

@@ -15,8 +15,8 @@ from train_helpers import ONCE, SMALL, folder
 from vimcore import _core
 from vimcore.cli import main
 from vimcore.io import load_model, save_model
-from vimcore.predict import softmax
-from vimcore.training.measure import Answers, _ranks, per_class
+from vimcore.tasks.classification import Answers, _ranks, per_class
+from vimcore.tools.predict import softmax
 
 
 @pytest.fixture(scope="module")

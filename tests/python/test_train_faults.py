@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 import torch
 from train_helpers import ONCE, SMALL, folder, log, stopped
-from vimcore import files
 from vimcore.cli import main
-from vimcore.files import atomic, named
-from vimcore.training.lock import Lock, remove_leftovers
-from vimcore.training.restore import _Checker, check
-from vimcore.training.settings import Settings, read_toml
+from vimcore.tasks.settings import Settings, read_toml
+from vimcore.train.lock import Lock, remove_leftovers
+from vimcore.train.restore import _Checker, check
+from vimcore.utils import files
+from vimcore.utils.files import atomic, named
 
 Content = dict[str, Any]
 
@@ -153,7 +153,7 @@ def test_checkpoints_that_do_not_fit(
 ) -> None:
     seen: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr("vimcore.training.run.check", lambda *given: seen.extend(copy.deepcopy(given)))
+        patch.setattr("vimcore.train.run.check", lambda *given: seen.extend(copy.deepcopy(given)))
         assert main(["train", "--resume", str(run)]) == 0
     path, saved, expected = seen
     assert path == run / "checkpoint.pt"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from train_helpers import ONCE, SMALL, folder, log
 from vimcore.cli import main
-from vimcore.training.data import open_images, passed_over, training_and_validation
-from vimcore.training.lists import read_list
+from vimcore.data.classes import open_images, passed_over, training_and_validation
+from vimcore.data.lists import read_list
 
 # ---- folders -----------------------------------------------------------------------------------------------
 

@@ -21,8 +21,8 @@ import vimcore
 from train_helpers import ONCE, SMALL, environment, folder, log
 from vimcore import _core
 from vimcore.cli import main
-from vimcore.training.checkpoint import read_checkpoint
-from vimcore.training.loop import Loop
+from vimcore.train.checkpoint import read_checkpoint
+from vimcore.train.loop import Loop
 
 # Everything that draws at random, and everything that has a state.
 WILD = [

@@ -11,11 +11,11 @@ import torch
 import vimcore
 from train_helpers import ONCE, SMALL, folder, log, stopped
 from vimcore.cli import main
-from vimcore.train import fit
-from vimcore.training.presets import PRESETS, recipe
-from vimcore.training.schedule import Schedule, described, peak_lr, warnings
-from vimcore.training.settings import Settings, read_toml
-from vimcore.training.warmup import bounded
+from vimcore.tasks.settings import Settings, read_toml
+from vimcore.train.in_memory import fit
+from vimcore.train.presets import PRESETS, recipe
+from vimcore.train.schedule import Schedule, described, peak_lr, warnings
+from vimcore.train.warmup import bounded
 
 PUBLISHED = [name for name in PRESETS if name.endswith(("-paper", "-released"))]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 import vimcore
 from vimcore.cli import main
-from vimcore.training.loop import parameter_groups
-from vimcore.training.network import build
-from vimcore.training.presets import PRESETS
-from vimcore.training.schedule import Schedule, peak_lr
-from vimcore.training.settings import Settings, read_toml
+from vimcore.tasks.settings import Settings, read_toml
+from vimcore.train.loop import parameter_groups
+from vimcore.train.network import build
+from vimcore.train.presets import PRESETS
+from vimcore.train.schedule import Schedule, peak_lr
 
 
 def preset(name: str, **changes: Any) -> Settings:

@@ -17,9 +17,9 @@ import pytest
 import torch
 from train_helpers import ONCE, SMALL, folder, log
 from vimcore.cli import main
-from vimcore.training import stopping
-from vimcore.training.data import Training, Validation
-from vimcore.training.stopping import Signals, Stuck, signals
+from vimcore.data.classes import Training, Validation
+from vimcore.train import signals as stopping
+from vimcore.train.signals import Signals, Stuck, signals
 
 RESUME = "go on with: vimcore train --resume "
 
@@ -146,7 +146,7 @@ def test_a_set_up_that_does_not_end(
         marker.touch()
         time.sleep(60)
 
-    monkeypatch.setattr("vimcore.training.run.training_and_validation", stuck)
+    monkeypatch.setattr("vimcore.train.run.training_and_validation", stuck)
     signalling(marker, signal.SIGTERM, apart=0)
     assert main(["train", *arguments, "--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
     assert (

@@ -20,11 +20,11 @@ import torch
 import vimcore
 from vim_infer import run as vim_infer
 from vimcore import _core
-from vimcore.checkpoints import read_checkpoint
 from vimcore.cli import main
-from vimcore.convert import convert
 from vimcore.io import load_checkpoint
-from vimcore.wrappers import plain_names
+from vimcore.weights.checkpoints import read_checkpoint
+from vimcore.weights.convert import convert
+from vimcore.weights.wrappers import plain_names
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_classes": 5}
 State = dict[str, torch.Tensor]
@@ -352,8 +352,8 @@ def test_whole_networks_are_no_weights(tmp_path: Path) -> None:
 
 def test_training_starts_from_wrapped_weights(tmp_path: Path) -> None:
     pytest.importorskip("timm")
-    from vimcore.training.network import build
-    from vimcore.training.settings import Settings
+    from vimcore.tasks.settings import Settings
+    from vimcore.train.network import build
 
     source = small()
     torch.save({"state_dict": state_of(source, "module.")}, tmp_path / "a.pth")

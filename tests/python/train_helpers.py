@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from vimcore.cli import main
-from vimcore.data import encode_png, load_digits
-from vimcore.demo import picture
-from vimcore.training.loop import Loop
+from vimcore.data.digits import encode_png, load_digits
+from vimcore.tools.demo import picture
+from vimcore.train.loop import Loop
 
 SMALL = ["--img-size", "16", "--patch-size", "8", "--embed-dim", "16", "--depth", "2", "--batch-size", "8"]
 ONCE = ["--repeats", "1", "--mixup", "0", "--cutmix", "0", "--workers", "0", "--threads", "1"]

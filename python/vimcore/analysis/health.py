@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes on inside a model, in numbers: ranges by layer, what is not finite, which precision does."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _core
+from ..autograd.tensors import describe
+from ..data.picture_files import find_images, read_file
+from ..data.pictures import network_input
+from ..io import load_model
+from ..nn.plain import Plain
+from ..nn.vision_mamba import VisionMamba
+from ..weights.metadata import rescaled_preprocess, unpack
+
+Range = tuple[float, float]  # smallest and largest value, NaN where there was one
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+ACTIVATIONS = ("norm", "mixer.xz", "mixer.u", "mixer.u_b", "mixer.q", "mixer.q_b", "mixer.y", "mixer.out")
+TOLERANCE = 0.05  # relative change of the outputs that a precision may bring
+HEADROOM = 8  # factor that must be left below the largest float16: other images, later steps
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer; None for what was not reached.
+
+    Attributes:
+        delta, A_delta, state: of both directions together.
+        residual: what enters the layer.
+        activation, largest: the activation with the largest magnitude, and its name in `Health.ranges`.
+    """
+
+    index: int
+    delta: Range | None
+    A_delta: Range | None
+    state: Range | None
+    residual: Range
+    activation: Range | None
+    largest: str | None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The same images with activations rounded to a 16-bit type, as on CUDA under autocast.
+
+    Attributes:
+        error: relative change of the outputs against no rounding (norms over the batch); NaN: not finite.
+        same_top1: images whose most probable class stayed, of how many; None without classes.
+        overflow: first tensor that is not finite, by name.
+    """
+
+    error: float
+    same_top1: tuple[int, int] | None
+    overflow: str | None
+
+
+@dataclass(frozen=True)
+class Health:
+    """What `health` found; `str()` is a table, `to_dict()` what JSON holds.
+
+    Attributes:
+        images: how many were looked at.
+        layers: one entry for each layer that was reached.
+        ranges: (smallest, largest) of every tensor by name, parameters under their state-dict keys, in the
+            order of computation, up to the first that is not finite.
+        first_nonfinite: its name; None: all is finite.
+        precisions: what "bfloat16" and "float16" would change; empty where something is not finite.
+        precision, reason: the one advised for activations, and why.
+    """
+
+    images: int
+    layers: list[Layer]
+    ranges: dict[str, Range]
+    first_nonfinite: str | None
+    precisions: dict[str, Precision]
+    precision: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and dictionaries; values that are not finite as strings."""
+        plain: dict[str, Any] = _jsonable(asdict(self))
+        return plain
+
+    def __str__(self) -> str:
+        rows = [["layer", "dt", "A dt", "|state|", "|residual|", "|activation|", "in"]]
+        for layer in self.layers:
+            sizes = [_size(r) for r in (layer.state, layer.residual, layer.activation)]
+            at = (layer.largest or "-").removeprefix(f"layers.{layer.index}.").removeprefix("mixer.")
+            rows.append([str(layer.index), _span(layer.delta), _span(layer.A_delta), *sizes, at])
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+        bad = self.first_nonfinite
+        lines.append(f"not finite: first {bad}" if bad else "everything is finite")
+        for name, found in self.precisions.items():
+            lines.append(f"{name}: {_sentence(found)}")
+        return "\n".join([*lines, f"advised: {self.precision}; {self.reason}"])
+
+
+def health(model: VisionMamba, images: Tensor) -> Health:
+    """Looks inside a model: where a loss that is not finite comes from, and which precision the model bears.
+
+    The network is computed in plain torch operations on the model's parameters, in their type and on their
+    device, as in eval mode; the model is not changed. Then once more for each 16-bit type, with activations
+    and weights of linear maps rounded as on CUDA under autocast (time steps, states, residual and norm
+    statistics stay wide there). Gradients are not looked at. Takes seconds: a few images are enough.
+
+    Args:
+        images: (B, C, H, W) as the model takes them, at least one.
+
+    Raises:
+        TypeError: the model is no VisionMamba.
+        ValueError: shape, type or device of the images do not fit.
+    """
+    for wrapped in ("module", "_orig_mod"):  # DistributedDataParallel and averages; torch.compile
+        model = getattr(model, wrapped, model)
+    if not isinstance(model, VisionMamba):
+        raise TypeError(f"[health] model: expected a VisionMamba, got {type(model).__name__}")
+    like = model.norm_f.weight
+    images = images.detach() if isinstance(images, Tensor) else images
+    with torch.autocast(like.device.type, enabled=False):
+        images = model._checked(images, like)
+        if not len(images):
+            raise ValueError(f"[health] images: expected at least one, got {describe(images)}")
+        images = images.to(like.dtype)
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)  # thousands of small operations: more threads mostly wait for each other
+            ranges, outputs = _look(model, images)
+            bad = next((name for name, r in ranges.items() if not _finite(r)), None)
+            precisions = {}
+            if bad is None:
+                precisions = {name: _compare(model, images, outputs, t) for name, t in PRECISIONS.items()}
+        finally:
+            torch.set_num_threads(threads)
+    layers = _layers(ranges, int(model.config["depth"]))
+    largest = max((_magnitude(layer.activation) for layer in layers), default=0.0)
+    return Health(len(images), layers, ranges, bad, precisions, *_advice(bad, largest, precisions))
+
+
+def health_of_file(
+    weights: str, pictures: Sequence[str], count: int, passed_over: Counter[str] | None = None
+) -> Health:
+    """`health` of a vimcore file on the first `count` pictures (files or folders); on noise without any.
+
+    Args:
+        passed_over: counts files of folders that are no pictures, by suffix, in what was walked.
+    """
+    model = load_model(weights)
+    channels, (height, width) = model.config["in_chans"], model.config["img_size"]
+    if not pictures:
+        noise = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(0))
+        return health(model, noise)
+    preprocess = unpack(_core.safetensors_header(weights)[1], weights)[2]
+    if preprocess is None:
+        raise ValueError(f"{weights}: no preprocessing, so nothing that a picture could fill")
+    preprocess = rescaled_preprocess(preprocess, (height, width))
+    inputs = []
+    for path in itertools.islice(find_images(pictures, passed_over), count):
+        inputs.append(network_input(read_file(path), path, json.dumps(preprocess)))
+    if not inputs:
+        raise ValueError("no pictures found (JPEG, PNG, PPM, PGM)")
+    return health(model, torch.from_numpy(np.stack(inputs)))
+
+
+class _Stop(Exception):
+    """Something is not finite; what follows from it tells nothing."""
+
+
+def _look(
+    model: VisionMamba, images: Tensor, store: torch.dtype | None = None
+) -> tuple[dict[str, Range], Tensor | None]:
+    """Ranges by name, up to the first that is not finite; the outputs, None where that happened."""
+    ranges: dict[str, Range] = {}
+
+    def observe(name: str, x: Tensor) -> None:
+        low, high = (float(v) for v in x.aminmax())
+        before = ranges.get(name, (low, high))
+        ranges[name] = (min(before[0], low), max(before[1], high)) if _finite((low, high)) else (low, high)
+        if not _finite(ranges[name]):
+            raise _Stop
+
+    try:
+        with torch.no_grad():
+            tokens = Plain(model, observe, store).tokens(images)
+            for name, parameter in model.head.named_parameters(prefix="head"):
+                observe(name, parameter)
+            outputs = VisionMamba.forward_head(model, tokens)  # not a subclass's, which may drop
+            observe("logits" if model.num_classes else "features", outputs)
+    except _Stop:
+        return ranges, None
+    return ranges, outputs
+
+
+def _compare(model: VisionMamba, images: Tensor, wanted: Tensor | None, dtype: torch.dtype) -> Precision:
+    assert wanted is not None
+    ranges, found = _look(model, images, dtype)
+    if found is None:
+        return Precision(math.nan, None, next(reversed(ranges)))
+    error = float((found - wanted).double().norm() / wanted.double().norm().clamp_min(1e-300))
+    same = None
+    if found.ndim == 2 and model.num_classes > 1:
+        same = int((found.argmax(1) == wanted.argmax(1)).sum()), len(found)
+    return Precision(error, same, None)
+
+
+def _advice(bad: str | None, largest: float, found: dict[str, Precision]) -> tuple[str, str]:
+    """The precision advised for activations, and the reason."""
+    if bad is not None:
+        return "float32", f"{bad} is not finite already in full precision: find the cause there first"
+    bf16, fp16 = found["bfloat16"], found["float16"]
+    if bf16.error <= TOLERANCE:
+        return "bfloat16", f"it has the range of float32, and {_sentence(bf16)}"
+    room = torch.finfo(torch.float16).max / max(largest, 1e-30)
+    if fp16.error <= TOLERANCE and room >= HEADROOM:
+        return (
+            "float16",
+            f"{_sentence(fp16)}, with a factor of {room:.0f} left; in training with a GradScaler",
+        )
+    if fp16.overflow is None and fp16.error <= TOLERANCE:
+        why = f"float16 leaves a factor of only {room:.2g} below overflow"
+    else:
+        why = f"with float16 {_sentence(fp16)}"
+    return "float32", f"with bfloat16 {_sentence(bf16)}; {why}"
+
+
+def _sentence(found: Precision) -> str:
+    if found.overflow is not None:
+        return f"{found.overflow} overflows"
+    text = f"the outputs change by {100 * found.error:.2g} %"
+    if found.same_top1 is not None:
+        text += ", top-1 stays for {} of {} images".format(*found.same_top1)
+    return text
+
+
+def _layers(ranges: dict[str, Range], depth: int) -> list[Layer]:
+    """The layers that were reached; the last of them maybe in part."""
+    layers = []
+    for i in range(depth):
+        prefix = f"layers.{i}."
+        if prefix + "residual" not in ranges:
+            break
+        both = {
+            name: _joined([ranges[k] for s in ("", "_b") if (k := f"{prefix}mixer.{name}{s}") in ranges])
+            for name in ("delta", "A_delta", "state")
+        }
+        names = [prefix + name for name in ACTIVATIONS if prefix + name in ranges]
+        largest = max(names, key=lambda name: _magnitude(ranges[name]), default=None)
+        activation = None if largest is None else ranges[largest]
+        layers.append(
+            Layer(i, **both, residual=ranges[prefix + "residual"], activation=activation, largest=largest)
+        )
+    return layers
+
+
+def _joined(ranges: Sequence[Range]) -> Range | None:
+    """One range for all, the one that is not finite if there is one; None: there is none."""
+    bad = [r for r in ranges if not _finite(r)]
+    if bad or not ranges:
+        return bad[0] if bad else None
+    return min(r[0] for r in ranges), max(r[1] for r in ranges)
+
+
+def _finite(r: Range) -> bool:
+    return math.isfinite(r[0]) and math.isfinite(r[1])
+
+
+def _magnitude(r: Range | None) -> float:
+    """Largest absolute value; infinite where it is not a number."""
+    if r is None:
+        return 0.0
+    return max(abs(r[0]), abs(r[1])) if _finite(r) else math.inf
+
+
+def _span(r: Range | None) -> str:
+    return "-" if r is None else f"{r[0]:.3g} .. {r[1]:.3g}"
+
+
+def _size(r: Range | None) -> str:
+    return "-" if r is None else f"{_magnitude(r):.3g}"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

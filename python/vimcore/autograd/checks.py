@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may not reach the kernels: they take addresses, so a tensor has to be its memory, here and now."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def refuse_tracing(op: str) -> None:
+    """RuntimeError while torch records operators: the result would be written down as a constant."""
+    keys = torch._C._TorchDispatchModeKey  # modes of torch's own that record or imitate what runs
+    if torch.jit.is_tracing():
+        what = "torch.jit.trace and torch.onnx.export(dynamo=False)"
+    elif (
+        torch._C._get_dispatch_mode(keys.FAKE) is not None
+        or torch._C._get_dispatch_mode(keys.PROXY) is not None
+        or torch._C._get_dispatch_mode(keys.FUNCTIONAL) is not None
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+    ):
+        what = "torch.export, torch.onnx.export and make_fx"
+    else:
+        return
+    raise RuntimeError(tracing_refusal(op, what))
+
+
+def tracing_refusal(op: str, what: str) -> str:
+    """The message for what records operators."""
+    return (
+        f"[{op}] {what} cannot follow the C++ core of vimcore, whose result would be recorded as a constant; "
+        "to run a network elsewhere save it (model.save) for vimcore.Runtime, vim-infer or the C++ library"
+    )
+
+
+def refuse_wrapped(op: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """TypeError for the first tensor whose shape says something else than its memory."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    dual = forward_ad._current_level >= 0
+    if not transformed and not dual and set(map(type, tensors)) <= _PLAIN:
+        return
+    for name, tensor in zip(names, tensors):
+        if not isinstance(tensor, Tensor):
+            given = "none" if tensor is None else type(tensor).__name__
+            found = f"{given}: put the parameter back, or build a network without it"
+        elif transformed and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            found = (
+                "one of torch.func (vmap, grad, jvp, functionalize), which vimcore does not follow: give the "
+                "network a batch, and differentiate with torch.autograd"
+            )
+        elif dual and forward_ad.unpack_dual(tensor).tangent is not None:
+            found = (
+                "a dual tensor of forward-mode differentiation, which vimcore does not follow: "
+                "differentiate with torch.autograd.grad or backward()"
+            )
+        elif type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+            continue  # plain, or a subclass that adds methods to its memory
+        elif type(tensor).__name__ == "DTensor":
+            found = (
+                "a DTensor, of which each process holds a part: shard the network as a whole "
+                "(fully_shard(model), not its layers), or take DistributedDataParallel"
+            )
+        else:
+            kind = type(tensor)
+            found = (
+                f"a {kind.__module__}.{kind.__qualname__}, whose memory is not what its shape says: "
+                "give plain tensors (dequantized where it is quantized)"
+            )
+        raise TypeError(f"[{op}] {name}: expected a plain tensor, got {found}")
+
+
+def refuse_layout(op: str, name: str, tensor: Tensor) -> None:
+    """TypeError for a tensor that is no dense array, or whose memory was freed."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "a nested one" if tensor.is_nested else f"one of {tensor.layout}"
+        raise TypeError(
+            f"[{op}] {name}: expected a dense tensor, got {kind}: to_dense() or padding makes one"
+        )
+    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+        raise TypeError(f"[{op}] {name}: expected a tensor with its memory, which was freed (resize_(0))")
+
+
+def refuse_batched(gradients: Sequence[Tensor | None]) -> None:
+    """TypeError for gradients that stand for many: backward computes one at a time."""
+    if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients):
+        raise TypeError(
+            "vimcore: backward takes one gradient at a time, got a batch of them (is_grads_batched=True, "
+            "jacobian(vectorize=True)): leave these options at False"
+        )
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes gradients on; differentiating them, by whatever they were computed from, is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("vimcore: second derivatives are not available (backward through a gradient)")
+
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def once_differentiable(backward: Backward) -> Backward:
+    """For the backward of a Function: its results may not be differentiated again.
+
+    Unlike torch's decorator it also says so where the incoming gradient is a constant. The error stands
+    between the results and what they depend on, as far as it was saved: every argument, or an output. Without
+    a path torch takes second derivatives for zero.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_batched(gradients)
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        present = [t for t in results if t is not None]
+        if not torch.is_grad_enabled() or not present:
+            return results
+        sources = [t for t in (*gradients, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        anchor = torch.empty(0, requires_grad=True)
+        guarded = iter(_NoSecondDerivative.apply(len(present), *present, anchor, *sources))
+        return tuple(None if t is None else next(guarded) for t in results)
+
+    return wrapper

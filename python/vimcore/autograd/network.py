@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole network as one node of autograd's graph, and the weights it is bound to."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from .. import _core
+from .checks import once_differentiable, refuse_layout
+from .draws import Draws
+from .tensors import aligned, describe, exported, place
+
+
+class Request(NamedTuple):
+    """What one call of the network computes."""
+
+    kind: str  # "logits", "tokens" or "layers"
+    layers: tuple[int, ...] = ()
+    draws: Draws = Draws()
+    memory: str = "lean"
+
+
+class _Bound(NamedTuple):
+    places: tuple[list[int], list[torch.Size], list[Any]]  # addresses, shapes, strides that matter
+    held: list[Tensor]  # what the core's views point at
+    copies: list[int]  # of these parameters, which are not contiguous
+    weights: _core.Weights
+
+
+class Core:
+    """The C++ network of one architecture and the weights it was bound to last. Threads may share it."""
+
+    def __init__(self, config_json: str) -> None:
+        self.network = _core.Network(config_json)
+        self.names: list[str] = [name for name, _ in _core.param_shapes(config_json)]
+        config, facts = json.loads(config_json), _core.config_facts(config_json)
+        self.tokens: tuple[int, int] = (facts["tokens"], config["embed_dim"])
+        outputs = config["num_classes"] or config["embed_dim"]
+        per_token = config["class_token"] == "none" and config["pool"] == "all"
+        self.logits: tuple[int, ...] = (facts["tokens"], outputs) if per_token else (outputs,)
+        self._bound: _Bound | None = None
+        self._lock = threading.Lock()
+        self._parts: dict[tuple[str, tuple[int, ...]], list[bool]] = {}
+        self._layouts: dict[tuple[bool, ...], tuple[int, list[int], list[int]]] = {}
+
+    def weights(self, params: Sequence[Tensor], copy: bool = True) -> _core.Weights:
+        """The parameters, in the order of `names`, as the core sees them; bound again when they moved.
+
+        Args:
+            copy: whether copies of parameters that are not contiguous are brought up to date.
+        """
+        try:
+            contiguous = all(map(Tensor.is_contiguous, params))  # of hundreds of tensors, at every call
+            strides = [] if contiguous else list(map(Tensor.stride, params))
+            places = ([p.data_ptr() for p in params], list(map(Tensor.size, params)), strides)
+        except RuntimeError:
+            for name, p in zip(self.names, params):
+                refuse_layout("VisionMamba", name, p)
+            raise
+        with self._lock:
+            bound = self._bound
+            if bound is not None and bound.places == places:
+                if copy:
+                    for index in bound.copies:
+                        bound.held[index].copy_(params[index].detach())
+                return bound.weights
+            held = [p.detach() for p in params]
+            for name, p in zip(self.names, held):
+                if p.is_meta or p.device != held[0].device:
+                    device = "the cpu or cuda" if held[0].is_meta else held[0].device
+                    raise ValueError(
+                        f"[VisionMamba] {name}: expected a tensor on {device}, got {describe(p)}"
+                    )
+                if p.is_contiguous() and p.untyped_storage().nbytes() < p.nbytes:
+                    raise ValueError(
+                        f"[VisionMamba] {name}: {describe(p)} without its memory, which was freed or is "
+                        "sharded: call the wrapper (FSDP, say), not the network in it"
+                    )
+            held = [p.resolve_conj().resolve_neg().contiguous() for p in held]
+            copies = [i for i, p in enumerate(params) if held[i].data_ptr() != p.data_ptr()]
+            weights = self.network.bind([exported(p) for p in held])
+            self._bound = _Bound(places, held, copies, weights)
+            return weights
+
+    def run(
+        self,
+        request: Request,
+        images: Tensor,
+        params: Sequence[Tensor],
+        saved: _core.Saved | None,
+        constant: _core.Weights | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The outputs that `request` names, freshly allocated.
+
+        Args:
+            constant: what the parameters are bound to, if it is known that they did not change.
+        """
+        batch = images.shape[0]
+        where: dict[str, Any] = {}
+        if request.kind == "layers":
+            outputs = [images.new_empty((batch, *self.tokens)) for _ in request.layers]
+            where = {"layers": list(request.layers), "intermediates": [exported(y) for y in outputs]}
+        else:
+            shape = self.tokens if request.kind == "tokens" else self.logits
+            outputs = [images.new_empty((batch, *shape))]
+            where = {request.kind: exported(outputs[0])}
+        threads, stream, capturing = place(images)
+        weights = constant or self.weights(params)
+        if batch:
+            self.network.forward(
+                weights,
+                exported(images),
+                saved=saved,
+                threads=threads,
+                stream=stream,
+                capturing=capturing,
+                constant=constant is not None,
+                **where,
+                **request.draws.arguments(),
+            )
+        return tuple(outputs)
+
+    def taking_part(self, kind: str, layers: Sequence[int]) -> list[bool]:
+        """For every parameter whether these outputs depend on it."""
+        found = self._parts.get((kind, tuple(layers)))
+        if found is None:
+            found = [kind == "logits" or self._takes_part(name, kind, layers) for name in self.names]
+            self._parts[(kind, tuple(layers))] = found
+        return found
+
+    @staticmethod
+    def _takes_part(name: str, kind: str, layers: Sequence[int]) -> bool:
+        if name.startswith("head.") or (kind == "layers" and name.startswith("norm_f.")):
+            return False
+        return kind == "tokens" or not name.startswith("layers.") or int(name.split(".")[1]) <= max(layers)
+
+    def layout(self, params: Sequence[Tensor], wanted: tuple[bool, ...]) -> tuple[int, list[int], list[int]]:
+        """One buffer for the gradients of the wanted parameters.
+
+        Returns:
+            its length, the offset of every parameter (-1: not wanted), the padded sizes of the wanted ones.
+        """
+        found = self._layouts.get(wanted)
+        if found is None:
+            total, offsets, sizes = 0, [], []
+            for p, want in zip(params, wanted):
+                offsets.append(total if want else -1)
+                if want:
+                    sizes.append((p.numel() + 15) // 16 * 16)
+                    total += sizes[-1]
+            found = self._layouts[wanted] = (total, offsets, sizes)
+        return found
+
+
+class NetworkFunction(torch.autograd.Function):
+    """The whole network as one node of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        core: Core,
+        request: Request,
+        constant: _core.Weights | None,
+        images: Tensor,
+        *params: Tensor,
+    ) -> tuple[Tensor, ...]:
+        _, stream, capturing = place(images)
+        saved = core.network.saved(request.memory, stream, capturing)
+        outputs = core.run(request, images, params, saved, constant)
+        # The token is what was saved: autograd frees it with its other saved tensors, hooks may move it.
+        ctx.save_for_backward(from_dlpack(saved.token), images, *params)
+        ctx.set_materialize_grads(False)
+        ctx.core, ctx.request = core, request
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        core, request = ctx.core, ctx.request
+        wanted = ctx.needs_input_grad[4:]
+        nothing: tuple[Tensor | None, ...] = (None,) * (4 + len(wanted))
+        if all(g is None for g in gradients):
+            return nothing
+        token, images, *params = ctx.saved_tensors
+        dimages = torch.zeros_like(images) if ctx.needs_input_grad[3] else None
+        # named, so that they live until the call has queued its work
+        incoming = [None if g is None else g.contiguous() for g in gradients]
+        where: dict[str, Any] = {}
+        if request.kind == "layers":
+            pairs = [(i, exported(g)) for i, g in zip(request.layers, incoming) if g is not None]
+            where = {"layers": [i for i, _ in pairs], "dintermediates": [g for _, g in pairs]}
+        else:
+            where = {"dtokens" if request.kind == "tokens" else "dlogits": exported(incoming[0])}
+        part = core.taking_part(request.kind, where.get("layers", ()))
+        wanted = tuple([want and p for want, p in zip(wanted, part)])
+        total, offsets, sizes = core.layout(params, wanted)
+        flat = params[0].new_zeros(total)
+        if images.shape[0]:
+            threads, stream, capturing = place(images)
+            core.network.backward(
+                core.weights(params, copy=False),
+                exported(images),
+                exported(aligned(token)),
+                memory=request.memory,
+                gradients=exported(flat),
+                offsets=offsets,
+                dimages=exported(dimages),
+                threads=threads,
+                stream=stream,
+                capturing=capturing,
+                **where,
+                **request.draws.arguments(),
+            )
+        pieces = iter(flat.split(sizes))
+        dparams = [
+            next(pieces)[: p.numel()].view(p.shape) if want else None for p, want in zip(params, wanted)
+        ]
+        return (None, None, None, dimages, *dparams)

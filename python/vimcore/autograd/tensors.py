@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where torch tensors live, and what the extension must know to compute there.
+
+On CUDA a call is queued on torch's current stream of the tensor's device, and what it writes was allocated by
+torch: streams, lifetimes and `torch.cuda.graph` work as with torch's own operators. Before a capture, run the
+call once. What was captured, an inference or a training step, reads the weights anew in every replay; an
+inference captured within `constant_weights` keeps the casts that it found.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+NAMES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
+_CUDA = 2  # kDLCUDA
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether the tensor lies on a CUDA device."""
+    return tensor.device.type == "cuda"
+
+
+def exported(tensor: Tensor | None) -> Any:
+    """What the extension takes for a tensor. `Tensor.__dlpack__` would wait for, or mix, streams."""
+    if tensor is None:
+        return None
+    return to_dlpack(tensor.detach()) if on_cuda(tensor) else tensor.detach()
+
+
+def place(tensor: Tensor) -> tuple[int, int, bool]:
+    """threads, stream and capturing of a call whose output is `tensor`."""
+    if not on_cuda(tensor):
+        return torch.get_num_threads(), 0, False
+    stream = torch.cuda.current_stream(tensor.device)
+    with torch.cuda.device(tensor.device):
+        return 0, stream.cuda_stream, torch.cuda.is_current_stream_capturing()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type of parameters, residual and states beside activations of `dtype`."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def autocast_type(tensor: Tensor) -> torch.dtype | None:
+    """The type that autocast wants activations to have beside this parameter; None without autocast.
+
+    On the CPU the type of the parameter: there is no other arithmetic, which is said once.
+    """
+    if on_cuda(tensor):
+        return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    if not torch.is_autocast_enabled("cpu"):
+        return None
+    _say_wide()
+    return wide(tensor.dtype)
+
+
+@functools.cache
+def _say_wide() -> None:
+    warnings.warn(
+        "vimcore computes in the type of the parameters on the CPU: torch.autocast('cpu') changes nothing, "
+        "neither speed nor memory",
+        stacklevel=2,
+    )
+
+
+def from_device(value: Any) -> Any:
+    """A tensor on the memory of a CUDA array of another library (CuPy, ...); anything else as it is."""
+    if isinstance(value, Tensor) or not hasattr(type(value), "__dlpack_device__"):
+        return value
+    return torch.from_dlpack(value) if int(value.__dlpack_device__()[0]) == _CUDA else value
+
+
+def describe(value: Any) -> str:
+    """ "(2, 197, 192) f32 cpu" of a tensor; the type of anything else."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    dtype = NAMES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+    return f"{tuple(value.shape)} {dtype} {value.device}"
+
+
+def aligned(token: Tensor) -> Tensor:
+    """What was saved, where a saved-tensor hook brought it back to an odd address."""
+    return token.clone() if token.data_ptr() % 64 else token

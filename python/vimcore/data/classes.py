@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images with labels: folders, lists, the embedded digits; what cannot be read is skipped and counted."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .._core import Error
+from ..utils.files import listed, printable
+from .lists import LISTS, read_list
+from .picture_files import SUFFIXES, is_hidden, kind_of, passed_over_text, read_file, reason, walk
+from .pictures import decode
+from .sampling import Key, seed_all
+from .transforms import Transform, UnreadableError
+
+ARRAY = ".npy"
+VALIDATION_NAMES = ("val", "valid", "validation")
+GIVE_UP = 100  # images in a row that cannot be read
+
+
+@dataclass(frozen=True)
+class Images:
+    """Files, or pictures in memory (N, H, W, 3), with their classes.
+
+    Attributes:
+        labels: index into `classes` of each image.
+        passed_over: files that lay between them, by kind.
+    """
+
+    files: Sequence[str]
+    labels: NDArray[np.int64]
+    classes: list[str]
+    pixels: NDArray[np.uint8] | None = None
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def arrays(self) -> bool:
+        """Whether these are numpy files and not pictures."""
+        return bool(self.files) and _is_array(self.files[0])
+
+    def read(self, index: int) -> NDArray[Any]:
+        """(H, W, 3) uint8 of a picture, (C, H, W) of a numpy file.
+
+        Raises:
+            UnreadableError: it is missing, damaged, or no such array.
+        """
+        if self.pixels is not None:
+            return self.pixels[index]
+        name = self.files[index]
+        try:
+            if not _is_array(name):
+                return decode(read_file(name), "")
+            array = np.load(io.BytesIO(read_file(name, None)), allow_pickle=False)
+        except (Error, EOFError, OSError, ValueError, MemoryError) as error:
+            raise UnreadableError(reason(error)) from error
+        if not isinstance(array, np.ndarray) or array.ndim != 3:
+            shape = getattr(array, "shape", type(array).__name__)
+            raise UnreadableError(f"expected an array (C, H, W), got {shape}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UnreadableError("it holds values that are not finite")
+        return array
+
+    def part(self, index: NDArray[np.int64]) -> Images:
+        """Some of them."""
+        files = [self.files[i] for i in index] if self.files else []
+        pixels = None if self.pixels is None else self.pixels[index]
+        return replace(self, files=files, labels=self.labels[index], pixels=pixels)
+
+    def relabelled(self, classes: Sequence[str]) -> Images:
+        """The same images under a longer or reordered list of classes; ValueError names what is not in it."""
+        strange = sorted(set(self.classes) - set(classes))
+        if strange:
+            raise ValueError(
+                f"classes that the network does not have: {listed(strange)}; it has {listed(classes)}"
+            )
+        place = {name: i for i, name in enumerate(classes)}
+        to = np.array([place[name] for name in self.classes], np.int64)
+        return replace(self, labels=to[self.labels], classes=list(classes))
+
+    def fingerprint(self) -> str:
+        """Tells whether a run goes on with the images that it began with."""
+        found = hashlib.blake2b(np.ascontiguousarray(self.labels).tobytes(), digest_size=8)
+        names = "\n".join([*self.classes, *map(os.path.basename, self.files)])
+        found.update(names.encode(errors="surrogateescape"))
+        return found.hexdigest()
+
+
+@dataclass
+class Sample:
+    """Images of one batch, or one image: classes and places in the data set; place -1: could not be read."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    faults: dict[str, str] = field(default_factory=dict)
+
+
+class Training(Dataset[Sample]):
+    """Augmented images by (index, seed); one that cannot be read is replaced by the next one that can."""
+
+    def __init__(self, images: Images, transform: Transform) -> None:
+        self.images, self.transform = images, transform
+
+    def __getitem__(self, key: Key) -> Sample:
+        index, seed = key
+        faults: dict[str, str] = {}
+        for i in range(min(GIVE_UP, len(self.images))):
+            at = (index + i) % len(self.images)
+            seed_all(seed)
+            image = _attempt(self.images, at, self.transform, faults)
+            if image is not None:
+                return Sample(image, torch.tensor(int(self.images.labels[at])), torch.tensor(at), faults)
+        name, reason = next(reversed(faults.items()))
+        raise RuntimeError(f"{len(faults)} images in a row cannot be read, the last: {name}: {reason}")
+
+
+class Validation(Dataset[Sample]):
+    """Images by index; one that cannot be read is zeros with place -1."""
+
+    def __init__(self, images: Images, transform: Transform, shape: tuple[int, int, int]) -> None:
+        self.images, self.transform, self.shape = images, transform, shape
+
+    def __getitem__(self, index: int) -> Sample:
+        faults: dict[str, str] = {}
+        image = _attempt(self.images, index, self.transform, faults)
+        label = torch.tensor(int(self.images.labels[index]))
+        if image is None:
+            return Sample(torch.zeros(self.shape), label, torch.tensor(-1), faults)
+        return Sample(image, label, torch.tensor(index), faults)
+
+
+def _attempt(images: Images, index: int, transform: Transform, faults: dict[str, str]) -> Tensor | None:
+    """The image, or None and the reason among the faults."""
+    try:
+        return transform(images.read(index))
+    except UnreadableError as error:
+        faults[images.files[index] if images.files else f"image {index}"] = str(error)
+        return None
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """One batch of samples."""
+    faults = {name: reason for sample in samples for name, reason in sample.faults.items()}
+    return Sample(
+        torch.stack([sample.images for sample in samples]),
+        torch.stack([sample.labels for sample in samples]),
+        torch.stack([sample.indices for sample in samples]),
+        faults,
+    )
+
+
+# ---- where images come from --------------------------------------------------------------------------------
+
+
+def _is_array(name: str) -> bool:
+    return name.lower().endswith(ARRAY)
+
+
+def open_images(path: str) -> Images:
+    """The images of a folder of class folders, a CSV or TSV list of paths and labels, or "digits".
+
+    Raises:
+        ValueError, OSError: there are none, or kinds are mixed.
+    """
+    if path == "digits":
+        return _digits()
+    is_list = path.lower().endswith(LISTS)
+    found = _of_list(path) if is_list else _folder(path)
+    if not len(found):
+        if is_list:
+            raise ValueError(f"{path}: no rows below the columns' names, so no images")
+        raise ValueError(
+            f"{path}: no images in class folders (JPEG, PNG, PPM, PGM, .npy)"
+            + (f"; {passed_over_text(found.passed_over)}" if found.passed_over else "")
+        )
+    if len({_is_array(name) for name in found.files}) > 1:
+        raise ValueError(f"{path}: expected pictures or .npy files, found both")
+    for name in found.classes:
+        if printable(name) != name:
+            raise ValueError(f"{path}: the name of class {printable(name)} is not UTF-8: rename its folder")
+    return found
+
+
+def training_and_validation(data: str, val: str | None, fraction: float) -> tuple[Images, Images, str]:
+    """Images to learn from, images to validate on, and a sentence about where these come from."""
+    if os.path.isdir(os.path.join(data, "train")):
+        beside = [os.path.join(data, name) for name in VALIDATION_NAMES]
+        val = val or next((name for name in beside if os.path.isdir(name)), None)
+        data = os.path.join(data, "train")
+    train = open_images(data)
+    if val is not None:
+        valid = open_images(val)
+        try:
+            return train, valid.relabelled(train.classes), f"validated on {val}"
+        except ValueError as error:
+            raise ValueError(f"{val}: {error}") from None
+    if data == "digits":
+        from .digits import split_digits
+
+        learn, held_out = split_digits(train.labels)
+        return train.part(learn), train.part(held_out), "validated on the held-out fifth"
+    held = np.zeros(len(train), bool)
+    for label in range(len(train.classes)):  # spread evenly over the files of each class: no draw is needed
+        of_class = np.flatnonzero(train.labels == label)
+        count = round(len(of_class) * fraction)
+        held[of_class[((np.arange(count) + 0.5) * len(of_class) / max(count, 1)).astype(int)]] = True
+    if not held.any() or held.all():
+        raise ValueError(
+            f"{data}: val_fraction={fraction} holds out {int(held.sum())} of {len(train)} images"
+        )
+    text = f"validated on every {round(1 / fraction)}th image of each class, held out of {data}"
+    return train.part(np.flatnonzero(~held)), train.part(np.flatnonzero(held)), text
+
+
+def passed_over(*images: Images) -> dict[str, int]:
+    """What was passed over in all of them, by kind; parts of the same folder count once."""
+    total = Counter[str]()
+    for counts in {id(part.passed_over): part.passed_over for part in images}.values():
+        total.update(counts)
+    return dict(sorted(total.items()))
+
+
+def _folder(path: str) -> Images:
+    """Class folders, images at any depth below them."""
+    with os.scandir(path) as entries:
+        folders = {entry.name: entry.is_dir() for entry in entries if not is_hidden(entry.name)}
+    classes = sorted(name for name, is_folder in folders.items() if is_folder)
+    outside = Counter(kind_of(name) for name, is_folder in folders.items() if not is_folder)
+    passed_over = Counter({f"{kind} outside class folders": count for kind, count in outside.items()})
+    files: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        files += walk(os.path.join(path, name), (*SUFFIXES, ARRAY), passed_over)
+        labels += [label] * (len(files) - len(labels))
+    empty = [name for i, name in enumerate(classes) if i not in set(labels)]
+    if files and empty:
+        raise ValueError(f"{path}: class folders without images: {listed(empty)}")
+    return Images(files, np.array(labels, np.int64), classes, passed_over=passed_over)
+
+
+def _of_list(path: str) -> Images:
+    """A list of paths, relative to it, and labels."""
+    rows = read_list(path)
+    names = {label for _, label in rows}
+    classes = sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    place = {name: i for i, name in enumerate(classes)}
+    folder = os.path.dirname(path)
+    files = [os.path.join(folder, name) for name, _ in rows]
+    return Images(files, np.array([place[label] for _, label in rows], np.int64), classes)
+
+
+def _digits() -> Images:
+    """The embedded digits as pictures of 32 x 32."""
+    from ..tools.demo import picture
+    from .digits import load_digits
+
+    digits, labels = load_digits()
+    pixels = np.stack([np.repeat(picture(digit)[:, :, None], 3, 2) for digit in digits])
+    return Images([], labels, [str(digit) for digit in range(10)], pixels)

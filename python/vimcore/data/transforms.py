@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From decoded images to the network's input: for training by timm and torchvision, else by the core."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data import auto_augment
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms_factory import transforms_imagenet_train
+from torch import Tensor
+from torchvision.transforms import v2
+
+from .. import _core
+from ..tasks.settings import Settings
+from ..weights.metadata import IMAGENET_MEAN, IMAGENET_STD
+
+Transform = Callable[[NDArray[Any]], Tensor]
+_FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0}
+
+
+class UnreadableError(ValueError):
+    """An image that is damaged or of a kind that the network does not take."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """What the network takes: (channels, height, width), and the statistics of values from 0 to 1."""
+
+    channels: int
+    size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    resize: int  # short side before the central crop of validation
+
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        """As the weights file stores it."""
+        return {
+            "resize": self.resize,
+            "crop": list(self.size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": "bicubic",
+        }
+
+
+def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation of pictures; None for images that are none."""
+    if channels not in (1, 3):
+        return None
+    return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
+
+
+def scaled(array: NDArray[Any]) -> Tensor:
+    """(C, H, W) float32 of an array file: integers from 0 to 1, floating point as it is."""
+    if array.dtype.name not in _FULL_SCALE and array.dtype.kind != "f":
+        raise UnreadableError(f"expected uint8, uint16 or floating point, got {array.dtype}")
+    values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return values / _FULL_SCALE.get(array.dtype.name, 1.0)
+
+
+def picture_eval(of: Input) -> Transform:
+    """(H, W, 3) uint8 to (C, h, w), exactly as `vimcore predict` and `vim-infer` do it."""
+    return partial(_core_input, json.dumps(of.preprocess))
+
+
+def _core_input(options: str, pixels: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(_core.preprocess_pixels(np.ascontiguousarray(pixels), options))
+
+
+def picture_train(of: Input, settings: Settings) -> Transform:
+    """(H, W, 3) uint8 to (C, h, w): random crop, flip, RandAugment or colour jitter, erasing."""
+    crop, _, final = transforms_imagenet_train(
+        img_size=of.size,
+        scale=(settings.crop_scale[0], settings.crop_scale[1]),
+        ratio=(settings.crop_ratio[0], settings.crop_ratio[1]),
+        hflip=settings.hflip,
+        interpolation="bicubic",
+        mean=tuple(of.mean) * (3 // of.channels),
+        std=tuple(of.std) * (3 // of.channels),
+        re_prob=settings.random_erase if of.channels == 3 else 0.0,
+        re_mode="pixel",
+        separate=True,
+    )
+    colours = _colours(of, settings)
+    if of.channels == 3:
+        return partial(_through, Image.fromarray, v2.Compose([crop, colours, final]))
+    grey = [v2.Grayscale(1), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    last = [v2.Normalize(list(of.mean), list(of.std)), v2.ToPureTensor(), *_erasing(settings)]
+    return partial(_through, Image.fromarray, v2.Compose([crop, colours, *grey, *last]))
+
+
+def _colours(of: Input, settings: Settings) -> Any:
+    """RandAugment, or colour jitter where there is none of it."""
+    if not settings.rand_augment:
+        strength = settings.color_jitter
+        return v2.ColorJitter(strength, strength, strength)
+    fill = tuple(min(255, round(255 * value)) for value in of.mean) * (3 // of.channels)
+    hints = {
+        "translate_const": int(min(of.size) * 0.45),
+        "img_mean": fill,
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        augment = auto_augment.rand_augment_transform(settings.rand_augment, hints)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"rand_augment: timm does not take {settings.rand_augment!r}: {error}") from None
+    for operation in augment.ops:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+    return augment
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, with the black picture that 0 bits used to give; recent versions of Pillow refuse them."""
+    return auto_augment.posterize(image, bits) if bits else image.point(lambda value: 0)
+
+
+def _through(
+    first: Callable[[NDArray[Any]], Any], steps: Callable[[Any], Tensor], image: NDArray[Any]
+) -> Tensor:
+    return steps(first(image))  # no lambda: loader processes may have to be sent it
+
+
+def array_eval(of: Input) -> Transform:
+    """(C, H, W) of any type to (C, h, w): resize, central crop."""
+    steps = v2.Compose(
+        [
+            v2.Resize(of.resize, v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.CenterCrop(list(of.size)),
+            v2.Normalize(list(of.mean), list(of.std)),
+        ]
+    )
+    return partial(_through, partial(_of_channels, of.channels), steps)
+
+
+def array_train(of: Input, settings: Settings) -> Transform:
+    """(C, H, W) of any type to (C, h, w): random crop, flip, erasing; colours mean nothing here."""
+    steps = v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                list(of.size),
+                (settings.crop_scale[0], settings.crop_scale[1]),
+                (settings.crop_ratio[0], settings.crop_ratio[1]),
+                v2.InterpolationMode.BICUBIC,
+                antialias=True,
+            ),
+            v2.RandomHorizontalFlip(settings.hflip),
+            v2.Normalize(list(of.mean), list(of.std)),
+            *_erasing(settings),
+        ]
+    )
+    return partial(_through, partial(_of_channels, of.channels), steps)
+
+
+def _of_channels(channels: int, array: NDArray[Any]) -> Tensor:
+    if array.shape[0] != channels:
+        raise UnreadableError(f"expected {channels} channels (C, H, W), got {array.shape}")
+    return scaled(array)
+
+
+def _erasing(settings: Settings) -> list[Any]:
+    return [RandomErasing(settings.random_erase, mode="pixel", device="cpu")] if settings.random_erase else []

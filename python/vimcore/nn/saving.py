@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network's weights to and from files: vimcore's own, and the authors' checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from .. import _core
+from ..config import patch_grid
+from ..positions import fit_table, rope_tables
+from ..utils.arguments import integer, sides
+from ..utils.files import listed
+from ..weights.checkpoints import read_checkpoint, tensor
+from ..weights.metadata import CONFIG_KEY, check_labels, default_preprocess, pack, unpack
+from ..weights.wrappers import ROPE_TABLES
+from .base import NetworkBase
+from .state import computed, described, parametrised, tensors_to_save
+
+Network = TypeVar("Network", bound=NetworkBase)
+Path = str | os.PathLike[str]
+
+
+def save(
+    model: NetworkBase,
+    path: Path,
+    labels: Sequence[str] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes weights, architecture, labels and preprocessing to one safetensors file, all or nothing.
+
+    See `VisionMamba.save` for what becomes of other modules and parametrised weights.
+
+    Args:
+        labels: one name for each class.
+        preprocess: mean, std, resize, crop, interpolation; default: ImageNet evaluation at the model's image
+            size. Networks with neither 1 nor 3 channels have none.
+
+    Raises:
+        ValueError: the file could not describe the network, or labels or preprocessing do not fit.
+    """
+    config = dict(model.config)
+    if not isinstance(model.head, torch.nn.Linear | torch.nn.Identity):  # of a derived class: as it was told
+        config["num_classes"] = model._config["num_classes"]
+    config_json = _core.config_normalize(json.dumps(config))
+    names = None if labels is None else check_labels(labels, int(config["num_classes"]))
+    if preprocess is None:
+        preprocess = default_preprocess(config)
+    metadata = pack(config_json, names, preprocess)
+    _core.write_safetensors(path, tensors_to_save(model, _core.param_shapes(config_json)), metadata)
+
+
+def load_as(
+    kind: type[Network],
+    path: Path,
+    img_size: int | tuple[int, int] | None = None,
+    device: str | torch.device = "cpu",
+    stride: int | None = None,
+) -> Network:
+    """As `load_model`, of `VisionMamba` or of a class derived from it, whose own tensors the file holds.
+
+    Raises:
+        TypeError: the constructor of `kind` takes other arguments than `VisionMamba`.
+    """
+    name = os.fsdecode(path)
+    # The header's sizes against its tensors, before anything of these sizes is made.
+    metadata, _ = _core.check_file(path, not described(kind))
+    config, _, _ = unpack(metadata, path)
+    stored = dict(config)
+    if img_size is not None:
+        config["img_size"] = sides("[VisionMamba] img_size", img_size)
+    if stride is not None:
+        config["stride"] = integer("[VisionMamba] stride", stride)
+    model = kind._of_config(config)
+    state = {key: tensor(value) for key, value in _core.read_safetensors(path)[0].items()}
+    fill(model, state, name, old_grid=patch_grid(stored))
+    return model.eval().to(device)
+
+
+def load_checkpoint(
+    model: NetworkBase,
+    path: Path,
+    *,
+    weights: str = "model",
+    pos_embed: str = "correct",
+    head: str = "strict",
+    pos_grid: tuple[int, int] | None = None,
+) -> None:
+    """Loads the authors' weights, ``.pth`` or ``.safetensors``: every key counts, all or nothing.
+
+    What training programs wrap around weights is taken off: keys such as state_dict and state_dict_ema,
+    prefixes such as ``module.``, ``_orig_mod.`` and ``backbone.``.
+
+    Args:
+        weights: "model", or "ema" for the averaged weights of a training checkpoint.
+        pos_embed: "correct" or "authors", see :func:`resize_pos_embed`; only matters when the grids differ.
+        head: "skip" leaves the model's classification head as it is, and that of the file aside.
+        pos_grid: (rows, columns) of the file's position table where it is not square.
+
+    Raises:
+        ValueError: names missing, unexpected and misshapen keys (12 at most), or says what the file is
+            instead of weights; the model is unchanged then.
+    """
+    if head not in ("strict", "skip"):
+        raise ValueError(f"head: expected 'strict' or 'skip', got {head!r}")
+    if pos_embed not in ("correct", "authors"):
+        raise ValueError(f"pos_embed: expected 'correct' or 'authors', got {pos_embed!r}")
+    name = os.fsdecode(path)
+    state, metadata, _ = read_checkpoint(name, weights)
+    if pos_grid is None and CONFIG_KEY in metadata:
+        pos_grid = patch_grid(unpack(metadata, name)[0])
+    fill(model, state, name, old_grid=pos_grid, way=pos_embed, skip_head=head == "skip")
+
+
+def fill(
+    model: NetworkBase,
+    state: Mapping[str, torch.Tensor],
+    path: str,
+    *,
+    old_grid: tuple[int, int] | None = None,
+    way: str = "correct",
+    skip_head: bool = False,
+) -> None:
+    """Copies ``state`` into the model's parameters after every key and shape has been found right."""
+    config = dict(model.config)
+
+    def counts(name: str) -> bool:
+        return name not in ROPE_TABLES and not (skip_head and name.startswith("head."))
+
+    given = {name: value for name, value in state.items() if counts(name)}
+    wanted, plain = _destinations(model, given)
+    wanted = {name: value for name, value in wanted.items() if counts(name)}
+    faults = [f"missing: {name} {tuple(p.shape)}" for name, p in wanted.items() if name not in given]
+    faults += [f"unexpected: {name} {tuple(v.shape)}" for name, v in given.items() if name not in wanted]
+    table = given.get("pos_embed")
+    if table is not None and "pos_embed" in wanted and table.ndim == 3:
+        try:
+            given["pos_embed"] = fit_table(table, wanted["pos_embed"], config, old_grid, way)
+        except ValueError as error:
+            faults.append(f"misshapen: pos_embed: {error}")
+            del given["pos_embed"]
+    for name, value in given.items():
+        if name in wanted and value.shape != wanted[name].shape:
+            faults.append(
+                f"misshapen: {name}: expected {tuple(wanted[name].shape)}, got {tuple(value.shape)}"
+            )
+        elif name in wanted and wanted[name].is_floating_point() and not value.is_floating_point():
+            faults.append(f"not floating point: {name}: {value.dtype}")
+        elif name in wanted and not torch.can_cast(value.dtype, wanted[name].dtype):
+            faults.append(f"{name}: expected {wanted[name].dtype}, got {value.dtype}")
+    for name, (module, leaf, _) in plain.items():
+        if not all(hasattr(step, "right_inverse") for step in module.parametrizations[leaf]):  # type: ignore
+            faults.append(f"{name}: its parametrisation takes no plain value; remove_parametrizations() does")
+    faults += _rope_faults(state, config)
+    if faults:
+        raise ValueError(f"{path} does not fit this model:\n  " + listed(faults, "\n  "))
+    with torch.no_grad():
+        for name, value in wanted.items():
+            if name in plain:
+                module, leaf, _ = plain[name]
+                setattr(module, leaf, given[name].to(value))
+            else:
+                value.copy_(given[name])
+
+
+def _destinations(
+    model: NetworkBase, given: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, tuple[torch.nn.Module, str, str]]]:
+    """The model's tensors by name, rotations left out, and those among them that a parametrisation computes.
+
+    A parametrised weight stands for what it is computed from where plain values are given.
+    """
+    wanted = {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name not in ROPE_TABLES and isinstance(value, torch.Tensor)
+    }
+    plain = {name: place for name, place in parametrised(model).items() if name in given}
+    for name, (module, leaf, origin) in plain.items():
+        wanted = {k: v for k, v in wanted.items() if not k.startswith(origin)}
+        wanted[name] = computed(module, leaf)
+    return wanted, plain
+
+
+def fitted(model: NetworkBase, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict whose position table fits the model's grid, with the model's own rotation tables.
+
+    Raises:
+        ValueError: the table is of no square grid, or the file has rotations other than the model's.
+    """
+    config = dict(model.config)
+    if faults := _rope_faults(state, config):
+        raise ValueError("; ".join(faults))
+    own = model.state_dict()
+    out = {k: v for k, v in state.items() if k not in ROPE_TABLES}
+    out.update({k: own[k] for k in ROPE_TABLES if k in own})
+    if "pos_embed" in out and "pos_embed" in own and out["pos_embed"].ndim == 3:
+        out["pos_embed"] = fit_table(out["pos_embed"], own["pos_embed"], config, None, "correct")
+    return out
+
+
+def _rope_faults(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> list[str]:
+    """RoPE tables in a file are optional, but another rotation than the model's would be silently wrong."""
+    given = [name for name in ROPE_TABLES if name in state]
+    if not given:
+        return []
+    if not config.get("rope"):
+        return [f"unexpected: {name} {tuple(state[name].shape)} (the model has rope=False)" for name in given]
+    cos, sin = rope_tables(config)
+    faults = []
+    for name, table in zip(ROPE_TABLES, (cos, sin)):
+        value = state.get(name)
+        if value is not None and value.shape == table.shape and (value.double() - table).abs().max() > 1e-3:
+            faults.append(f"different: {name}: not the rotation of rope_grid={config.get('rope_grid')}")
+    return faults

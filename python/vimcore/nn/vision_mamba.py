@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`VisionMamba` as a torch module: parameters under the authors' state-dict keys, the arithmetic in C++."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import _core
+from ..autograd.checks import refuse_layout, refuse_tracing, refuse_wrapped, tracing_refusal
+from ..autograd.draws import Draws, draw, draw_position
+from ..autograd.network import Core, NetworkFunction, Request
+from ..autograd.tensors import autocast_type, describe, from_device, on_cuda
+from ..utils.arguments import integer, options
+from . import saving
+from .base import NetworkBase
+from .constant import ENTERING, ConstantWeights
+from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
+from .structure import Places, does_more, made
+
+Network = TypeVar("Network", bound="VisionMamba")
+_PER_TOKEN = ("max", "all")  # without class token: the head sees every token
+
+
+class VisionMamba(NetworkBase):
+    """Vision Mamba: patches, class token, bidirectional Mamba blocks, linear head.
+
+    Submodules only hold parameters: the whole network is one call of the C++ core. What that would pass over
+    (hooks on submodules, adapters, other modules in their place) is an error; parametrizations are followed,
+    and a head that is no plain Linear, or has hooks, is called as a module. Weights may be written in any way
+    (fused optimizers, `.data`, numpy views, other processes): every call looks, see `constant_weights`.
+
+    Computes on the CPU in the type of the parameters, float32 or float64; under `torch.autocast("cpu")` in
+    float32. Computes on CUDA with float32 parameters and gradients of them, and activations of the images'
+    type: float32, bfloat16 or float16; under `torch.autocast("cuda")` of its type. With float16 scale the
+    loss (`torch.amp.GradScaler`).
+
+    Args:
+        img_size: side or (height, width) in pixels; images of another size are an error.
+        patch_size, stride: pixels; stride None is patch_size.
+        in_chans, num_classes: channels; classes, 0 for no head.
+        embed_dim, depth, d_state, d_conv, expand: D, blocks, N, K and E / D.
+        dt_rank: R, or "auto" for ceil(D / 16).
+        directions: the paper's five: "none", "sequence" (tokens reversed with probability 0.5 in training),
+            "block" (pairs of a forward and a reverse layer), "ssm" (two scans, one convolution), "ssm_conv".
+        average_directions: halve the sum of both directions ("ssm_conv" only).
+        class_token: "none", "head", "double", "middle", or "random" (drawn in training, at the head in eval).
+        pool: with class_token="none": "mean", "max", "last" or "all".
+        norm, norm_eps: "rms" or "layer".
+        pos_embed, rope, rope_residual: learnt positions; rotary ones; these also on the residual.
+        rope_grid: tokens a side of the grid that rotary coordinates are scaled to.
+        layer_scale: initial factor of each mixer output, None for no factor.
+        drop_rate: dropout of the tokens after the position table, in training.
+        drop_path_rate: of the last mixer output, growing linearly from 0 at the first, in training.
+        memory: what backward keeps: "lean" recomputes more, "fast" keeps more; "least" does
+            without in_proj's output as well: of Vim-Ti 41 % of "lean" in float32, 56 % in 16 bits.
+
+    Whole numbers and sides may be of numpy or torch as well.
+
+    Raises:
+        ValueError, TypeError: an option is out of range or of another type, or two do not go together.
+    """
+
+    _described = True  # by its configuration; a class derived from it may have other tensors
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        stride: int | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        directions: str = "ssm_conv",
+        average_directions: bool = True,
+        class_token: str = "middle",
+        pool: str = "mean",
+        norm: str = "rms",
+        norm_eps: float = 1e-5,
+        pos_embed: bool = True,
+        rope: bool = False,
+        rope_residual: bool = False,
+        rope_grid: int = 14,
+        layer_scale: float | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        memory: str = "lean",
+    ) -> None:
+        given = {key: value for key, value in locals().items() if key not in ("self", "memory", "__class__")}
+        super().__init__()
+        config_json = _core.config_normalize(json.dumps(options(given)))
+        _core.Saved.chunk(str(memory))  # names a wrong one
+        self.memory = memory
+        self._config = json.loads(config_json)
+        self._facts: dict[str, Any] = _core.config_facts(config_json)
+        self._core: Core | None = None
+        self._places: Places | None = None
+        self._constant: tuple[ConstantWeights, ...] = ()  # entered, the last one holds
+
+        c, tokens = self._config, self._facts["tokens"]
+        self.embed_dim = self.num_features = embed_dim = c["embed_dim"]  # Python's types, whatever came in
+        self.patch_embed = PatchEmbed(c["in_chans"], embed_dim, c["patch_size"], c["stride"])
+        if class_token == "double":
+            self.cls_token_head = nn.Parameter(torch.zeros(1, 1, embed_dim))
+            self.cls_token_tail = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        elif class_token != "none":
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if pos_embed:
+            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
+        if rope:
+            self.rope = Rope(c)
+        self.head = self._new_head(c["num_classes"])
+        self.layers = nn.ModuleList(
+            Layer(c, self._facts["inner"], self._facts["rank"]) for _ in range(c["depth"])
+        )
+        self.norm_f = Scale(embed_dim, norm == "layer")
+
+        weight = self.patch_embed.proj.weight
+        trunc_normal(weight, math.sqrt(1 / weight[0].numel()) / 0.87962566103423978)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for name in ("cls_token", "cls_token_head", "cls_token_tail", "pos_embed"):
+            if hasattr(self, name):
+                trunc_normal(getattr(self, name), 0.02)
+        self._made = made(self)
+
+    # ---- description ---------------------------------------------------------------------------------------
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"img_size={c['img_size']}, tokens={self._facts['tokens']}, memory={self.memory!r}"
+
+    def flops(self) -> int:
+        """Multiply-adds of one image, scans included."""
+        return _core.flops(json.dumps(self.config))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters, besides vectors and biases, that the published training does not decay."""
+        return {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail"}
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the head by a new one with random weights; 0: no head."""
+        num_classes = integer("[VisionMamba] num_classes", num_classes)
+        _core.config_normalize(json.dumps({**self._config, "num_classes": num_classes}))
+        like = self.norm_f.weight
+        self.head = self._new_head(num_classes).to(like.device, like.dtype)
+
+    def _new_head(self, num_classes: int) -> nn.Module:
+        if num_classes == 0:
+            return nn.Identity()
+        head = empty(nn.Linear, self.embed_dim, num_classes)
+        trunc_normal(head.weight, 0.02)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def train(self, mode: bool = True) -> VisionMamba:
+        if not mode and self._core is not None:
+            self._core.network.release()  # what training keeps from step to step
+        return super().train(mode)
+
+    # ---- files ---------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], labels: Sequence[str] | None = None) -> None:
+        """Writes weights, architecture and labels to one safetensors file, whole or not at all.
+
+        Of a parametrised weight (torch.nn.utils.parametrize) its value in eval mode is written, under its
+        plain name. The tensors that a class derived from `VisionMamba` has besides are written under their
+        names, for `load` of that class.
+
+        Raises:
+            ValueError: the file could not describe the network: another head, pruned weights, adapters, ...;
+                names what and the remedy. Nothing is written then.
+        """
+        saving.save(self, path, labels)
+
+    @classmethod
+    def load(
+        cls: type[Network],
+        path: str | os.PathLike[str],
+        img_size: int | tuple[int, int] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Network:
+        """The network of a file that `save` wrote, in eval mode; of a derived class with its own tensors.
+
+        Another img_size (pixels, side or (height, width)) resizes the position table.
+
+        Raises:
+            vimcore.Error: the file is missing or damaged.
+            ValueError: it is no vimcore file, or its tensors are not those of architecture and class.
+            TypeError: the constructor of the derived class takes other arguments than `VisionMamba`.
+        """
+        return saving.load_as(cls, path, img_size, device)
+
+    # ---- computing -----------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of normalised images.
+
+        Args:
+            images: (B, C, H, W) in the type of the parameters, on CUDA also in a 16-bit type.
+
+        Returns:
+            (B, num_classes); (B, L, num_classes) with pool="all"; features (B, D) without a head.
+
+        Raises:
+            ValueError: shape, type or device of the images or of a parameter do not fit.
+        """
+        if self._head_is_fused():
+            return self._call("logits", images)[0]
+        if self._config["class_token"] == "random" and self.training:
+            position = draw_position(self._facts)
+            return self.head(self._call("tokens", images, position=position)[0][:, position])
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Normalised tokens (B, L, D) of images (B, C, H, W), in image order, class tokens included.
+
+        With class_token="random" the token stands at the head here, also in training.
+        """
+        return self._call("tokens", images)[0]
+
+    def forward_intermediates(self, images: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
+        """Feature maps (B, D, h, w) of images (B, C, H, W): the residual stream after each of these layers.
+
+        Not normalised, class tokens removed.
+
+        Args:
+            indices: layers, negative ones count from the last; None: the last of each quarter. With
+                directions="block" a pair of layers has one output, that of its second (odd) layer.
+        """
+        depth = self._config["depth"]
+        if indices is None:
+            step = 2 if self._config["directions"] == "block" else 1
+            indices = sorted({(depth * i // 4 + step - 1) // step * step - 1 for i in range(1, 5)} - {-1})
+        indices = [integer("[VisionMamba] indices", index) for index in indices]
+        for index in indices:
+            if not -depth <= index < depth:
+                raise ValueError(f"[VisionMamba] indices: expected {-depth} to {depth - 1}, got {index}")
+        wanted = [index % depth for index in indices]
+        layers = tuple(sorted(set(wanted)))
+        if not layers:
+            return []
+        outputs = self._call("layers", images, layers)
+        maps = {
+            layer: self._patches(x).transpose(1, 2).unflatten(2, self._facts["grid"])
+            for layer, x in zip(layers, outputs)
+        }
+        return [maps[layer] for layer in wanted]
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
+        c, at = self._config, self._facts["class_position"]
+        if c["class_token"] == "double":
+            return self.head((tokens[:, 0] + tokens[:, -1]) / 2)
+        if c["class_token"] != "none":
+            return self.head(tokens[:, at])
+        if c["pool"] in _PER_TOKEN:
+            logits = self.head(tokens)
+            return logits.amax(1) if c["pool"] == "max" else logits
+        return self.head(tokens[:, -1] if c["pool"] == "last" else tokens.mean(1))
+
+    def _patches(self, tokens: Tensor) -> Tensor:
+        """Tokens without class tokens."""
+        count, at = self._facts["class_tokens"], self._facts["class_position"]
+        if count == 0:
+            return tokens
+        if count == 2:
+            return tokens[:, 1:-1]
+        return torch.cat([tokens[:, :at], tokens[:, at + 1 :]], dim=1) if at else tokens[:, 1:]
+
+    def _head_is_fused(self) -> bool:
+        head = getattr(self, "head", None)
+        if head is None:
+            raise RuntimeError(
+                "[VisionMamba] head: expected a module, got none; for a network without a head: "
+                "reset_classifier(0)"
+            )
+        if does_more(head):
+            return False
+        return type(head) is nn.Identity or (
+            type(head) is nn.Linear and head.in_features == self.embed_dim and head.bias is not None
+        )
+
+    def _call(
+        self, kind: str, images: Tensor, layers: tuple[int, ...] = (), position: int = -1
+    ) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():  # the core is not traced: a graph break
+            return torch.compiler.disable(VisionMamba._run)(self, kind, images, layers, position)
+        return self._run(kind, images, layers, position)
+
+    def _run(
+        self, kind: str, images: Tensor, layers: tuple[int, ...], position: int = -1
+    ) -> tuple[Tensor, ...]:
+        refuse_tracing("VisionMamba")
+        entered = self._constant
+        if entered and not (entered[-1].computed and torch.is_grad_enabled()):
+            core, params, constant = entered[-1].core, entered[-1].params, entered[-1].weights
+        else:
+            (core, params), constant = self._weights(), None
+        images = self._checked(images, params[0])
+        differentiated = False
+        if torch.is_grad_enabled():
+            part = core.taking_part(kind, layers)
+            differentiated = images.requires_grad or any(p.requires_grad for p, t in zip(params, part) if t)
+        draws = self._draws(kind, images)
+        if position >= 0:  # drawn before
+            draws = draws._replace(class_position=position)
+        request = Request(kind, layers, draws, self.memory)
+        if differentiated:
+            return NetworkFunction.apply(core, request, constant, images, *params)
+        return core.run(request, images, params, None, constant)
+
+    def _network(self) -> Core:
+        classes = self.num_classes if self._head_is_fused() else 0
+        core = self._core
+        if (
+            core is None
+            or core.logits[-1] != (classes or self.embed_dim)
+            or ("head.weight" in core.names) != bool(classes)
+        ):
+            core = Core(_core.config_normalize(json.dumps({**self._config, "num_classes": classes})))
+            self._core, self._places = core, None
+        return core
+
+    def _weights(self) -> tuple[Core, list[Tensor]]:
+        """The core's network, and its parameters in its order.
+
+        Raises:
+            RuntimeError: something hangs on a submodule that a call would pass over.
+            TypeError: a parameter is no plain tensor.
+        """
+        core = self._network()
+        places = self._places  # other threads may set it meanwhile
+        if places is None or not places.hold(self):
+            self._places = None
+            places = Places(self, core.names, self._made)
+            if faults := self._rotation_faults():
+                raise RuntimeError(
+                    f"[VisionMamba] {'; '.join(faults)}; the core computes its own rotations and would "
+                    "ignore these: build the network with their rope_grid, or put the constructor's back"
+                )
+            self._places = places
+        params = places.tensors(self)
+        refuse_wrapped("VisionMamba", core.names, params)
+        return core, params
+
+    def _rotation_faults(self) -> list[str]:
+        if not self._config["rope"]:
+            return []
+        tables = {f"rope.{key}": table for key, table in self.rope.named_buffers()}
+        refuse_wrapped("VisionMamba", list(tables), list(tables.values()))
+        return self.rope.faults(self._config)
+
+    # ---- weights that change -------------------------------------------------------------------------------
+
+    def weights_changed(self) -> None:
+        """Announces a write to weights within `constant_weights`; elsewhere calls look for changes."""
+        for constant in self._constant:
+            constant.renew(self)
+
+    @contextmanager
+    def constant_weights(self) -> Iterator[None]:
+        """Within, calls do not look whether weights or submodules changed.
+
+        For loops of inference in which nothing may be spent on that: on the CPU a checksum of the weights, on
+        CUDA one launch that casts them anew. `torch.func.functional_call` within computes with the network's
+        own weights.
+
+        Raises:
+            RuntimeError: on leaving, if weights did change within (on CUDA as far as torch counts writes).
+        """
+        constant = ConstantWeights(self)
+        with ENTERING:
+            self._constant += (constant,)
+        try:
+            yield
+        finally:
+            with ENTERING:  # not always the last one: threads and generators leave in any order
+                self._constant = tuple(other for other in self._constant if other is not constant)
+        constant.check(self)
+
+    def _checked(self, images: Tensor, like: Tensor) -> Tensor:
+        """The images as the core takes them, or an error that says what does not fit."""
+        height, width = self._config["img_size"]
+        channels = self._config["in_chans"]
+        cuda = on_cuda(like)
+        if like.is_meta or like.dtype not in ((torch.float32,) if cuda else (torch.float32, torch.float64)):
+            raise ValueError(
+                "[VisionMamba] parameters: expected f32 or f64 on the cpu, or f32 on cuda, got "
+                f"{describe(like)}; for 16-bit activations leave them in f32 and use torch.autocast on cuda"
+            )
+        images = from_device(images)
+        if isinstance(images, Tensor):
+            refuse_wrapped("VisionMamba", ["images"], [images])
+            refuse_layout("VisionMamba", "images", images)
+        autocast = autocast_type(like)
+        if autocast is not None and isinstance(images, Tensor) and images.is_floating_point():
+            images = images.to(autocast)
+        types = (torch.float32, torch.bfloat16, torch.float16) if cuda else (like.dtype,)
+        if (
+            not isinstance(images, Tensor)
+            or images.ndim != 4
+            or tuple(images.shape[1:]) != (channels, height, width)
+            or images.dtype not in types
+            or images.device != like.device
+        ):
+            names = "f32, bf16 or f16" if cuda else describe(like).split()[-2]
+            expected = f"(B, {channels}, {height}, {width}) {names} {like.device}"
+            raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}")
+        return images.resolve_neg().contiguous()
+
+    def _draws(self, kind: str, images: Tensor) -> Draws:
+        """The random draws of one forward; none in eval mode."""
+        if not self.training:
+            return Draws()
+        return draw(self._config, self._facts, images, kind == "logits" and self._head_is_fused())
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for."""
+        raise RuntimeError(tracing_refusal("VisionMamba", "torch.jit.script"))
+
+    # ---- copies --------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_core": None, "_places": None, "_constant": ()}
+
+    def _replicate_for_data_parallel(self) -> VisionMamba:
+        replica = super()._replicate_for_data_parallel()
+        replica._core = replica._places = None  # those of the original
+        replica._constant = ()
+        return replica

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vimcore plot`: curves of runs, and of each the confusion matrix and the worst mistakes. Needs no torch.
+
+Reads RUN/log.jsonl, lines of kind "step" and "eval", and RUN/eval.npz: labels, predictions, probabilities,
+names (of the classes), files.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from .. import _core
+from ..data.digits import load_digits, split_digits
+from ..data.picture_files import read_file
+from ..data.pictures import decode
+from ..train.run_files import Answers, Log, read_answers, read_log
+from ..utils.files import shortened
+from .style import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, new_figure, plainly, save_figure, tidy
+
+COLOURS = (BLUE, ORANGE, GREEN, RED, "#7b4fb5", "#17a2b8", "#8c6d31", "#c2478d")
+SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, "#c9d8f2", BLUE, "#1b2a5c"])
+POINTS = 300  # of a curve: more are averaged
+NAMED = 60  # classes whose names fit beside the matrix
+COUNTED = 25  # classes whose counts fit into it
+NAME = 40  # characters of a run's name
+SIDE = 192  # pixels of a picture among the mistakes
+
+
+# ---- curves ------------------------------------------------------------------------------------------------
+
+
+@plainly
+def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
+    """Loss, accuracy, learning rate, gradient norm (or images a second) of runs by name, over the epochs."""
+    figure = new_figure(10.5, 7)
+    (loss, accuracy), (rate, last) = figure.subplots(2, 2)
+    normed = any(np.isfinite(log.steps["grad_norm"]).any() for log in logs.values())
+    field, label = ("grad_norm", "gradient norm") if normed else ("images_per_second", "images per second")
+    several = len(logs) > 1
+    for i, log in enumerate(logs.values()):
+        colour = COLOURS[i % len(COLOURS)]
+        held_out = colour if several else ORANGE
+        loss.plot(*_curve(log.steps, "loss"), color=colour, lw=1.2, alpha=0.55 if several else 1)
+        for weights, rows in log.evals.items():
+            style = _style(weights, rows)
+            loss.plot(rows["epoch"], rows["loss"], color=held_out, lw=2, **style)
+            accuracy.plot(rows["epoch"], 100 * rows["top1"], color=held_out, lw=2, **style)
+            if not several and np.nanmin(rows["top5"], initial=1) < 1:
+                accuracy.plot(rows["epoch"], 100 * rows["top5"], color=MUTED, lw=1.2, **style)
+        _mark_best(accuracy, log, held_out, several)
+        rate.plot(*_curve(log.steps, "lr"), color=colour, lw=2)
+        last.plot(*_curve(log.steps, field), color=colour, lw=1.2)
+    labels = ("cross-entropy", "right answers, %", "learning rate", label)
+    for axes, text in zip((loss, accuracy, rate, last), labels):
+        axes.set_title(text, color=INK, loc="left", fontsize=11)
+        axes.set_xlabel("epoch", color=INK)
+        if axes.get_xlim()[1] > 2:
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        tidy(axes)
+    loss.set_ylim(bottom=0)
+    rate.set_ylim(bottom=0)
+    last.set_ylim(bottom=0)
+    rate.yaxis.set_major_locator(MaxNLocator(5))
+    rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    accuracy.set_ylim(top=101)
+    loss.legend(handles=_legend(logs), frameon=False, fontsize=9)
+    if not several and len(accuracy.lines) > 1:
+        accuracy.legend(handles=_accuracy_legend(logs), frameon=False, fontsize=9, loc="lower right")
+    names = ", ".join(shortened(name, NAME) for name in logs)
+    title = "Training of " + (names if len(logs) <= 3 else f"{len(logs)} runs")
+    figure.suptitle(title, color=INK, weight="bold", x=0.02, ha="left")
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def _style(weights: str, rows: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
+    marker = "o" if len(rows["epoch"]) <= 30 else None
+    return {"ls": "--" if weights == "ema" else "-", "marker": marker, "ms": 3.5}
+
+
+def _curve(
+    steps: Mapping[str, NDArray[np.float64]], name: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """At most POINTS means of neighbours."""
+    x, y = steps["epoch"], steps[name]
+    size = -(-len(x) // POINTS)
+    if size <= 1:
+        return x, y
+    begins = np.arange(0, len(x), size)
+    counts = np.diff(np.append(begins, len(x)))
+    return np.add.reduceat(x, begins) / counts, np.add.reduceat(y, begins) / counts
+
+
+def _mark_best(axes: Axes, log: Log, colour: str, several: bool) -> None:
+    """The best accuracy, written beside its point."""
+    points = [(t, e) for rows in log.evals.values() for e, t in zip(rows["epoch"], rows["top1"]) if t == t]
+    if not points:
+        return
+    best, epoch = max(points)
+    axes.plot([epoch], [100 * best], "o", color=colour, ms=7, mfc=PAPER, mew=2, zorder=3)
+    if not several:
+        place: dict[str, Any] = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{100 * best:.2f} %", (epoch, 100 * best), color=colour, weight="bold", **place)
+
+
+def _legend(logs: Mapping[str, Log]) -> list[Line2D]:
+    """Runs by colour, then what kinds of line there are."""
+    ema = any("ema" in log.evals for log in logs.values())
+    raw = any("raw" in log.evals for log in logs.values())
+    if len(logs) > 1:
+        lines = [
+            Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2, label=shortened(name, NAME))
+            for i, name in enumerate(logs)
+        ]
+        train = Line2D([], [], color=MUTED, lw=1.2, alpha=0.55, label="training")
+        colour = MUTED
+    else:
+        lines, train, colour = [], Line2D([], [], color=BLUE, lw=1.2, label="training"), ORANGE
+    lines.append(train)
+    if raw:
+        lines.append(Line2D([], [], color=colour, lw=2, label="held out"))
+    if ema:
+        lines.append(Line2D([], [], color=colour, lw=2, ls="--", label="held out, averaged weights"))
+    return lines
+
+
+def _accuracy_legend(logs: Mapping[str, Log]) -> list[Line2D]:
+    (log,) = logs.values()
+    lines = []
+    for weights, rows in log.evals.items():
+        of = ", averaged weights" if weights == "ema" else ""
+        ls = "--" if weights == "ema" else "-"
+        lines.append(Line2D([], [], color=ORANGE, lw=2, ls=ls, label=f"top-1{of}"))
+        if np.nanmin(rows["top5"], initial=1) < 1:
+            lines.append(Line2D([], [], color=MUTED, lw=1.2, ls=ls, label=f"top-5{of}"))
+    return lines
+
+
+# ---- confusion matrix --------------------------------------------------------------------------------------
+
+
+@plainly
+def plot_confusion(answers: Answers, path: Path, title: str = "") -> None:
+    """How often a class (row) was taken for another (column), and the most frequent confusions in words."""
+    classes = len(answers.names)
+    matrix = np.zeros((classes, classes), np.int64)
+    np.add.at(matrix, (answers.labels, answers.predictions), 1)
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = min(max(0.42 * classes, 4.0), 11.0)
+    figure = new_figure(side + 1.2, side + 0.6)
+    axes = figure.subplots()
+    image = axes.imshow(100 * share, cmap=SHADES, norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    axes.set_xlabel("taken for", color=INK)
+    axes.set_ylabel("is", color=INK)
+    axes.tick_params(colors=INK, length=0)
+    for spine in axes.spines.values():
+        spine.set_color("#d9dce6")
+    if classes <= NAMED:
+        names = [shortened(name, 16) for name in answers.names]
+        size = 9 if classes <= COUNTED else 6
+        axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
+        axes.set_yticks(range(classes), names, fontsize=size)
+    if classes <= COUNTED:
+        for row, column in zip(*np.nonzero(matrix)):
+            colour = PAPER if share[row, column] > 0.25 else INK
+            count = f"{matrix[row, column]}"
+            axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
+    scale = axes.inset_axes((1 + 0.12 / side, 0, 0.16 / side, 1))
+    bar = figure.colorbar(image, cax=scale, ticks=[0, 1, 5, 10, 25, 50, 100])
+    scale.set_xlabel("% of row", color=INK, fontsize=8)
+    scale.tick_params(colors=INK, length=0, labelsize=8)
+    bar.outline.set_visible(False)
+    right = int((answers.labels == answers.predictions).sum())
+    head = f"{shortened(title, NAME)}: " if title else ""
+    text = f"{head}{right} of {len(answers.labels)} right, {100 * right / len(answers.labels):.2f} %"
+    axes.set_title(text, color=INK, weight="bold", loc="left", fontsize=11)
+    beside: dict[str, Any] = {"xytext": (66, 0), "textcoords": "offset points", "va": "top"}
+    words = "\n".join(_confusions(matrix, answers.names))
+    axes.annotate(words, (1, 1), xycoords="axes fraction", color=INK, fontsize=9, linespacing=1.5, **beside)
+    save_figure(figure, path)
+
+
+def _confusions(matrix: NDArray[np.int64], names: Sequence[str], most: int = 12) -> list[str]:
+    """The most frequent ones in words."""
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    order = [divmod(int(at), len(names)) for at in np.argsort(-wrong, axis=None, kind="stable")[:most]]
+    lines = [
+        f"{wrong[row, column]} \u00d7  {shortened(names[row], 28)} \u2192 {shortened(names[column], 28)}"
+        for row, column in order
+        if wrong[row, column]
+    ]
+    return ["most frequent", *lines] if lines else ["no mistakes"]
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------
+
+
+@plainly
+def plot_mistakes(answers: Answers, path: Path, count: int = 24, title: str = "") -> None:
+    """The wrong answers that gave the truth the least probability; without any, the least sure right ones."""
+    truth = answers.probabilities[np.arange(len(answers.labels)), answers.labels]
+    wrong = np.flatnonzero(answers.labels != answers.predictions)
+    some = len(wrong) > 0
+    pool = wrong if some else np.arange(len(answers.labels))
+    chosen = pool[np.argsort(truth[pool], kind="stable")[:count]]
+    pictures = _pictures(answers)
+    columns = min(6, max(len(chosen), 3))
+    rows = -(-len(chosen) // columns)
+    height = rows * 2.05 + 0.6
+    figure = new_figure(columns * 1.7, height)
+    layout = {"hspace": 0.42, "wspace": 0.12, "left": 0, "right": 1, "bottom": 0, "top": 1 - 0.55 / height}
+    grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw=layout)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, i in zip(grid.flat, chosen):
+        _tile(axes, answers, int(i), pictures)
+    head = f"{shortened(title, NAME)}: " if title else ""
+    if some:
+        text = f"{head}{len(wrong)} of {len(answers.labels)} wrong"
+        text += f", the worst {len(chosen)}" if len(chosen) < len(wrong) else ""
+    else:
+        text = f"{head}no mistakes; the least sure answers"
+    figure.suptitle(text, color=INK, weight="bold", x=0, ha="left", y=1)
+    save_figure(figure, path)
+
+
+def _tile(axes: Axes, answers: Answers, i: int, pictures: Callable[[int], NDArray[Any] | str]) -> None:
+    picture = pictures(i)
+    axes.axis("on")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_color("#d9dce6")
+    if isinstance(picture, str):
+        axes.set_facecolor("#f2f3f7")
+        axes.text(0.5, 0.5, picture, transform=axes.transAxes, ha="center", va="center", color=MUTED, size=7)
+    else:
+        grey: dict[str, Any] = {"cmap": "gray"} if picture.ndim == 2 else {}
+        axes.imshow(_square(picture), interpolation="bicubic" if len(picture) < 64 else "antialiased", **grey)
+    is_, said = int(answers.labels[i]), int(answers.predictions[i])
+    p = answers.probabilities[i]
+    below: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "size": 7.5}
+    colour = GREEN if is_ == said else RED
+    first = f"{shortened(answers.names[said], 17)}, {100 * p[said]:.0f} %"
+    second = shortened(os.path.basename(answers.files[i]), 24) if is_ == said else ""
+    if is_ != said:
+        second = f"is {shortened(answers.names[is_], 17)}, {100 * p[is_]:.2g} %"
+    axes.text(0.0, -0.03, first, color=colour, weight="bold", **below)
+    axes.text(0.0, -0.15, second, color=INK, **below)
+
+
+def _pictures(answers: Answers) -> Callable[[int], NDArray[Any] | str]:
+    """What gives the pixels of image i, grey or RGB, or says why there are none."""
+    if not any(answers.files):
+        digits, labels = load_digits()
+        held_out = split_digits(labels)[1]
+        if np.array_equal(labels[held_out], answers.labels):
+            return lambda i: np.asarray(digits[held_out[i]])
+    return lambda i: _picture(answers.files[i])
+
+
+def _picture(file: str) -> NDArray[Any] | str:
+    if not file:
+        return "no file"
+    try:
+        data = read_file(file)
+        if file.lower().endswith(".npy"):
+            return _channels(np.load(io.BytesIO(data), allow_pickle=False))
+        pixels = decode(data, file)
+    except OSError as error:
+        return f"{shortened(os.path.basename(file), 24)}\n{error.strerror or error}"
+    except (_core.Error, EOFError, ValueError):
+        return f"{shortened(os.path.basename(file), 24)}\ncannot be read"
+    height, width = pixels.shape[:2]
+    scale = SIDE / max(height, width)
+    if scale < 1:
+        size = max(round(height * scale), 1), max(round(width * scale), 1)
+        pixels = _core.resize_bicubic(np.ascontiguousarray(pixels), *size)
+    return pixels
+
+
+def _square(picture: NDArray[Any]) -> NDArray[Any]:
+    """With paper at the shorter sides."""
+    side = max(picture.shape[:2])
+    around = [((side - n) // 2, side - n - (side - n) // 2) for n in picture.shape[:2]]
+    paper = 255 if picture.dtype == np.uint8 and picture.ndim == 3 else picture.max(initial=0)
+    return np.pad(picture, [*around, (0, 0)][: picture.ndim], constant_values=paper)
+
+
+def _channels(array: NDArray[Any]) -> NDArray[np.float64]:
+    """(C, H, W) as a picture: the first three channels, or the first, from black to white."""
+    if array.ndim != 3:
+        raise ValueError(array.shape)
+    shown = array[:3] if len(array) >= 3 else array[:1]
+    low, high = (f(shown, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
+    scaled = (shown - low) / np.maximum(high - low, 1e-12)
+    return np.asarray(scaled[0] if len(scaled) == 1 else np.moveaxis(scaled, 0, 2), np.float64)
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def plot_runs(
+    runs: Sequence[str], out: str | None = None, kind: str = "png", mistakes: int = 24
+) -> tuple[list[str], list[str]]:
+    """Draws curves, and of every run that has answers the confusion matrix and the worst mistakes.
+
+    Args:
+        runs: folders; their last parts name them, the whole paths where two are the same.
+        out: folder to write to; default: the run, or the current folder for several.
+        kind: "png" or "svg".
+
+    Returns:
+        the files that were written; notes on what there was not.
+    """
+    names = [Path(run).resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(Path(run)) for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a run is named twice among {', '.join(runs)}")
+    folder = Path(out) if out is not None else Path(runs[0] if len(runs) == 1 else ".")
+    logs: dict[str, Log] = {}
+    answers: dict[str, Answers] = {}
+    notes = []
+    for run, name in zip(runs, names):
+        log, evaluated = Path(run) / "log.jsonl", Path(run) / "eval.npz"
+        if not log.is_file() and not evaluated.is_file():
+            raise ValueError(f"{run}: no run: neither log.jsonl nor eval.npz is there")
+        if log.is_file():
+            logs[name] = read_log(log)
+        if evaluated.is_file():
+            answers[name] = read_answers(evaluated)
+        else:
+            notes.append(f"{run}: no eval.npz yet, so no confusion matrix and no mistakes")
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[str] = []
+    if logs:
+        _draw(folder / f"curves.{kind}", written, lambda path: plot_curves(logs, path))
+    for name, found in answers.items():
+        prefix = "" if len(runs) == 1 else name.strip("/").replace("/", "-") + "-"
+        confusion, worst = (folder / f"{prefix}{what}.{kind}" for what in ("confusion", "mistakes"))
+        _draw(confusion, written, partial(plot_confusion, found, title=name))
+        _draw(worst, written, partial(plot_mistakes, found, count=mistakes, title=name))
+    return written, notes
+
+
+def _draw(path: Path, written: list[str], plot: Callable[[Path], None]) -> None:
+    """Draws one of several pictures; an error says which of them there are."""
+    try:
+        plot(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        text = f"{path}: cannot be drawn: {error}"
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
+        before = f"; written before it: {', '.join(written)}" if written else ""
+        raise RuntimeError(text + before) from error
+    written.append(str(path))

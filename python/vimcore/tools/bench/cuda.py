@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vimcore bench --device cuda`: speed against peers on one GPU, in interleaved pairs in one process: of the
+forward, or with `--train` of forward and backward.
+
+A sample is as many calls back to back as fill `--sample` seconds, between two CUDA events; figures are
+medians over pairs (ours, peer, ours, peer, ...). Everything is measured twice: called from Python, and
+replayed from a CUDA graph. The latency is the time on the host's clock from the call until the GPU is done,
+median over single calls. Weights and images of a peer are in the type that ours computes in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ... import _core
+from ...nn.vision_mamba import VisionMamba
+from .cpu import WIDTHS, load_module, training_call
+
+Call = Callable[[], Any]
+
+LATENCY_CALLS = 50
+PEERS = {"torch": "deit", "vim-torch": "vim_torch"}
+HEADER = (
+    "pixels",
+    "batch",
+    "graph",
+    "peer".rjust(9),
+    "ours img/s",
+    "peer img/s",
+    "ratio",
+    "latency ms",
+    "pairs",
+)
+
+
+def event_seconds(call: Call, count: int) -> float:
+    """Seconds of one call on the GPU, over `count` calls back to back."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / count
+
+
+def calls_for(call: Call, seconds: float) -> int:
+    """How many calls fill so many seconds; warms up on the way."""
+    for _ in range(3):
+        call()
+    return max(1, round(seconds / max(event_seconds(call, 3), 1e-7)))
+
+
+def latency(call: Call) -> float:
+    """Seconds from the call until the GPU is done with it."""
+    found = []
+    for _ in range(LATENCY_CALLS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return median(found)
+
+
+def graphed(call: Call) -> Call:
+    """The call as a CUDA graph: its replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _forward(model: Any, images: torch.Tensor) -> Call:
+    def forward() -> Any:
+        with torch.inference_mode():
+            return model(images)
+
+    return forward
+
+
+def _call(args: argparse.Namespace, model: Any, images: torch.Tensor) -> Call:
+    """What is measured of a model."""
+    if not args.train:
+        return _forward(model.eval(), images)
+    return training_call(model, images, torch.randint(1000, (len(images),), device=images.device))
+
+
+def _interleave(ours: Call, peer: Call | None, args: argparse.Namespace) -> dict[str, list[float]]:
+    calls = {"ours": ours} if peer is None else {"ours": ours, "peer": peer}
+    counts = {name: calls_for(call, args.sample) for name, call in calls.items()}
+    found: dict[str, list[float]] = {"ours": [], "peer": []}
+    begin = time.perf_counter()
+    while len(found["ours"]) < args.pairs and (
+        not found["ours"] or time.perf_counter() - begin < args.seconds
+    ):
+        for name, call in calls.items():
+            found[name].append(event_seconds(call, counts[name]))
+    return found
+
+
+def prepare(args: argparse.Namespace) -> str:
+    """Description of the device; an error that says why nothing can be measured."""
+    device = torch.device(args.device)
+    description = _core.cuda_description(device.index or 0)
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} sees no CUDA device")
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # nor does vimcore
+    return description
+
+
+def case(
+    args: argparse.Namespace, side: int, batch: int, folder: Path | None, skipped: dict[str, str]
+) -> list[dict[str, Any]]:
+    """All rows of one image size and batch: with and without graph, one for each peer or one without any."""
+    size, peers = args.model.removeprefix("vim_"), [None]
+    skipped.update({name: "runs on the CPU" for name in args.peers if name not in PEERS})
+    if folder is not None and any(name in PEERS for name in args.peers):
+        peers = [name for name in args.peers if name in PEERS]
+    dtype = getattr(torch, args.dtype)
+    torch.manual_seed(0)
+    model = VisionMamba(img_size=side, embed_dim=WIDTHS[args.model], memory=args.memory).to(args.device)
+    images = torch.randn(batch, 3, side, side, device=args.device).to(dtype)
+    eager = _call(args, model, images)
+    table = sys.stderr if args.json == "-" else sys.stdout
+    rows = []
+    for graph in (False, True):
+        ours = graphed(eager) if graph else eager
+        waits = latency(ours)
+        for name in peers:
+            peer: Call | None = None
+            if name is not None and folder is not None:
+                other = load_module(folder, PEERS[name]).build(size, side).to(args.device, dtype)
+                peer = graphed(_call(args, other, images)) if graph else _call(args, other, images)
+            found = _interleave(ours, peer, args)
+            row: dict[str, Any] = {
+                "model": args.model,
+                "size": side,
+                "batch": batch,
+                "mode": "train" if args.train else "forward",
+                "dtype": args.dtype,
+                "graph": graph,
+                "peer": name,
+                "pairs": len(found["ours"]),
+                "latency_ms": 1e3 * waits,
+                "ms_per_image": 1e3 * median(found["ours"]) / batch,
+                "images_per_s": batch / median(found["ours"]),
+                "samples": found,
+            }
+            if peer is not None:
+                row["peer_images_per_s"] = batch / median(found["peer"])
+                row["ratio"] = median(a / b for a, b in zip(found["ours"], found["peer"], strict=True))
+            rows.append(row)
+            print(_line(row), file=table, flush=True)
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    cells = (
+        str(row["size"]),
+        str(row["batch"]),
+        "yes" if row["graph"] else "no",
+        row["peer"] or "-",
+        f"{row['images_per_s']:.0f}",
+        f"{row['peer_images_per_s']:.0f}" if "ratio" in row else "-",
+        f"{row['ratio']:.3f}" if "ratio" in row else "-",
+        f"{row['latency_ms']:.3f}",
+        str(row["pairs"]),
+    )
+    return "  ".join(cell.rjust(len(title)) for cell, title in zip(cells, HEADER, strict=True))

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classification of picture files, without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _core
+from ..data.picture_files import find_images, read_file, reason
+from ..data.pictures import network_input
+from ..runtime import Runtime
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image, or the reason why there is none.
+
+    Attributes:
+        top: (class index, label or None, probability), most probable first.
+        logits: float32 of all classes.
+    """
+
+    image: str
+    top: list[tuple[int, str | None, float]]
+    logits: NDArray[np.float32] | None = None
+    error: str | None = None
+
+    def to_json(self, with_logits: bool = False, passed_over: Mapping[str, int] | None = None) -> str:
+        """One line: probabilities with 6 significant digits, logits with 9, all that float32 holds.
+
+        Args:
+            passed_over: files of other kinds by suffix, told with the last image.
+        """
+        line = f'{{"image": {json_text(self.image)}'
+        if self.error is not None or self.logits is None:
+            line += f', "error": {json_text(self.error)}'
+        else:
+            top = ", ".join(
+                f'{{"index": {index}, "label": {json_text(label)}, "p": {p:.6g}}}'
+                for index, label, p in self.top
+            )
+            line += f', "top": [{top}]'
+            if with_logits:
+                line += ', "logits": [' + ", ".join(f"{float(v):.9g}" for v in self.logits) + "]"
+        if passed_over:
+            line += f', "passed_over": {json_text(dict(sorted(passed_over.items())))}'
+        return line + "}"
+
+
+def json_text(value: Any) -> str:
+    """JSON as UTF-8 holds it: bytes that are no UTF-8, which file names may hold, as \\udc80 to \\udcff."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Probabilities of logits (classes)."""
+    exponent = np.exp(logits.astype(np.float64) - float(logits.max()))
+    return exponent / exponent.sum()
+
+
+def predict(
+    runtime: Runtime, paths: Iterable[str], topk: int = 5, passed_over: Counter[str] | None = None
+) -> Iterator[Prediction]:
+    """Predictions for images and folders of images, in order; a bad image becomes a Prediction with an error.
+
+    Args:
+        passed_over: counts the files of folders that are no pictures, by suffix.
+
+    Raises:
+        ValueError: ``topk`` is not positive, or the network has no classes to predict.
+    """
+    if topk < 1:
+        raise ValueError(f"[predict] topk: expected at least 1, got {topk}")
+    config = runtime.config
+    if not config["num_classes"]:
+        raise ValueError(
+            "[predict] weights: the network has no head (num_classes=0), so there is nothing to predict"
+        )
+    if config["class_token"] == "none" and config["pool"] == "all":
+        raise ValueError(
+            '[predict] weights: with pool="all" there are logits for every patch, none for the image'
+        )
+    preprocess = runtime.preprocess
+    given = len(preprocess["mean"]) if preprocess else "none that a picture file could fill"
+    if preprocess is None or given != config["in_chans"]:
+        raise ValueError(
+            f"[predict] weights: the network takes {config['in_chans']} channels, "
+            f"its preprocessing gives {given}"
+        )
+    options = json.dumps(preprocess)
+    waiting: list[tuple[str, NDArray[np.float32] | str]] = []
+    for path in find_images(paths, passed_over):
+        waiting.append((path, _load(path, options)))
+        if len(waiting) == BATCH:
+            yield from _classify(runtime, waiting, topk)
+            waiting = []
+    yield from _classify(runtime, waiting, topk)
+
+
+def _load(path: str, options: str) -> NDArray[np.float32] | str:
+    """The network's input, or what is wrong with the file."""
+    try:
+        return network_input(read_file(path), "", options)
+    except (_core.Error, OSError, ValueError, MemoryError) as error:
+        return reason(error)  # the path is said by whoever prints this
+
+
+def _classify(
+    runtime: Runtime, waiting: list[tuple[str, NDArray[np.float32] | str]], topk: int
+) -> Iterator[Prediction]:
+    good = [image for _, image in waiting if not isinstance(image, str)]
+    logits = iter(runtime(np.stack(good)) if good else ())
+    for path, image in waiting:
+        if isinstance(image, str):
+            yield Prediction(path, [], error=image)
+            continue
+        values: NDArray[np.float32] = next(logits)
+        if not np.isfinite(values).all():
+            yield Prediction(
+                path, [], error="the network gives values that are not finite; its weights are damaged"
+            )
+            continue
+        p = softmax(values)
+        order = np.argsort(-values, kind="stable")[:topk]
+        labels: list[str] | Any = runtime.labels
+        top = [(int(i), labels[i] if labels else None, float(p[i])) for i in order]
+        yield Prediction(path, top, logits=values)

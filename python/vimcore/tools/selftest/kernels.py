@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vimcore doctor`: what this build is, and whether it computes what it should on this machine.
+
+A small network with random weights goes through every set of CPU kernels, each in a process of its own, and
+is compared with the textbook forward below: NumPy, float64, one token after the other, nothing in common with
+the C++ core. A GPU is compared with the CPU. `doctor_gradients` checks the gradients.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ... import _core
+from ...data.digits import encode_png
+from ...weights.metadata import pack
+from . import gradients as doctor_gradients
+
+Array = NDArray[np.float64]
+Weights = dict[str, Array]
+
+TOLERANCE = 1e-5  # relative to the norm of the logits
+SELF_TEST: dict[str, Any] = {
+    "img_size": [24, 40],
+    "patch_size": 8,
+    "stride": 4,  # 5 x 9 patches: lengths that no block size of the kernels divides
+    "num_classes": 7,
+    "embed_dim": 40,
+    "depth": 3,
+}
+GPU_TESTS: list[dict[str, Any]] = [SELF_TEST, {"num_classes": 1000}]  # and Vim-Ti
+GPU_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
+# Of the published width, state and step, but shallow: rounding of 16-bit types adds up in depth.
+GPU_GRADIENT_TESTS: list[dict[str, Any]] = [
+    SELF_TEST,
+    {"img_size": 64, "embed_dim": 192, "depth": 4, "num_classes": 10},
+]
+
+
+# ---- the reference -----------------------------------------------------------------------------------------
+
+
+def _sigmoid(v: Array) -> Array:
+    return 1 / (1 + np.exp(-v))
+
+
+def _silu(v: Array) -> Array:
+    return v * _sigmoid(v)
+
+
+def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    return weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+
+def _direction(x: Array, w: Weights, prefix: str, suffix: str) -> Array:
+    """One direction of the mixer before the gate. x, result: (L, E), in the order of reading."""
+    log = f"{prefix}A{suffix}_log"
+    kernel = w[f"{prefix}conv1d{suffix}.weight"][:, 0]  # (E, K)
+    width = kernel.shape[1]
+    padded = np.concatenate([np.zeros((width - 1, x.shape[1])), x])
+    taps = sum(kernel[:, k] * padded[k : k + len(x)] for k in range(width))
+    u = _silu(taps + w[f"{prefix}conv1d{suffix}.bias"])
+    q = u @ w[f"{prefix}x_proj{suffix}.weight"].T  # (L, R + 2N)
+    state = w[log].shape[1]
+    rank = q.shape[1] - 2 * state
+    raw = q[:, :rank] @ w[f"{prefix}dt_proj{suffix}.weight"].T + w[f"{prefix}dt_proj{suffix}.bias"]
+    delta = np.logaddexp(0, raw)
+    a = -np.exp(w[log])
+    h = np.zeros_like(a)  # (E, N)
+    y = np.empty_like(u)
+    for t in range(len(u)):
+        b, c = q[t, rank : rank + state], q[t, rank + state :]
+        h = np.exp(delta[t][:, None] * a) * h + (delta[t] * u[t])[:, None] * b
+        y[t] = h @ c
+    return y + w[f"{prefix}D{suffix}"] * u
+
+
+def reference_forward(config: dict[str, Any], w: Weights, image: Array) -> Array:
+    """Logits (classes) of one image (C, H, W): both directions averaged, middle class token, RMSNorm."""
+    patch, stride, eps = config["patch_size"], config["stride"], config["norm_eps"]
+    rows, columns = ((side - patch) // stride + 1 for side in image.shape[1:])
+    windows = [
+        image[:, r * stride : r * stride + patch, c * stride : c * stride + patch].ravel()
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    embed = w["patch_embed.proj.weight"]
+    tokens = np.stack(windows) @ embed.reshape(len(embed), -1).T + w["patch_embed.proj.bias"]
+    middle = rows * columns // 2
+    residual = np.insert(tokens, middle, w["cls_token"][0, 0], axis=0) + w["pos_embed"][0]
+    for layer in range(config["depth"]):
+        prefix = f"layers.{layer}.mixer."
+        v = _rms_norm(residual, w[f"layers.{layer}.norm.weight"], eps)
+        x, z = np.split(v @ w[prefix + "in_proj.weight"].T, 2, axis=1)
+        both = _direction(x, w, prefix, "") + _direction(x[::-1], w, prefix, "_b")[::-1]
+        residual = residual + (both / 2 * _silu(z)) @ w[prefix + "out_proj.weight"].T
+    token = _rms_norm(residual, w["norm_f.weight"], eps)[middle]
+    return w["head.weight"] @ token + w["head.bias"]
+
+
+def _random_weights(config_json: str, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+    """Weights of ordinary size, large enough for every path to matter in the logits.
+
+    As at the published start of a training, deep networks add up small steps: errors do not multiply.
+    """
+    weights = {}
+    step = json.loads(config_json)["depth"] ** -0.5
+    for name, shape in _core.param_shapes(config_json):
+        fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
+        value = rng.normal(size=shape) * (1 / np.sqrt(fan_in) if len(shape) > 1 else 0.5)
+        if name.endswith(("A_log", "A_b_log")):
+            value = np.log(rng.uniform(0.5, 8, size=shape))
+        elif name.endswith(("norm.weight", "norm_f.weight", ".D", ".D_b")):
+            value = rng.uniform(0.5, 1.5, size=shape)
+        elif name.endswith("out_proj.weight"):
+            value *= step
+        weights[name] = value.astype(np.float32)
+    return weights
+
+
+# ---- the checks --------------------------------------------------------------------------------------------
+
+
+def _worker(folder: str) -> None:
+    """In a process of its own: the logits of the self-test with one thread and with all."""
+    from ...runtime import Runtime
+
+    images = np.load(os.path.join(folder, "images.npy"))
+    path = os.path.join(folder, "model.safetensors")
+    one, many = Runtime(path, threads=1)(images), Runtime(path)(images)
+    np.savez(os.path.join(folder, "logits.npz"), one=one, many=many, isa=_core.build_info()["isa"])
+
+
+def _check_kernels(isa: str, folder: str, expected: Array) -> dict[str, Any]:
+    row: dict[str, Any] = {"check": f"kernels {isa}"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; from {__name__} import _worker; _worker(sys.argv[1])",
+            folder,
+        ],
+        env={**os.environ, "VIMCORE_ISA": isa, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        if f"{isa} is not available" in lines[-1]:
+            return {**row, "status": "skipped", "detail": "this machine cannot run them"}
+        return {**row, "status": "failed", "detail": lines[-1]}
+    with np.load(os.path.join(folder, "logits.npz")) as found:
+        one, many, used = found["one"], found["many"], str(found["isa"])
+    error = float(np.linalg.norm(one - expected) / np.linalg.norm(expected))
+    row.update(error=error, tolerance=TOLERANCE)
+    if used != isa:
+        return {**row, "status": "failed", "detail": f"{used} ran instead"}
+    if not error <= TOLERANCE:  # also when it is not a number
+        return {**row, "status": "failed", "detail": f"error {error:.1e} is above {TOLERANCE:.0e}"}
+    if not np.array_equal(one, many):
+        return {**row, "status": "failed", "detail": "the number of threads changes the result"}
+    return {
+        **row,
+        "status": "ok",
+        "detail": f"error {error:.1e} (at most {TOLERANCE:.0e}), same bits with 1 and all threads",
+    }
+
+
+def _check_gpu(rng: np.random.Generator) -> list[dict[str, Any]]:
+    """The first GPU against the CPU, in every type."""
+    from ...runtime import Runtime
+
+    try:
+        device = _core.cuda_description(0)
+    except _core.Error as why:
+        return [{"check": "cuda", "status": "skipped", "detail": f"no GPU: {why}"}]
+    errors: dict[str, list[float]] = {dtype: [] for dtype in GPU_TOLERANCE}
+    with tempfile.TemporaryDirectory(prefix="vimcore-doctor-") as folder:
+        path = os.path.join(folder, "model.safetensors")
+        for options in GPU_TESTS:
+            config_json = _core.config_normalize(json.dumps(options))
+            config = json.loads(config_json)
+            _core.write_safetensors(path, _random_weights(config_json, rng), pack(config_json, None, None))
+            images = rng.normal(size=(2, config["in_chans"], *config["img_size"])).astype(np.float32)
+            expected = Runtime(path)(images)
+            for dtype, found in errors.items():
+                logits = Runtime(path, "cuda", dtype=dtype)(images)
+                found.append(float(np.linalg.norm(logits - expected) / np.linalg.norm(expected)))
+    rows = []
+    for dtype, found in errors.items():
+        error, tolerance = max(found, key=lambda e: (np.isnan(e), e)), GPU_TOLERANCE[dtype]
+        row: dict[str, Any] = {"check": f"cuda:0 {dtype}", "error": error, "tolerance": tolerance}
+        detail = f"{device}: error {error:.1e} against the CPU (at most {tolerance:.0e})"
+        rows.append({**row, "status": "ok" if error <= tolerance else "failed", "detail": detail})
+    return rows
+
+
+def _check_png() -> dict[str, Any]:
+    row: dict[str, Any] = {"check": "png decoder"}
+    if not _core.build_info()["png"]:
+        return {**row, "status": "skipped", "detail": "built without libpng"}
+    pixels = np.random.default_rng(1).integers(0, 256, (17, 31, 3)).astype(np.uint8)
+    same = np.array_equal(_core.decode_image(encode_png(pixels), "self-test"), pixels)
+    return {
+        **row,
+        "status": "ok" if same else "failed",
+        "detail": "same pixels back" if same else "other pixels back",
+    }
+
+
+def run_checks() -> list[dict[str, Any]]:
+    """Runs the self-test. Rows with check, status ("ok", "skipped" or "failed") and detail."""
+    rng = np.random.default_rng(0)
+    config_json = _core.config_normalize(json.dumps(SELF_TEST))
+    config = json.loads(config_json)
+    weights = _random_weights(config_json, rng)
+    images = rng.normal(size=(3, config["in_chans"], *config["img_size"])).astype(np.float32)
+    wide = {name: value.astype(np.float64) for name, value in weights.items()}
+    expected = np.stack([reference_forward(config, wide, image) for image in images.astype(np.float64)])
+    rows = []
+    for isa in _core.build_info()["isas"]:
+        with tempfile.TemporaryDirectory(prefix="vimcore-doctor-") as folder:
+            np.save(os.path.join(folder, "images.npy"), images)
+            _core.write_safetensors(
+                os.path.join(folder, "model.safetensors"), weights, pack(config_json, None, None)
+            )
+            rows.append(_check_kernels(isa, folder, expected))
+    rows += doctor_gradients.check_cpu(config_json, weights, images[:2], rng)
+    gpu = _check_gpu(rng)
+    rows += gpu
+    if any(row["status"] != "skipped" for row in gpu):
+        rows += doctor_gradients.check_cuda(GPU_GRADIENT_TESTS, _random_weights, rng)
+    rows.append(_check_png())
+    return rows
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.lower().startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux: the name is only for the reader
+    return platform.processor() or platform.machine()
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> dict[str, Any]:
+    """Build, machine and self-test in one dictionary; "ok" is the verdict."""
+    build = dict(_core.build_info())
+    affinity = getattr(os, "sched_getaffinity", None)
+    machine = {
+        "cpu": _cpu_name(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": _version_of("torch"),
+    }
+    checks = run_checks()
+    verdict = all(row["status"] != "failed" for row in checks) and any(
+        row["status"] == "ok" for row in checks
+    )
+    return {"ok": verdict, "build": build, "machine": machine, "checks": checks}

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network of a run: its size from the settings, its weights drawn or from a file."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models import adapt_input_conv
+
+from .. import cuda_is_available
+from ..config import patch_grid
+from ..nn.models import create_model
+from ..nn.saving import fill
+from ..nn.vision_mamba import VisionMamba
+from ..tasks.settings import Settings
+from ..weights.checkpoints import read_checkpoint
+from ..weights.convert import parse_setting
+from ..weights.metadata import CONFIG_KEY, unpack
+
+_OPTIONS = ("patch_size", "stride", "embed_dim", "depth", "directions", "class_token", "pool")
+_PATCHES = "patch_embed.proj.weight"
+
+
+def choose_device(name: str, precision: str = "float32", local_rank: int = 0) -> torch.device:
+    """Where to compute.
+
+    Args:
+        name: "auto", "cpu", "cuda" (that of this process) or "cuda:N".
+
+    Raises:
+        ValueError: there is no such device, or 16 bits are wanted of a CPU.
+    """
+    found = cuda_is_available() and torch.cuda.is_available()
+    kind, _, number = name.partition(":")
+    if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if name == "cpu" or (name == "auto" and not found):
+        if precision != "float32":
+            raise ValueError(f"precision: {precision} needs a CUDA device; the CPU computes in float32")
+        return torch.device("cpu")
+    if not found:
+        reason = "torch finds no GPU" if cuda_is_available() else "this build of vimcore finds no GPU"
+        raise ValueError(f"device: {name}: {reason}; see vimcore doctor")
+    index = int(number) if number else local_rank
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"device: cuda:{index}: there are {torch.cuda.device_count()}")
+    return torch.device("cuda", index)
+
+
+def further_options(texts: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `VisionMamba` that --set names.
+
+    Raises:
+        ValueError: there is no such argument, it has a flag of its own, or it is named twice.
+    """
+    known = set(inspect.signature(VisionMamba).parameters)
+    flags = {*_OPTIONS, "img_size", "in_chans", "drop_rate", "drop_path_rate", "memory"}
+    found: dict[str, Any] = {}
+    for key, value in map(parse_setting, texts):
+        if key in flags:
+            raise ValueError(f"set: {key}: has a setting of its own, --{key.replace('_', '-')}")
+        if key == "num_classes":
+            raise ValueError("set: num_classes: follows from the data")
+        if key not in known:
+            further = sorted(known - flags - {"num_classes"})
+            close = difflib.get_close_matches(key, further, n=3, cutoff=0.5) or further
+            raise ValueError(f"set: {key}: VisionMamba has no such argument; it has {', '.join(close)}")
+        if key in found:
+            raise ValueError(f"set: {key}: given twice")
+        if type(value) in (int, float) and not abs(value) < 1 << 63:
+            raise ValueError(f"set: {key}: expected a finite number that 64 bits hold, got {value}")
+        found[key] = value
+    return found
+
+
+def build(settings: Settings, channels: int, classes: Sequence[str]) -> tuple[VisionMamba, list[str]]:
+    """The network, and what a reader should know about how its weights came about.
+
+    Raises:
+        ValueError: an option is out of range, or `init` does not fit.
+    """
+    options: dict[str, Any] = {n: getattr(settings, n) for n in _OPTIONS if getattr(settings, n) is not None}
+    if settings.img_size is not None:
+        options["img_size"] = (settings.img_size[0], settings.img_size[-1])
+    further = further_options(settings.set)
+    try:
+        model = create_model(
+            settings.model,
+            in_chans=channels,
+            num_classes=len(classes),
+            drop_rate=settings.drop_rate,
+            drop_path_rate=settings.drop_path_rate,
+            memory=settings.memory,
+            **options,
+            **further,
+        )
+    except TypeError as error:
+        raise ValueError(f"set: {' '.join(settings.set)}: {str(error).splitlines()[0]}") from None
+    config = model.config
+    if config["class_token"] == "none" and config["pool"] == "all":
+        raise ValueError("pool: all gives logits for every patch; one label for an image cannot teach them")
+    if settings.init is None:
+        return model, []
+    return model, _start_from(model, settings, classes)
+
+
+def _start_from(model: VisionMamba, settings: Settings, classes: Sequence[str]) -> list[str]:
+    path = str(settings.init)
+    state, metadata, notes = read_checkpoint(path, settings.init_weights)
+    grid = labels = None
+    if CONFIG_KEY in metadata:
+        stored, labels, _ = unpack(metadata, path)
+        grid = patch_grid(stored)
+    patches = state.get(_PATCHES)
+    channels = model.config["in_chans"]
+    if patches is not None and patches.ndim == 4 and patches.shape[1] != channels:
+        try:
+            state[_PATCHES] = adapt_input_conv(channels, patches)
+        except NotImplementedError:
+            raise ValueError(
+                f"init: {path}: {_PATCHES} takes {patches.shape[1]} channels, the images have {channels}; "
+                "only 3 channels can be adapted to others"
+            ) from None
+        notes.append(f"patch embedding adapted from {patches.shape[1]} to {channels} channels")
+    head = state.get("head.weight")
+    other = head is None or head.shape[0] != len(classes) or (labels is not None and labels != list(classes))
+    if other:
+        notes.append(f"new head for {len(classes)} classes")
+    table = state.get("pos_embed")
+    if table is not None and hasattr(model, "pos_embed") and table.shape != model.pos_embed.shape:
+        rows, columns = patch_grid(model.config)
+        notes.append(f"position table resized to {rows} x {columns} patches ({settings.pos_embed})")
+    fill(model, state, path, old_grid=grid, way=settings.pos_embed, skip_head=other)
+    return [f"weights from {path}", *notes]

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published recipes by name.
+
+"released": what the authors' training scripts do. "paper": what the paper's text states; where it is silent,
+the scripts' value. The paper states AdamW, 1024 images an update, a peak of 1e-3, weight decay 0.05, 300
+epochs, a cosine, and names crops, flips, label smoothing, mixup and erasing. For base there is no script.
+batch_size is that of one process, of the authors' eight: fewer scale the learning rate down (scale_lr).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..tasks.settings import Settings
+from .warmup import bounded
+
+_PAPER: dict[str, Any] = {
+    "batch_size": 128,
+    "lr": 1e-3,
+    "lr_batch": 1024,
+    "weight_decay": 0.05,
+    "schedule_steps": "epoch",
+    "rand_augment": "",
+    "color_jitter": 0.0,
+    "cutmix": 0.0,
+    "repeats": 1,
+}
+_SMALL: dict[str, Any] = {"model": "vim_small_patch16_224", "drop_path_rate": 0.05}
+
+# Fine-tuning on long sequences: stride 8, a constant 1e-5, almost no decay.
+_LONG: dict[str, Any] = {"epochs": 30, "weight_decay": 1e-8, "drop_path_rate": 0.0}
+_LONG_RELEASED: dict[str, Any] = {
+    **_LONG,
+    "batch_size": 128,
+    "lr": 5e-6,
+    "warmup_lr": 1e-5,
+    "min_lr": 1e-5,
+    "pos_embed": "authors",
+}
+_LONG_PAPER: dict[str, Any] = {
+    **_PAPER,
+    **_LONG,
+    "lr": 1e-5,
+    "schedule": "constant",
+    "warmup_epochs": 0.0,
+    "min_lr": 1e-5,
+    "warmup_lr": 1e-5,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny-released": {"model": "vim_tiny_patch16_224"},
+    "tiny-paper": {**_PAPER, "model": "vim_tiny_patch16_224"},
+    "small-released": {**_SMALL, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05},
+    "small-paper": {**_PAPER, **_SMALL},
+    "base-paper": {**_PAPER, "model": "vim_base_patch16_224"},
+    "tiny-long-released": {**_LONG_RELEASED, "model": "vim_tiny_patch16_stride8_224"},
+    "tiny-long-paper": {**_LONG_PAPER, "model": "vim_tiny_patch16_stride8_224"},
+    "small-long-released": {**_LONG_RELEASED, "model": "vim_small_patch16_stride8_224"},
+    "small-long-paper": {**_LONG_PAPER, "model": "vim_small_patch16_stride8_224"},
+    "base-long-paper": {**_LONG_PAPER, "model": "vim_base_patch16_stride8_224"},
+    # The network and recipe of `vimcore demo`.
+    "digits": {
+        "data": "digits",
+        "img_size": (32,),
+        "patch_size": 8,
+        "in_chans": 1,
+        "embed_dim": 64,
+        "depth": 4,
+        "memory": "fast",
+        "mean": (0.3,),
+        "std": (0.38,),
+        "crop_pct": 1.0,
+        "workers": 0,
+        "augment": "jiggle",
+        "random_erase": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "repeats": 1,
+        "batch_size": 32,
+        "lr": 2e-3,
+        "scale_lr": False,
+        "weight_decay": 0.05,
+        "ema": 0.99,
+        "ema_ramp": True,
+        "epochs": 20,
+        "schedule_steps": "update",
+        "warmup_epochs": 3.0,
+        "threads": 1,
+    },
+}
+
+DEFAULT = "tiny-released"  # where no preset is named
+
+
+def recipe(name: str, typed: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """The settings of a preset with those that were typed, and what else was changed, in words.
+
+    A run that is shorter than the recipe gets at most a tenth of itself as warm-up, unless that was typed.
+
+    Raises:
+        ValueError: a setting does not exist or is out of range.
+    """
+    own = Settings().merged(PRESETS[name])
+    settings = own.merged(typed)
+    if "warmup_epochs" in typed or settings.epochs >= own.epochs:
+        return settings, []
+    warmup = bounded(settings.warmup_epochs, settings.epochs, settings.schedule_steps)
+    if warmup == settings.warmup_epochs:
+        return settings, []
+    whole = "" if settings.schedule_steps == "update" else "the whole epochs in "
+    what = f"warm-up {settings.warmup_epochs:g} epochs shortened to {warmup:g}, {whole}a tenth of the run"
+    return settings.merged({"warmup_epochs": warmup}), [f"{what}; --warmup-epochs sets it"]

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a checkpoint is one of this very run: all of it is looked at before any of it is taken over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..utils.files import listed, shortened
+
+_KEYS = ("format", "model", "average", "optimizer", "scaler", "step", "epoch", "done", "best", "identity")
+_GROUP = ("params", "lr", "betas", "eps", "weight_decay")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_BEST = ("top1", "top5", "epoch", "weights")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What this run would write if it were at its start: tensors of the right shapes, and its lengths."""
+
+    model: Mapping[str, Tensor]
+    average: Sequence[Tensor] | None
+    optimizer: Mapping[str, Any]
+    scaler: Mapping[str, Any]
+    parameters: Sequence[Tensor]  # in the order of the optimizer
+    epochs: int
+    updates_per_epoch: int
+    identity: Mapping[str, Any]
+
+
+def check(path: Path, saved: Mapping[str, Any], expected: Expected) -> None:
+    """Looks at everything.
+
+    Raises:
+        ValueError: names file, field, what was expected and what is there.
+    """
+    _Checker(path).whole(saved, expected)
+
+
+class _Checker:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def whole(self, saved: Mapping[str, Any], expected: Expected) -> None:
+        self._keys("checkpoint", saved, _KEYS)
+        self._identity(saved["identity"], expected.identity)
+        self._place(saved, expected.epochs, expected.updates_per_epoch)
+        self._tensors("model", saved["model"], expected.model)
+        if expected.average is None or saved["average"] is None:
+            if saved["average"] is not expected.average:
+                wanted = "None (ema is 0)" if expected.average is None else "averaged weights (ema is not 0)"
+                self._wrong("average", wanted, _shown(saved["average"]))
+        else:
+            average = self._list("average", saved["average"], len(expected.average))
+            self._tensors("average", dict(enumerate(average)), dict(enumerate(expected.average)))
+        self._optimizer(saved["optimizer"], expected, saved["step"])
+        self._scaler(saved["scaler"], expected.scaler)
+        self._best(saved["best"], saved["epoch"])
+
+    # ---- parts ---------------------------------------------------------------------------------------------
+
+    def _identity(self, value: Any, now: Mapping[str, Any]) -> None:
+        self._keys("identity", value, tuple(now))
+        others = {"images": "other images to learn from", "per_update": "another number an update"}
+        for name, what in others.items():
+            if type(value[name]) is not type(now[name]):
+                self._wrong(f"identity.{name}", type(now[name]).__name__, _shown(value[name]))
+            if value[name] != now[name]:
+                raise ValueError(
+                    f"{self.path.parent}: cannot go on with {what} than the checkpoint's "
+                    f"({_shown(value[name])}, now {now[name]})"
+                )
+
+    def _place(self, saved: Mapping[str, Any], epochs: int, per_epoch: int) -> None:
+        epoch = self._integer("epoch", saved["epoch"], 0, epochs)
+        done = self._integer("done", saved["done"], 0, per_epoch if epoch < epochs else 0)
+        step = epoch * per_epoch + done
+        if self._integer("step", saved["step"], 0, epochs * per_epoch) != step:
+            self._wrong(
+                "step", f"{step}, of epoch {epoch} and {done} updates of {per_epoch}", _shown(saved["step"])
+            )
+
+    def _optimizer(self, value: Any, expected: Expected, step: int) -> None:
+        self._keys("optimizer", value, ("state", "param_groups"))
+        own_groups = expected.optimizer["param_groups"]
+        groups = self._list("optimizer.param_groups", value["param_groups"], len(own_groups))
+        for i, (group, own) in enumerate(zip(groups, own_groups)):
+            field = f"optimizer.param_groups[{i}]"
+            # a later torch may have options that this group was saved without: they have their defaults
+            wanted_keys = tuple(name for name in own if name in group or name in _GROUP)
+            self._keys(field, group, wanted_keys)
+            for name, wanted in own.items():
+                if name not in group:
+                    continue
+                if name == "lr":
+                    self._number(f"{field}.lr", group[name], 0, math.inf)
+                elif type(group[name]) is not type(wanted) or group[name] != wanted:
+                    self._wrong(f"{field}.{name}", _shown(wanted), _shown(group[name]))
+        state, count = value["state"], len(expected.parameters)
+        skips = bool(expected.scaler)  # updates of float16 that overflowed
+        begun = step > 0 and not (skips and state == {})
+        self._keys("optimizer.state", state, tuple(range(count)) if begun else ())
+        for i, moments in state.items():
+            field = f"optimizer.state[{i}]"
+            self._keys(field, moments, _MOMENTS)
+            own = expected.parameters[i]
+            self._tensors(field, moments, {"step": torch.zeros(()), "exp_avg": own, "exp_avg_sq": own})
+            made = moments["step"].item()
+            if not (0 < made <= step if skips else made == step):
+                self._wrong(f"{field}.step", f"{step}", _shown(made))
+            if bool((moments["exp_avg_sq"] < 0).any()):
+                self._wrong(
+                    f"{field}.exp_avg_sq", "no value below 0", _shown(moments["exp_avg_sq"].min().item())
+                )
+
+    def _scaler(self, value: Any, own: Mapping[str, Any]) -> None:
+        self._keys("scaler", value, tuple(own))
+        for name, wanted in own.items():
+            if name in ("scale", "_growth_tracker"):  # what changes
+                self._number(f"scaler.{name}", value[name], 1e-30 if name == "scale" else 0, math.inf)
+            elif value[name] != wanted:
+                self._wrong(f"scaler.{name}", _shown(wanted), _shown(value[name]))
+
+    def _best(self, value: Any, epoch: int) -> None:
+        if value == {}:
+            return
+        self._keys("best", value, _BEST)
+        for name in ("top1", "top5"):
+            self._number(f"best.{name}", value[name], 0, 1)
+        self._integer("best.epoch", value["epoch"], 1, epoch)
+        if value["weights"] not in ("raw", "ema"):
+            self._wrong("best.weights", "raw or ema", _shown(value["weights"]))
+
+    # ---- kinds of value ------------------------------------------------------------------------------------
+
+    def _keys(self, field: str, value: Any, wanted: tuple[Any, ...]) -> None:
+        if not isinstance(value, dict):
+            self._wrong(field, "a dictionary", _shown(value))
+        missing = [key for key in wanted if key not in value]
+        strange = [key for key in value if key not in wanted]
+        for found, what in ((missing, "missing"), (strange, "not expected")):
+            if found:
+                names = listed([_shown(key) for key in found])
+                raise ValueError(f"{self.path}: {field}: {what}: {names}")
+
+    def _list(self, field: str, value: Any, length: int) -> list[Any]:
+        if not isinstance(value, list) or len(value) != length:
+            given = f"one of {len(value)}" if isinstance(value, list) else _shown(value)
+            self._wrong(field, f"a list of {length}", given)
+        return list(value)
+
+    def _integer(self, field: str, value: Any, low: int, high: int) -> int:
+        if type(value) is not int or not low <= value <= high:
+            self._wrong(field, f"a whole number from {low} to {high}", _shown(value))
+        return int(value)
+
+    def _number(self, field: str, value: Any, low: float, high: float) -> None:
+        if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+            span = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+            self._wrong(field, f"a finite number, {span}", _shown(value))
+
+    def _tensors(self, field: str, value: Any, wanted: Mapping[Any, Tensor]) -> None:
+        self._keys(field, value, tuple(wanted))
+        for key, own in wanted.items():
+            name, tensor = f"{field}.{key}", value[key]
+            plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            if (
+                not plain
+                or tensor.device.type != "cpu"
+                or tensor.shape != own.shape
+                or tensor.dtype != own.dtype
+            ):
+                self._wrong(name, _shown(own), _shown(tensor))
+            if not bool(tensor.isfinite().all()):
+                self._wrong(name, "finite numbers", f"{int((~tensor.isfinite()).sum())} that are not")
+
+    def _wrong(self, field: str, wanted: str, given: str) -> NoReturn:
+        raise ValueError(f"{self.path}: {field}: expected {wanted}, got {given}")
+
+
+def _shown(value: Any) -> str:
+    """A value in a few words."""
+    if isinstance(value, Tensor):
+        where = "" if value.device.type == "cpu" else f" on {value.device.type}"
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{where}"
+    return shortened(repr(value), 60)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning rate of each update, by timm's scheduler."""
+
+from __future__ import annotations
+
+import torch
+from timm.scheduler import CosineLRScheduler
+
+from ..tasks.settings import Settings
+
+NEAR = 0.9  # of the peak: where a warm-up over a tenth of the run ends, the cosine has 0.98 of it
+
+
+def peak_lr(settings: Settings, world: int) -> float:
+    """lr, scaled linearly by the images of one update if scale_lr; warm-up and minimum are never scaled."""
+    images = settings.batch_size * settings.accumulate * world
+    return settings.lr * images / settings.lr_batch if settings.scale_lr else settings.lr
+
+
+class Schedule:
+    """lr(update): linear warm-up, then a cosine whose clock began with the warm-up, or the peak.
+
+    schedule_steps "update" moves at each update, "epoch" at each epoch; "authors" as well, but epoch e has
+    the value of epoch e - 1, because the published loop steps its scheduler after the epoch.
+    """
+
+    def __init__(self, settings: Settings, peak: float, updates_per_epoch: int) -> None:
+        self.when, self.per_epoch = settings.schedule_steps, updates_per_epoch
+        units = updates_per_epoch if self.when == "update" else 1
+        self.peak, self.constant = peak, settings.schedule == "constant"
+        self.warmup = round(settings.warmup_epochs * units)
+        self.warmup_lr = settings.warmup_lr
+        carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=peak)
+        self.cosine = CosineLRScheduler(
+            carrier,
+            t_initial=max(settings.epochs * units, 2),  # timm warns of 1, which has one value anyway
+            lr_min=settings.min_lr,
+            warmup_t=self.warmup,
+            warmup_lr_init=settings.warmup_lr,
+        )
+
+    def __call__(self, update: int) -> float:
+        return self._at(self._time(update))
+
+    def highest(self, updates: int) -> float:
+        """The largest learning rate of a run of so many updates: it grows, and then falls."""
+        last = self._time(updates - 1)
+        return max(self._at(min(max(time, 0), last)) for time in (0, self.warmup - 1, self.warmup, last))
+
+    def _time(self, update: int) -> int:
+        epoch = update // self.per_epoch
+        return {"update": update, "epoch": epoch, "authors": max(epoch - 1, 0)}[self.when]
+
+    def _at(self, time: int) -> float:
+        if self.constant and time >= self.warmup:
+            return self.peak
+        return float(self.cosine._get_lr(time)[0])
+
+
+def described(settings: Settings, images: int, peak: float) -> str:
+    """Given, scaled and peak learning rate and the rule, for an update of so many images."""
+    if settings.scale_lr:
+        rule = f"lr {settings.lr:g} x {images} images an update / lr_batch {settings.lr_batch} = {peak:.3g} "
+        rule += "at its peak; --no-scale-lr takes lr as it is"
+    else:
+        rule = f"lr {peak:.3g} at its peak, as given: scale_lr is off"
+    return f"learning rate: {rule}"
+
+
+def warnings(settings: Settings, schedule: Schedule, updates: int) -> list[str]:
+    """What of so many updates would teach little though every setting is in its range."""
+    found = []
+    peak, highest = schedule.peak, schedule.highest(updates)
+    if highest < NEAR * peak:
+        found.append(
+            f"the learning rate never reaches its peak of {peak:.3g}: the highest in {updates} updates is "
+            f"{highest:.3g}; --warmup-epochs, {settings.warmup_epochs:g} of {settings.epochs} epochs, sets it"
+        )
+    if not schedule.constant and settings.min_lr > peak:
+        found.append(
+            f"min_lr {settings.min_lr:g} is above the peak of {peak:.3g}, so the learning rate rises to the "
+            "end; --min-lr sets it"
+        )
+    initial = settings.ema**updates
+    if settings.ema and not settings.ema_ramp and initial > 0.5:
+        found.append(
+            f"after {updates} updates the averaged weights are still {100 * initial:.0f} % the initial ones; "
+            "--ema-ramp lets a young average forget faster"
+        )
+    return found
