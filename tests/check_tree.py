@@ -73,7 +73,7 @@ def check_kernels() -> list[str]:
 # Python: a module imports from floors below its own and from its own folder; none imports itself by way
 # of others.
 # The package's face (`__init__.py`: public names, imported when first used) and `_core` belong to no floor.
-FLOORS = [
+PYTHON_FLOORS = [
     "utils",
     "config",
     "positions autograd weights",
@@ -90,7 +90,7 @@ FLOORS = [
     "__main__",
 ]
 # Modules of the first folder see of the second one only these.
-NARROW = {
+PYTHON_NARROW = {
     ("train", "tasks"): {"task", "settings"},
     ("analysis", "train"): set(),
 }
@@ -125,7 +125,7 @@ def imports_of(path: Path, package: Path) -> set[str]:
 def check_imports() -> list[str]:
     """Directions between the floors of the Python package, and circles."""
     package = root / "python/vimcore"
-    floor = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
+    floor = {name: i for i, names in enumerate(PYTHON_FLOORS) for name in names.split()}
     graph: dict[str, set[str]] = {}
     for path in sorted(package.rglob("*.py")):
         name = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
@@ -135,13 +135,13 @@ def check_imports() -> list[str]:
     for module, names in graph.items():
         own = module.split(".")[0]
         if own not in floor:
-            faults.append(f"python/vimcore: {module} is on no floor (FLOORS in tests/check_tree.py)")
+            faults.append(f"python/vimcore: {module} is on no floor (PYTHON_FLOORS in tests/check_tree.py)")
             continue
         for name in sorted(names):
             other, _, rest = name.partition(".")
-            if other != own and floor.get(other, len(FLOORS)) >= floor[own]:
+            if other != own and floor.get(other, len(PYTHON_FLOORS)) >= floor[own]:
                 faults.append(f"python/vimcore: {module} imports {name}, which is not below it")
-            if (own, other) in NARROW and rest not in NARROW[own, other]:
+            if (own, other) in PYTHON_NARROW and rest not in PYTHON_NARROW[own, other]:
                 faults.append(f"python/vimcore: {module} imports {name}, which is not for it")
     for module in graph:
         if reaches(graph, module, module):
