@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators of vimcore/ops.h on the device: each launches its kernels on the context's stream and returns. The
-// arguments were checked. Activations are T (float, __half, __nv_bfloat16); parameters, residual stream, states and
-// statistics are float. Each lives in the file named beside it.
+// The operators on the device: each launches its kernels on the context's stream and returns. The arguments were
+// checked. Activations are T (float, __half, __nv_bfloat16); parameters, residual stream, states and
+// statistics are float. A function lies in the
+// file of its name: norm_forward in norm.cu, norm_backward in norm_backward.cu; patches, tokens and rope in embed.cu,
+// add, copy and what scales rows in elementwise.cu.
 #pragma once
 
 #include <span>
@@ -13,31 +15,16 @@
 
 namespace vimcore::cuda {
 
-void norm_forward(Context& ctx, const NormForward& args);                  // norm.cu
-void norm_backward(Context& ctx, const NormBackward& args);                // norm_backward.cu
-void conv1d_forward(Context& ctx, const Conv1d& args);                     // conv1d.cu
-void conv1d_backward(Context& ctx, const Conv1d& args);                    // conv1d_backward.cu
-void linear_forward(Context& ctx, std::span<const LinearForward> args);    // linear.cpp
-void linear_backward(Context& ctx, std::span<const LinearBackward> args);  // linear.cpp
-void scan_forward(Context& ctx, const Scan& args);                         // scan.cu
-void selective_scan_forward(Context& ctx, const SelectiveScan& args);      // scan.cu
-bool scan_forward_tuned(Context& ctx, const Scan& args);                   // scan_tuned.cu; false: not for these sizes
-void scan_backward(Context& ctx, const Scan& args);                        // scan_backward.cu
-bool scan_backward_tuned(Context& ctx, const Scan& args);                  // scan_backward_tuned.cu; false: not these
-void selective_scan_backward(Context& ctx, const SelectiveScan& args);     // scan_backward.cu
-void patches_forward(Context& ctx, const Patches& args);                   // embed.cu
-void patches_backward(Context& ctx, const Patches& args);                  // embed_backward.cu
-void tokens_forward(Context& ctx, const Tokens& args);                     // embed.cu
-void tokens_backward(Context& ctx, const Tokens& args);                    // embed_backward.cu
-void rope(Context& ctx, const Rope& args);                                 // embed.cu
-void readout_forward(Context& ctx, const Readout& args);                   // readout.cu
-void readout_backward(Context& ctx, const Readout& args);                  // readout_backward.cu
-void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale);  // elementwise.cu
-void copy(Context& ctx, const Tensor& from, const Tensor& to);  // elementwise.cu; converts types
-void fill_zero(Context& ctx, const Tensor& tensor);             // elementwise.cu
-void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out);  // elementwise.cu
-void scale_rows_backward(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& dout,
-                         const Tensor& dmatrix, const Tensor& dfactor);  // elementwise.cu
+#define VIM_DECLARE(function, Arguments) void function(Context& ctx, const Arguments& args);
+VIM_OPERATORS(VIM_DECLARE)
+#undef VIM_DECLARE
+
+// The tuned scans; false: not for these sizes.
+bool scan_forward_tuned(Context& ctx, const Scan& args);
+bool scan_backward_tuned(Context& ctx, const Scan& args);
+
+void copy(Context& ctx, const Tensor& from, const Tensor& to);  // converts types
+void fill_zero(Context& ctx, const Tensor& tensor);
 
 // Copies of float32 tensors, cut into pieces; `copies` of them in one launch, the table being in device memory.
 // casts.cu

@@ -98,12 +98,21 @@ bool is_float(DType dtype) { return dtype == DType::f32 || dtype == DType::f16 |
 
 }  // namespace
 
-void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
+void add(Context& ctx, const Add& args)
 {
     DType narrow = DType::f32;
-    for (const Tensor& t : {a, b, out})
+    for (const Tensor& t : {args.a, args.b, args.out})
         if (t.dtype != DType::f32) narrow = t.dtype;
-    dispatch(narrow, [&](auto t) { run_add<decltype(t)>(ctx, a, b, out, row_scale); });
+    dispatch(narrow, [&](auto t) { run_add<decltype(t)>(ctx, args.a, args.b, args.out, args.row_scale); });
+}
+
+void accumulate(Context& ctx, const Accumulate& args)
+{
+    for (std::size_t i = 0; i < args.to.size(); i++) {
+        const Tensor& to = args.to[i];
+        const Shape flat{1, 1, to.numel()};
+        if (to) cuda::add(ctx, {.a = to.view(flat), .b = args.from[i].view(flat), .out = to.view(flat)});
+    }
 }
 
 void copy(Context& ctx, const Tensor& from, const Tensor& to)
@@ -128,22 +137,22 @@ void fill_zero(Context& ctx, const Tensor& tensor)
     if (tensor.numel()) VIM_CUDA(cudaMemsetAsync(tensor.data, 0, tensor.bytes(), stream_of(ctx)));
 }
 
-void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out)
+void scale_rows(Context& ctx, const ScaleRows& args)
 {
-    const Index count = matrix.numel();
+    const Index count = args.matrix.numel();
     if (count)
-        VIM_LAUNCH(scale_rows_kernel, flat_grid(count), flat_block, 0, stream_of(ctx), matrix.as<float>(),
-                   factor.as<float>(), out.as<float>(), count, matrix.size(1));
+        VIM_LAUNCH(scale_rows_kernel, flat_grid(count), flat_block, 0, stream_of(ctx), args.matrix.as<float>(),
+                   args.factor.as<float>(), args.out.as<float>(), count, args.matrix.size(1));
 }
 
-void scale_rows_backward(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& dout,
-                         const Tensor& dmatrix, const Tensor& dfactor)
+void scale_rows_backward(Context& ctx, const ScaleRowsBackward& args)
 {
-    const Index rows = matrix.size(0), columns = matrix.size(1);
+    const Index rows = args.matrix.size(0), columns = args.matrix.size(1);
     if (rows)
         VIM_LAUNCH(scale_rows_backward_kernel, static_cast<unsigned>(ceil_div(rows, rows_per_block)),
-                   rows_per_block * device::warp_size, 0, stream_of(ctx), matrix.as<float>(), factor.as<float>(),
-                   dout.as<float>(), dmatrix.as<float>(), dfactor.as<float>(), rows, columns);
+                   rows_per_block * device::warp_size, 0, stream_of(ctx), args.matrix.as<float>(),
+                   args.factor.as<float>(), args.dout.as<float>(), args.dmatrix.as<float>(), args.dfactor.as<float>(),
+                   rows, columns);
 }
 
 }  // namespace vimcore::cuda

@@ -184,7 +184,7 @@ void weight_gradients(Context& ctx, std::span<const LinearBackward> args)
 
 }  // namespace
 
-void linear_forward(Context& ctx, std::span<const LinearForward> args)
+void linear_forward(Context& ctx, const std::span<const LinearForward>& args)
 {
     Arena::Scope scope(ctx.arena());
     for (std::size_t i = 0; i < args.size(); i++) {
@@ -203,7 +203,7 @@ void linear_forward(Context& ctx, std::span<const LinearForward> args)
     }
 }
 
-void linear_backward(Context& ctx, std::span<const LinearBackward> args)
+void linear_backward(Context& ctx, const std::span<const LinearBackward>& args)
 {
     Arena::Scope scope(ctx.arena());
     weight_gradients(ctx, args);

@@ -67,7 +67,7 @@ void check_copies()
     const Floats factors = {2, -1, 0};
     const Tensor matrix = side.parameter({3, 5}, Random(4).normal(15)), factor = side.parameter({3}, factors);
     const Tensor out = side.parameter({3, 5}, Floats(15));
-    side.ctx.backend().scale_rows(side.ctx, matrix, factor, out);
+    side.ctx.backend().scale_rows(side.ctx, {.matrix = matrix, .factor = factor, .out = out});
     const Floats in = side.values(matrix), scaled = side.values(out);
     for (std::size_t i = 0; i < 15; i++) CHECK(scaled[i] == in[i] * factors[i / 5]);
 }

@@ -339,7 +339,11 @@ void test_scale_rows(bool matrix, bool factor)
         const Shape shape{9, 70};
         const Tensor m = gradient(side, 1, shape), f = gradient(side, 2, {9}), d = gradient(side, 3, shape);
         const Tensor dm = gradient(side, 4, shape), df = gradient(side, 5, {9});
-        side.ctx.backend().scale_rows_backward(side.ctx, m, f, d, matrix ? dm : Tensor{}, factor ? df : Tensor{});
+        side.ctx.backend().scale_rows_backward(side.ctx, {.matrix = m,
+                                                          .factor = f,
+                                                          .dout = d,
+                                                          .dmatrix = matrix ? dm : Tensor{},
+                                                          .dfactor = factor ? df : Tensor{}});
         return Outputs{{"dmatrix", side.values(dm), true}, {"dfactor", side.values(df), true}};
     });
 }
@@ -349,7 +353,7 @@ void test_accumulate()
     compare_twice(DType::f32, "accumulate", [&](Side&& side) {
         const Tensor to[] = {gradient(side, 1, {3, 7}), {}, gradient(side, 2, {129})};
         const Tensor from[] = {gradient(side, 3, {3, 7}), {}, gradient(side, 4, {129})};
-        side.ctx.backend().accumulate(side.ctx, to, from);
+        side.ctx.backend().accumulate(side.ctx, {.to = to, .from = from});
         return Outputs{{"first", side.values(to[0]), true}, {"last", side.values(to[2]), true}};
     });
 }

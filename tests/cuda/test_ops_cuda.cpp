@@ -164,7 +164,9 @@ void test_add(DType dtype, Index dim, int wides, int over, bool scaled, Index sh
         const Tensor b = side.make(shape, type(wide_b), normal(81, held(wide_b), shape.numel()), shift);
         const Tensor out = over == 1 ? a : over == 2 ? b : wide_out ? side.wide_result(shape) : side.result(shape);
         const Tensor scale = scaled ? side.parameter({3}, normal(82, DType::f32, 3)) : Tensor{};
-        each_image(apart, 3, [&](auto part) { add(side.ctx, part(a), part(b), part(out), part(scale)); });
+        each_image(apart, 3, [&](auto part) {
+            add(side.ctx, {.a = part(a), .b = part(b), .out = part(out), .row_scale = part(scale)});
+        });
         return Outputs{{"out", side.values(out), wide_out}};
     };
     compare(dtype, text("add", dim, wides, over, scaled, shift), run);
@@ -215,7 +217,7 @@ void test_fill_and_scale()
     Floats want = matrix;
     for (std::size_t i = 0; i < want.size(); i++) want[i] *= factor[i / 33];
     for (const Tensor& to : {out, m}) {
-        ctx.backend().scale_rows(ctx, m, f, to);
+        ctx.backend().scale_rows(ctx, {.matrix = m, .factor = f, .out = to});
         CHECK(same_bits(side.values(to), want));
     }
 }
@@ -301,7 +303,7 @@ void test_empty(DType dtype)
     readout.x = x;
     readout.out = side.result({0, 8});
     readout_forward(ctx, readout);
-    add(ctx, x, x, x);
+    add(ctx, {.a = x, .b = x, .out = x});
     ctx.backend().copy(ctx, x, x);
     ctx.backend().fill_zero(ctx, x);
 }

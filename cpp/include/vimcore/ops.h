@@ -183,7 +183,12 @@ struct Readout {
 void readout_forward(Context& ctx, const Readout& args);
 void readout_backward(Context& ctx, const Readout& args);
 
-// out = a + row_scale[b] b over (B, L, D); out may be a or b; row_scale or none. Each of the three may be wide.
-void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale = {});
+// out = a + row_scale[b] b. Each of the three may be wide.
+struct Add {
+    Tensor a, b;            // (B, L, D)
+    Tensor out;             // (B, L, D); may be a or b
+    Tensor row_scale = {};  // (B) or none
+};
+void add(Context& ctx, const Add& args);
 
 }  // namespace vimcore

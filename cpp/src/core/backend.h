@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a device must provide: one method per operator of ops.h, arguments already checked.
+// What a device must provide: services (memory, copies, streams, parallel work) and the operators of operators.h.
 #pragma once
 
 #include <cstdint>
 #include <memory>
-#include <span>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "vimcore/ops.h"
+#include "core/operators.h"
 
 namespace vimcore {
 
@@ -17,9 +16,9 @@ struct Copy {
     Tensor from, to;
 };
 
-class Backend {
+class DeviceServices {
 public:
-    virtual ~Backend() = default;
+    virtual ~DeviceServices() = default;
 
     virtual int default_threads() const = 0;
     virtual std::int64_t tile() const = 0;  // tokens per operator call that suit its caches
@@ -48,13 +47,6 @@ public:
         for (const Copy& c : *static_cast<const std::vector<Copy>*>(prepared)) copy(ctx, c.from, c.to);
     }
     virtual void fill_zero(Context& ctx, const Tensor& tensor) = 0;
-    // out[i, :] = factor[i] matrix[i, :], of parameters
-    virtual void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out) = 0;
-    // dmatrix[i, :] += factor[i] dout[i, :], dfactor[i] += sum_j matrix[i, j] dout[i, j]; either or none
-    virtual void scale_rows_backward(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& dout,
-                                     const Tensor& dmatrix, const Tensor& dfactor) = 0;
-    // to[i] += from[i], gradients of parameters; those that are none are passed over
-    virtual void accumulate(Context& ctx, std::span<const Tensor> to, std::span<const Tensor> from) = 0;
     // Makes work on stream `to` wait for what was queued on `from`.
     virtual void change_stream(Context& ctx, void* from, void* to) = 0;
     // A mark behind what is queued on the context's stream, for another stream to wait for; none where calls complete.
@@ -66,26 +58,9 @@ public:
     // What `program` queues on the context's stream, recorded instead of run; replay queues it again.
     virtual std::shared_ptr<void> record(Context& ctx, void (*program)(void* context), void* context) = 0;
     virtual void replay(Context& ctx, void* recording) = 0;
-
-    virtual void norm_forward(Context& ctx, const NormForward& args) = 0;
-    virtual void norm_backward(Context& ctx, const NormBackward& args) = 0;
-    virtual void linear_forward(Context& ctx, std::span<const LinearForward> args) = 0;
-    virtual void linear_backward(Context& ctx, std::span<const LinearBackward> args) = 0;
-    virtual void conv1d_forward(Context& ctx, const Conv1d& args) = 0;
-    virtual void conv1d_backward(Context& ctx, const Conv1d& args) = 0;
-    virtual void scan_forward(Context& ctx, const Scan& args) = 0;
-    virtual void scan_backward(Context& ctx, const Scan& args) = 0;
-    virtual void selective_scan_forward(Context& ctx, const SelectiveScan& args) = 0;
-    virtual void selective_scan_backward(Context& ctx, const SelectiveScan& args) = 0;
-    virtual void patches_forward(Context& ctx, const Patches& args) = 0;
-    virtual void patches_backward(Context& ctx, const Patches& args) = 0;
-    virtual void tokens_forward(Context& ctx, const Tokens& args) = 0;
-    virtual void tokens_backward(Context& ctx, const Tokens& args) = 0;
-    virtual void rope(Context& ctx, const Rope& args) = 0;
-    virtual void readout_forward(Context& ctx, const Readout& args) = 0;
-    virtual void readout_backward(Context& ctx, const Readout& args) = 0;
-    virtual void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale) = 0;
 };
+
+class Backend : public DeviceServices, public Operators {};
 
 template <class F>
 void run_together(Context& ctx, F&& program)

@@ -358,14 +358,15 @@ void readout_backward(Context& ctx, const Readout& args)
     ctx.backend().readout_backward(ctx, args);
 }
 
-void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
+void add(Context& ctx, const Add& args)
 {
+    const auto& [a, b, out, row_scale] = args;
     const bool narrow = out.dtype != wide(out.dtype);
     Check check(ctx, "add", "out", narrow ? out : b);
     check.rank("out", out, 3);
     check.either("out", out, out.shape).either("a", a, out.shape).either("b", b, out.shape);
     check.optional_wide("row_scale", row_scale, {out.size(0)});
-    ctx.backend().add(ctx, a, b, out, row_scale);
+    ctx.backend().add(ctx, args);
 }
 
 }  // namespace vimcore

@@ -156,7 +156,7 @@ void run(const Pass& pass, const Tensor& images, const Saved& saved, const Outpu
                                .out = tokens});
             head_backward(pass, tokens, gradients.logits, dtokens, dparams);
         }
-        if (gradients.tokens) add(ctx, dtokens, gradients.tokens, dtokens);
+        if (gradients.tokens) add(ctx, {.a = dtokens, .b = gradients.tokens, .out = dtokens});
         norm_backward(ctx, {.x = saved.residual,
                             .row_scale = pass.drop_path(config.depth - 1),
                             .weight = params.norm_weight,
@@ -179,8 +179,8 @@ void run(const Pass& pass, const Tensor& images, const Saved& saved, const Outpu
     for (std::int64_t layer = config.depth - step; layer >= 0; layer -= step) {
         for (; wanted > 0 && gradients.layers[wanted - 1] >= layer; wanted--) {
             const Tensor& d = gradients.intermediates[wanted - 1];
-            add(ctx, dresidual, d, dresidual);
-            add(ctx, dh, d, dh, pass.drop_path(layer + step - 1));
+            add(ctx, {.a = dresidual, .b = d, .out = dresidual});
+            add(ctx, {.a = dh, .b = d, .out = dh, .row_scale = pass.drop_path(layer + step - 1)});
         }
         for (std::int64_t k = step - 1; k >= 0; k--) {
             const auto i = static_cast<std::size_t>(layer + k);
@@ -203,8 +203,8 @@ void run(const Pass& pass, const Tensor& images, const Saved& saved, const Outpu
                 });
         }
         if (step == 2) {
-            add(ctx, dh, pair_dh, dh);
-            add(ctx, dresidual, pair_dresidual, dresidual);
+            add(ctx, {.a = dh, .b = pair_dh, .out = dh});
+            add(ctx, {.a = dresidual, .b = pair_dresidual, .out = dresidual});
         }
         if (config.rope) {
             pass.rotate(dh, true);

@@ -58,7 +58,7 @@ Tensor scaled_out_proj(Context& ctx, const BlockParams& p)
 {
     if (!p.gamma) return p.out_proj;
     const Tensor scaled = ctx.arena().take(p.out_proj.shape, p.out_proj.dtype);
-    ctx.backend().scale_rows(ctx, p.out_proj, p.gamma, scaled);
+    ctx.backend().scale_rows(ctx, {.matrix = p.out_proj, .factor = p.gamma, .out = scaled});
     return scaled;
 }
 
@@ -382,8 +382,8 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
                         .dout = dy,
                         .dxz = dxz});
     if (passes > projections) {  // both scans read the same u and q
-        add(ctx, scan[0].du, scan[1].du, scan[0].du);
-        add(ctx, scan[0].dq, scan[1].dq, scan[0].dq);
+        add(ctx, {.a = scan[0].du, .b = scan[1].du, .out = scan[0].du});
+        add(ctx, {.a = scan[0].dq, .b = scan[1].dq, .out = scan[0].dq});
     }
 
     // out_proj's own gradient, now that its input is known again
@@ -397,8 +397,11 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
     if (params.gamma) ctx.backend().fill_zero(ctx, out_grad.dweight);
     if (out_grad.dweight) linear_backward(ctx, {&out_grad, 1});
     if (params.gamma)  // d(gamma W) into dW and dgamma
-        ctx.backend().scale_rows_backward(ctx, params.out_proj, params.gamma, out_grad.dweight, dparams.out_proj,
-                                          dparams.gamma);
+        ctx.backend().scale_rows_backward(ctx, {.matrix = params.out_proj,
+                                                .factor = params.gamma,
+                                                .dout = out_grad.dweight,
+                                                .dmatrix = dparams.out_proj,
+                                                .dfactor = dparams.gamma});
 
     // x_proj, convolution
     LinearBackward x_proj[2];

@@ -128,8 +128,8 @@ Stream run_layers(const Pass& pass, std::int64_t first, Stream in, Saved* saved,
         });
     }
     if (count == 1) return {out[0], residual(0)};
-    add(pass.ctx, out[0], out[1], in.h);
-    add(pass.ctx, residual(0), residual(1), residual_out[2]);
+    add(pass.ctx, {.a = out[0], .b = out[1], .out = in.h});
+    add(pass.ctx, {.a = residual(0), .b = residual(1), .out = residual_out[2]});
     return {in.h, residual_out[2]};
 }
 
@@ -221,7 +221,10 @@ void run(const Pass& pass, const Tensor& images, const Outputs& out, Saved* save
                 throw std::invalid_argument("[forward] layer " + std::to_string(out.layers[wanted]) +
                                             ": outputs exist after layers 0.." + std::to_string(config.depth - 1) +
                                             ", with Directions::block after odd ones");
-            add(ctx, stream.residual, stream.h, out.intermediates[wanted], pass.drop_path(layer + step - 1));
+            add(ctx, {.a = stream.residual,
+                      .b = stream.h,
+                      .out = out.intermediates[wanted],
+                      .row_scale = pass.drop_path(layer + step - 1)});
         }
     }
     if (!out.tokens && !out.logits && !saved) return;

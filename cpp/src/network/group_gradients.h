@@ -36,7 +36,8 @@ public:
         const auto to = values(sum_);
         for (int slot = 0; slot < count; slot++) {
             BlockParams own = part(slot);
-            ctx_.backend().accumulate(ctx_, to, values(own));
+            const auto from = values(own);
+            ctx_.backend().accumulate(ctx_, {.to = to, .from = from});
         }
     }
 

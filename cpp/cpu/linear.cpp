@@ -2,7 +2,7 @@
 // Projections: y = x W^T, dx = dy W, dW = dy^T x.
 #include <array>
 
-#include "backend.h"
+#include "cpu_backend.h"
 
 namespace vimcore::cpu {
 
@@ -207,19 +207,19 @@ void backward(Context& ctx, std::span<const LinearBackward> args)
 
 }  // namespace
 
-void CpuBackend::linear_forward(Context& ctx, std::span<const LinearForward> args)
+void CpuBackend::linear_forward(Context& ctx, const std::span<const LinearForward>& args)
 {
-    for (; !args.empty(); args = args.subspan(std::min(max_problems, args.size()))) {
-        const auto group = args.first(std::min(max_problems, args.size()));
-        dispatch(args[0].x.dtype, [&](auto t) { forward<decltype(t)>(ctx, group); });
+    for (auto rest = args; !rest.empty(); rest = rest.subspan(std::min(max_problems, rest.size()))) {
+        const auto group = rest.first(std::min(max_problems, rest.size()));
+        dispatch(rest[0].x.dtype, [&](auto t) { forward<decltype(t)>(ctx, group); });
     }
 }
 
-void CpuBackend::linear_backward(Context& ctx, std::span<const LinearBackward> args)
+void CpuBackend::linear_backward(Context& ctx, const std::span<const LinearBackward>& args)
 {
-    for (; !args.empty(); args = args.subspan(std::min(max_problems, args.size()))) {
-        const auto group = args.first(std::min(max_problems, args.size()));
-        dispatch(args[0].dy.dtype, [&](auto t) { backward<decltype(t)>(ctx, group); });
+    for (auto rest = args; !rest.empty(); rest = rest.subspan(std::min(max_problems, rest.size()))) {
+        const auto group = rest.first(std::min(max_problems, rest.size()));
+        dispatch(rest[0].dy.dtype, [&](auto t) { backward<decltype(t)>(ctx, group); });
     }
 }
 

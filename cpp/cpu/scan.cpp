@@ -7,7 +7,7 @@
 #include <limits>
 #include <numbers>
 
-#include "backend.h"
+#include "cpu_backend.h"
 
 namespace vimcore::cpu {
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What happens once per image rather than once per block: patches, class tokens, position table, RoPE, read-out.
+// What happens once per image rather than once per block: patches, class tokens, position table, RoPE.
 // Copies and sums; the arithmetic that costs time is in the projections.
 #include <cstring>
 
-#include "backend.h"
+#include "cpu_backend.h"
 
 namespace vimcore::cpu {
 
@@ -113,76 +113,6 @@ void rope(Context& ctx, const Rope& a)
     });
 }
 
-template <class T>
-void readout_forward(Context& ctx, const Readout& a)
-{
-    const Index len = a.x.size(1), dim = a.x.size(2);
-    parallel_for(ctx.threads(), a.x.size(0), [&](Index b) {
-        const T* x = a.x.as<T>() + b * len * dim;
-        T* out = a.out.as<T>() + b * dim;
-        if (a.reduce == Reduce::select) {
-            const bool two = a.index[1] >= 0;
-            for (Index d = 0; d < dim; d++) {
-                const T first = x[a.index[0] * dim + d];
-                out[d] = two ? (first + x[a.index[1] * dim + d]) / 2 : first;
-            }
-            return;
-        }
-        std::copy_n(x, dim, out);
-        for (Index t = 1; t < len; t++)
-            for (Index d = 0; d < dim; d++) {
-                const T value = x[t * dim + d];
-                out[d] =
-                    a.reduce == Reduce::mean ? out[d] + value : (value > out[d] || value != value ? value : out[d]);
-            }
-        if (a.reduce == Reduce::mean)
-            for (Index d = 0; d < dim; d++) out[d] /= static_cast<T>(len);
-    });
-}
-
-template <class T>
-void readout_backward(Context& ctx, const Readout& a)
-{
-    const Index len = a.dx.size(1), dim = a.dx.size(2);
-    parallel_for(ctx.threads(), a.dx.size(0), [&](Index b) {
-        T* dx = a.dx.as<T>() + b * len * dim;
-        const T* dout = a.dout.as<T>() + b * dim;
-        if (a.reduce == Reduce::mean) {
-            for (Index t = 0; t < len; t++)
-                for (Index d = 0; d < dim; d++) dx[t * dim + d] = dout[d] / static_cast<T>(len);
-            return;
-        }
-        std::fill_n(dx, len * dim, T(0));
-        if (a.reduce == Reduce::select) {
-            const T share = a.index[1] >= 0 ? T(0.5) : T(1);
-            for (Index i : a.index)
-                for (Index d = 0; i >= 0 && d < dim; d++) dx[i * dim + d] += share * dout[d];
-            return;
-        }
-        const T* x = a.x.as<T>() + b * len * dim;
-        for (Index d = 0; d < dim; d++) {  // the first of equal maxima
-            Index best = 0;
-            for (Index t = 1; t < len; t++)
-                if (x[t * dim + d] > x[best * dim + d]) best = t;
-            dx[best * dim + d] = dout[d];
-        }
-    });
-}
-
-template <class T>
-void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
-{
-    const Index len = out.size(1), dim = out.size(2), blocks = ceil_div(len, token_rows);
-    parallel_for(ctx.threads(), out.size(0) * blocks, [&](Index task) {
-        const Index image = task / blocks, row = task % blocks * token_rows, offset = (image * len + row) * dim;
-        const Index count = std::min(token_rows, len - row) * dim;
-        const T scale = row_scale ? row_scale.as<T>()[image] : T(1);
-        const T *pa = a.as<T>() + offset, *pb = b.as<T>() + offset;
-        T* po = out.as<T>() + offset;
-        for (Index i = 0; i < count; i++) po[i] = pa[i] + scale * pb[i];
-    });
-}
-
 }  // namespace
 
 void CpuBackend::patches_forward(Context& ctx, const Patches& args)
@@ -208,21 +138,6 @@ void CpuBackend::tokens_backward(Context& ctx, const Tokens& args)
 void CpuBackend::rope(Context& ctx, const Rope& args)
 {
     dispatch(args.x.dtype, [&](auto t) { cpu::rope<decltype(t)>(ctx, args); });
-}
-
-void CpuBackend::readout_forward(Context& ctx, const Readout& args)
-{
-    dispatch(args.x.dtype, [&](auto t) { cpu::readout_forward<decltype(t)>(ctx, args); });
-}
-
-void CpuBackend::readout_backward(Context& ctx, const Readout& args)
-{
-    dispatch(args.dx.dtype, [&](auto t) { cpu::readout_backward<decltype(t)>(ctx, args); });
-}
-
-void CpuBackend::add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
-{
-    dispatch(out.dtype, [&](auto t) { cpu::add<decltype(t)>(ctx, a, b, out, row_scale); });
 }
 
 }  // namespace vimcore::cpu

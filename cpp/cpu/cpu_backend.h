@@ -102,10 +102,6 @@ public:
     void download(Context&, const Tensor& from, void* host) override { std::memcpy(host, from.data, from.bytes()); }
     void copy(Context& ctx, const Tensor& from, const Tensor& to) override;
     void fill_zero(Context&, const Tensor& tensor) override { std::memset(tensor.data, 0, tensor.bytes()); }
-    void scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out) override;
-    void scale_rows_backward(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& dout,
-                             const Tensor& dmatrix, const Tensor& dfactor) override;
-    void accumulate(Context& ctx, std::span<const Tensor> to, std::span<const Tensor> from) override;
     void change_stream(Context& ctx, void* from, void* to) override;
     std::shared_ptr<void> mark(Context&) override { return nullptr; }
     void await(Context&, void*) override {}
@@ -113,24 +109,10 @@ public:
     std::shared_ptr<void> make_stream(int) override { return nullptr; }
     std::shared_ptr<void> record(Context& ctx, void (*program)(void*), void* context) override;
     void replay(Context& ctx, void* recording) override;
-    void norm_forward(Context& ctx, const NormForward& args) override;
-    void norm_backward(Context& ctx, const NormBackward& args) override;
-    void linear_forward(Context& ctx, std::span<const LinearForward> args) override;
-    void linear_backward(Context& ctx, std::span<const LinearBackward> args) override;
-    void conv1d_forward(Context& ctx, const Conv1d& args) override;
-    void conv1d_backward(Context& ctx, const Conv1d& args) override;
-    void scan_forward(Context& ctx, const Scan& args) override;
-    void scan_backward(Context& ctx, const Scan& args) override;
-    void selective_scan_forward(Context& ctx, const SelectiveScan& args) override;
-    void selective_scan_backward(Context& ctx, const SelectiveScan& args) override;
-    void patches_forward(Context& ctx, const Patches& args) override;
-    void patches_backward(Context& ctx, const Patches& args) override;
-    void tokens_forward(Context& ctx, const Tokens& args) override;
-    void tokens_backward(Context& ctx, const Tokens& args) override;
-    void rope(Context& ctx, const Rope& args) override;
-    void readout_forward(Context& ctx, const Readout& args) override;
-    void readout_backward(Context& ctx, const Readout& args) override;
-    void add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale) override;
+
+#define VIM_DECLARE(function, Arguments) void function(Context& ctx, const Arguments& args) override;
+    VIM_OPERATORS(VIM_DECLARE)
+#undef VIM_DECLARE
 };
 
 }  // namespace vimcore::cpu

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "backend.h"
+#include "cuda_backend.h"
 
 #include <atomic>
 #include <limits>
@@ -226,7 +226,7 @@ void CudaBackend::run_workers(Context& ctx, int count, void (*body)(void*, int),
     for (int i = 0; i < count; i++) body(context, i);
 }
 
-// ---- operators -----------------------------------------------------------------------------------------------------
+// ---- copies --------------------------------------------------------------------------------------------------------
 
 void CudaBackend::copy(Context& ctx, const Tensor& from, const Tensor& to)
 {
@@ -263,69 +263,17 @@ void CudaBackend::fill_zero(Context& ctx, const Tensor& tensor)
     cuda::fill_zero(ctx, tensor);
 }
 
-void CudaBackend::scale_rows(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& out)
-{
-    const DeviceGuard guard(ctx.device().index);
-    cuda::scale_rows(ctx, matrix, factor, out);
-}
+// ---- operators: the function of the same name, with the context's device as the current one
+// --------------------------
 
-void CudaBackend::scale_rows_backward(Context& ctx, const Tensor& matrix, const Tensor& factor, const Tensor& dout,
-                                      const Tensor& dmatrix, const Tensor& dfactor)
-{
-    const DeviceGuard guard(ctx.device().index);
-    cuda::scale_rows_backward(ctx, matrix, factor, dout, dmatrix, dfactor);
-}
-
-void CudaBackend::accumulate(Context& ctx, std::span<const Tensor> to, std::span<const Tensor> from)
-{
-    const DeviceGuard guard(ctx.device().index);
-    for (std::size_t i = 0; i < to.size(); i++) {
-        const Shape flat{1, 1, to[i].numel()};
-        if (to[i]) cuda::add(ctx, to[i].view(flat), from[i].view(flat), to[i].view(flat), {});
-    }
-}
-
-void CudaBackend::add(Context& ctx, const Tensor& a, const Tensor& b, const Tensor& out, const Tensor& row_scale)
-{
-    const DeviceGuard guard(ctx.device().index);
-    cuda::add(ctx, a, b, out, row_scale);
-}
-
-// An operator: the function of the same name, with the context's device as the current one.
-#define VIM_OPERATOR(function, Arguments)                           \
+#define VIM_DEFINE(function, Arguments)                             \
     void CudaBackend::function(Context& ctx, const Arguments& args) \
     {                                                               \
         const DeviceGuard guard(ctx.device().index);                \
         cuda::function(ctx, args);                                  \
     }
-VIM_OPERATOR(norm_forward, NormForward)
-VIM_OPERATOR(norm_backward, NormBackward)
-VIM_OPERATOR(conv1d_forward, Conv1d)
-VIM_OPERATOR(conv1d_backward, Conv1d)
-VIM_OPERATOR(scan_forward, Scan)
-VIM_OPERATOR(scan_backward, Scan)
-VIM_OPERATOR(selective_scan_forward, SelectiveScan)
-VIM_OPERATOR(selective_scan_backward, SelectiveScan)
-VIM_OPERATOR(patches_forward, Patches)
-VIM_OPERATOR(patches_backward, Patches)
-VIM_OPERATOR(tokens_forward, Tokens)
-VIM_OPERATOR(tokens_backward, Tokens)
-VIM_OPERATOR(rope, Rope)
-VIM_OPERATOR(readout_forward, Readout)
-VIM_OPERATOR(readout_backward, Readout)
-#undef VIM_OPERATOR
-
-void CudaBackend::linear_forward(Context& ctx, std::span<const LinearForward> args)
-{
-    const DeviceGuard guard(ctx.device().index);
-    cuda::linear_forward(ctx, args);
-}
-
-void CudaBackend::linear_backward(Context& ctx, std::span<const LinearBackward> args)
-{
-    const DeviceGuard guard(ctx.device().index);
-    cuda::linear_backward(ctx, args);
-}
+VIM_OPERATORS(VIM_DEFINE)
+#undef VIM_DEFINE
 
 }  // namespace cuda
 
