@@ -148,9 +148,9 @@ __global__ void conv_any(ConvParams<T> p)
 }
 
 template <class T>
-ConvParams<T> params(const Conv1d& a, std::span<const ConvPass> passes)
+ConvParams<T> params(const Conv1dForward& a, std::span<const ConvForwardPass> passes)
 {
-    const ConvPass& first = passes[0];
+    const ConvForwardPass& first = passes[0];
     ConvParams<T> p = {};
     p.x = a.x.as<T>();
     p.len = a.x.size(1);
@@ -184,12 +184,12 @@ Blocks blocks(const ConvParams<T>& p, Index batch, int channels)
 
 // passes: one, or a forward and a reverse one over the same tokens. False: not for these sizes or addresses.
 template <class T, int Passes>
-bool run_window(Context& ctx, const Conv1d& a, std::span<const ConvPass> passes)
+bool run_window(Context& ctx, const Conv1dForward& a, std::span<const ConvForwardPass> passes)
 {
     constexpr int C = 4;
     const ConvParams<T> p = params<T>(a, passes);
     if (p.dim % C != 0 || p.stride % C != 0 || !aligned(C, {a.x})) return false;
-    for (const ConvPass& pass : passes)
+    for (const ConvForwardPass& pass : passes)
         if (!aligned(C, {pass.weight, pass.bias, pass.u})) return false;
     const Blocks at = blocks(p, a.x.size(0), C);
     return select<2, 3, 4>(p.width, [&](auto k) {
@@ -198,9 +198,9 @@ bool run_window(Context& ctx, const Conv1d& a, std::span<const ConvPass> passes)
 }
 
 template <class T>
-void run(Context& ctx, const Conv1d& a)
+void run(Context& ctx, const Conv1dForward& a)
 {
-    const auto same_tokens = [](const ConvPass& f, const ConvPass& r) {
+    const auto same_tokens = [](const ConvForwardPass& f, const ConvForwardPass& r) {
         return !f.reverse && r.reverse && f.begin == r.begin && f.u.shape == r.u.shape &&
                f.weight.numel() == r.weight.numel();
     };
@@ -208,7 +208,7 @@ void run(Context& ctx, const Conv1d& a)
         run_window<T, 2>(ctx, a, a.passes))
         return;
     for (std::size_t i = 0; i < a.passes.size(); i++) {
-        const std::span<const ConvPass> pass = a.passes.subspan(i, 1);
+        const std::span<const ConvForwardPass> pass = a.passes.subspan(i, 1);
         if (pass[0].u.numel() == 0 || run_window<T, 1>(ctx, a, pass)) continue;
         const ConvParams<T> p = params<T>(a, pass);
         const Blocks at = blocks(p, a.x.size(0), 1);
@@ -218,7 +218,7 @@ void run(Context& ctx, const Conv1d& a)
 
 }  // namespace
 
-void conv1d_forward(Context& ctx, const Conv1d& args)
+void conv1d_forward(Context& ctx, const Conv1dForward& args)
 {
     dispatch(args.x.dtype, [&](auto t) { run<decltype(t)>(ctx, args); });
 }

@@ -205,23 +205,24 @@ struct Parts {
 
 // The passes: one, or a forward and a reverse one. units: what a part takes some of.
 template <class T>
-ConvParams<T> params(Context& ctx, const Conv1d& a, std::span<const ConvPass> passes, Index units, Parts* parts)
+ConvParams<T> params(Context& ctx, const Conv1dBackward& a, std::span<const ConvBackwardPass> passes, Index units,
+                     Parts* parts)
 {
-    const ConvPass& first = passes[0];
+    const ConvBackwardPass& first = passes[0];
     ConvParams<T> p = {};
     p.x = a.x.as<T>();
     p.dx = a.dx.as<T>();
     p.batch = a.x.size(0);
     p.len = a.x.size(1);
     p.stride = a.x.size(2);
-    p.dim = first.u.size(2);
+    p.dim = first.du.size(2);
     p.width = static_cast<int>(first.weight.numel() / p.dim);
     p.mirrored = passes.size() == 1 && first.reverse;
     p.silu = a.silu;
     p.items = ceil_div(units, most_parts);
     p.parts = ceil_div(units, p.items);
     for (std::size_t i = 0; i < passes.size(); i++) {
-        const ConvPass& pass = passes[i];
+        const ConvBackwardPass& pass = passes[i];
         const Shape weight{p.parts, p.dim * p.width}, bias{p.parts, p.dim};
         if (pass.dweight) parts[i].dweight = ctx.arena().take(weight, DType::f32);
         if (pass.dbias) parts[i].dbias = ctx.arena().take(bias, DType::f32);
@@ -231,7 +232,7 @@ ConvParams<T> params(Context& ctx, const Conv1d& a, std::span<const ConvPass> pa
     return p;
 }
 
-void join(Context& ctx, std::span<const ConvPass> passes, const Parts* parts)
+void join(Context& ctx, std::span<const ConvBackwardPass> passes, const Parts* parts)
 {
     ColumnSum sums[4];
     for (std::size_t i = 0; i < passes.size(); i++) {
@@ -244,13 +245,13 @@ void join(Context& ctx, std::span<const ConvPass> passes, const Parts* parts)
 
 // False: not for these sizes or addresses.
 template <class T, int Passes>
-bool run_window(Context& ctx, const Conv1d& a, std::span<const ConvPass> passes)
+bool run_window(Context& ctx, const Conv1dBackward& a, std::span<const ConvBackwardPass> passes)
 {
     constexpr int C = 2;
-    const ConvPass& first = passes[0];
-    const Index dim = first.u.size(2), width = first.weight.numel() / dim, batch = a.x.size(0), len = a.x.size(1);
+    const ConvBackwardPass& first = passes[0];
+    const Index dim = first.du.size(2), width = first.weight.numel() / dim, batch = a.x.size(0), len = a.x.size(1);
     if (width < 2 || width > 4 || dim % C != 0 || a.x.size(2) % C != 0 || !aligned(C, {a.x, a.dx})) return false;
-    for (const ConvPass& pass : passes)
+    for (const ConvBackwardPass& pass : passes)
         if (!aligned(C, {pass.weight, pass.bias, pass.du})) return false;
     Arena::Scope scope(ctx.arena());
     // Long chunks compute fewer values twice, short ones make more threads of a small batch.
@@ -271,7 +272,7 @@ bool run_window(Context& ctx, const Conv1d& a, std::span<const ConvPass> passes)
 }
 
 template <class T>
-void run_any(Context& ctx, const Conv1d& a, const ConvPass& pass, bool add)
+void run_any(Context& ctx, const Conv1dBackward& a, const ConvBackwardPass& pass, bool add)
 {
     Arena::Scope scope(ctx.arena());
     Parts parts;
@@ -289,12 +290,12 @@ void run_any(Context& ctx, const Conv1d& a, const ConvPass& pass, bool add)
 }
 
 template <class T>
-void run(Context& ctx, const Conv1d& a)
+void run(Context& ctx, const Conv1dBackward& a)
 {
-    if (a.passes.empty() || a.passes[0].u.numel() == 0) return;
+    if (a.passes.empty() || a.passes[0].du.numel() == 0) return;
     if (a.passes.size() == 1 && run_window<T, 1>(ctx, a, a.passes)) return;
     if (a.passes.size() == 2 && !a.passes[0].reverse && a.passes[1].reverse &&
-        a.passes[0].u.shape == a.passes[1].u.shape && a.passes[0].weight.numel() == a.passes[1].weight.numel() &&
+        a.passes[0].du.shape == a.passes[1].du.shape && a.passes[0].weight.numel() == a.passes[1].weight.numel() &&
         run_window<T, 2>(ctx, a, a.passes))
         return;
     for (std::size_t i = 0; i < a.passes.size(); i++) run_any<T>(ctx, a, a.passes[i], i > 0);
@@ -302,7 +303,7 @@ void run(Context& ctx, const Conv1d& a)
 
 }  // namespace
 
-void conv1d_backward(Context& ctx, const Conv1d& args)
+void conv1d_backward(Context& ctx, const Conv1dBackward& args)
 {
     dispatch(args.x.dtype, [&](auto t) { run<decltype(t)>(ctx, args); });
 }

@@ -20,8 +20,8 @@ VIM_OPERATORS(VIM_DECLARE)
 #undef VIM_DECLARE
 
 // The tuned scans; false: not for these sizes.
-bool scan_forward_tuned(Context& ctx, const Scan& args);
-bool scan_backward_tuned(Context& ctx, const Scan& args);
+bool scan_forward_tuned(Context& ctx, const ScanForward& args);
+bool scan_backward_tuned(Context& ctx, const ScanBackward& args);
 
 void copy(Context& ctx, const Tensor& from, const Tensor& to);  // converts types
 void fill_zero(Context& ctx, const Tensor& tensor);

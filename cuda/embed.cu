@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What happens once per image at the front: patches, class tokens and positions, RoPE. Activations T, tables float.
 //   patches  cols[b, gy gw + gx] = image[b, :, gy stride : +P, gx stride : +P], flattened (C, P, P)
-//   tokens   out[b, t] = (patch or class token + pos[t]) mask[b, t]
+//   tokens   out[b, t] = (patch or class token + pos[t]) dropout[b, t]
 //   rope     (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin), pairs of neighbours, in place; inverse: sin negated
 // Parallel mapping: a thread per vector of V elements (16 bytes, or one where sizes and addresses do not allow it),
 // consecutive threads along a row; patches: a block per row of cols, so that both sides are read and written in runs.
@@ -66,7 +66,7 @@ void run(Context& ctx, const Patches& a)
 template <class T>
 struct TokenParams {
     const T* patches;
-    const float *class_token[2], *pos, *mask;
+    const float *class_token[2], *pos, *dropout;
     T* out;
     Index position[2], batch, len, patch_len, dim;
 };
@@ -90,26 +90,26 @@ __global__ void tokens_kernel(TokenParams<T> p)
 #pragma unroll
         for (int j = 0; j < V; j++) x[j] += pos[j];
     }
-    if (p.mask) {
-        const Floats<V> mask = device::load_floats<V>(p.mask + i);
+    if (p.dropout) {
+        const Floats<V> dropout = device::load_floats<V>(p.dropout + i);
 #pragma unroll
-        for (int j = 0; j < V; j++) x[j] *= mask[j];
+        for (int j = 0; j < V; j++) x[j] *= dropout[j];
     }
     device::store_floats<V>(p.out + i, x);
 }
 
 template <class T>
-void run(Context& ctx, const Tokens& a)
+void run(Context& ctx, const TokensForward& a)
 {
     if (a.out.numel() == 0) return;
     const TokenParams<T> p{a.patches.as<T>(),       {a.class_token[0].as<float>(), a.class_token[1].as<float>()},
-                           a.pos_embed.as<float>(), a.mask.as<float>(),
+                           a.pos_embed.as<float>(), a.dropout.as<float>(),
                            a.out.as<T>(),           {a.position[0], a.position[1]},
                            a.out.size(0),           a.out.size(1),
                            a.patches.size(1),       a.out.size(2)};
     constexpr int V = full_vector<T>;
     const bool vectors =
-        p.dim % V == 0 && aligned(V, {a.patches, a.class_token[0], a.class_token[1], a.pos_embed, a.mask, a.out});
+        p.dim % V == 0 && aligned(V, {a.patches, a.class_token[0], a.class_token[1], a.pos_embed, a.dropout, a.out});
     if (vectors)
         VIM_LAUNCH((tokens_kernel<T, V>), flat_grid(a.out.numel() / V), flat_block, 0, stream_of(ctx), p);
     else
@@ -180,7 +180,7 @@ void patches_forward(Context& ctx, const Patches& args)
     dispatch(args.cols.dtype, [&](auto t) { run<decltype(t)>(ctx, args); });
 }
 
-void tokens_forward(Context& ctx, const Tokens& args)
+void tokens_forward(Context& ctx, const TokensForward& args)
 {
     dispatch(args.out.dtype, [&](auto t) { run<decltype(t)>(ctx, args); });
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of what happens once per image at the front. Activations T, parameters and their gradients float.
 //   patches  dimage[b, c, y, x] += sum over the patches that hold the pixel of dcols
-//   tokens   g = dout mask;  dpatches[b, j] = g[b, t(j)];  dpos[t] += sum_b g[b, t];  dclass += sum_b g[b, position]
+//   tokens   g = dout dropout;  dpatches[b, j] = g[b, t(j)];  dpos[t] += sum_b g[b, t];  dclass += sum_b g[b, position]
 // Parallel mapping: patches: a thread per pixel gathers, in order of the patches, so that overlapping ones need no
 // atomics; tokens: a thread per token and V neighbouring channels walks through the images in order.
 #include "cuda_operators.h"
@@ -67,7 +67,7 @@ void run(Context& ctx, const Patches& a)
 template <class T>
 struct TokenParams {
     const T* dout;
-    const float* mask;
+    const float* dropout;
     T* dpatches;
     float *dclass[2], *dpos;
     Index position[2], batch, len, patch_len, dim;
@@ -85,10 +85,10 @@ __global__ void tokens_backward_kernel(TokenParams<T> p)
     for (Index b = 0; b < p.batch; b++) {
         const Index at = (b * p.len + t) * p.dim + d;
         Floats<V> g = device::load_floats<V>(p.dout + at);
-        if (p.mask) {
-            const Floats<V> mask = device::load_floats<V>(p.mask + at);
+        if (p.dropout) {
+            const Floats<V> dropout = device::load_floats<V>(p.dropout + at);
 #pragma unroll
-            for (int j = 0; j < V; j++) g[j] *= mask[j];
+            for (int j = 0; j < V; j++) g[j] *= dropout[j];
         }
         if (token < 0) device::store_floats<V>(p.dpatches + (b * p.patch_len + t - before) * p.dim + d, g);
 #pragma unroll
@@ -105,22 +105,18 @@ __global__ void tokens_backward_kernel(TokenParams<T> p)
 }
 
 template <class T>
-void run(Context& ctx, const Tokens& a)
+void run(Context& ctx, const TokensBackward& a)
 {
-    if (a.out.numel() == 0) return;
-    const TokenParams<T> p{a.out.as<T>(),
-                           a.mask.as<float>(),
-                           a.patches.as<T>(),
-                           {a.dclass_token[0].as<float>(), a.dclass_token[1].as<float>()},
-                           a.dpos_embed.as<float>(),
-                           {a.position[0], a.position[1]},
-                           a.out.size(0),
-                           a.out.size(1),
-                           a.patches.size(1),
-                           a.out.size(2)};
+    if (a.dout.numel() == 0) return;
+    const TokenParams<T> p{a.dout.as<T>(),           a.dropout.as<float>(),
+                           a.dpatches.as<T>(),       {a.dclass_token[0].as<float>(), a.dclass_token[1].as<float>()},
+                           a.dpos_embed.as<float>(), {a.position[0], a.position[1]},
+                           a.dout.size(0),           a.dout.size(1),
+                           a.dpatches.size(1),       a.dout.size(2)};
     constexpr int V = 4;
     const Index count = p.len * p.dim;
-    if (p.dim % V == 0 && aligned(V, {a.out, a.mask, a.patches, a.dclass_token[0], a.dclass_token[1], a.dpos_embed}))
+    if (p.dim % V == 0 &&
+        aligned(V, {a.dout, a.dropout, a.dpatches, a.dclass_token[0], a.dclass_token[1], a.dpos_embed}))
         VIM_LAUNCH((tokens_backward_kernel<T, V>), flat_grid(count / V), flat_block, 0, stream_of(ctx), p);
     else
         VIM_LAUNCH((tokens_backward_kernel<T, 1>), flat_grid(count), flat_block, 0, stream_of(ctx), p);
@@ -133,9 +129,9 @@ void patches_backward(Context& ctx, const Patches& args)
     dispatch(args.cols.dtype, [&](auto t) { run<decltype(t)>(ctx, args); });
 }
 
-void tokens_backward(Context& ctx, const Tokens& args)
+void tokens_backward(Context& ctx, const TokensBackward& args)
 {
-    dispatch(args.out.dtype, [&](auto t) { run<decltype(t)>(ctx, args); });
+    dispatch(args.dout.dtype, [&](auto t) { run<decltype(t)>(ctx, args); });
 }
 
 }  // namespace vimcore::cuda

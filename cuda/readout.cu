@@ -98,7 +98,7 @@ __global__ void select_tokens(SelectParams<T> p)
 }
 
 template <class T>
-void run(Context& ctx, const Readout& a)
+void run(Context& ctx, const ReadoutForward& a)
 {
     const Index batch = a.x.size(0), len = a.x.size(1), dim = a.x.size(2);
     if (a.out.numel() == 0) return;
@@ -119,7 +119,7 @@ void run(Context& ctx, const Readout& a)
 
 }  // namespace
 
-void readout_forward(Context& ctx, const Readout& args)
+void readout_forward(Context& ctx, const ReadoutForward& args)
 {
     dispatch(args.x.dtype, [&](auto t) { run<decltype(t)>(ctx, args); });
 }

@@ -73,7 +73,7 @@ __global__ void spread_maximum(ReadoutParams<T> p)
 }
 
 template <class T>
-void run(Context& ctx, const Readout& a)
+void run(Context& ctx, const ReadoutBackward& a)
 {
     const Index batch = a.dx.size(0), len = a.dx.size(1), dim = a.dx.size(2);
     if (a.dx.numel() == 0) return;
@@ -96,7 +96,7 @@ void run(Context& ctx, const Readout& a)
 
 }  // namespace
 
-void readout_backward(Context& ctx, const Readout& args)
+void readout_backward(Context& ctx, const ReadoutBackward& args)
 {
     dispatch(args.dx.dtype, [&](auto t) { run<decltype(t)>(ctx, args); });
 }

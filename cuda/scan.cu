@@ -18,13 +18,13 @@ std::atomic<ScanKernel> forced = ScanKernel::automatic;
 void force_scan(ScanKernel kernel) { forced = kernel; }
 ScanKernel forced_scan() { return forced; }
 
-void scan_forward(Context& ctx, const Scan& args)
+void scan_forward(Context& ctx, const ScanForward& args)
 {
     const ScanKernel kernel = forced;
     if (kernel != ScanKernel::generic && scan_forward_tuned(ctx, args)) return;
     if (args.passes.size() != 1) {  // not two directions of one sum: one after the other
-        Scan single = args;
-        for (const ScanPass& pass : args.passes) {
+        ScanForward single = args;
+        for (const ScanForwardPass& pass : args.passes) {
             single.passes = {&pass, 1};
             cuda::scan_forward(ctx, single);
         }
@@ -32,10 +32,17 @@ void scan_forward(Context& ctx, const Scan& args)
     }
     if (kernel != ScanKernel::generic && kernel != ScanKernel::automatic)
         throw std::invalid_argument("[scan] the forced kernel does not apply to these sizes");
-    dispatch(args.xz.dtype, [&](auto type) { run_generic(ctx, generic_pass<decltype(type)>(args, args.passes[0])); });
+    dispatch(args.xz.dtype, [&](auto type) {
+        const ScanForwardPass& p = args.passes[0];
+        auto s = generic_pass<decltype(type)>(args, p, p.begin);
+        s.add = p.add;
+        s.finish = p.finish;
+        s.state_inout = p.state.as<float>();
+        run_generic(ctx, s);
+    });
 }
 
-void selective_scan_forward(Context& ctx, const SelectiveScan& a)
+void selective_scan_forward(Context& ctx, const SelectiveScanForward& a)
 {
     dispatch(a.u.dtype, [&](auto type) { run_generic(ctx, textbook_pass<decltype(type)>(a)); });
 }

@@ -26,12 +26,13 @@ void run_generic(Context& ctx, GenericScan<T> a)
     VIM_LAUNCH((scan_generic<T, 0>), grid, generic_threads, 0, stream_of(ctx), a);
 }
 
-template <class T>
-GenericScan<T> generic_pass(const Scan& a, const ScanPass& p)
+// What forward and backward share of a pass: tokens from `begin` on.
+template <class T, class Scan, class Pass>
+GenericScan<T> generic_pass(const Scan& a, const Pass& p, Index begin)
 {
     const Index len = a.xz.size(1), inner = a.xz.size(2) / 2, state = p.A_log.size(1), rank = p.dt_weight.size(1);
     const Index tokens = p.u.size(1), row = rank + 2 * state;
-    const T* q = p.q.as<T>();
+    const T* q = p.q.template as<T>();
     GenericScan<T> s{};
     s.batch = a.xz.size(0);
     s.tokens = tokens;
@@ -41,29 +42,26 @@ GenericScan<T> generic_pass(const Scan& a, const ScanPass& p)
     s.reverse = p.reverse;
     s.softplus = true;
     s.log_A = true;
-    s.add = p.add;
-    s.finish = p.finish;
-    s.u = {p.u.as<T>(), tokens * inner, inner};
+    s.u = {p.u.template as<T>(), tokens * inner, inner};
     s.dt = {q, tokens * row, row};
     s.B = {q + rank, tokens * row, row};
     s.C = {q + rank + state, tokens * row, row};
-    s.z = {a.xz.as<T>() + p.begin * 2 * inner + inner, len * 2 * inner, 2 * inner};
-    s.out = {a.out.as<T>() + p.begin * inner, len * inner, inner};
-    s.dt_weight = p.dt_weight.as<float>();
-    s.dt_bias = p.dt_bias.as<float>();
-    s.A = p.A_log.as<float>();
-    s.D = p.D.as<float>();
-    s.state_inout = p.state.as<float>();
-    s.checkpoints = p.checkpoints.as<float>();
+    s.z = {a.xz.template as<T>() + begin * 2 * inner + inner, len * 2 * inner, 2 * inner};
+    s.out = {a.out.template as<T>() + begin * inner, len * inner, inner};
+    s.dt_weight = p.dt_weight.template as<float>();
+    s.dt_bias = p.dt_bias.template as<float>();
+    s.A = p.A_log.template as<float>();
+    s.D = p.D.template as<float>();
+    s.checkpoints = p.checkpoints.template as<float>();
     s.chunk = a.chunk;
     if (p.checkpoints) s.chunks = p.checkpoints.size(1);
-    s.begin = p.begin;
+    s.begin = begin;
     s.scale = static_cast<float>(a.scale);
     return s;
 }
 
-template <class T>
-GenericScan<T> textbook_pass(const SelectiveScan& a)
+template <class T, class Scan>
+GenericScan<T> textbook_pass(const Scan& a)
 {
     const Index len = a.u.size(1), dim = a.u.size(2), state = a.A.size(1);
     GenericScan<T> s{};
@@ -74,15 +72,15 @@ GenericScan<T> textbook_pass(const SelectiveScan& a)
     s.reverse = a.reverse;
     s.softplus = a.delta_softplus;
     s.finish = true;
-    s.u = {a.u.as<T>(), len * dim, dim};
-    s.dt = {a.delta.as<T>(), len * dim, dim};
-    s.B = {a.Bm.as<T>(), len * state, state};
-    s.C = {a.Cm.as<T>(), len * state, state};
-    s.z = {a.z.as<T>(), len * dim, dim};
-    s.out = {a.out.as<T>(), len * dim, dim};
-    s.dt_bias = a.delta_bias.as<float>();
-    s.A = a.A.as<float>();
-    s.D = a.D.as<float>();
+    s.u = {a.u.template as<T>(), len * dim, dim};
+    s.dt = {a.delta.template as<T>(), len * dim, dim};
+    s.B = {a.Bm.template as<T>(), len * state, state};
+    s.C = {a.Cm.template as<T>(), len * state, state};
+    s.z = {a.z.template as<T>(), len * dim, dim};
+    s.out = {a.out.template as<T>(), len * dim, dim};
+    s.dt_bias = a.delta_bias.template as<float>();
+    s.A = a.A.template as<float>();
+    s.D = a.D.template as<float>();
     s.scale = 1.0f;
     return s;
 }

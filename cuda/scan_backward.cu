@@ -73,13 +73,12 @@ void add_parameters(Context& ctx, const GenericScanBackward<T>& a, const Tensor&
 }
 
 template <class T>
-void run_pass(Context& ctx, const Scan& a, const ScanPass& p, float* y, bool add, bool finish)
+void run_pass(Context& ctx, const ScanBackward& a, const ScanBackwardPass& p, float* y, bool add, bool finish)
 {
     Arena::Scope scope(ctx.arena());
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
     GenericScanBackward<T> s{};
-    s.f = generic_pass<T>(a, p);
-    s.f.state_inout = nullptr;
+    s.f = generic_pass<T>(a, p, 0);
     s.f.add = add;
     s.f.finish = finish;
     const Index state = s.f.state, row = s.f.dt.row;
@@ -100,11 +99,11 @@ void run_pass(Context& ctx, const Scan& a, const ScanPass& p, float* y, bool add
 }
 
 template <class T>
-void run_passes(Context& ctx, const Scan& a)
+void run_passes(Context& ctx, const ScanBackward& a)
 {
     Arena::Scope scope(ctx.arena());
     bool several = a.passes.size() > 1;
-    for (const ScanPass& p : a.passes) several = several || p.A_log.size(1) > generic_states;
+    for (const ScanBackwardPass& p : a.passes) several = several || p.A_log.size(1) > generic_states;
     // y of the launches so far, never rounded to 16 bits
     float* y = nullptr;
     if (several) y = std::is_same_v<T, float> ? a.out.as<float>() : floats(ctx, a.out.shape);
@@ -113,7 +112,7 @@ void run_passes(Context& ctx, const Scan& a)
 }
 
 template <class T>
-void run_textbook(Context& ctx, const SelectiveScan& a)
+void run_textbook(Context& ctx, const SelectiveScanBackward& a)
 {
     constexpr Index chunk = 64;
     Arena::Scope scope(ctx.arena());
@@ -139,7 +138,7 @@ void run_textbook(Context& ctx, const SelectiveScan& a)
 
 }  // namespace
 
-void scan_backward(Context& ctx, const Scan& args)
+void scan_backward(Context& ctx, const ScanBackward& args)
 {
     if (args.xz.numel() == 0) return;
     const ScanKernel kernel = forced_scan();
@@ -149,7 +148,7 @@ void scan_backward(Context& ctx, const Scan& args)
     dispatch(args.xz.dtype, [&](auto type) { run_passes<decltype(type)>(ctx, args); });
 }
 
-void selective_scan_backward(Context& ctx, const SelectiveScan& args)
+void selective_scan_backward(Context& ctx, const SelectiveScanBackward& args)
 {
     dispatch(args.u.dtype, [&](auto type) { run_textbook<decltype(type)>(ctx, args); });
 }

@@ -22,10 +22,10 @@ bool is_aligned(const void* p, Index bytes)
 }
 
 // Two passes that one launch can run: opposite ways, of one size.
-bool meet(const Scan& a)
+bool meet(const ScanBackward& a)
 {
     if (a.passes.size() != 2) return false;
-    const ScanPass &p = a.passes[0], &q = a.passes[1];
+    const ScanBackwardPass &p = a.passes[0], &q = a.passes[1];
     return p.reverse != q.reverse && p.A_log.size(1) == q.A_log.size(1) && p.dt_weight.size(1) == q.dt_weight.size(1);
 }
 
@@ -35,7 +35,7 @@ float* floats(Context& ctx, const Shape& shape)
 }
 
 template <class Shape_>
-bool run(Context& ctx, const Scan& a)
+bool run(Context& ctx, const ScanBackward& a)
 {
     using T = typename Shape_::T;
     static_assert(Shape_::channels == device_sizes::back_channels(Shape_::states));
@@ -50,7 +50,7 @@ bool run(Context& ctx, const Scan& a)
     // two channels at a time
     bool aligned = inner % 2 == 0;
     for (const Tensor& t : {a.xz, a.out, a.dout, a.dxz}) aligned = aligned && is_aligned(t.data, 2 * size);
-    for (const ScanPass& p : a.passes)
+    for (const ScanBackwardPass& p : a.passes)
         aligned = aligned && is_aligned(p.u.data, 2 * size) && is_aligned(p.du.data, 2 * size) &&
                   is_aligned(p.checkpoints.data, 8);
     if (!aligned) return false;
@@ -80,7 +80,7 @@ bool run(Context& ctx, const Scan& a)
     s.segments = static_cast<int>(ceil_div(len, segment));
     if (tiles > 1) s.starts = floats(ctx, {blocks * directions, tiles - 1, Shape_::C, back_threads * Shape_::S});
     for (int i = 0; i < directions; i++) {
-        const ScanPass& p = a.passes[static_cast<std::size_t>(i)];
+        const ScanBackwardPass& p = a.passes[static_cast<std::size_t>(i)];
         BackPass<T>& to = s.pass[i];
         to.u = p.u.as<T>();
         to.q = p.q.as<T>();
@@ -107,7 +107,7 @@ bool run(Context& ctx, const Scan& a)
     RowSum<T> rows[2];
     PartialSum sums[8];
     for (int i = 0; i < directions; i++) {
-        const ScanPass& p = a.passes[static_cast<std::size_t>(i)];
+        const ScanBackwardPass& p = a.passes[static_cast<std::size_t>(i)];
         const BackPass<T>& from = s.pass[i];
         T* const dq = p.dq.as<T>();
         rows[i] = {from.part, batch, s.groups, len, s.pitch, row, 2 * state, dq + rank, dq, row, row};
@@ -127,7 +127,7 @@ bool run(Context& ctx, const Scan& a)
 
 }  // namespace
 
-bool scan_backward_tuned(Context& ctx, const Scan& args)
+bool scan_backward_tuned(Context& ctx, const ScanBackward& args)
 {
     if (std::max({args.xz.size(1), args.xz.size(2), args.chunk}) >= large) return false;
     if (args.passes.size() != 1 && !meet(args)) return false;

@@ -33,18 +33,18 @@ bool is_aligned(const void* p, Index bytes)
 }
 
 // Two passes that one launch can run: opposite ways over the same tokens, the second on top of the first.
-bool meet(const Scan& a)
+bool meet(const ScanForward& a)
 {
     if (a.passes.size() != 2) return false;
-    const ScanPass &p = a.passes[0], &q = a.passes[1];
+    const ScanForwardPass &p = a.passes[0], &q = a.passes[1];
     return p.reverse != q.reverse && p.begin == q.begin && p.u.size(1) == q.u.size(1) && !p.add && !p.finish && q.add &&
            p.A_log.size(1) == q.A_log.size(1) && p.dt_weight.size(1) == q.dt_weight.size(1);
 }
 
 template <class T>
-TunedScan<T> tuned_args(Context& ctx, const Scan& a, std::span<const ScanPass> passes)
+TunedScan<T> tuned_args(Context& ctx, const ScanForward& a, std::span<const ScanForwardPass> passes)
 {
-    const ScanPass& first = passes[0];
+    const ScanForwardPass& first = passes[0];
     const Index inner = a.xz.size(2) / 2, state = first.A_log.size(1), rank = first.dt_weight.size(1), size = sizeof(T);
     TunedScan<T> s{};
     s.directions = narrow(static_cast<Index>(passes.size()));
@@ -66,7 +66,7 @@ TunedScan<T> tuned_args(Context& ctx, const Scan& a, std::span<const ScanPass> p
     s.aligned = inner * size % 16 == 0 && is_aligned(s.z, 16) && is_aligned(s.out, 16);
     s.q_bytes = 16;
     for (std::size_t i = 0; i < passes.size(); i++) {
-        const ScanPass& p = passes[i];
+        const ScanForwardPass& p = passes[i];
         TunedPass<T>& to = s.pass[i];
         to.u = p.u.as<T>();
         to.q = p.q.as<T>();
@@ -88,7 +88,7 @@ TunedScan<T> tuned_args(Context& ctx, const Scan& a, std::span<const ScanPass> p
 }
 
 template <class Shape>
-bool applies(const Scan& a, const ScanPass& p)
+bool applies(const ScanForward& a, const ScanForwardPass& p)
 {
     const Index rank = p.dt_weight.size(1);
     if (rank > most_shared || 2 * Shape::layout(narrow(rank)).bytes > most_shared) return false;
@@ -96,7 +96,7 @@ bool applies(const Scan& a, const ScanPass& p)
 }
 
 template <class Shape>
-void run_shape(Context& ctx, const Scan& a, std::span<const ScanPass> passes)
+void run_shape(Context& ctx, const ScanForward& a, std::span<const ScanForwardPass> passes)
 {
     using T = typename Shape::Type;
     Arena::Scope scope(ctx.arena());
@@ -109,11 +109,12 @@ void run_shape(Context& ctx, const Scan& a, std::span<const ScanPass> passes)
 
 // Runs passes that fit in one launch, or returns false.
 template <class T, int N>
-bool run_tuned(Context& ctx, const Scan& a, std::span<const ScanPass> passes)
+bool run_tuned(Context& ctx, const ScanForward& a, std::span<const ScanForwardPass> passes)
 {
     const ScanKernel forced = forced_scan();
     auto all = [&]<class Shape>(Shape) {
-        return std::all_of(passes.begin(), passes.end(), [&](const ScanPass& p) { return applies<Shape>(a, p); });
+        return std::all_of(passes.begin(), passes.end(),
+                           [&](const ScanForwardPass& p) { return applies<Shape>(a, p); });
     };
     if (!all(Wide<T, N>{})) return false;  // also for the others, so that this does not depend on the batch
     if constexpr (N == 16) {
@@ -138,11 +139,11 @@ bool run_tuned(Context& ctx, const Scan& a, std::span<const ScanPass> passes)
 
 }  // namespace
 
-bool scan_forward_tuned(Context& ctx, const Scan& args)
+bool scan_forward_tuned(Context& ctx, const ScanForward& args)
 {
     if (std::max({args.xz.size(1), args.xz.size(2), args.chunk}) >= large) return false;
     if (args.passes.size() != 1 && !meet(args)) return false;
-    const ScanPass& first = args.passes[0];
+    const ScanForwardPass& first = args.passes[0];
     bool done = args.out.numel() == 0 || first.u.numel() == 0;
     if (done) return true;
     dispatch(args.xz.dtype, [&](auto type) {

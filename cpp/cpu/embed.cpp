@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What happens once per image rather than once per block: patches, class tokens, position table, RoPE.
 // Copies and sums; the arithmetic that costs time is in the projections.
+#include <array>
 #include <cstring>
 
 #include "cpu_backend.h"
@@ -48,46 +49,47 @@ void patches_backward(Context& ctx, const Patches& a)  // patches may overlap: o
     });
 }
 
-// Which class token stands at t: 0 or 1, or -1 for a patch.
-Index class_token_at(const Tokens& a, Index t) { return t == a.position[0] ? 0 : t == a.position[1] ? 1 : -1; }
+using Positions = std::array<std::int64_t, 2>;
 
-Index patch_index(const Tokens& a, Index t)
-{
-    return t - (a.position[0] >= 0 && t > a.position[0]) - (a.position[1] >= 0 && t > a.position[1]);
-}
+// Which class token stands at t: 0 or 1, or -1 for a patch.
+int class_token_at(const Positions& at, Index t) { return t == at[0] ? 0 : t == at[1] ? 1 : -1; }
+
+Index patch_index(const Positions& at, Index t) { return t - (at[0] >= 0 && t > at[0]) - (at[1] >= 0 && t > at[1]); }
 
 template <class T>
-void tokens_forward(Context& ctx, const Tokens& a)
+void tokens_forward(Context& ctx, const TokensForward& a)
 {
     const Index batch = a.out.size(0), len = a.out.size(1), dim = a.out.size(2), blocks = ceil_div(len, token_rows);
+    const Positions& at = a.position;
     parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
         const Index b = task / blocks, begin = task % blocks * token_rows;
         for (Index t = begin; t < std::min(len, begin + token_rows); t++) {
-            const Index token = class_token_at(a, t);
+            const int token = class_token_at(at, t);
             const T* in = token >= 0 ? a.class_token[token].as<T>()
-                                     : a.patches.as<T>() + (b * a.patches.size(1) + patch_index(a, t)) * dim;
+                                     : a.patches.as<T>() + (b * a.patches.size(1) + patch_index(at, t)) * dim;
             T* out = a.out.as<T>() + (b * len + t) * dim;
             const T* pos = a.pos_embed ? a.pos_embed.as<T>() + t * dim : nullptr;
-            const T* mask = a.mask ? a.mask.as<T>() + (b * len + t) * dim : nullptr;
-            for (Index d = 0; d < dim; d++) out[d] = (in[d] + (pos ? pos[d] : T(0))) * (mask ? mask[d] : T(1));
+            const T* dropout = a.dropout ? a.dropout.as<T>() + (b * len + t) * dim : nullptr;
+            for (Index d = 0; d < dim; d++) out[d] = (in[d] + (pos ? pos[d] : T(0))) * (dropout ? dropout[d] : T(1));
         }
     });
 }
 
 template <class T>
-void tokens_backward(Context& ctx, const Tokens& a)
+void tokens_backward(Context& ctx, const TokensBackward& a)
 {
-    const Index batch = a.out.size(0), len = a.out.size(1), dim = a.out.size(2);
+    const Index batch = a.dout.size(0), len = a.dout.size(1), dim = a.dout.size(2);
+    const Positions& at = a.position;
     parallel_for(ctx.threads(), len, [&](Index t) {  // one task per token: sums over images stay in order
-        const Index token = class_token_at(a, t);
+        const int token = class_token_at(at, t);
         T* dpos = a.dpos_embed ? a.dpos_embed.as<T>() + t * dim : nullptr;
         T* dclass = token >= 0 && a.dclass_token[token] ? a.dclass_token[token].as<T>() : nullptr;
         for (Index b = 0; b < batch; b++) {
-            const T* dout = a.out.as<T>() + (b * len + t) * dim;
-            const T* mask = a.mask ? a.mask.as<T>() + (b * len + t) * dim : nullptr;
-            T* dpatch = token < 0 ? a.patches.as<T>() + (b * a.patches.size(1) + patch_index(a, t)) * dim : nullptr;
+            const T* dout = a.dout.as<T>() + (b * len + t) * dim;
+            const T* dropout = a.dropout ? a.dropout.as<T>() + (b * len + t) * dim : nullptr;
+            T* dpatch = token < 0 ? a.dpatches.as<T>() + (b * a.dpatches.size(1) + patch_index(at, t)) * dim : nullptr;
             for (Index d = 0; d < dim; d++) {
-                const T g = dout[d] * (mask ? mask[d] : T(1));
+                const T g = dout[d] * (dropout ? dropout[d] : T(1));
                 if (dpos) dpos[d] += g;
                 if (dclass) dclass[d] += g;
                 if (dpatch) dpatch[d] = g;
@@ -125,14 +127,14 @@ void CpuBackend::patches_backward(Context& ctx, const Patches& args)
     dispatch(args.cols.dtype, [&](auto t) { cpu::patches_backward<decltype(t)>(ctx, args); });
 }
 
-void CpuBackend::tokens_forward(Context& ctx, const Tokens& args)
+void CpuBackend::tokens_forward(Context& ctx, const TokensForward& args)
 {
     dispatch(args.out.dtype, [&](auto t) { cpu::tokens_forward<decltype(t)>(ctx, args); });
 }
 
-void CpuBackend::tokens_backward(Context& ctx, const Tokens& args)
+void CpuBackend::tokens_backward(Context& ctx, const TokensBackward& args)
 {
-    dispatch(args.out.dtype, [&](auto t) { cpu::tokens_backward<decltype(t)>(ctx, args); });
+    dispatch(args.dout.dtype, [&](auto t) { cpu::tokens_backward<decltype(t)>(ctx, args); });
 }
 
 void CpuBackend::rope(Context& ctx, const Rope& args)

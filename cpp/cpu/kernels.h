@@ -48,33 +48,54 @@ struct GemmTnArgs {
     T* scratch;
 };
 
-// One image, rows [0, len) of width dim. kind_layer false: RMSNorm. Null pointers where ops.h says "or none".
+// One image, rows [0, len) of width dim. layer false: RMSNorm. Null pointers where ops.h says "or none".
 template <class T>
-struct NormArgs {
+struct NormForwardArgs {
     const T *h, *residual, *weight, *bias;
     T *residual_out, *out;
     T row_scale;
     T eps;
     bool layer;
     Index len, dim;
-    // backward: x is `residual`; dweight/dbias are (dim), added to in row order
+};
+
+// dweight and dbias are (dim), added to in row order.
+template <class T>
+struct NormBackwardArgs {
+    const T *x, *weight;
+    T row_scale;
+    T eps;
+    bool layer;
+    Index len, dim;
     const T *dout, *dresidual_out;
     T *dresidual, *dh, *dweight, *dbias;
 };
 
-// One image, one direction, tokens [begin, begin + len) of a sequence of total tokens, channels [e0, e1).
-// weight is (width, dim): transposed. backward adds to dx when add_dx; dweight (width, dim), dbias (dim) are added to.
+// One image, one direction, a sequence of total tokens, channels [e0, e1). weight is (width, dim): transposed.
 template <class T>
-struct ConvArgs {
+struct Conv {
     const T* x;
     Index ldx;  // row 0 of the sequence
     const T *weight, *bias;
+    Index total, dim, e0, e1, width;
+    bool reverse, silu;
+};
+
+// Tokens [begin, begin + len).
+template <class T>
+struct ConvForwardArgs {
+    Conv<T> f;
     T* u;
     Index ldu;  // row 0 is token `begin`
-    Index begin, len, total, dim, e0, e1, width;
-    bool reverse, silu;
+    Index begin, len;
+};
+
+// The whole sequence. Adds to dx when add_dx; dweight (width, dim) and dbias (dim) are added to.
+template <class T>
+struct ConvBackwardArgs {
+    Conv<T> f;
     const T* du;
-    Index lddu;  // backward, begin 0 and len == total
+    Index lddu;
     T* dx;
     Index lddx;
     bool add_dx;
@@ -154,10 +175,10 @@ struct Kernels {
     void (*gemm)(const GemmArgs<T>&);
     void (*gemm_tn)(const GemmTnArgs<T>&);
     Index (*gemm_tn_scratch)(Index m, Index k);
-    void (*norm_forward)(const NormArgs<T>&);
-    void (*norm_backward)(const NormArgs<T>&);
-    void (*conv_forward)(const ConvArgs<T>&);
-    void (*conv_backward)(const ConvArgs<T>&);
+    void (*norm_forward)(const NormForwardArgs<T>&);
+    void (*norm_backward)(const NormBackwardArgs<T>&);
+    void (*conv_forward)(const ConvForwardArgs<T>&);
+    void (*conv_backward)(const ConvBackwardArgs<T>&);
     void (*scan_forward)(const ScanArgs<T>&);
     void (*scan_backward)(const ScanBackwardArgs<T>&);
     Index (*scan_backward_scratch)(Index state, Index chunk, Index channels);

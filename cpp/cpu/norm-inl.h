@@ -63,7 +63,7 @@ VIM_INLINE RowStatistics<T> row_statistics(const T* x, Index dim, T eps, bool la
 }
 
 template <class T>
-static void norm_forward(const NormArgs<T>& args)
+static void norm_forward(const NormForwardArgs<T>& args)
 {
     const Index dim = args.dim;
     const T scale = args.row_scale;
@@ -96,11 +96,11 @@ static void norm_forward(const NormArgs<T>& args)
 }
 
 template <class T>
-static void norm_backward(const NormArgs<T>& args)
+static void norm_backward(const NormBackwardArgs<T>& args)
 {
     const Index dim = args.dim;
     for (Index row = 0; row < args.len; row++) {
-        const T* x = args.residual + row * dim;
+        const T* x = args.x + row * dim;
         const T* dout = args.dout + row * dim;
         const T* arriving = args.dresidual_out ? args.dresidual_out + row * dim : nullptr;
         T* dx = args.dresidual ? args.dresidual + row * dim : nullptr;

@@ -32,13 +32,7 @@ void norm_forward(Context& ctx, const NormForward& a)
                              .eps = static_cast<T>(a.eps),
                              .layer = a.kind == Norm::layer,
                              .len = std::min(norm_rows, len - row),
-                             .dim = dim,
-                             .dout = nullptr,
-                             .dresidual_out = nullptr,
-                             .dresidual = nullptr,
-                             .dh = nullptr,
-                             .dweight = nullptr,
-                             .dbias = nullptr});
+                             .dim = dim});
     });
 }
 
@@ -54,12 +48,8 @@ void norm_backward(Context& ctx, const NormBackward& a)
     parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
         const Index b = task / blocks, row = task % blocks * sum_rows, offset = (b * len + row) * dim;
         T* own = sums + task * 2 * dim;
-        kernel.norm_backward({.h = nullptr,
-                              .residual = at<T>(a.x, offset),
+        kernel.norm_backward({.x = at<T>(a.x, offset),
                               .weight = a.weight.as<T>(),
-                              .bias = nullptr,
-                              .residual_out = nullptr,
-                              .out = nullptr,
                               .row_scale = a.row_scale ? a.row_scale.as<T>()[b] : T(1),
                               .eps = static_cast<T>(a.eps),
                               .layer = a.kind == Norm::layer,

@@ -7,7 +7,7 @@ namespace vimcore::cpu {
 namespace {
 
 template <class T>
-void readout_forward(Context& ctx, const Readout& a)
+void readout_forward(Context& ctx, const ReadoutForward& a)
 {
     const Index len = a.x.size(1), dim = a.x.size(2);
     parallel_for(ctx.threads(), a.x.size(0), [&](Index b) {
@@ -34,7 +34,7 @@ void readout_forward(Context& ctx, const Readout& a)
 }
 
 template <class T>
-void readout_backward(Context& ctx, const Readout& a)
+void readout_backward(Context& ctx, const ReadoutBackward& a)
 {
     const Index len = a.dx.size(1), dim = a.dx.size(2);
     parallel_for(ctx.threads(), a.dx.size(0), [&](Index b) {
@@ -64,12 +64,12 @@ void readout_backward(Context& ctx, const Readout& a)
 
 }  // namespace
 
-void CpuBackend::readout_forward(Context& ctx, const Readout& args)
+void CpuBackend::readout_forward(Context& ctx, const ReadoutForward& args)
 {
     dispatch(args.x.dtype, [&](auto t) { cpu::readout_forward<decltype(t)>(ctx, args); });
 }
 
-void CpuBackend::readout_backward(Context& ctx, const Readout& args)
+void CpuBackend::readout_backward(Context& ctx, const ReadoutBackward& args)
 {
     dispatch(args.dx.dtype, [&](auto t) { cpu::readout_backward<decltype(t)>(ctx, args); });
 }

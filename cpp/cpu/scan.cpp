@@ -33,13 +33,14 @@ const T* packed_A(Context& ctx, const Tensor& A_log)
                      [&](T* out) { kernels<T>().prepare_A(A_log.as<T>(), dim, state, out); });
 }
 
-template <class T>
-Pass<T> make_pass(Context& ctx, const Scan& a, const ScanPass& p)
+// What forward and backward share: tokens from `begin` on.
+template <class T, class Scan, class Arguments>
+Pass<T> make_pass(Context& ctx, const Scan& a, const Arguments& p, Index begin)
 {
     const Index inner = a.xz.size(2) / 2, state = p.A_log.size(1), rank = p.dt_weight.size(1);
     Pass<T> pass;
     pass.tokens = p.u.size(1);
-    pass.begin = p.begin;
+    pass.begin = begin;
     pass.q_row = rank + 2 * state;
     ScanArgs<T>& s = pass.args;
     s.reverse = p.reverse;
@@ -47,29 +48,26 @@ Pass<T> make_pass(Context& ctx, const Scan& a, const ScanPass& p)
     s.dim = inner;
     s.state = state;
     s.rank = rank;
-    s.u = p.u.as<T>();
+    s.u = p.u.template as<T>();
     s.ldu = inner;
-    s.dt = p.q.as<T>();
+    s.dt = p.q.template as<T>();
     s.lddt = pass.q_row;
     s.dt_weight = packed_transpose<T>(ctx, p.dt_weight, pack_dt, inner, rank);
-    s.dt_bias = p.dt_bias.as<T>();
+    s.dt_bias = p.dt_bias.template as<T>();
     s.softplus = true;
     s.A = packed_A<T>(ctx, p.A_log);
-    s.B = p.q.as<T>() + rank;
+    s.B = p.q.template as<T>() + rank;
     s.C = s.B + state;
     s.ldb = pass.q_row;
-    s.D = p.D.as<T>();
-    s.h = p.state.as<T>();
-    s.y = a.out.as<T>() + p.begin * inner;
+    s.D = p.D.template as<T>();
+    s.y = a.out.template as<T>() + begin * inner;
     s.ldy = inner;
-    s.add = p.add;
-    s.finish = p.finish;
-    s.z = a.xz.as<T>() + p.begin * 2 * inner + inner;
+    s.z = a.xz.template as<T>() + begin * 2 * inner + inner;
     s.ldz = 2 * inner;
     s.scale = static_cast<T>(a.scale);
-    s.checkpoints = p.checkpoints.as<T>();
+    s.checkpoints = p.checkpoints.template as<T>();
     s.chunk = a.chunk;
-    s.begin = p.begin;
+    s.begin = begin;
     if (p.checkpoints) pass.chunks = p.checkpoints.size(1);
     return pass;
 }
@@ -93,14 +91,20 @@ ScanArgs<T> for_task(const Pass<T>& pass, Index len, Index b, Index e0, Index e1
 }
 
 template <class T>
-void forward(Context& ctx, const Scan& a)
+void forward(Context& ctx, const ScanForward& a)
 {
     const Kernels<T>& kernel = kernels<T>();
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
     const Index blocks = ceil_div(inner, forward_channels), passes = static_cast<Index>(a.passes.size());
     Arena::Scope scope(ctx.arena());
     Pass<T> pass[max_passes];
-    for (Index p = 0; p < passes; p++) pass[p] = make_pass<T>(ctx, a, a.passes[static_cast<std::size_t>(p)]);
+    for (Index p = 0; p < passes; p++) {
+        const ScanForwardPass& own = a.passes[static_cast<std::size_t>(p)];
+        pass[p] = make_pass<T>(ctx, a, own, own.begin);
+        pass[p].args.h = own.state.as<T>();
+        pass[p].args.add = own.add;
+        pass[p].args.finish = own.finish;
+    }
     // Passes that share tokens run one after the other in one task; passes over different tokens are independent.
     const bool together =
         passes == 2 && pass[0].begin < pass[1].begin + pass[1].tokens && pass[1].begin < pass[0].begin + pass[0].tokens;
@@ -172,7 +176,7 @@ void add_over_images(const T* part, Index batch, Index count, T* sum)
 }
 
 template <class T>
-void backward(Context& ctx, const Scan& a)
+void backward(Context& ctx, const ScanBackward& a)
 {
     const Kernels<T>& kernel = kernels<T>();
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
@@ -182,10 +186,8 @@ void backward(Context& ctx, const Scan& a)
     Partials<T> part[max_passes];
     Index space = 0;
     for (Index p = 0; p < passes; p++) {
-        pass[p] = make_pass<T>(ctx, a, a.passes[static_cast<std::size_t>(p)]);
+        pass[p] = make_pass<T>(ctx, a, a.passes[static_cast<std::size_t>(p)], 0);
         pass[p].args.add = p > 0;
-        pass[p].args.finish = false;
-        pass[p].args.h = nullptr;
         part[p] = make_partials<T>(ctx, batch, len, inner, pass[p].args.state, blocks);
         space = std::max(space, round_up(kernel.scan_backward_scratch(pass[p].args.state, a.chunk,
                                                                       std::min(inner, backward_channels)),
@@ -234,7 +236,7 @@ void backward(Context& ctx, const Scan& a)
     GemmTn<T> weights[max_passes];
     Index weight_count = 0;
     for (Index p = 0; p < passes; p++) {
-        const ScanPass& sp = a.passes[static_cast<std::size_t>(p)];
+        const ScanBackwardPass& sp = a.passes[static_cast<std::size_t>(p)];
         const Index rank = pass[p].args.rank, row = pass[p].q_row, state = pass[p].args.state;
         inputs[p] = {.x = part[p].ddelta,
                      .ldx = inner,
@@ -271,15 +273,15 @@ void backward(Context& ctx, const Scan& a)
 
 // ---- textbook arguments --------------------------------------------------------------------------------------------
 
-template <class T>
-Pass<T> textbook_pass(Context& ctx, const SelectiveScan& a)
+template <class T, class Scan>
+Pass<T> textbook_pass(Context& ctx, const Scan& a)
 {
     const Index dim = a.u.size(2), state = a.A.size(1);
     T* A = scratch<T>(ctx, dim * state).template as<T>();
     for (Index e = 0; e < dim; e++)
         for (Index n = 0; n < state; n++)  // finite, as the packed one
-            A[n * dim + e] =
-                std::max(a.A.as<T>()[e * state + n] * std::numbers::log2e_v<T>, std::numeric_limits<T>::lowest());
+            A[n * dim + e] = std::max(a.A.template as<T>()[e * state + n] * std::numbers::log2e_v<T>,
+                                      std::numeric_limits<T>::lowest());
     Pass<T> pass;
     pass.tokens = a.u.size(1);
     ScanArgs<T>& s = pass.args;
@@ -288,21 +290,21 @@ Pass<T> textbook_pass(Context& ctx, const SelectiveScan& a)
     s.dim = dim;
     s.state = state;
     s.rank = 0;
-    s.u = a.u.as<T>();
+    s.u = a.u.template as<T>();
     s.ldu = dim;
-    s.dt = a.delta.as<T>();
+    s.dt = a.delta.template as<T>();
     s.lddt = dim;
-    s.dt_bias = a.delta_bias.as<T>();
+    s.dt_bias = a.delta_bias.template as<T>();
     s.softplus = a.delta_softplus;
     s.A = A;
-    s.B = a.Bm.as<T>();
-    s.C = a.Cm.as<T>();
+    s.B = a.Bm.template as<T>();
+    s.C = a.Cm.template as<T>();
     s.ldb = state;
-    s.D = a.D.as<T>();
-    s.y = a.out.as<T>();
+    s.D = a.D.template as<T>();
+    s.y = a.out.template as<T>();
     s.ldy = dim;
     s.finish = true;
-    s.z = a.z.as<T>();
+    s.z = a.z.template as<T>();
     s.ldz = dim;
     s.scale = T(1);
     return pass;
@@ -319,14 +321,14 @@ void textbook_run(Context& ctx, const Pass<T>& pass, Index batch)
 }
 
 template <class T>
-void textbook_forward(Context& ctx, const SelectiveScan& a)
+void textbook_forward(Context& ctx, const SelectiveScanForward& a)
 {
     Arena::Scope scope(ctx.arena());
     textbook_run(ctx, textbook_pass<T>(ctx, a), a.u.size(0));
 }
 
 template <class T>
-void textbook_backward(Context& ctx, const SelectiveScan& a)
+void textbook_backward(Context& ctx, const SelectiveScanBackward& a)
 {
     constexpr Index chunk = 64;
     const Kernels<T>& kernel = kernels<T>();
@@ -385,22 +387,22 @@ void textbook_backward(Context& ctx, const SelectiveScan& a)
 
 }  // namespace
 
-void CpuBackend::scan_forward(Context& ctx, const Scan& args)
+void CpuBackend::scan_forward(Context& ctx, const ScanForward& args)
 {
     if (args.xz.numel()) dispatch(args.xz.dtype, [&](auto t) { forward<decltype(t)>(ctx, args); });
 }
 
-void CpuBackend::scan_backward(Context& ctx, const Scan& args)
+void CpuBackend::scan_backward(Context& ctx, const ScanBackward& args)
 {
     if (args.xz.numel()) dispatch(args.xz.dtype, [&](auto t) { backward<decltype(t)>(ctx, args); });
 }
 
-void CpuBackend::selective_scan_forward(Context& ctx, const SelectiveScan& args)
+void CpuBackend::selective_scan_forward(Context& ctx, const SelectiveScanForward& args)
 {
     dispatch(args.u.dtype, [&](auto t) { textbook_forward<decltype(t)>(ctx, args); });
 }
 
-void CpuBackend::selective_scan_backward(Context& ctx, const SelectiveScan& args)
+void CpuBackend::selective_scan_backward(Context& ctx, const SelectiveScanBackward& args)
 {
     dispatch(args.u.dtype, [&](auto t) { textbook_backward<decltype(t)>(ctx, args); });
 }

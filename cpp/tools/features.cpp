@@ -18,9 +18,9 @@ namespace vim_infer {
 namespace {
 
 // How the network itself reads its tokens out: the class token(s), or a pool over all tokens.
-vimcore::Readout readout_of(const vimcore::Config& config)
+vimcore::ReadoutForward readout_of(const vimcore::Config& config)
 {
-    vimcore::Readout readout;
+    vimcore::ReadoutForward readout;
     if (config.class_token != vimcore::ClassToken::none) {
         readout.reduce = vimcore::Reduce::select;
         readout.index[0] = config.class_position();
@@ -85,7 +85,7 @@ int features(const std::vector<std::string>& words)
     std::vector<float> tokens(static_cast<std::size_t>(batch * length * width)), pooled, kept;
     if (!all_tokens) pooled.resize(static_cast<std::size_t>(batch * width));
     std::vector<std::string> names;
-    vimcore::Readout readout = readout_of(config);
+    vimcore::ReadoutForward readout = readout_of(config);
 
     const auto compute = [&](const float* pixels, std::int64_t count) {
         session.features(pixels, count, tokens.data());

@@ -208,8 +208,8 @@ private:
         Draws draws;
         draws.drop_path = to_tensor(args.drop_path, "VisionMamba", "drop_path");
         expect("drop_path", draws.drop_path, {config_.depth, x.size(0)}, x, true);
-        draws.mask = to_tensor(args.mask, "VisionMamba", "mask");
-        expect("mask", draws.mask, {x.size(0), config_.tokens(), config_.embed_dim}, x, true);
+        draws.dropout = to_tensor(args.mask, "VisionMamba", "mask");
+        expect("mask", draws.dropout, {x.size(0), config_.tokens(), config_.embed_dim}, x, true);
         draws.flip = args.flip;
         draws.class_position = args.class_position;
         if (args.class_position < -1 || args.class_position >= config_.tokens())

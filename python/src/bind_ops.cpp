@@ -58,32 +58,31 @@ void conv1d_forward(const In& x, const In& weight, const MaybeIn& bias, bool sil
                     int threads, std::uintptr_t stream, bool capturing)
 {
     const char* op = "causal_conv1d";
-    ConvPass pass;
+    ConvForwardPass pass;
     pass.reverse = reverse;
     pass.weight = to_tensor(weight, op, "weight");
     pass.bias = to_tensor(bias, op, "bias");
     pass.u = to_tensor(u, op, "out");
-    Conv1d a;
+    Conv1dForward a;
     a.x = to_tensor(x, op, "x");
     a.passes = {&pass, 1};
     a.silu = silu;
     with_context(a.x.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::conv1d_forward(ctx, a); });
 }
 
-void conv1d_backward(const In& x, const In& weight, const MaybeIn& bias, bool silu, bool reverse, const In& u,
+void conv1d_backward(const In& x, const In& weight, const MaybeIn& bias, bool silu, bool reverse, const In&,
                      const In& du, const Out& dx, const MaybeOut& dweight, const MaybeOut& dbias, int threads,
                      std::uintptr_t stream, bool capturing)
 {
     const char* op = "causal_conv1d";
-    ConvPass pass;
+    ConvBackwardPass pass;
     pass.reverse = reverse;
     pass.weight = to_tensor(weight, op, "weight");
     pass.bias = to_tensor(bias, op, "bias");
-    pass.u = to_tensor(u, op, "out");
     pass.du = to_tensor(du, op, "dout");
     pass.dweight = to_tensor(dweight, op, "dweight");
     pass.dbias = to_tensor(dbias, op, "dbias");
-    Conv1d a;
+    Conv1dBackward a;
     a.x = to_tensor(x, op, "x");
     a.passes = {&pass, 1};
     a.silu = silu;
@@ -94,12 +93,13 @@ void conv1d_backward(const In& x, const In& weight, const MaybeIn& bias, bool si
 // ---- scan on its own -----------------------------------------------------------------------------------------------
 
 // inputs: u, delta, A, B, C, then D, z, delta_bias or None
-SelectiveScan selective(const std::vector<MaybeIn>& inputs, bool softplus, bool reverse, const Out& out)
+template <class Scan>
+Scan selective(const std::vector<MaybeIn>& inputs, bool softplus, bool reverse, const Out& out)
 {
     const char* op = "selective_scan";
     static const char* const names[] = {"u", "delta", "A", "B", "C", "D", "z", "delta_bias"};
     if (inputs.size() != 8) throw std::invalid_argument("[selective_scan] inputs: expected 8 arrays");
-    SelectiveScan a;
+    Scan a;
     Tensor* const places[] = {&a.u, &a.delta, &a.A, &a.Bm, &a.Cm, &a.D, &a.z, &a.delta_bias};
     for (std::size_t i = 0; i < 8; i++) *places[i] = to_tensor(inputs[i], op, names[i]);
     a.delta_softplus = softplus;
@@ -111,7 +111,7 @@ SelectiveScan selective(const std::vector<MaybeIn>& inputs, bool softplus, bool 
 void selective_scan_forward(const std::vector<MaybeIn>& inputs, bool softplus, bool reverse, const Out& out,
                             int threads, std::uintptr_t stream, bool capturing)
 {
-    const SelectiveScan a = selective(inputs, softplus, reverse, out);
+    const auto a = selective<SelectiveScanForward>(inputs, softplus, reverse, out);
     with_context(a.out.device, {threads, stream, capturing},
                  [&](Context& ctx) { vimcore::selective_scan_forward(ctx, a); });
 }
@@ -122,7 +122,7 @@ void selective_scan_backward(const std::vector<MaybeIn>& inputs, bool softplus, 
 {
     const char* op = "selective_scan";
     if (gradients.size() != 8) throw std::invalid_argument("[selective_scan] gradients: expected 8 arrays");
-    SelectiveScan a = selective(inputs, softplus, reverse, out);
+    auto a = selective<SelectiveScanBackward>(inputs, softplus, reverse, out);
     a.dout = to_tensor(dout, op, "dout");
     Tensor* const places[] = {&a.du, &a.ddelta, &a.dA, &a.dB, &a.dC, &a.dD, &a.dz, &a.ddelta_bias};
     for (std::size_t i = 0; i < 8; i++) *places[i] = to_tensor(gradients[i], op, "gradient");
@@ -132,21 +132,30 @@ void selective_scan_backward(const std::vector<MaybeIn>& inputs, bool softplus, 
 
 // ---- both directions, with dt projection, skip, sum and gate -------------------------------------------------------
 
-// Arrays of one direction: u, q, A_log, D, dt_weight, dt_bias, checkpoints; then, in backward, their gradients
+// Arrays of one direction: u, q, A_log, D, dt_weight, dt_bias, and its checkpoints; in backward also `gradients`:
 // du, dq, dA_log, dD, ddt_weight, ddt_bias.
-ScanPass to_pass(const std::vector<MaybeIn>& inputs, const std::vector<MaybeOut>& outputs, bool reverse)
+template <class Pass>
+Pass to_pass(const std::vector<MaybeIn>& inputs, const std::vector<MaybeOut>& outputs, std::size_t gradients,
+             bool reverse)
 {
     const char* op = "bidirectional_scan";
     static const char* const names[] = {"u", "q", "A_log", "D", "dt_weight", "dt_bias"};
-    if (inputs.size() != 6 || (outputs.size() != 1 && outputs.size() != 7))
+    if (inputs.size() != 6 || outputs.size() != 1 + gradients)
         throw std::invalid_argument("[bidirectional_scan] inputs: expected 6 arrays a direction");
-    ScanPass pass;
+    Pass pass;
     pass.reverse = reverse;
     Tensor* const places[] = {&pass.u, &pass.q, &pass.A_log, &pass.D, &pass.dt_weight, &pass.dt_bias};
     for (std::size_t i = 0; i < 6; i++) *places[i] = to_tensor(inputs[i], op, names[i]);
     pass.checkpoints = to_tensor(outputs[0], op, "checkpoints");
+    return pass;
+}
+
+ScanBackwardPass to_backward_pass(const std::vector<MaybeIn>& inputs, const std::vector<MaybeOut>& outputs,
+                                  bool reverse)
+{
+    auto pass = to_pass<ScanBackwardPass>(inputs, outputs, 6, reverse);
     Tensor* const gradients[] = {&pass.du, &pass.dq, &pass.dA_log, &pass.dD, &pass.ddt_weight, &pass.ddt_bias};
-    for (std::size_t i = 1; i < outputs.size(); i++) *gradients[i - 1] = to_tensor(outputs[i], op, "gradient");
+    for (std::size_t i = 0; i < 6; i++) *gradients[i] = to_tensor(outputs[i + 1], "bidirectional_scan", "gradient");
     return pass;
 }
 
@@ -156,10 +165,11 @@ void scan_forward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs,
 {
     if (inputs.size() != 2 || outputs.size() != 2)
         throw std::invalid_argument("[bidirectional_scan] inputs: expected two directions");
-    ScanPass passes[] = {to_pass(inputs[0], outputs[0], false), to_pass(inputs[1], outputs[1], true)};
+    ScanForwardPass passes[] = {to_pass<ScanForwardPass>(inputs[0], outputs[0], 0, false),
+                                to_pass<ScanForwardPass>(inputs[1], outputs[1], 0, true)};
     passes[0].finish = false;
     passes[1].add = true;  // the second direction adds to the first and finishes
-    Scan a;
+    ScanForward a;
     a.xz = to_tensor(xz, "bidirectional_scan", "z");
     a.passes = passes;
     a.scale = scale;
@@ -174,8 +184,9 @@ void scan_backward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs
 {
     if (inputs.size() != 2 || outputs.size() != 2)
         throw std::invalid_argument("[bidirectional_scan] inputs: expected two directions");
-    const ScanPass passes[] = {to_pass(inputs[0], outputs[0], false), to_pass(inputs[1], outputs[1], true)};
-    Scan a;
+    const ScanBackwardPass passes[] = {to_backward_pass(inputs[0], outputs[0], false),
+                                       to_backward_pass(inputs[1], outputs[1], true)};
+    ScanBackward a;
     a.xz = to_tensor(xz, "bidirectional_scan", "z");
     a.passes = passes;
     a.scale = scale;

@@ -82,7 +82,7 @@ void bench_norm(const Kernels<float>& kernels, Index len, Index dim, bool layer)
     std::vector<float> memory[6];
     float* data[6];
     for (int i = 0; i < 6; i++) data[i] = aligned(memory[i], len * dim);
-    NormArgs<float> args = {};
+    NormForwardArgs<float> args = {};
     args.h = data[0];
     args.residual = args.residual_out = data[1];
     args.weight = data[2];
@@ -92,11 +92,18 @@ void bench_norm(const Kernels<float>& kernels, Index len, Index dim, bool layer)
     args.len = len;
     args.dim = dim;
     const double forward = seconds([&] { kernels.norm_forward(args); });
-    args.dout = data[0];
-    args.dresidual_out = args.dresidual = data[3];
-    args.dh = data[4];
-    args.dweight = data[5];
-    const double backward = seconds([&] { kernels.norm_backward(args); });
+    NormBackwardArgs<float> back = {};
+    back.x = data[1];
+    back.weight = data[2];
+    back.eps = args.eps;
+    back.layer = layer;
+    back.len = len;
+    back.dim = dim;
+    back.dout = data[0];
+    back.dresidual_out = back.dresidual = data[3];
+    back.dh = data[4];
+    back.dweight = data[5];
+    const double backward = seconds([&] { kernels.norm_backward(back); });
     const double row = 4e-9 * len * dim;
     std::printf("%-8s (%lld, %lld)  forward %6.1f GB/s  backward %6.1f GB/s\n", layer ? "layer" : "rms", len, dim,
                 4 * row / forward, 5 * row / backward);
@@ -109,24 +116,29 @@ void bench_conv(const Kernels<float>& kernels, Index len, Index dim, Index width
           *dx = aligned(memory[2], len * 2 * dim);
     float *weight = aligned(memory[3], width * dim), *bias = aligned(memory[4], dim),
           *dw = aligned(memory[5], width * dim + dim);
-    ConvArgs<float> args = {};
-    args.x = x;
-    args.ldx = args.lddx = 2 * dim;
-    args.weight = weight;
-    args.bias = bias;
-    args.u = u;
-    args.ldu = args.lddu = dim;
-    args.len = args.total = len;
-    args.dim = args.e1 = dim;
-    args.width = width;
-    args.reverse = reverse;
-    args.silu = true;
-    const double forward = seconds([&] { kernels.conv_forward(args); });
-    args.du = u;
-    args.dx = dx;
-    args.dweight = dw;
-    args.dbias = dw + width * dim;
-    const double backward = seconds([&] { kernels.conv_backward(args); });
+    const Conv<float> conv = {.x = x,
+                              .ldx = 2 * dim,
+                              .weight = weight,
+                              .bias = bias,
+                              .total = len,
+                              .dim = dim,
+                              .e0 = 0,
+                              .e1 = dim,
+                              .width = width,
+                              .reverse = reverse,
+                              .silu = true};
+    const double forward =
+        seconds([&] { kernels.conv_forward({.f = conv, .u = u, .ldu = dim, .begin = 0, .len = len}); });
+    const double backward = seconds([&] {
+        kernels.conv_backward({.f = conv,
+                               .du = u,
+                               .lddu = dim,
+                               .dx = dx,
+                               .lddx = 2 * dim,
+                               .add_dx = false,
+                               .dweight = dw,
+                               .dbias = dw + width * dim});
+    });
     const double row = 4e-9 * len * dim;
     std::printf(
         "conv     (%lld, %lld) width %lld%s  forward %6.1f GB/s, %.2f ns/vector  backward %6.1f GB/s, %.2f ns/vector\n",

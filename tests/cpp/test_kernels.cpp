@@ -137,7 +137,7 @@ void test_norm_forward(const Kernels<T>& kernels, Index len, Index dim, const No
     const auto residual = random<T>(len * dim);
     auto memory = c.in_place ? residual : std::vector<T>(static_cast<std::size_t>(len * dim), T(55));
     std::vector<T> out(static_cast<std::size_t>(len * dim + 1), T(33));
-    NormArgs<T> args = {};
+    NormForwardArgs<T> args = {};
     args.h = c.h ? h.data() : nullptr;
     args.residual = !c.residual ? nullptr : c.in_place ? memory.data() : residual.data();
     args.residual_out = c.residual_out ? memory.data() : nullptr;
@@ -180,8 +180,8 @@ void test_norm_backward(const Kernels<T>& kernels, Index len, Index dim, bool la
     auto dx = in_place ? dresidual_out : std::vector<T>(static_cast<std::size_t>(len * dim));
     std::vector<T> dh(static_cast<std::size_t>(len * dim));
     auto dweight = dweight_before, dbias = dbias_before;
-    NormArgs<T> args = {};
-    args.residual = x.data();
+    NormBackwardArgs<T> args = {};
+    args.x = x.data();
     args.weight = weight.data();
     args.row_scale = T(0.75);
     args.eps = T(1e-5);
@@ -250,14 +250,14 @@ struct ConvData {
                 p.push_back(sum);
             }
     }
-    ConvArgs<T> args(const ConvCase& c) const
+    Conv<T> conv(const ConvCase& c) const
     {
-        ConvArgs<T> a = {};
+        Conv<T> a = {};
         a.x = x.data();
         a.ldx = ldx;
         a.weight = weight.data();
         a.bias = c.bias ? bias.data() : nullptr;
-        a.len = a.total = c.total;
+        a.total = c.total;
         a.dim = a.e1 = c.dim;
         a.width = c.width;
         a.reverse = c.reverse;
@@ -273,9 +273,7 @@ void test_conv_forward(const Kernels<T>& kernels, const ConvCase& c)
 {
     const ConvData<T> data(c);
     std::vector<T> u(static_cast<std::size_t>(c.total * data.ldu), T(44)), split = u;
-    ConvArgs<T> args = data.args(c);
-    args.u = u.data();
-    args.ldu = data.ldu;
+    const ConvForwardArgs<T> args = {.f = data.conv(c), .u = u.data(), .ldu = data.ldu, .begin = 0, .len = c.total};
     kernels.conv_forward(args);
     for (Index t = 0; t < c.total; t++)
         for (Index e = 0; e < data.ldu; e++) {
@@ -289,12 +287,12 @@ void test_conv_forward(const Kernels<T>& kernels, const ConvCase& c)
         }
     for (Index begin = 0; begin < c.total; begin += 7)  // tiles of tokens and of channels
         for (Index e = 0; e < c.dim; e += 2 * kernels.lanes) {
-            ConvArgs<T> part = args;
+            ConvForwardArgs<T> part = args;
             part.u = split.data() + begin * data.ldu;
             part.begin = begin;
             part.len = std::min<Index>(7, c.total - begin);
-            part.e0 = e;
-            part.e1 = std::min(c.dim, e + 2 * kernels.lanes);
+            part.f.e0 = e;
+            part.f.e1 = std::min(c.dim, e + 2 * kernels.lanes);
             kernels.conv_forward(part);
         }
     CHECK(same_bits(u, split));
@@ -309,9 +307,10 @@ void test_conv_backward(const Kernels<T>& kernels, const ConvCase& c, bool add_d
     const auto dweight_before = random<T>(c.width * c.dim), dbias_before = random<T>(c.dim);
     auto dx = dx_before, dweight = dweight_before, dbias = dbias_before;
     for (Index e = 0; e < c.dim; e += 3 * kernels.lanes) {  // every range of channels on its own
-        ConvArgs<T> args = data.args(c);
-        args.e0 = e;
-        args.e1 = std::min(c.dim, e + 3 * kernels.lanes);
+        ConvBackwardArgs<T> args = {};
+        args.f = data.conv(c);
+        args.f.e0 = e;
+        args.f.e1 = std::min(c.dim, e + 3 * kernels.lanes);
         args.du = du.data();
         args.lddu = lddu;
         args.dx = dx.data();

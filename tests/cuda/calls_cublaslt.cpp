@@ -44,9 +44,9 @@ int main(int, char** arguments)
     const Tensor x = side.activation({2, m, k}, ones), y = side.result({2, m, n}), odd = side.result({m, 13});
     const Tensor w = side.parameter({2, n, k}, Floats(static_cast<std::size_t>(2 * n * k), 1));
     const Tensor bias = side.parameter({n}, Floats(n, 1));
-    const LinearForward single = {.x = x[0], .weight = w[0], .bias = {}, .y = y[0]};
+    const LinearForward single = {.x = x[0], .weight = w[0], .y = y[0]};
     const LinearForward biased = {.x = x[0], .weight = w[0], .bias = bias, .y = y[0]};
-    const LinearForward pair[2] = {single, {.x = x[1], .weight = w[1], .bias = {}, .y = y[1]}};
+    const LinearForward pair[2] = {single, {.x = x[1], .weight = w[1], .y = y[1]}};
 
     // One algorithm for each kind of problem, however often it comes.
     for (int i = 0; i < 3; i++) linear_forward(side.ctx, {&single, 1});
@@ -58,7 +58,7 @@ int main(int, char** arguments)
     for (int i = 0; i < 2; i++) linear_forward(side.ctx, pair);
     CHECK((counts(library) == Counts{3, 7, 2}));
     CHECK(side.values(y) == Floats(2 * m * n, k));
-    const LinearForward rest = {.x = x[0].slice(1, m), .weight = w[0], .bias = {}, .y = y[0].slice(1, m)};
+    const LinearForward rest = {.x = x[0].slice(1, m), .weight = w[0], .y = y[0].slice(1, m)};
     linear_forward(side.ctx, {&rest, 1});  // other sizes
     CHECK((counts(library) == Counts{4, 8, 2}));
 
@@ -68,14 +68,14 @@ int main(int, char** arguments)
     CHECK((counts(library) == Counts{4, 10, 2}));
 
     // Without an algorithm our own kernel multiplies, and the library is not asked again.
-    const LinearForward none = {.x = x[0], .weight = w.view({2 * n, k}).slice(0, 13), .bias = {}, .y = odd};
+    const LinearForward none = {.x = x[0], .weight = w.view({2 * n, k}).slice(0, 13), .y = odd};
     for (int i = 0; i < 2; i++) linear_forward(side.ctx, {&none, 1});
     CHECK((counts(library) == Counts{5, 10, 2}));
     CHECK(side.values(odd) == Floats(13 * m, k));
 
     // float32 by its own rules, which VIMCORE_TF32 changes.
     const Tensor wide = side.parameter({2, 4}, {1, 2, 3, 4, 5, 6, 7, 8}), product = side.wide_result({2, 2});
-    const LinearForward full = {.x = wide, .weight = wide, .bias = {}, .y = product};
+    const LinearForward full = {.x = wide, .weight = wide, .y = product};
     linear_forward(side.ctx, {&full, 1});
     CHECK((counts(library) == Counts{6, 11, 2}));
     CHECK(side.values(product) == (Floats{30, 70, 70, 174}));
@@ -85,8 +85,7 @@ int main(int, char** arguments)
     const Tensor dy = side.activation({2, m, n}, Floats(2 * m * n, 1));
     const Tensor dx = side.result({2, m, k});
     LinearBackward gradients[2];
-    for (int i = 0; i < 2; i++)
-        gradients[i] = {.x = x[i], .weight = w[i], .dy = dy[i], .dx = dx[i], .dweight = dw[i], .dbias = {}};
+    for (int i = 0; i < 2; i++) gradients[i] = {.x = x[i], .weight = w[i], .dy = dy[i], .dx = dx[i], .dweight = dw[i]};
     for (int i = 0; i < 2; i++) linear_backward(side.ctx, gradients);
     CHECK((counts(library) == Counts{8, 15, 6}));
     CHECK(side.values(dx) == Floats(2 * m * k, n));

@@ -101,19 +101,18 @@ void test_conv(DType dtype, const ConvCase& c)
     for (const bool reverse : c.reverse) name += reverse ? " reverse" : " forward";
     const Shape in{c.batch, c.len, c.stride}, u{c.batch, c.len, c.dim};
     compare_twice(dtype, name, [&](Side&& side) {
-        std::vector<ConvPass> passes(c.reverse.size());
-        Conv1d a;
+        std::vector<ConvBackwardPass> passes(c.reverse.size());
+        Conv1dBackward a;
         a.x = side.make(in, side.dtype, normal(10, dtype, in.numel()), c.shift);
         a.dx = side.make(in, side.dtype, normal(11, dtype, in.numel()), c.shift);
         a.silu = c.silu;
         a.passes = passes;
         Outputs out;
         for (std::size_t i = 0; i < passes.size(); i++) {
-            ConvPass& p = passes[i];
+            ConvBackwardPass& p = passes[i];
             p.reverse = c.reverse[i];
             p.weight = side.parameter({c.dim, 1, c.width}, normal(20 + i, DType::f32, c.dim * c.width));
             if (c.bias) p.bias = side.parameter({c.dim}, normal(30 + i, DType::f32, c.dim));
-            p.u = side.result(u);
             p.du = side.activation(u, normal(40 + i, dtype, u.numel()));
             if (c.gradients) p.dweight = gradient(side, 50 + i, p.weight.shape);
             if (c.gradients && c.bias) p.dbias = gradient(side, 60 + i, {c.dim});
@@ -121,7 +120,7 @@ void test_conv(DType dtype, const ConvCase& c)
         conv1d_backward(side.ctx, a);
         // Two directions without a window add to dx in the type of activations: that it keeps other columns is exact.
         out.push_back({"dx", side.values(a.dx)});
-        for (const ConvPass& p : passes) {
+        for (const ConvBackwardPass& p : passes) {
             if (p.dweight) out.push_back({"dweight", side.values(p.dweight), true});
             if (p.dbias) out.push_back({"dbias", side.values(p.dbias), true});
         }
@@ -160,17 +159,15 @@ void test_conv_cuts(DType dtype)
     const Shape shape{batch, len, dim};
     const Tensor x = side.activation(shape, normal(12, dtype, shape.numel())), dx = side.result(shape);
     const Tensor alone = side.result({1, len, dim});
-    ConvPass passes[2];
+    ConvBackwardPass passes[2];
     for (int i = 0; i < 2; i++) {
         passes[i].reverse = i == 1;
         passes[i].weight = side.parameter({dim, 4}, normal(13, DType::f32, 4 * dim));
-        passes[i].u = side.result(shape);
         passes[i].du = side.activation(shape, normal(14, dtype, shape.numel()));
     }
     conv1d_backward(side.ctx, {.x = x, .passes = passes, .silu = true, .dx = dx});
     const Index last = batch - 1;
-    for (ConvPass& p : passes) {
-        p.u = p.u.slice(last, batch);
+    for (ConvBackwardPass& p : passes) {
         p.du = p.du.slice(last, batch);
     }
     conv1d_backward(side.ctx, {.x = x.slice(last, batch), .passes = passes, .silu = true, .dx = alone});
@@ -269,22 +266,22 @@ void test_patches(DType dtype, Index height, Index width, Index patch, Index str
     });
 }
 
-void test_tokens(DType dtype, Index dim, Index first, Index second, bool pos, bool mask, bool gradients)
+void test_tokens(DType dtype, Index dim, Index first, Index second, bool pos, bool dropout, bool gradients)
 {
     const Index batch = 3, len = 9, count = (first >= 0) + (second >= 0);
-    compare_twice(dtype, text("tokens", dim, first, second, pos, mask, gradients), [&](Side&& side) {
+    compare_twice(dtype, text("tokens", dim, first, second, pos, dropout, gradients), [&](Side&& side) {
         const Shape x{batch, len, dim};
-        Tokens a;
-        a.patches = side.result({batch, len - count, dim});
-        a.out = side.activation(x, normal(92, dtype, x.numel()));
+        TokensBackward a;
+        a.dpatches = side.result({batch, len - count, dim});
+        a.dout = side.activation(x, normal(92, dtype, x.numel()));
         a.position[0] = first;
         a.position[1] = second;
-        if (mask) a.mask = side.parameter(x, normal(93, DType::f32, x.numel()));
+        if (dropout) a.dropout = side.parameter(x, normal(93, DType::f32, x.numel()));
         if (pos && gradients) a.dpos_embed = gradient(side, 94, {1, len, dim});
         if (first >= 0 && gradients) a.dclass_token[0] = gradient(side, 95, {1, 1, dim});
         if (second >= 0 && gradients) a.dclass_token[1] = gradient(side, 96, {1, 1, dim});
         tokens_backward(side.ctx, a);
-        Outputs out{{"dpatches", side.values(a.patches)}};
+        Outputs out{{"dpatches", side.values(a.dpatches)}};
         for (const Tensor& t : {a.dpos_embed, a.dclass_token[0], a.dclass_token[1]})
             if (t) out.push_back({"gradient", side.values(t), true});
         return out;
@@ -298,7 +295,7 @@ void test_readout(DType dtype, Reduce reduce, Index dim, Index len, Index first,
         const Shape x{batch, len, dim};
         Floats values = normal(97, dtype, x.numel());
         for (float& value : values) value = std::round(value);  // many equal maxima
-        Readout a;
+        ReadoutBackward a;
         a.reduce = reduce;
         a.index[0] = first;
         a.index[1] = second;
@@ -370,15 +367,15 @@ void test_empty(DType dtype)
     norm.dout = none;
     norm.weight = norm.dweight = weight;
     norm_backward(ctx, norm);
-    ConvPass pass;
+    ConvBackwardPass pass;
     pass.weight = pass.dweight = kernel;
-    pass.u = pass.du = none;
+    pass.du = none;
     conv1d_backward(ctx, {.x = none, .passes = {&pass, 1}, .silu = true, .dx = none});
     patches_backward(ctx, {side.result({0, 3, 16, 16}), 4, 4, 0, side.result({0, 16, 48})});
-    Tokens tokens;
-    tokens.patches = tokens.out = none;
+    TokensBackward tokens;
+    tokens.dpatches = tokens.dout = none;
     tokens_backward(ctx, tokens);
-    Readout readout;
+    ReadoutBackward readout;
     readout.x = readout.dx = none;
     readout.dout = side.result({0, 8});
     readout_backward(ctx, readout);

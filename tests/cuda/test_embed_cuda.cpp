@@ -25,12 +25,12 @@ void test_patches(DType dtype, Index channels, Index height, Index width, Index 
     });
 }
 
-void test_tokens(DType dtype, Index dim, Index len, Index p0, Index p1, bool pos, bool mask, Index shift)
+void test_tokens(DType dtype, Index dim, Index len, Index p0, Index p1, bool pos, bool dropout, Index shift)
 {
     const Index batch = 3, patches = len - (p0 >= 0) - (p1 >= 0);
     const Shape shape{batch, len, dim}, token{1, 1, dim};
-    compare(dtype, text("tokens", dim, len, p0, p1, pos, mask, shift), [&](Side&& side, bool apart) {
-        Tokens a;
+    compare(dtype, text("tokens", dim, len, p0, p1, pos, dropout, shift), [&](Side&& side, bool apart) {
+        TokensForward a;
         a.patches = side.activation({batch, patches, dim}, normal(50, dtype, batch * patches * dim));
         a.position[0] = p0;
         a.position[1] = p1;
@@ -38,11 +38,11 @@ void test_tokens(DType dtype, Index dim, Index len, Index p0, Index p1, bool pos
             if (a.position[i] >= 0)
                 a.class_token[i] = side.make(token, wide(side.dtype), normal(51 + i, DType::f32, dim), shift);
         if (pos) a.pos_embed = side.parameter({1, len, dim}, normal(53, DType::f32, len * dim));
-        if (mask) a.mask = side.parameter(shape, normal(54, DType::f32, shape.numel()));
+        if (dropout) a.dropout = side.parameter(shape, normal(54, DType::f32, shape.numel()));
         a.out = side.result(shape);
         each_image(apart, batch, [&](auto part) {
-            Tokens p = a;
-            for (Tensor* t : {&p.patches, &p.mask, &p.out}) *t = part(*t);
+            TokensForward p = a;
+            for (Tensor* t : {&p.patches, &p.dropout, &p.out}) *t = part(*t);
             tokens_forward(side.ctx, p);
         });
         return Outputs{{"out", side.values(a.out)}};
@@ -65,14 +65,14 @@ void test_readout(DType dtype, Reduce reduce, Index dim, Index len, Index i0, In
 {
     const Shape shape{2, len, dim};
     compare(dtype, text("readout", static_cast<int>(reduce), dim, len, i0, i1, shift), [&](Side&& side, bool apart) {
-        Readout a;
+        ReadoutForward a;
         a.reduce = reduce;
         a.index[0] = i0;
         a.index[1] = i1;
         a.x = side.make(shape, side.dtype, normal(70, dtype, shape.numel()), shift);
         a.out = side.result({2, dim});
         each_image(apart, 2, [&](auto part) {
-            Readout p = a;
+            ReadoutForward p = a;
             p.x = part(a.x);
             p.out = part(a.out);
             readout_forward(side.ctx, p);
@@ -123,7 +123,7 @@ void test_maximum_of_nan(DType dtype)
     Floats x(static_cast<std::size_t>(len * dim), -2.0f);
     x[(17 * dim) + 1] = std::numeric_limits<float>::quiet_NaN();
     x[(299 * dim) + 2] = -1;
-    Readout a;
+    ReadoutForward a;
     a.reduce = Reduce::max;
     a.x = side.activation({1, len, dim}, x);
     a.out = side.result({1, dim});

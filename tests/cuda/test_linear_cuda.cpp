@@ -85,7 +85,6 @@ void check_pairs()
                     const int place = swapped ? 1 - i : i;
                     args[i] = {.x = x.slice(place * (m * k + gap), place * (m * k + gap) + m * k).view({m, k}),
                                .weight = cuda.parameter({n, k}, p[i].w),
-                               .bias = {},
                                .y = y.slice(place * (m * n + gap), place * (m * n + gap) + m * n).view({m, n})};
                     assign(cuda.ctx, args[i].x, p[i].x);
                 }
@@ -125,8 +124,8 @@ void check_cache()
             const Tensor y = side.make({3, m, n}, dtype, Floats(3 * m * n));
             for (int i = 0; i < 2; i++) assign(side.ctx, x[i], p[i].x);
             side.ctx.cache = &cache;
-            const LinearForward args[3] = {{.x = x[0], .weight = w[0], .bias = {}, .y = y[0]},
-                                           {.x = x[1], .weight = w[1], .bias = {}, .y = y[1]},
+            const LinearForward args[3] = {{.x = x[0], .weight = w[0], .y = y[0]},
+                                           {.x = x[1], .weight = w[1], .y = y[1]},
                                            {.x = x[1], .weight = w[0], .bias = bias, .y = y[2]}};
             linear_forward(side.ctx, args);
             side.ctx.cache = nullptr;

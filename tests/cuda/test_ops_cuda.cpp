@@ -84,7 +84,7 @@ struct ConvCase {
 Outputs run_conv(const ConvCase& c, Side& side, bool apart, const Floats& x)
 {
     const Tensor in = side.make({c.batch, c.len, c.stride}, side.dtype, x, c.shift);
-    std::vector<ConvPass> passes(c.passes.size());
+    std::vector<ConvForwardPass> passes(c.passes.size());
     for (std::size_t i = 0; i < passes.size(); i++) {
         passes[i].reverse = c.passes[i].reverse;
         passes[i].weight = side.parameter({c.dim, 1, c.width}, normal(20 + i, DType::f32, c.dim * c.width));
@@ -93,12 +93,12 @@ Outputs run_conv(const ConvCase& c, Side& side, bool apart, const Floats& x)
         passes[i].u = side.result({c.batch, c.passes[i].tokens, c.dim});
     }
     each_image(apart, c.batch, [&](auto part) {
-        std::vector<ConvPass> parts = passes;
-        for (ConvPass& p : parts) p.u = part(p.u);
-        conv1d_forward(side.ctx, {.x = part(in), .passes = parts, .silu = c.silu, .dx = {}});
+        std::vector<ConvForwardPass> parts = passes;
+        for (ConvForwardPass& p : parts) p.u = part(p.u);
+        conv1d_forward(side.ctx, {.x = part(in), .passes = parts, .silu = c.silu});
     });
     Outputs outputs;
-    for (const ConvPass& p : passes) outputs.push_back({p.reverse ? "reverse u" : "u", side.values(p.u)});
+    for (const ConvForwardPass& p : passes) outputs.push_back({p.reverse ? "reverse u" : "u", side.values(p.u)});
     return outputs;
 }
 
@@ -284,22 +284,16 @@ void test_empty(DType dtype)
     Side side(cuda_context(), dtype);
     Context& ctx = side.ctx;
     const Tensor x = side.result({0, 5, 8}), weight = side.parameter({8}, normal(1, DType::f32, 8));
-    norm_forward(ctx,
-                 {.h = x, .row_scale = {}, .residual = {}, .weight = weight, .bias = {}, .residual_out = {}, .out = x});
-    const ConvPass pass{.weight = side.parameter({8, 1, 4}, normal(2, DType::f32, 32)),
-                        .bias = {},
-                        .u = x,
-                        .du = {},
-                        .dweight = {},
-                        .dbias = {}};
-    conv1d_forward(ctx, {.x = x, .passes = {&pass, 1}, .dx = {}});
+    norm_forward(ctx, {.h = x, .weight = weight, .out = x});
+    const ConvForwardPass pass{.weight = side.parameter({8, 1, 4}, normal(2, DType::f32, 32)), .u = x};
+    conv1d_forward(ctx, {.x = x, .passes = {&pass, 1}});
     patches_forward(ctx, {side.result({0, 3, 16, 16}), 4, 4, 0, side.result({0, 16, 48})});
-    Tokens tokens;
+    TokensForward tokens;
     tokens.patches = tokens.out = x;
     tokens_forward(ctx, tokens);
     const Tensor table = side.parameter({5, 8}, normal(3, DType::f32, 40));
     rope(ctx, {x, table, table});
-    Readout readout;
+    ReadoutForward readout;
     readout.x = x;
     readout.out = side.result({0, 8});
     readout_forward(ctx, readout);

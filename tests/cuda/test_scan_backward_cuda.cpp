@@ -80,6 +80,19 @@ Inputs make_inputs(const Case& c, DType dtype)
     return in;
 }
 
+// The forward pass whose checkpoints `p` reads.
+ScanForwardPass forward_pass(const ScanBackwardPass& p)
+{
+    return {.reverse = p.reverse,
+            .u = p.u,
+            .q = p.q,
+            .A_log = p.A_log,
+            .D = p.D,
+            .dt_weight = p.dt_weight,
+            .dt_bias = p.dt_bias,
+            .checkpoints = p.checkpoints};
+}
+
 // Forward, then backward from its checkpoints by `kernel`.
 Outputs run(Side& side, const Case& c, const Inputs& in, ScanKernel kernel = ScanKernel::automatic)
 {
@@ -90,10 +103,11 @@ Outputs run(Side& side, const Case& c, const Inputs& in, ScanKernel kernel = Sca
         return activation(shape, Floats(static_cast<std::size_t>(shape.numel()), std::nanf("")));
     };
     const Shape sequence{c.batch, c.len, c.inner}, states{c.batch, c.chunks(), c.state, c.inner};
-    std::vector<ScanPass> passes(c.reverse.size());
+    std::vector<ScanBackwardPass> passes(c.reverse.size());
+    std::vector<ScanForwardPass> forward(c.reverse.size());
     for (std::size_t i = 0; i < passes.size(); i++) {
         const Inputs::Pass& p = in.pass[i];
-        ScanPass& to = passes[i];
+        ScanBackwardPass& to = passes[i];
         to.reverse = c.reverse[i];
         to.u = activation(sequence, p.u);
         to.q = activation({c.batch, c.len, c.row()}, p.q);
@@ -101,9 +115,10 @@ Outputs run(Side& side, const Case& c, const Inputs& in, ScanKernel kernel = Sca
         to.D = side.parameter({c.inner}, p.D);
         to.dt_weight = side.parameter({c.inner, c.rank}, p.dt_weight);
         to.dt_bias = side.parameter({c.inner}, p.dt_bias);
-        to.add = i > 0;
-        to.finish = i + 1 == passes.size();
         to.checkpoints = side.wide_result(states);
+        forward[i] = forward_pass(to);
+        forward[i].add = i > 0;
+        forward[i].finish = i + 1 == passes.size();
         to.du = result(sequence);
         to.dq = result(to.q.shape);
         to.dA_log = side.parameter(to.A_log.shape, p.dA_log);
@@ -111,13 +126,13 @@ Outputs run(Side& side, const Case& c, const Inputs& in, ScanKernel kernel = Sca
         to.ddt_weight = side.parameter(to.dt_weight.shape, p.ddt_weight);
         to.ddt_bias = side.parameter({c.inner}, p.ddt_bias);
     }
-    Scan scan;
+    ScanBackward scan;
     scan.xz = activation({c.batch, c.len, 2 * c.inner}, in.xz);
     scan.passes = passes;
     scan.scale = c.scale;
     scan.chunk = c.chunk;
-    scan.out = result(sequence);
-    scan_forward(side.ctx, scan);
+    scan_forward(side.ctx,
+                 {.xz = scan.xz, .passes = forward, .scale = c.scale, .chunk = c.chunk, .out = result(sequence)});
     scan.out = result(sequence);
     scan.dout = activation(sequence, in.dout);
     scan.dxz = activation(scan.xz.shape, Floats(in.xz.size(), 7));
@@ -135,7 +150,7 @@ Outputs run(Side& side, const Case& c, const Inputs& in, ScanKernel kernel = Sca
     check_report(kept, __FILE__, __LINE__, "the first half of dxz is not touched");
     Outputs got = {{"out", side.values(scan.out)}, {"dz", dz}};
     for (std::size_t i = 0; i < passes.size(); i++) {
-        const ScanPass& p = passes[i];
+        const ScanBackwardPass& p = passes[i];
         const std::string pass(1, static_cast<char>('0' + i));
         const Floats dq = side.values(p.dq);
         Floats part[3];
@@ -455,7 +470,7 @@ void test_absent()
         for (Index batch : {0, 1}) {
             Side side = Side::cuda(DType::f32);
             const Index len = 20, inner = 5, state = 16, rank = 2;
-            ScanPass p;
+            ScanBackwardPass p;
             Random random(3);
             const auto some = [&](const Shape& shape) {
                 return side.activation(shape, random.uniform(shape.numel(), -1, 1));
@@ -469,14 +484,15 @@ void test_absent()
             p.checkpoints = side.result({batch, 2, state, inner});
             p.du = side.result(p.u.shape);
             p.dq = side.result(p.q.shape);
-            Scan scan;
+            ScanBackward scan;
             scan.xz = some({batch, len, 2 * inner});
             scan.chunk = 16;
             scan.out = side.result(p.u.shape);
             scan.dout = some(p.u.shape);
             scan.dxz = side.activation(scan.xz.shape, Floats(static_cast<std::size_t>(scan.xz.numel())));
             scan.passes = {&p, 1};
-            scan_forward(side.ctx, scan);
+            const ScanForwardPass forward = forward_pass(p);
+            scan_forward(side.ctx, {.xz = scan.xz, .passes = {&forward, 1}, .chunk = scan.chunk, .out = scan.out});
             scan_backward(side.ctx, scan);
             const Floats without = side.values(p.dq);
             for (float x : without) CHECK(!std::isnan(x));
@@ -513,7 +529,7 @@ void check_textbook(const Textbook& c, DType dtype)
     const Floats bias = random.uniform(c.inner, 0, 0.2f);
     const auto run_side = [&](Side& side) {
         const Shape vector{c.inner};
-        SelectiveScan s;
+        SelectiveScanBackward s;
         s.u = side.activation(x, u);
         s.delta = side.activation(x, delta);
         s.A = side.parameter({c.inner, c.state}, A);

@@ -90,7 +90,7 @@ Outputs run(Side& side, const Case& c, const Inputs& in)
     const auto activation = [&](const Shape& shape, const Floats& values) {
         return side.make(shape, side.dtype, values, c.shift);
     };
-    std::vector<ScanPass> passes(c.ways.size());
+    std::vector<ScanForwardPass> passes(c.ways.size());
     for (std::size_t i = 0; i < passes.size(); i++) {
         const Inputs::Pass& p = in.pass[i];
         passes[i].reverse = c.ways[i].reverse;
@@ -109,7 +109,7 @@ Outputs run(Side& side, const Case& c, const Inputs& in)
                 side.parameter({c.batch, c.chunks(), c.state, c.inner},
                                Floats(static_cast<std::size_t>(c.batch * c.chunks() * c.state * c.inner)));
     }
-    Scan scan;
+    ScanForward scan;
     scan.xz = activation({c.batch, c.len, 2 * c.inner}, in.xz);
     scan.passes = passes;
     scan.scale = c.scale;
@@ -547,7 +547,7 @@ void check_textbook(const Textbook& c, DType dtype)
     const Floats A = random.uniform(c.inner * c.state, -2, 0), D = random.uniform(c.inner, -1, 1);
     const Floats bias = random.uniform(c.inner, 0, 0.2f);
     const auto run_side = [&](Side& side) {
-        SelectiveScan s;
+        SelectiveScanForward s;
         s.u = side.activation(x, u);
         s.delta = side.activation(x, delta);
         s.A = side.parameter({c.inner, c.state}, A);

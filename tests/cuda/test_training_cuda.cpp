@@ -24,7 +24,7 @@ struct Request {
     Memory memory = Memory::lean;
     bool tokens = false;  // gradients of tokens and of the first layer's output, too
     std::int64_t tile = 0;
-    Draws draws;
+    Draws draws = {};
 };
 
 // One forward and backward. dlogits: the gradient that arrives.
@@ -110,8 +110,8 @@ void test_golden(const std::string& folder)
         const Floats images = golden::values<float>(input), probe = golden::values<float>(*file.find("probe"));
         for (Memory memory : {Memory::lean, Memory::fast}) {
             if (brief && (memory == Memory::fast) == (files % 2 == 0)) continue;
-            const Gradients got = step(cuda_context(), c, weights.params, DType::f32, images, input.size(0), probe,
-                                       {.memory = memory, .draws = {}});
+            const Gradients got =
+                step(cuda_context(), c, weights.params, DType::f32, images, input.size(0), probe, {.memory = memory});
             CHECK_CLOSE(golden::relative(got.logits, *file.find("logits")), 0, 1e-5);
             double worst = golden::relative(got.images, *file.find("input_grad"));
             std::string where = "input";
@@ -145,10 +145,10 @@ void test_designs()
         for (bool tokens : {false, true}) {
             if (brief && !tokens) continue;
             const Gradients want = step(cpu_context(), c, here.params, DType::f64, images, batch, dlogits,
-                                        {.memory = memory, .tokens = tokens, .draws = {}});
+                                        {.memory = memory, .tokens = tokens});
             for (DType dtype : device_types) {
                 if (brief ? dtype != only : !tokens && dtype != DType::f32) continue;
-                const Request request{.memory = memory, .tokens = tokens, .draws = {}};
+                const Request request{.memory = memory, .tokens = tokens};
                 const Gradients got = step(cuda_context(), c, there.params, dtype, images, batch, dlogits, request);
                 // in 16 bits other tokens may be the largest
                 if (dtype == DType::f32 || c.class_token != ClassToken::none || c.pool != Pool::max)
@@ -187,7 +187,7 @@ void test_draws_and_groups()
             Floats mask = Random(10).uniform(batch * c.tokens() * c.embed_dim, 0, 1);
             for (float& x : mask) x = x < 0.9f ? 1 / 0.9f : 0;
             request.draws.drop_path = side.parameter({c.depth, batch}, keep);
-            request.draws.mask = side.parameter({batch, c.tokens(), c.embed_dim}, mask);
+            request.draws.dropout = side.parameter({batch, c.tokens(), c.embed_dim}, mask);
             request.draws.flip = directions == Directions::sequence;
             request.draws.class_position = 3;
             return step(ctx, c, weights.params, dtype, images, batch, dlogits, request);

@@ -52,13 +52,13 @@ struct Saved {
 
 // One Vim block on its own (paper, algorithm 1). The addition residual_out + out is left to the next block's norm.
 struct Block {
-    Tensor h;                // (B, L, D) or none
-    Tensor row_scale;        // (B) drop-path factor of h, or none
-    Tensor residual;         // (B, L, D) or none; h or residual is given
-    bool reverse = false;    // one direction only: from the last token to the first
-    Tensor residual_out;     // (B, L, D): residual + row_scale h; may be the memory of residual
-    Tensor out;              // (B, L, D) mixer output; may be the memory of h
-    std::int64_t only = -1;  // the one token whose output is wanted: out is (B, 1, D), memory of its own
+    Tensor h = {};             // (B, L, D) or none
+    Tensor row_scale = {};     // (B) drop-path factor of h, or none
+    Tensor residual = {};      // (B, L, D) or none; h or residual is given
+    bool reverse = false;      // one direction only: from the last token to the first
+    Tensor residual_out = {};  // (B, L, D): residual + row_scale h; may be the memory of residual
+    Tensor out = {};           // (B, L, D) mixer output, forward only; may be the memory of h
+    std::int64_t only = -1;    // the one token whose output is wanted: out is (B, 1, D), memory of its own
 };
 struct BlockGradients {
     Tensor dout;           // (B, L, D)
@@ -74,7 +74,7 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
 // The random draws of one training forward; the caller makes them.
 struct Draws {
     Tensor drop_path;                  // (depth, B): factor of the mixer output of each layer, 0 or 1 / keep; or none
-    Tensor mask;                       // (B, L, D): dropout factors after the position table, or none
+    Tensor dropout;                    // (B, L, D): factors after the position table, or none
     bool flip = false;                 // Directions::sequence: run this batch from the last token to the first
     std::int64_t class_position = -1;  // ClassToken::random: where the token stands; -1: at the head
 };

@@ -2,11 +2,12 @@
 // The operators of Vision Mamba, forward and backward. Each call checks types, shapes and devices once, then runs on
 // the context's backend. Gradients of parameters are added to; gradients of activations are overwritten.
 // Sizes: B batch, L tokens, D width, E inner width, N state, R dt rank, K conv width. All tensors are channel-last.
-// A tensor marked "or none" may be left out (Tensor{}).
+// A tensor marked "or none" may be left out.
 // Types: activations are f32 or f64 on the CPU; f32, f16 or bf16 on CUDA. Parameters and their gradients, the residual
-// stream and its gradient, row_scale, mask, tables and scan states are wide(that type): never below f32.
+// stream and its gradient, row_scale, dropout, tables and scan states are wide(that type): never below f32.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 
@@ -19,122 +20,151 @@ namespace [[gnu::visibility("default")]] vimcore {
 // ---- residual add and normalisation --------------------------------------------------------------------------------
 // x = residual + scale[b] h;  out = weight * (x - mean) * rstd + bias, mean = 0 and no bias for Norm::rms.
 struct NormForward {
-    Tensor h;             // (B, L, D) or none
-    Tensor row_scale;     // (B) drop-path factor of h, or none
-    Tensor residual;      // (B, L, D) or none
-    Tensor weight, bias;  // (D); bias or none
+    Tensor h = {};          // (B, L, D) or none
+    Tensor row_scale = {};  // (B) drop-path factor of h, or none
+    Tensor residual = {};   // (B, L, D) or none
+    Tensor weight;          // (D)
+    Tensor bias = {};       // (D) or none
     Norm kind = Norm::rms;
     double eps = 1e-5;
-    Tensor residual_out;  // (B, L, D): x, or none; may be the memory of `residual`
-    Tensor out;           // (B, L, D)
+    Tensor residual_out = {};  // (B, L, D): x, or none; may be the memory of `residual`
+    Tensor out;                // (B, L, D)
 };
 void norm_forward(Context& ctx, const NormForward& args);
 
 // Statistics are recomputed from x.
 struct NormBackward {
-    Tensor x;          // (B, L, D) the forward's residual_out
-    Tensor row_scale;  // (B) or none
-    Tensor weight;     // (D)
+    Tensor x;               // (B, L, D) the forward's residual_out
+    Tensor row_scale = {};  // (B) or none
+    Tensor weight;          // (D)
     Norm kind = Norm::rms;
     double eps = 1e-5;
-    Tensor dout;            // (B, L, D)
-    Tensor dresidual_out;   // (B, L, D) gradient that arrives on residual_out, or none
-    Tensor dresidual;       // (B, L, D) out, may be the memory of dresidual_out
-    Tensor dh;              // (B, L, D) out: row_scale[b] * dresidual, or none
-    Tensor dweight, dbias;  // (D) added to, or none
+    Tensor dout;                      // (B, L, D)
+    Tensor dresidual_out = {};        // (B, L, D) gradient that arrives on residual_out, or none
+    Tensor dresidual;                 // (B, L, D) out, may be the memory of dresidual_out
+    Tensor dh = {};                   // (B, L, D) out: row_scale[b] * dresidual, or none
+    Tensor dweight = {}, dbias = {};  // (D) added to, or none
 };
 void norm_backward(Context& ctx, const NormBackward& args);
 
 // ---- projections ---------------------------------------------------------------------------------------------------
 // y = x W^T + bias. Several independent projections run as one parallel region.
 struct LinearForward {
-    Tensor x;       // (..., K)
-    Tensor weight;  // (N, K)
-    Tensor bias;    // (N) or none
-    Tensor y;       // (..., N)
+    Tensor x;          // (..., K)
+    Tensor weight;     // (N, K)
+    Tensor bias = {};  // (N) or none
+    Tensor y;          // (..., N)
 };
 void linear_forward(Context& ctx, std::span<const LinearForward> args);
 
 struct LinearBackward {
-    Tensor x;                    // (..., K), needed for dweight
-    Tensor weight;               // (N, K), needed for dx
+    Tensor x = {};               // (..., K), needed for dweight
+    Tensor weight = {};          // (N, K), needed for dx
     Tensor dy;                   // (..., N)
-    Tensor dx;                   // (..., K) overwritten, or none
+    Tensor dx = {};              // (..., K) overwritten, or none
     bool accumulate_dx = false;  // add to dx instead
-    Tensor dweight;              // (N, K) added to, or none
-    Tensor dbias;                // (N) added to, or none
+    Tensor dweight = {};         // (N, K) added to, or none
+    Tensor dbias = {};           // (N) added to, or none
 };
 void linear_backward(Context& ctx, std::span<const LinearBackward> args);
 
 // ---- depthwise causal convolution + SiLU ---------------------------------------------------------------------------
 // forward: u[t] = silu(bias + sum_k w[k] x[t - K + 1 + k]);  reverse: u[t] = silu(bias + sum_k w[k] x[t + K - 1 - k]).
 // x is the first E columns of rows of `stride` elements, so that it can be half of in_proj's output.
-struct ConvPass {
+struct ConvForwardPass {
     bool reverse = false;
     Tensor weight;           // (E, 1, K) or (E, K)
-    Tensor bias;             // (E) or none
+    Tensor bias = {};        // (E) or none
     std::int64_t begin = 0;  // first token of u within x
     Tensor u;                // (B, T, E) out
-    Tensor du;               // backward: (B, T, E), T = L
-    Tensor dweight, dbias;   // backward: added to, or none
 };
-struct Conv1d {
+struct Conv1dForward {
     Tensor x;  // (B, L, stride), stride >= E
-    std::span<const ConvPass> passes;
+    std::span<const ConvForwardPass> passes;
     bool silu = true;
-    Tensor dx;  // backward: (B, L, stride), first E columns overwritten
 };
-void conv1d_forward(Context& ctx, const Conv1d& args);
-void conv1d_backward(Context& ctx, const Conv1d& args);
+void conv1d_forward(Context& ctx, const Conv1dForward& args);
+
+struct ConvBackwardPass {
+    bool reverse = false;
+    Tensor weight, bias = {};         // as in forward
+    Tensor du;                        // (B, L, E)
+    Tensor dweight = {}, dbias = {};  // added to, or none
+};
+struct Conv1dBackward {
+    Tensor x;  // (B, L, stride)
+    std::span<const ConvBackwardPass> passes;
+    bool silu = true;
+    Tensor dx;  // (B, L, stride), first E columns overwritten
+};
+void conv1d_backward(Context& ctx, const Conv1dBackward& args);
 
 // ---- bidirectional selective scan, with dt projection, skip, sum of directions and gate ----------------------------
 // delta = softplus(dt_weight q[:R] + dt_bias);  h[t] = exp(delta A) h[t-1] + delta u B;  y = C h + D u;
 // out = scale (y_forward + y_reverse) silu(z), where q = [dt (R) | B (N) | C (N)] and A = -exp(A_log).
-struct ScanPass {
+struct ScanForwardPass {
     bool reverse = false;
-    Tensor u;                // (B, T, E)
-    Tensor q;                // (B, T, R + 2N)
-    Tensor A_log;            // (E, N)
-    Tensor D;                // (E)
-    Tensor dt_weight;        // (E, R)
-    Tensor dt_bias;          // (E)
-    std::int64_t begin = 0;  // first of the T tokens within the sequence
-    Tensor state;            // (B, N, E) in and out: state before / after these tokens, or none (starts at zero)
-    bool add = false;        // add to what `out` holds (the other direction's y)
-    bool finish = true;      // apply scale and gate to the sum
-    Tensor checkpoints;      // (B, chunks, N, E) states on entry of every chunk, or none
-    // backward, T = L:
-    Tensor du, dq;                            // like u and q, out
-    Tensor dA_log, dD, ddt_weight, ddt_bias;  // added to
+    Tensor u;                 // (B, T, E)
+    Tensor q;                 // (B, T, R + 2N)
+    Tensor A_log;             // (E, N)
+    Tensor D;                 // (E)
+    Tensor dt_weight;         // (E, R)
+    Tensor dt_bias;           // (E)
+    std::int64_t begin = 0;   // first of the T tokens within the sequence
+    Tensor state = {};        // (B, N, E) in and out: state before / after these tokens, or none (starts at zero)
+    bool add = false;         // add to what `out` holds (the other direction's y)
+    bool finish = true;       // apply scale and gate to the sum
+    Tensor checkpoints = {};  // (B, chunks, N, E) states on entry of every chunk, or none
 };
-struct Scan {
+struct ScanForward {
     Tensor xz;  // (B, L, 2E), z in the second half
-    std::span<const ScanPass> passes;
+    std::span<const ScanForwardPass> passes;
     double scale = 1.0;
     std::int64_t chunk = 0;  // tokens between checkpoints
-    Tensor out;              // (B, L, E); in backward the recomputed output, written
-    // backward:
+    Tensor out;              // (B, L, E)
+};
+void scan_forward(Context& ctx, const ScanForward& args);
+
+struct ScanBackwardPass {
+    bool reverse = false;
+    Tensor u, q, A_log, D, dt_weight, dt_bias;                    // as in forward, T = L
+    Tensor checkpoints;                                           // that forward wrote
+    Tensor du, dq;                                                // like u and q, out
+    Tensor dA_log = {}, dD = {}, ddt_weight = {}, ddt_bias = {};  // added to, or none
+};
+struct ScanBackward {
+    Tensor xz;  // (B, L, 2E)
+    std::span<const ScanBackwardPass> passes;
+    double scale = 1.0;
+    std::int64_t chunk = 0;
+    Tensor out;   // (B, L, E) written: forward's output, computed again
     Tensor dout;  // (B, L, E)
     Tensor dxz;   // (B, L, 2E), second half written with dz
 };
-void scan_forward(Context& ctx, const Scan& args);
-void scan_backward(Context& ctx, const Scan& args);
+void scan_backward(Context& ctx, const ScanBackward& args);
 
 // ---- the scan on its own, textbook arguments -----------------------------------------------------------------------
 // A is meant to be negative. Where delta A log2(e) exceeds 127 the state has no float32 value, and what comes out is
 // unspecified (inf or a finite number, by instruction set).
-struct SelectiveScan {
-    Tensor u, delta;          // (B, L, E)
-    Tensor A;                 // (E, N)
-    Tensor Bm, Cm;            // (B, L, N)
-    Tensor D, z, delta_bias;  // (E), (B, L, E), (E), each or none
+struct SelectiveScanForward {
+    Tensor u, delta;                         // (B, L, E)
+    Tensor A;                                // (E, N)
+    Tensor Bm, Cm;                           // (B, L, N)
+    Tensor D = {}, z = {}, delta_bias = {};  // (E), (B, L, E), (E), each or none
     bool delta_softplus = false, reverse = false;
     Tensor out;  // (B, L, E)
-    // backward; each gradient as its input, overwritten, or none where the input is:
-    Tensor dout, du, ddelta, dA, dB, dC, dD, dz, ddelta_bias;
 };
-void selective_scan_forward(Context& ctx, const SelectiveScan& args);
-void selective_scan_backward(Context& ctx, const SelectiveScan& args);
+void selective_scan_forward(Context& ctx, const SelectiveScanForward& args);
+
+struct SelectiveScanBackward {
+    Tensor u, delta, A, Bm, Cm, D = {}, z = {}, delta_bias = {};  // as in forward
+    bool delta_softplus = false, reverse = false;
+    Tensor out;                                 // (B, L, E) written: forward's output, computed again
+    Tensor dout;                                // (B, L, E)
+    Tensor du, ddelta, dA, dB, dC;              // as their inputs, overwritten
+    Tensor dD = {}, dz = {}, ddelta_bias = {};  // overwritten, or none where the input is
+};
+void selective_scan_backward(Context& ctx, const SelectiveScanBackward& args);
 
 // ---- embedding, RoPE, read-out -------------------------------------------------------------------------------------
 // Rows of patches: cols[b, gy*gw + gx] = image[b, :, gy*stride : +P, gx*stride : +P], flattened (C, P, P).
@@ -147,19 +177,27 @@ struct Patches {
 void patches_forward(Context& ctx, const Patches& args);   // images -> cols
 void patches_backward(Context& ctx, const Patches& args);  // cols -> adds to images (a gradient)
 
-// out[b, t] = src[b, t - offset(t)] or a class token, + pos[t], times mask. positions: where class tokens stand,
+// out[b, t] = (src[b, t - offset(t)] or a class token, + pos[t]) * dropout[b, t]. positions: where class tokens stand,
 // ascending.
-struct Tokens {
-    Tensor patches;         // (B, J, D)
-    Tensor class_token[2];  // (1, 1, D) or none
-    std::int64_t position[2] = {-1, -1};
-    Tensor pos_embed;                    // (1, L, D) or none
-    Tensor mask;                         // (B, L, D) dropout factors, or none
-    Tensor out;                          // (B, L, D)
-    Tensor dclass_token[2], dpos_embed;  // backward: added to, or none; reads `out` as d(out), overwrites `patches`
+struct TokensForward {
+    Tensor patches;              // (B, J, D)
+    Tensor class_token[2] = {};  // (1, 1, D) or none
+    std::array<std::int64_t, 2> position = {-1, -1};
+    Tensor pos_embed = {};  // (1, L, D) or none
+    Tensor dropout = {};    // (B, L, D) factors, or none
+    Tensor out;             // (B, L, D)
 };
-void tokens_forward(Context& ctx, const Tokens& args);
-void tokens_backward(Context& ctx, const Tokens& args);
+void tokens_forward(Context& ctx, const TokensForward& args);
+
+struct TokensBackward {
+    std::array<std::int64_t, 2> position = {-1, -1};
+    Tensor dropout = {};          // (B, L, D) or none
+    Tensor dout;                  // (B, L, D)
+    Tensor dpatches;              // (B, J, D) overwritten
+    Tensor dclass_token[2] = {};  // (1, 1, D) added to, or none
+    Tensor dpos_embed = {};       // (1, L, D) added to, or none
+};
+void tokens_backward(Context& ctx, const TokensBackward& args);
 
 // Adjacent pairs (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin); inverse: the transpose. In place. skip leading tokens
 // pass.
@@ -173,15 +211,22 @@ void rope(Context& ctx, const Rope& args);
 
 // Pools tokens to rows. select: mean over the (one or two) token indices.
 enum class Reduce : std::uint8_t { mean, max, select };
-struct Readout {
+struct ReadoutForward {
     Reduce reduce = Reduce::mean;
-    std::int64_t index[2] = {-1, -1};  // select
-    Tensor x;                          // (B, L, D)
-    Tensor out;                        // (B, D)
-    Tensor dout, dx;                   // backward: dx overwritten
+    std::array<std::int64_t, 2> index = {-1, -1};  // select
+    Tensor x;                                      // (B, L, D)
+    Tensor out;                                    // (B, D)
 };
-void readout_forward(Context& ctx, const Readout& args);
-void readout_backward(Context& ctx, const Readout& args);
+void readout_forward(Context& ctx, const ReadoutForward& args);
+
+struct ReadoutBackward {
+    Reduce reduce = Reduce::mean;
+    std::array<std::int64_t, 2> index = {-1, -1};
+    Tensor x = {};  // (B, L, D), needed for max
+    Tensor dout;    // (B, D)
+    Tensor dx;      // (B, L, D) overwritten
+};
+void readout_backward(Context& ctx, const ReadoutBackward& args);
 
 // out = a + row_scale[b] b. Each of the three may be wide.
 struct Add {

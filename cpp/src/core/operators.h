@@ -13,19 +13,19 @@
     OPERATOR(norm_backward, NormBackward)                          \
     OPERATOR(linear_forward, std::span<const LinearForward>)       \
     OPERATOR(linear_backward, std::span<const LinearBackward>)     \
-    OPERATOR(conv1d_forward, Conv1d)                               \
-    OPERATOR(conv1d_backward, Conv1d)                              \
-    OPERATOR(scan_forward, Scan)                                   \
-    OPERATOR(scan_backward, Scan)                                  \
-    OPERATOR(selective_scan_forward, SelectiveScan)                \
-    OPERATOR(selective_scan_backward, SelectiveScan)               \
+    OPERATOR(conv1d_forward, Conv1dForward)                        \
+    OPERATOR(conv1d_backward, Conv1dBackward)                       \
+    OPERATOR(scan_forward, ScanForward)                            \
+    OPERATOR(scan_backward, ScanBackward)                          \
+    OPERATOR(selective_scan_forward, SelectiveScanForward)         \
+    OPERATOR(selective_scan_backward, SelectiveScanBackward)       \
     OPERATOR(patches_forward, Patches)                             \
     OPERATOR(patches_backward, Patches)                            \
-    OPERATOR(tokens_forward, Tokens)                               \
-    OPERATOR(tokens_backward, Tokens)                              \
+    OPERATOR(tokens_forward, TokensForward)                        \
+    OPERATOR(tokens_backward, TokensBackward)                      \
     OPERATOR(rope, Rope)                                           \
-    OPERATOR(readout_forward, Readout)                             \
-    OPERATOR(readout_backward, Readout)                            \
+    OPERATOR(readout_forward, ReadoutForward)                      \
+    OPERATOR(readout_backward, ReadoutBackward)                    \
     OPERATOR(add, Add)                                             \
     OPERATOR(scale_rows, ScaleRows)                                \
     OPERATOR(scale_rows_backward, ScaleRowsBackward)               \

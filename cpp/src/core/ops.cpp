@@ -152,66 +152,53 @@ void linear_backward(Context& ctx, std::span<const LinearBackward> args)
 
 namespace {
 
-void check_conv(Context& ctx, const Conv1d& a, bool backward)
+// What both passes of a convolution share: x, weights, and u or du of `tokens` from `begin` on.
+template <class Pass>
+void check_conv_pass(const Check& check, const Tensor& x, const Pass& p, const char* name, const Tensor& u,
+                     std::int64_t begin)
 {
-    Check check(ctx, backward ? "conv1d backward" : "conv1d", "x", a.x);
-    check.rank("x", a.x, 3);
-    const std::int64_t batch = a.x.size(0), len = a.x.size(1);
-    if (backward) check.required("dx", a.dx, a.x.shape);
-    for (const ConvPass& p : a.passes) {
-        check.rank("u", p.u, 3);
-        const std::int64_t dim = p.u.size(2), tokens = p.u.size(1);
-        const std::int64_t width = dim > 0 ? p.weight.numel() / dim : 0;
-        check.positive("weight", width);
-        check.required_wide("weight", p.weight, p.weight.shape.rank() == 3 ? Shape{dim, 1, width} : Shape{dim, width});
-        check.optional_wide("bias", p.bias, {dim}).required("u", p.u, {batch, tokens, dim});
-        if (dim > a.x.size(2))
-            check.fail("x", "expected at least " + std::to_string(dim) + " columns, got " + describe(a.x));
-        if (p.begin < 0 || p.begin + tokens > len) check.fail("u", "tokens reach beyond x, " + describe(a.x));
-        if (!backward) continue;
-        if (tokens != len) check.fail("du", "backward takes the whole sequence of " + std::to_string(len) + " tokens");
-        check.required("du", p.du, p.u.shape).optional_wide("dbias", p.dbias, {dim});
-        check.optional_wide("dweight", p.dweight, p.weight.shape);
-    }
+    check.rank(name, u, 3);
+    const std::int64_t dim = u.size(2), tokens = u.size(1);
+    const std::int64_t width = dim > 0 ? p.weight.numel() / dim : 0;
+    check.positive("weight", width);
+    check.required_wide("weight", p.weight, p.weight.shape.rank() == 3 ? Shape{dim, 1, width} : Shape{dim, width});
+    check.optional_wide("bias", p.bias, {dim}).required(name, u, {x.size(0), tokens, dim});
+    if (dim > x.size(2)) check.fail("x", "expected at least " + std::to_string(dim) + " columns, got " + describe(x));
+    if (begin < 0 || begin + tokens > x.size(1)) check.fail(name, "tokens reach beyond x, " + describe(x));
 }
 
-void check_scan(Context& ctx, const Scan& a, bool backward)
+// What both passes of a scan share.
+template <class Pass>
+void check_scan_pass(const Check& check, const Tensor& xz, const Pass& p, std::int64_t begin, std::int64_t chunk,
+                     bool checkpoints)
 {
-    Check check(ctx, backward ? "scan backward" : "scan", "xz", a.xz);
+    const std::int64_t batch = xz.size(0), len = xz.size(1), inner = xz.size(2) / 2;
+    check.rank("A_log", p.A_log, 2);
+    check.rank("dt_weight", p.dt_weight, 2);
+    check.rank("u", p.u, 3);
+    const std::int64_t state = p.A_log.size(1), rank = p.dt_weight.size(1), tokens = p.u.size(1);
+    check.positive("d_state", state);
+    check.positive("dt_rank", rank);
+    check.required_wide("A_log", p.A_log, {inner, state}).required_wide("D", p.D, {inner});
+    check.required_wide("dt_weight", p.dt_weight, {inner, rank}).required_wide("dt_bias", p.dt_bias, {inner});
+    check.required("u", p.u, {batch, tokens, inner}).required("q", p.q, {batch, tokens, rank + 2 * state});
+    if (begin < 0 || begin + tokens > len) check.fail("u", "tokens reach beyond xz, " + describe(xz));
+    if (!checkpoints) return;
+    check.positive("chunk", chunk);
+    check.required_wide("checkpoints", p.checkpoints, {batch, (len + chunk - 1) / chunk, state, inner});
+}
+
+template <class Scan>
+void check_sequence(const Check& check, const Scan& a)
+{
     check.rank("xz", a.xz, 3);
     const std::int64_t batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
-    const Shape sequence{batch, len, inner};
-    check.required("out", a.out, sequence).required("xz", a.xz, {batch, len, 2 * inner});
-    if (backward) check.required("dout", a.dout, sequence).required("dxz", a.dxz, a.xz.shape);
-    for (const ScanPass& p : a.passes) {
-        check.rank("A_log", p.A_log, 2);
-        check.rank("dt_weight", p.dt_weight, 2);
-        check.rank("u", p.u, 3);
-        const std::int64_t state = p.A_log.size(1), rank = p.dt_weight.size(1), tokens = p.u.size(1);
-        check.positive("d_state", state);
-        check.positive("dt_rank", rank);
-        const Shape u{batch, tokens, inner}, q{batch, tokens, rank + 2 * state};
-        check.required_wide("A_log", p.A_log, {inner, state}).required_wide("D", p.D, {inner});
-        check.required_wide("dt_weight", p.dt_weight, {inner, rank}).required_wide("dt_bias", p.dt_bias, {inner});
-        check.required("u", p.u, u).required("q", p.q, q);
-        check.optional_wide("state", p.state, {batch, state, inner});
-        if (p.begin < 0 || p.begin + tokens > len) check.fail("u", "tokens reach beyond xz, " + describe(a.xz));
-        if (p.checkpoints || backward) {
-            check.positive("chunk", a.chunk);
-            check.required_wide("checkpoints", p.checkpoints, {batch, (len + a.chunk - 1) / a.chunk, state, inner});
-        }
-        if (!backward) continue;
-        if (tokens != len) check.fail("u", "backward takes the whole sequence of " + std::to_string(len) + " tokens");
-        check.required("du", p.du, u).required("dq", p.dq, q);
-        check.optional_wide("dA_log", p.dA_log, p.A_log.shape).optional_wide("dD", p.dD, {inner});
-        check.optional_wide("ddt_weight", p.ddt_weight, p.dt_weight.shape);
-        check.optional_wide("ddt_bias", p.ddt_bias, {inner});
-    }
+    check.required("out", a.out, {batch, len, inner}).required("xz", a.xz, {batch, len, 2 * inner});
 }
 
-void check_selective_scan(Context& ctx, const SelectiveScan& a, bool backward)
+template <class Scan>
+void check_selective_scan(const Check& check, const Scan& a)
 {
-    Check check(ctx, backward ? "selective_scan backward" : "selective_scan", "u", a.u);
     check.rank("u", a.u, 3);
     check.rank("A", a.A, 2);
     const Shape x = a.u.shape, vector{x[2]}, A{x[2], a.A.size(1)}, B{x[0], x[1], a.A.size(1)};
@@ -219,12 +206,6 @@ void check_selective_scan(Context& ctx, const SelectiveScan& a, bool backward)
     check.required("u", a.u, x).required("delta", a.delta, x).required_wide("A", a.A, A);
     check.required("B", a.Bm, B).required("C", a.Cm, B).required("out", a.out, x);
     check.optional_wide("D", a.D, vector).optional("z", a.z, x).optional_wide("delta_bias", a.delta_bias, vector);
-    if (!backward) return;
-    check.required("dout", a.dout, x).required("du", a.du, x).required("ddelta", a.ddelta, x);
-    check.required_wide("dA", a.dA, A).required("dB", a.dB, B).required("dC", a.dC, B);
-    if (a.D) check.required_wide("dD", a.dD, vector);
-    if (a.z) check.required("dz", a.dz, x);
-    if (a.delta_bias) check.required_wide("ddelta_bias", a.ddelta_bias, vector);
 }
 
 void check_patches(Context& ctx, const Patches& a)
@@ -245,71 +226,100 @@ void check_patches(Context& ctx, const Patches& a)
         check.fail("cols", "rows reach beyond the " + std::to_string(total) + " patches of " + describe(a.images));
 }
 
-void check_tokens(Context& ctx, const Tokens& a)
+// Checks where class tokens stand in `out`, or its gradient; the shape of the patches beside them.
+Shape check_positions(const Check& check, const std::array<std::int64_t, 2>& position, const Tensor& out)
 {
-    Check check(ctx, "tokens", "out", a.out);
-    check.rank("out", a.out, 3);
-    const Shape x = a.out.shape, token{1, 1, x[2]};
+    check.rank("out", out, 3);
+    const Shape x = out.shape;
     std::int64_t count = 0;
-    for (int i = 0; i < 2; i++) {
-        check.optional_wide("class_token", a.class_token[i], token);
-        check.optional_wide("dclass_token", a.dclass_token[i], token);
-        if (a.position[i] < 0) continue;
-        if (a.position[i] >= x[1] || (i == 1 && a.position[1] <= a.position[0]))
-            check.fail("position", std::to_string(a.position[i]) + " does not fit " + describe(a.out));
+    for (std::size_t i = 0; i < 2; i++) {
+        if (position[i] < 0) continue;
+        if (position[i] >= x[1] || (i == 1 && position[1] <= position[0]))
+            check.fail("position", std::to_string(position[i]) + " does not fit " + describe(out));
         count++;
     }
-    check.required("patches", a.patches, {x[0], x[1] - count, x[2]}).optional_wide("mask", a.mask, x);
-    check.optional_wide("pos_embed", a.pos_embed, {1, x[1], x[2]});
-    check.optional_wide("dpos_embed", a.dpos_embed, {1, x[1], x[2]});
+    return {x[0], x[1] - count, x[2]};
 }
 
-void check_readout(Context& ctx, const Readout& a, const Tensor& row, const Tensor& x)
+void check_readout(const Check& check, Reduce reduce, const std::array<std::int64_t, 2>& index, const Tensor& row,
+                   const Tensor& x)
 {
-    Check check(ctx, "readout", "x", x);
     check.rank("x", x, 3);
     check.required("x", x, x.shape).required("out", row, {x.size(0), x.size(2)});
     check.positive("tokens", x.size(1));
-    if (a.reduce == Reduce::select && (a.index[0] < 0 || a.index[0] >= x.size(1) || a.index[1] >= x.size(1)))
-        check.fail("index", std::to_string(a.index[0]) + " does not fit " + describe(x));
+    if (reduce == Reduce::select && (index[0] < 0 || index[0] >= x.size(1) || index[1] >= x.size(1)))
+        check.fail("index", std::to_string(index[0]) + " does not fit " + describe(x));
 }
 
 }  // namespace
 
-void conv1d_forward(Context& ctx, const Conv1d& args)
+void conv1d_forward(Context& ctx, const Conv1dForward& a)
 {
-    check_conv(ctx, args, false);
-    ctx.backend().conv1d_forward(ctx, args);
+    const Check check(ctx, "conv1d", "x", a.x);
+    check.rank("x", a.x, 3);
+    for (const ConvForwardPass& p : a.passes) check_conv_pass(check, a.x, p, "u", p.u, p.begin);
+    ctx.backend().conv1d_forward(ctx, a);
 }
 
-void conv1d_backward(Context& ctx, const Conv1d& args)
+void conv1d_backward(Context& ctx, const Conv1dBackward& a)
 {
-    check_conv(ctx, args, true);
-    ctx.backend().conv1d_backward(ctx, args);
+    const Check check(ctx, "conv1d backward", "x", a.x);
+    check.rank("x", a.x, 3);
+    check.required("dx", a.dx, a.x.shape);
+    for (const ConvBackwardPass& p : a.passes) {
+        check_conv_pass(check, a.x, p, "du", p.du, 0);
+        if (p.du.size(1) != a.x.size(1))
+            check.fail("du", "backward takes the whole sequence of " + std::to_string(a.x.size(1)) + " tokens");
+        check.optional_wide("dbias", p.dbias, {p.du.size(2)}).optional_wide("dweight", p.dweight, p.weight.shape);
+    }
+    ctx.backend().conv1d_backward(ctx, a);
 }
 
-void scan_forward(Context& ctx, const Scan& args)
+void scan_forward(Context& ctx, const ScanForward& a)
 {
-    check_scan(ctx, args, false);
-    ctx.backend().scan_forward(ctx, args);
+    const Check check(ctx, "scan", "xz", a.xz);
+    check_sequence(check, a);
+    for (const ScanForwardPass& p : a.passes) {
+        check_scan_pass(check, a.xz, p, p.begin, a.chunk, static_cast<bool>(p.checkpoints));
+        check.optional_wide("state", p.state, {a.xz.size(0), p.A_log.size(1), a.out.size(2)});
+    }
+    ctx.backend().scan_forward(ctx, a);
 }
 
-void scan_backward(Context& ctx, const Scan& args)
+void scan_backward(Context& ctx, const ScanBackward& a)
 {
-    check_scan(ctx, args, true);
-    ctx.backend().scan_backward(ctx, args);
+    const Check check(ctx, "scan backward", "xz", a.xz);
+    check_sequence(check, a);
+    check.required("dout", a.dout, a.out.shape).required("dxz", a.dxz, a.xz.shape);
+    for (const ScanBackwardPass& p : a.passes) {
+        check_scan_pass(check, a.xz, p, 0, a.chunk, true);
+        if (p.u.size(1) != a.xz.size(1))
+            check.fail("u", "backward takes the whole sequence of " + std::to_string(a.xz.size(1)) + " tokens");
+        check.required("du", p.du, p.u.shape).required("dq", p.dq, p.q.shape);
+        check.optional_wide("dA_log", p.dA_log, p.A_log.shape).optional_wide("dD", p.dD, p.D.shape);
+        check.optional_wide("ddt_weight", p.ddt_weight, p.dt_weight.shape);
+        check.optional_wide("ddt_bias", p.ddt_bias, p.dt_bias.shape);
+    }
+    ctx.backend().scan_backward(ctx, a);
 }
 
-void selective_scan_forward(Context& ctx, const SelectiveScan& args)
+void selective_scan_forward(Context& ctx, const SelectiveScanForward& a)
 {
-    check_selective_scan(ctx, args, false);
-    ctx.backend().selective_scan_forward(ctx, args);
+    check_selective_scan(Check(ctx, "selective_scan", "u", a.u), a);
+    ctx.backend().selective_scan_forward(ctx, a);
 }
 
-void selective_scan_backward(Context& ctx, const SelectiveScan& args)
+void selective_scan_backward(Context& ctx, const SelectiveScanBackward& a)
 {
-    check_selective_scan(ctx, args, true);
-    ctx.backend().selective_scan_backward(ctx, args);
+    const Check check(ctx, "selective_scan backward", "u", a.u);
+    check_selective_scan(check, a);
+    const Shape &x = a.u.shape, vector{x[2]};
+    check.required("dout", a.dout, x).required("du", a.du, x).required("ddelta", a.ddelta, x);
+    check.required_wide("dA", a.dA, a.A.shape).required("dB", a.dB, a.Bm.shape).required("dC", a.dC, a.Cm.shape);
+    if (a.D) check.required_wide("dD", a.dD, vector);
+    if (a.z) check.required("dz", a.dz, x);
+    if (a.delta_bias) check.required_wide("ddelta_bias", a.ddelta_bias, vector);
+    ctx.backend().selective_scan_backward(ctx, a);
 }
 
 void patches_forward(Context& ctx, const Patches& args)
@@ -324,16 +334,24 @@ void patches_backward(Context& ctx, const Patches& args)
     ctx.backend().patches_backward(ctx, args);
 }
 
-void tokens_forward(Context& ctx, const Tokens& args)
+void tokens_forward(Context& ctx, const TokensForward& a)
 {
-    check_tokens(ctx, args);
-    ctx.backend().tokens_forward(ctx, args);
+    const Check check(ctx, "tokens", "out", a.out);
+    const Shape patches = check_positions(check, a.position, a.out), x = a.out.shape;
+    for (const Tensor& token : a.class_token) check.optional_wide("class_token", token, {1, 1, x[2]});
+    check.required("patches", a.patches, patches).required("out", a.out, x).optional_wide("dropout", a.dropout, x);
+    check.optional_wide("pos_embed", a.pos_embed, {1, x[1], x[2]});
+    ctx.backend().tokens_forward(ctx, a);
 }
 
-void tokens_backward(Context& ctx, const Tokens& args)
+void tokens_backward(Context& ctx, const TokensBackward& a)
 {
-    check_tokens(ctx, args);
-    ctx.backend().tokens_backward(ctx, args);
+    const Check check(ctx, "tokens backward", "dout", a.dout);
+    const Shape patches = check_positions(check, a.position, a.dout), x = a.dout.shape;
+    for (const Tensor& token : a.dclass_token) check.optional_wide("dclass_token", token, {1, 1, x[2]});
+    check.required("dpatches", a.dpatches, patches).required("dout", a.dout, x);
+    check.optional_wide("dropout", a.dropout, x).optional_wide("dpos_embed", a.dpos_embed, {1, x[1], x[2]});
+    ctx.backend().tokens_backward(ctx, a);
 }
 
 void rope(Context& ctx, const Rope& args)
@@ -345,17 +363,18 @@ void rope(Context& ctx, const Rope& args)
     ctx.backend().rope(ctx, args);
 }
 
-void readout_forward(Context& ctx, const Readout& args)
+void readout_forward(Context& ctx, const ReadoutForward& a)
 {
-    check_readout(ctx, args, args.out, args.x);
-    ctx.backend().readout_forward(ctx, args);
+    check_readout(Check(ctx, "readout", "x", a.x), a.reduce, a.index, a.out, a.x);
+    ctx.backend().readout_forward(ctx, a);
 }
 
-void readout_backward(Context& ctx, const Readout& args)
+void readout_backward(Context& ctx, const ReadoutBackward& a)
 {
-    check_readout(ctx, args, args.dout, args.dx);
-    if (args.reduce == Reduce::max) check_readout(ctx, args, args.dout, args.x);
-    ctx.backend().readout_backward(ctx, args);
+    const Check check(ctx, "readout", "x", a.dx);
+    check_readout(check, a.reduce, a.index, a.dout, a.dx);
+    if (a.reduce == Reduce::max) check.required("x", a.x, a.dx.shape);
+    ctx.backend().readout_backward(ctx, a);
 }
 
 void add(Context& ctx, const Add& args)

@@ -29,31 +29,28 @@ void head_backward(const Pass& pass, const Tensor& tokens, const Tensor& dlogits
                                   .dbias = dparams.head_bias};
         linear_backward(pass.ctx, {&args, 1});
     };
-    Readout readout = pass.readout();
+    const Selection selection = pass.selection();
     if (!per_token) {
         const Tensor row = pass.take({pass.batch, pass.dim}), drow = pass.take({pass.batch, pass.dim});
-        readout.x = tokens;
-        readout.out = row;
-        readout_forward(pass.ctx, readout);
+        readout_forward(pass.ctx, {.reduce = selection.reduce, .index = selection.index, .x = tokens, .out = row});
         apply(row, dlogits, drow);
-        readout.dout = drow;
-        readout.dx = dtokens;
-        readout_backward(pass.ctx, readout);
+        readout_backward(
+            pass.ctx, {.reduce = selection.reduce, .index = selection.index, .x = tokens, .dout = drow, .dx = dtokens});
     } else if (c.pool == Pool::all) {
         apply(tokens, dlogits, dtokens);
     } else {
         const Shape shape{pass.batch, pass.len, dlogits.size(1)};
-        readout.x = tokens;
+        Tensor x = tokens;
         if (c.num_classes > 0) {
-            readout.x = pass.take(shape);
+            x = pass.take(shape);
             const LinearForward args{
-                .x = tokens, .weight = pass.params.head_weight, .bias = pass.params.head_bias, .y = readout.x};
+                .x = tokens, .weight = pass.params.head_weight, .bias = pass.params.head_bias, .y = x};
             linear_forward(pass.ctx, {&args, 1});
         }
-        readout.dout = dlogits;
-        readout.dx = pass.take(shape);
-        readout_backward(pass.ctx, readout);
-        apply(tokens, readout.dx, dtokens);
+        const Tensor dx = pass.take(shape);
+        readout_backward(pass.ctx,
+                         {.reduce = selection.reduce, .index = selection.index, .x = x, .dout = dlogits, .dx = dx});
+        apply(tokens, dx, dtokens);
     }
 }
 
@@ -62,11 +59,12 @@ void embed_backward(const Pass& pass, const Tensor& images, const Tensor& dh, Pa
     Arena::Scope scope(pass.ctx.arena());
     const Config& c = pass.config;
     const Tensor dpatches = pass.take({pass.batch, c.patches(), pass.dim}), weight = pass.patch_weight();
-    Tokens tokens = pass.tokens(dpatches, dh);
-    tokens.dclass_token[0] = dparams.class_token;
-    tokens.dclass_token[1] = dparams.class_token_tail;
-    tokens.dpos_embed = dparams.pos_embed;
-    tokens_backward(pass.ctx, tokens);
+    tokens_backward(pass.ctx, {.position = pass.class_positions(),
+                               .dropout = pass.draws.dropout,
+                               .dout = dh,
+                               .dpatches = dpatches,
+                               .dclass_token = {dparams.class_token, dparams.class_token_tail},
+                               .dpos_embed = dparams.pos_embed});
     if (!dparams.patch_weight && !dparams.patch_bias && !dimages) return;
     if (dimages) pass.ctx.backend().fill_zero(pass.ctx, dimages);
     pass.for_each_patch_block([&](std::int64_t b, std::int64_t n, std::int64_t begin, std::int64_t count) {
@@ -145,14 +143,11 @@ void run(const Pass& pass, const Tensor& images, const Saved& saved, const Outpu
         ctx.backend().fill_zero(ctx, dtokens);
         if (gradients.logits) {
             const Tensor tokens = pass.take(pass.sequence());
-            norm_forward(ctx, {.h = {},
-                               .row_scale = {},
-                               .residual = saved.residual,
+            norm_forward(ctx, {.residual = saved.residual,
                                .weight = params.norm_weight,
                                .bias = params.norm_bias,
                                .kind = config.norm,
                                .eps = config.norm_eps,
-                               .residual_out = {},
                                .out = tokens});
             head_backward(pass, tokens, gradients.logits, dtokens, dparams);
         }
@@ -163,7 +158,6 @@ void run(const Pass& pass, const Tensor& images, const Saved& saved, const Outpu
                             .kind = config.norm,
                             .eps = config.norm_eps,
                             .dout = dtokens,
-                            .dresidual_out = {},
                             .dresidual = dresidual,
                             .dh = dh,
                             .dweight = dparams.norm_weight,
@@ -188,12 +182,7 @@ void run(const Pass& pass, const Tensor& images, const Saved& saved, const Outpu
             const Tensor own_dh = k == 1 ? pair_dh : dh, own_dresidual = k == 1 ? pair_dresidual : dresidual;
             for_each_group(
                 pass, dparams.blocks[i], [&](Context& own, std::int64_t begin, std::int64_t end, BlockParams& dblock) {
-                    const Block block{.h = {},
-                                      .row_scale = scale.slice(begin, end),
-                                      .residual = {},
-                                      .reverse = pass.reverse(layer + k),
-                                      .residual_out = {},
-                                      .out = {}};
+                    const Block block{.row_scale = scale.slice(begin, end), .reverse = pass.reverse(layer + k)};
                     block_backward(own, config, params.blocks[i], block, pass.group(saved.blocks[i], begin, end),
                                    {.dout = dh.slice(begin, end),
                                     .dresidual_out = dresidual.slice(begin, end),

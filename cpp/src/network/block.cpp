@@ -79,7 +79,7 @@ private:
 void out_projection(Context& ctx, const BlockParams& p, const Tensor& weight, const Tensor& s, const Tensor& out)
 {
     WithoutCache guard(ctx, static_cast<bool>(p.gamma));
-    const LinearForward args{.x = s, .weight = weight, .bias = {}, .y = out};
+    const LinearForward args{.x = s, .weight = weight, .y = out};
     linear_forward(ctx, {&args, 1});
 }
 
@@ -143,7 +143,7 @@ private:
 
         Tensor u_of[2], q_of[2], u,
             q;  // u, q: of all projections side by side: equal distances let a backend batch their products
-        ConvPass conv[2];
+        ConvForwardPass conv[2];
         LinearForward x_proj[2];
         const std::int64_t batch = whole ? s_.batch : 1;
         u = take({routes_.projections, batch * tile_, s_.inner});
@@ -159,22 +159,14 @@ private:
             q_of[p] = saved_ ? rows(saved_->q[p], whole, image, t0, t1) : part(q, p);
             u_of[p] = part(u, p);
             const bool reverse = routes_.projections == 1 && two ? false : routes_.route[p].reverse;
-            conv[p] = {.reverse = reverse,
-                       .weight = w.conv_weight,
-                       .bias = w.conv_bias,
-                       .begin = t0,
-                       .u = u_of[p],
-                       .du = {},
-                       .dweight = {},
-                       .dbias = {}};
-            x_proj[p] = {.x = u_of[p], .weight = w.x_proj, .bias = {}, .y = q_of[p]};
+            conv[p] = {.reverse = reverse, .weight = w.conv_weight, .bias = w.conv_bias, .begin = t0, .u = u_of[p]};
+            x_proj[p] = {.x = u_of[p], .weight = w.x_proj, .y = q_of[p]};
         }
         const auto count = static_cast<std::size_t>(routes_.projections);
-        conv1d_forward(ctx_,
-                       {.x = rows(xz_, whole, image, 0, s_.len), .passes = {conv, count}, .silu = true, .dx = {}});
+        conv1d_forward(ctx_, {.x = rows(xz_, whole, image, 0, s_.len), .passes = {conv, count}});
         linear_forward(ctx_, {x_proj, count});
 
-        ScanPass scan[2];
+        ScanForwardPass scan[2];
         for (int p = 0; p < routes_.count; p++) {
             const int source = std::min(p, routes_.projections - 1);
             const DirectionParams& w = routes_.route[p].weights;
@@ -192,13 +184,7 @@ private:
                        .state = states ? states[p] : Tensor{},
                        .add = last_visit && p > 0,
                        .finish = last_visit,
-                       .checkpoints = checkpoints,
-                       .du = {},
-                       .dq = {},
-                       .dA_log = {},
-                       .dD = {},
-                       .ddt_weight = {},
-                       .ddt_bias = {}};
+                       .checkpoints = checkpoints};
             if (two && same) scan[p].finish = p == 1;
             if (two && !same) scan[p].add = last_visit;
         }
@@ -206,14 +192,11 @@ private:
                             .passes = {scan, static_cast<std::size_t>(routes_.count)},
                             .scale = config_.direction_scale(),
                             .chunk = saved_ ? saved_->chunk : 0,
-                            .out = rows(y_, whole, image, 0, s_.len),
-                            .dout = {},
-                            .dxz = {}});
+                            .out = rows(y_, whole, image, 0, s_.len)});
 
         if (block_.only >= 0) {
             const Tensor y = take({s_.batch, s_.inner});
-            readout_forward(
-                ctx_, {.reduce = Reduce::select, .index = {block_.only, -1}, .x = y_, .out = y, .dout = {}, .dx = {}});
+            readout_forward(ctx_, {.reduce = Reduce::select, .index = {block_.only, -1}, .x = y_, .out = y});
             out_projection(ctx_, params_, out_proj_, y, block_.out.view({s_.batch, s_.dim}));
             return;
         }
@@ -252,7 +235,7 @@ private:
                             .eps = config_.norm_eps,
                             .residual_out = rows(block_.residual_out, whole, image, t0, t1),
                             .out = v});
-        const LinearForward args{.x = v, .weight = params_.in_proj, .bias = {}, .y = rows(xz_, whole, image, t0, t1)};
+        const LinearForward args{.x = v, .weight = params_.in_proj, .y = rows(xz_, whole, image, t0, t1)};
         linear_forward(ctx_, {&args, 1});
     }
 
@@ -311,46 +294,47 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
     Tensor v, xz = saved.xz;
     auto normalise = [&] {  // once more, as in forward
         v = take(saved.residual.shape);
-        norm_forward(ctx, {.h = {},
-                           .row_scale = {},
-                           .residual = saved.residual,
+        norm_forward(ctx, {.residual = saved.residual,
                            .weight = params.norm_weight,
                            .bias = params.norm_bias,
                            .kind = config.norm,
                            .eps = config.norm_eps,
-                           .residual_out = {},
                            .out = v});
     };
     if (!xz) {
         normalise();
         xz = take(dxz.shape);
-        const LinearForward args{.x = v, .weight = params.in_proj, .bias = {}, .y = xz};
+        const LinearForward args{.x = v, .weight = params.in_proj, .y = xz};
         linear_forward(ctx, {&args, 1});
     }
     {
         WithoutCache guard(ctx, static_cast<bool>(params.gamma));
-        const LinearBackward args{.x = {}, .weight = out_proj, .dy = g.dout, .dx = dy, .dweight = {}, .dbias = {}};
+        const LinearBackward args{.weight = out_proj, .dy = g.dout, .dx = dy};
         linear_backward(ctx, {&args, 1});
     }
 
     // u again, then both scans backward. What belongs to the directions lies side by side: equal distances let a
     // backend batch their products.
     const Tensor us = take({r.projections, s.batch, s.len, s.inner}), dus = take(us.shape);
-    ConvPass conv[2];
+    ConvForwardPass conv[2];
+    ConvBackwardPass dconv[2];
     for (std::size_t p = 0; p < projections; p++) {
         const Route& route = r.route[p];
-        conv[p] = {.reverse = passes == projections && route.reverse,
+        const bool reverse = passes == projections && route.reverse;
+        conv[p] = {.reverse = reverse,
                    .weight = route.weights.conv_weight,
                    .bias = route.weights.conv_bias,
-                   .begin = 0,
-                   .u = us[static_cast<std::int64_t>(p)],
-                   .du = dus[static_cast<std::int64_t>(p)],
-                   .dweight = route.gradients->conv_weight,
-                   .dbias = route.gradients->conv_bias};
+                   .u = us[static_cast<std::int64_t>(p)]};
+        dconv[p] = {.reverse = reverse,
+                    .weight = route.weights.conv_weight,
+                    .bias = route.weights.conv_bias,
+                    .du = dus[static_cast<std::int64_t>(p)],
+                    .dweight = route.gradients->conv_weight,
+                    .dbias = route.gradients->conv_bias};
     }
-    conv1d_forward(ctx, {.x = xz, .passes = {conv, projections}, .silu = true, .dx = {}});
+    conv1d_forward(ctx, {.x = xz, .passes = {conv, projections}});
     const Tensor dqs = take({r.count, s.batch, s.len, s.q});
-    ScanPass scan[2];
+    ScanBackwardPass scan[2];
     for (std::size_t p = 0; p < passes; p++) {
         const std::size_t source = std::min(p, projections - 1);
         const DirectionParams& w = r.route[p].weights;
@@ -362,12 +346,8 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
                    .D = w.D,
                    .dt_weight = w.dt_weight,
                    .dt_bias = w.dt_bias,
-                   .begin = 0,
-                   .state = {},
-                   .add = false,
-                   .finish = true,
                    .checkpoints = saved.checkpoints[static_cast<std::int64_t>(p)],
-                   .du = p == source ? conv[p].du : take(sequence),
+                   .du = p == source ? dconv[p].du : take(sequence),
                    .dq = dqs[static_cast<std::int64_t>(p)],
                    .dA_log = r.route[p].gradients->A_log,
                    .dD = d.D,
@@ -389,11 +369,8 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
     // out_proj's own gradient, now that its input is known again
     const LinearBackward out_grad{
         .x = y,
-        .weight = {},
         .dy = g.dout,
-        .dx = {},
-        .dweight = params.gamma ? ctx.arena().take(params.out_proj.shape, params.out_proj.dtype) : dparams.out_proj,
-        .dbias = {}};
+        .dweight = params.gamma ? ctx.arena().take(params.out_proj.shape, params.out_proj.dtype) : dparams.out_proj};
     if (params.gamma) ctx.backend().fill_zero(ctx, out_grad.dweight);
     if (out_grad.dweight) linear_backward(ctx, {&out_grad, 1});
     if (params.gamma)  // d(gamma W) into dW and dgamma
@@ -409,18 +386,16 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
         x_proj[p] = {.x = conv[p].u,
                      .weight = r.route[p].weights.x_proj,
                      .dy = scan[p].dq,
-                     .dx = conv[p].du,
+                     .dx = dconv[p].du,
                      .accumulate_dx = true,
-                     .dweight = r.route[p].gradients->x_proj,
-                     .dbias = {}};
+                     .dweight = r.route[p].gradients->x_proj};
     linear_backward(ctx, {x_proj, projections});
-    conv1d_backward(ctx, {.x = xz, .passes = {conv, projections}, .silu = true, .dx = dxz});
+    conv1d_backward(ctx, {.x = xz, .passes = {dconv, projections}, .dx = dxz});
 
     // in_proj and norm
     if (!v) normalise();
     const Tensor dv = take(saved.residual.shape);
-    const LinearBackward in_proj{
-        .x = v, .weight = params.in_proj, .dy = dxz, .dx = dv, .dweight = dparams.in_proj, .dbias = {}};
+    const LinearBackward in_proj{.x = v, .weight = params.in_proj, .dy = dxz, .dx = dv, .dweight = dparams.in_proj};
     linear_backward(ctx, {&in_proj, 1});
     norm_backward(ctx, {.x = saved.residual,
                         .row_scale = block.row_scale,

@@ -94,7 +94,12 @@ void embed(const Pass& pass, const Tensor& images, const Tensor& h)
                                  .y = pass.patch_rows(patches, b, n, begin, count)};
         linear_forward(pass.ctx, {&args, 1});
     });
-    tokens_forward(pass.ctx, pass.tokens(patches, h));
+    tokens_forward(pass.ctx, {.patches = patches,
+                              .class_token = {pass.params.class_token, pass.params.class_token_tail},
+                              .position = pass.class_positions(),
+                              .pos_embed = pass.params.pos_embed,
+                              .dropout = pass.draws.dropout,
+                              .out = h});
 }
 
 // The residual stream: h, the last mixer output, and residual, none before the first block.
@@ -146,30 +151,27 @@ void head(const Pass& pass, const Tensor& tokens, const Tensor& logits)
     const Config& c = pass.config;
     const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
     const std::int64_t outputs = c.num_classes > 0 ? c.num_classes : pass.dim;
-    Readout readout = pass.readout();
+    const Selection selection = pass.selection();
     if (!per_token) {
         const Tensor row = pass.take({pass.batch, pass.dim});
-        readout.x = tokens;
-        readout.out = row;
-        readout_forward(pass.ctx, readout);
+        readout_forward(pass.ctx, {.reduce = selection.reduce, .index = selection.index, .x = tokens, .out = row});
         classify(pass, row, logits);
     } else if (c.pool == Pool::all) {
         classify(pass, tokens, logits);
     } else {
-        readout.x = pass.take({pass.batch, pass.len, outputs});
-        readout.out = logits;
-        classify(pass, tokens, readout.x);
-        readout_forward(pass.ctx, readout);
+        const Tensor all = pass.take({pass.batch, pass.len, outputs});
+        classify(pass, tokens, all);
+        readout_forward(pass.ctx, {.reduce = selection.reduce, .index = selection.index, .x = all, .out = logits});
     }
 }
 
 // The one token of the last layer that reaches the outputs, or -1 where all do.
 std::int64_t last_token(const Pass& pass, const Outputs& out, const Saved* saved)
 {
-    const Readout readout = pass.readout();
-    const bool all = saved || out.tokens || !out.logits || !out.layers.empty() || readout.reduce != Reduce::select ||
-                     readout.index[1] >= 0 || !block_may_stop_early(pass.ctx, pass.config);
-    return all ? -1 : readout.index[0];
+    const Selection selection = pass.selection();
+    const bool all = saved || out.tokens || !out.logits || !out.layers.empty() || selection.reduce != Reduce::select ||
+                     selection.index[1] >= 0 || !block_may_stop_early(pass.ctx, pass.config);
+    return all ? -1 : selection.index[0];
 }
 
 void run(const Pass& pass, const Tensor& images, const Outputs& out, Saved* saved)
@@ -206,12 +208,7 @@ void run(const Pass& pass, const Tensor& images, const Outputs& out, Saved* save
         }
         if (only >= 0 && layer == config.depth - 1) {
             stream = run_layers(pass, layer, stream, nullptr, {last, {}}, residuals, only);
-            readout_forward(ctx, {.reduce = Reduce::select,
-                                  .index = {only, -1},
-                                  .x = stream.residual,
-                                  .out = row,
-                                  .dout = {},
-                                  .dx = {}});
+            readout_forward(ctx, {.reduce = Reduce::select, .index = {only, -1}, .x = stream.residual, .out = row});
             stream.residual = row.view({pass.batch, 1, pass.dim});
             break;
         }

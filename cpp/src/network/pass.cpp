@@ -64,36 +64,18 @@ BlockSaved Pass::group(const BlockSaved& saved, std::int64_t begin, std::int64_t
     return part;
 }
 
-Tokens Pass::tokens(const Tensor& patches, const Tensor& out) const
+std::array<std::int64_t, 2> Pass::class_positions() const
 {
-    Tokens t;
-    t.patches = patches;
-    t.out = out;
-    t.pos_embed = params.pos_embed;
-    t.mask = draws.mask;
-    t.class_token[0] = params.class_token;
-    t.class_token[1] = params.class_token_tail;
-    t.position[0] = config.class_token == ClassToken::random && draws.class_position >= 0 ? draws.class_position
-                                                                                          : config.class_position();
-    if (config.class_token == ClassToken::double_) t.position[1] = len - 1;
-    return t;
+    const bool drawn = config.class_token == ClassToken::random && draws.class_position >= 0;
+    return {drawn ? draws.class_position : config.class_position(),
+            config.class_token == ClassToken::double_ ? len - 1 : -1};
 }
 
-Readout Pass::readout() const
+Selection Pass::selection() const
 {
-    Readout r;
-    if (config.class_token != ClassToken::none) {
-        const Tokens t = tokens({}, {});
-        r.reduce = Reduce::select;
-        r.index[0] = t.position[0];
-        r.index[1] = t.position[1];
-    } else if (config.pool == Pool::last) {
-        r.reduce = Reduce::select;
-        r.index[0] = len - 1;
-    } else {
-        r.reduce = config.pool == Pool::max ? Reduce::max : Reduce::mean;
-    }
-    return r;
+    if (config.class_token != ClassToken::none) return {Reduce::select, class_positions()};
+    if (config.pool == Pool::last) return {Reduce::select, {len - 1, -1}};
+    return {config.pool == Pool::max ? Reduce::max : Reduce::mean, {-1, -1}};
 }
 
 Tensor Pass::patch_weight() const

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 
 #include "core/arena.h"
@@ -13,6 +14,12 @@ namespace vimcore {
 
 // Whether block_forward can compute one token's output alone (Block::only).
 bool block_may_stop_early(Context& ctx, const Config& config);
+
+// How the network's output is read out of its tokens.
+struct Selection {
+    Reduce reduce = Reduce::mean;
+    std::array<std::int64_t, 2> index = {-1, -1};
+};
 
 struct Pass {
     Pass(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Draws& draws);
@@ -69,10 +76,10 @@ struct Pass {
     // What the images [begin, end) of one group saved.
     BlockSaved group(const BlockSaved& saved, std::int64_t begin, std::int64_t end) const;
 
-    Tokens tokens(const Tensor& patches, const Tensor& out) const;
-    Readout readout() const;                           // of normalised tokens, or of logits for Pool::max
-    void rotate(const Tensor& x, bool inverse) const;  // RoPE
-    Tensor patch_weight() const;                       // (D, C P P)
+    std::array<std::int64_t, 2> class_positions() const;  // where the class tokens stand, -1 for none
+    Selection selection() const;                          // of normalised tokens, or of logits for Pool::max
+    void rotate(const Tensor& x, bool inverse) const;     // RoPE
+    Tensor patch_weight() const;                          // (D, C P P)
     // Rows of (B, J, D), whole images or a part of one, as a matrix.
     Tensor patch_rows(const Tensor& patches, std::int64_t b, std::int64_t images, std::int64_t begin,
                       std::int64_t count) const
