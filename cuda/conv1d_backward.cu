@@ -10,7 +10,7 @@
 // chunks, then over the threads that share channels, in order.
 #include <algorithm>
 
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "core/device_sizes.h"
 #include "cuda_operators.h"
 #include "vectors.cuh"
@@ -224,8 +224,8 @@ ConvParams<T> params(Context& ctx, const Conv1dBackward& a, std::span<const Conv
     for (std::size_t i = 0; i < passes.size(); i++) {
         const ConvBackwardPass& pass = passes[i];
         const Shape weight{p.parts, p.dim * p.width}, bias{p.parts, p.dim};
-        if (pass.dweight) parts[i].dweight = ctx.arena().take(weight, DType::f32);
-        if (pass.dbias) parts[i].dbias = ctx.arena().take(bias, DType::f32);
+        if (pass.dweight) parts[i].dweight = arena_of(ctx).take(weight, DType::f32);
+        if (pass.dbias) parts[i].dbias = arena_of(ctx).take(bias, DType::f32);
         p.pass[i] = {pass.weight.as<float>(), pass.bias.as<float>(), pass.du.as<T>(), parts[i].dweight.as<float>(),
                      parts[i].dbias.as<float>()};
     }
@@ -253,7 +253,7 @@ bool run_window(Context& ctx, const Conv1dBackward& a, std::span<const ConvBackw
     if (width < 2 || width > 4 || dim % C != 0 || a.x.size(2) % C != 0 || !aligned(C, {a.x, a.dx})) return false;
     for (const ConvBackwardPass& pass : passes)
         if (!aligned(C, {pass.weight, pass.bias, pass.du})) return false;
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     // Long chunks compute fewer values twice, short ones make more threads of a small batch.
     const Index chunk = ceil_div(len, ceil_div(len, batch * len * dim < (1 << 22) ? 16 : 64));
     const Index chunks = ceil_div(len, chunk);
@@ -274,12 +274,12 @@ bool run_window(Context& ctx, const Conv1dBackward& a, std::span<const ConvBackw
 template <class T>
 void run_any(Context& ctx, const Conv1dBackward& a, const ConvBackwardPass& pass, bool add)
 {
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     Parts parts;
     const Index rows = a.x.size(0) * a.x.size(1);
     const ConvParams<T> p = params<T>(ctx, a, {&pass, 1}, rows, &parts);
     const Shape shape{rows, p.dim};
-    const Tensor dp = ctx.arena().take(shape, DType::f32);
+    const Tensor dp = arena_of(ctx).take(shape, DType::f32);
     const dim3 flat = flat_grid(rows * p.dim);
     VIM_LAUNCH((conv_dp<T>), flat, flat_block, 0, stream_of(ctx), p, dp.as<float>());
     VIM_LAUNCH((conv_dx<T>), flat, flat_block, 0, stream_of(ctx), p, dp.as<float>(), add);

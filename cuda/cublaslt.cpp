@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "core/device_sizes.h"
 #include "vimcore/error.h"
 
@@ -292,11 +292,11 @@ bool matmul_rows(Context& ctx, const GemmArgs& g, const void* bias)
     });
     if (!choice.found) return false;
 
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     void* workspace = nullptr;
     if (choice.workspace) {
         constexpr std::size_t align_to = 256;
-        const Tensor space = ctx.arena().take({static_cast<Index>(choice.workspace + align_to)}, DType::u8);
+        const Tensor space = arena_of(ctx).take({static_cast<Index>(choice.workspace + align_to)}, DType::u8);
         workspace = reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(space.data) + align_to - 1) / align_to *
                                             align_to);
     }

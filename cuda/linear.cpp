@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "core/weight_cache.h"
 #include "cublaslt.h"
 
@@ -17,25 +17,22 @@ namespace vimcore::cuda {
 
 namespace {
 
-// Keys of what is cached for a weight or bias, plus its DType. Other files of this folder use other keys.
-enum CacheKind : int { cache_weight = 100, cache_pair = 120, cache_bias = 140 };
-
 // copies(to): what makes up the packed form at `to`.
 template <class F>
-const void* packed(Context& ctx, const Tensor& weight, int kind, DType dtype, Index count, F&& copies)
+const void* packed(Context& ctx, const Tensor& weight, WeightForm form, DType dtype, Index count, F&& copies)
 {
     const auto bytes = static_cast<std::size_t>(count) * size_of(dtype);
-    const int group = static_cast<int>(dtype);
-    if (ctx.cache) return ctx.cache->get_copies(ctx, weight.data, kind + group, group, bytes, copies);
-    void* memory = ctx.arena().take({count}, dtype).data;
+    if (WeightCache* cache = internals(ctx).cache)
+        return cache->get_copies(ctx, {weight.data, form, dtype}, bytes, copies);
+    void* memory = arena_of(ctx).take({count}, dtype).data;
     for (const Copy& c : copies(memory)) copy(ctx, c.from, c.to);
     return memory;
 }
 
-const void* cast(Context& ctx, const Tensor& weight, CacheKind kind, DType dtype)
+const void* cast(Context& ctx, const Tensor& weight, DType dtype)
 {
     if (!weight || weight.dtype == dtype) return weight.data;
-    return packed(ctx, weight, kind, dtype, weight.numel(),
+    return packed(ctx, weight, WeightForm::cast, dtype, weight.numel(),
                   [&](void* to) { return std::vector<Copy>{{weight, {to, weight.shape, dtype, ctx.device()}}}; });
 }
 
@@ -43,7 +40,7 @@ const void* cast(Context& ctx, const Tensor& weight, CacheKind kind, DType dtype
 const void* cast_pair(Context& ctx, const Tensor& first, const Tensor& second, DType dtype, Index stride)
 {
     const auto offset = static_cast<std::size_t>(stride) * size_of(dtype);
-    return packed(ctx, first, cache_pair, dtype, 2 * stride, [&](void* to) {
+    return packed(ctx, first, WeightForm::cast_pair, dtype, 2 * stride, [&](void* to) {
         void* const behind = static_cast<char*>(to) + offset;
         return std::vector<Copy>{{first, {to, first.shape, dtype, ctx.device()}},
                                  {second, {behind, second.shape, dtype, ctx.device()}}};
@@ -131,7 +128,7 @@ std::optional<GemmArgs> pair(const LinearForward& a, const LinearForward& b)
 void multiply(Context& ctx, const GemmArgs& g, const Tensor& bias)
 {
     if (g.m == 0 || g.n == 0) return;
-    if (g.k > 0 && has_cublaslt() && matmul(ctx, g, cast(ctx, bias, cache_bias, g.y_dtype))) return;
+    if (g.k > 0 && has_cublaslt() && matmul(ctx, g, cast(ctx, bias, g.y_dtype))) return;
     gemm(ctx, g);
 }
 
@@ -158,7 +155,7 @@ void input_gradients(Context& ctx, std::span<const LinearBackward> args)
             }
         }
         GemmArgs g = input_problem(a);
-        g.w = cast(ctx, a.weight, cache_weight, g.dtype);
+        g.w = cast(ctx, a.weight, g.dtype);
         multiply(ctx, g, {});
     }
 }
@@ -186,7 +183,7 @@ void weight_gradients(Context& ctx, std::span<const LinearBackward> args)
 
 void linear_forward(Context& ctx, const std::span<const LinearForward>& args)
 {
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     for (std::size_t i = 0; i < args.size(); i++) {
         const LinearForward& a = args[i];
         if (i + 1 < args.size()) {
@@ -198,14 +195,14 @@ void linear_forward(Context& ctx, const std::span<const LinearForward>& args)
             }
         }
         GemmArgs g = problem(a);
-        g.w = cast(ctx, a.weight, cache_weight, g.dtype);
+        g.w = cast(ctx, a.weight, g.dtype);
         multiply(ctx, g, a.bias);
     }
 }
 
 void linear_backward(Context& ctx, const std::span<const LinearBackward>& args)
 {
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     weight_gradients(ctx, args);
     for (const LinearBackward& a : args) {
         if (!a.dbias) continue;

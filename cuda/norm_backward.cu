@@ -9,7 +9,7 @@
 // two kernels: a warp per row, then a thread per column and part of the rows. dresidual may lie over dresidual_out.
 #include <algorithm>
 
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "core/device_sizes.h"
 #include "cuda_operators.h"
 #include "vectors.cuh"
@@ -193,7 +193,7 @@ __global__ void norm_backward_columns(NormParams<T> p)
 template <class T, bool layer>
 void run(Context& ctx, const NormBackward& a)
 {
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     NormParams<T> p{};
     p.x = a.x.as<float>();
     p.row_scale = a.row_scale.as<float>();
@@ -210,8 +210,8 @@ void run(Context& ctx, const NormBackward& a)
     const Index parts = ceil_div(p.rows, p.part);
     const Shape sums_shape{parts, p.dim}, statistics_shape{p.rows, 2};
     Tensor dweight, dbias;
-    if (a.dweight) dweight = ctx.arena().take(sums_shape, DType::f32);
-    if (a.dbias) dbias = ctx.arena().take(sums_shape, DType::f32);
+    if (a.dweight) dweight = arena_of(ctx).take(sums_shape, DType::f32);
+    if (a.dbias) dbias = arena_of(ctx).take(sums_shape, DType::f32);
     p.dweight = dweight.as<float>();
     p.dbias = dbias.as<float>();
 
@@ -232,7 +232,7 @@ void run(Context& ctx, const NormBackward& a)
                                  });
     if (!short_rows || vectors * V > 32) {
         Tensor statistics;
-        if (dweight || dbias) statistics = ctx.arena().take(statistics_shape, DType::f32);
+        if (dweight || dbias) statistics = arena_of(ctx).take(statistics_shape, DType::f32);
         p.statistics = statistics.as<float>();
         VIM_LAUNCH((norm_backward_rows<T, layer>), static_cast<unsigned>(ceil_div(p.rows, warps)),
                    warps * device::warp_size, 0, stream, p);

@@ -6,7 +6,7 @@
 // depends on the batch.
 #include <limits>
 
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "cuda_operators.h"
 #include "vectors.cuh"
 
@@ -111,8 +111,8 @@ void run(Context& ctx, const ReadoutForward& a)
     const float divisor = max ? 1.0f : static_cast<float>(len);
     const Index chunks = ceil_div(len, chunk_tokens);
     if (chunks == 1) return run_pool<T, T>(ctx, a.x, a.out, 1, divisor, max);
-    Arena::Scope scope(ctx.arena());
-    const Tensor parts = ctx.arena().take({batch, chunks, dim}, DType::f32);
+    Arena::Scope scope(arena_of(ctx));
+    const Tensor parts = arena_of(ctx).take({batch, chunks, dim}, DType::f32);
     run_pool<T, float>(ctx, a.x, parts, chunks, 1.0f, max);
     run_pool<float, T>(ctx, parts, a.out, 1, divisor, max);
 }

@@ -5,7 +5,7 @@
 // four sums over equally many rows share a launch.
 #include <algorithm>
 
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "cuda_operators.h"
 #include "device.cuh"
 
@@ -59,13 +59,13 @@ void run(Context& ctx, std::span<const ColumnSum> sums)
     p.chunks = ceil_div(p.rows, chunk_rows);
     p.add = p.chunks == 1;
     Index widest = 0;
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     ColumnSum rest[most];
     for (std::size_t i = 0; i < sums.size(); i++) {
         p.x[i] = sums[i].x.template as<T>();
         p.columns[i] = sums[i].x.size(1);
         const Shape parts{p.chunks, p.columns[i]};
-        rest[i] = {p.add ? Tensor{} : ctx.arena().take(parts, DType::f32), sums[i].out};
+        rest[i] = {p.add ? Tensor{} : arena_of(ctx).take(parts, DType::f32), sums[i].out};
         p.out[i] = (p.add ? sums[i].out : rest[i].x).template as<float>();
         widest = std::max(widest, p.columns[i]);
     }

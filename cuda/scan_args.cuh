@@ -2,7 +2,7 @@
 // Arguments of ops.h as those of the generic scan, for forward and backward; its launch.
 #pragma once
 
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "cuda_operators.h"
 #include "scan_generic.cuh"
 
@@ -11,7 +11,7 @@ namespace vimcore::cuda {
 template <class T>
 void run_generic(Context& ctx, GenericScan<T> a)
 {
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     a.groups = ceil_div(a.dim, generic_threads);
     const Index blocks = a.batch * a.groups;
     if (blocks == 0 || a.tokens == 0) return;
@@ -21,7 +21,7 @@ void run_generic(Context& ctx, GenericScan<T> a)
         return;
     }
     const Shape shape{a.batch, a.state, a.dim};
-    const Tensor memory = a.state_inout ? Tensor{} : ctx.arena().take(shape, DType::f32);
+    const Tensor memory = a.state_inout ? Tensor{} : arena_of(ctx).take(shape, DType::f32);
     a.memory = memory ? static_cast<float*>(memory.data) : a.state_inout;
     VIM_LAUNCH((scan_generic<T, 0>), grid, generic_threads, 0, stream_of(ctx), a);
 }

@@ -3,7 +3,7 @@
 // 16 states. What blocks leave behind is summed in a fixed order (scan_sums.h).
 #include <stdexcept>
 
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "cuda_operators.h"
 #include "scan_args.cuh"
 #include "scan_backward_generic.cuh"
@@ -16,7 +16,7 @@ namespace {
 
 float* floats(Context& ctx, const Shape& shape)
 {
-    return static_cast<float*>(ctx.arena().take(shape, DType::f32).data);
+    return static_cast<float*>(arena_of(ctx).take(shape, DType::f32).data);
 }
 
 // Runs `a`, which has everything but scratch memory and the states' share of launches; add, finish: of the pass.
@@ -28,7 +28,7 @@ void run_generic(Context& ctx, GenericScanBackward<T> a)
     const Shape sequence{a.f.batch, a.f.tokens, a.f.dim};
     const Index blocks = a.f.batch * a.f.groups, tiles = ceil_div(a.f.chunk, generic_tile);
     if (blocks == 0) return;
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     a.starts = floats(ctx, {blocks, tiles, generic_states, generic_threads});
     if (a.f.state > generic_states) {
         a.lambda_B = floats(ctx, sequence);
@@ -75,7 +75,7 @@ void add_parameters(Context& ctx, const GenericScanBackward<T>& a, const Tensor&
 template <class T>
 void run_pass(Context& ctx, const ScanBackward& a, const ScanBackwardPass& p, float* y, bool add, bool finish)
 {
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
     GenericScanBackward<T> s{};
     s.f = generic_pass<T>(a, p, 0);
@@ -101,7 +101,7 @@ void run_pass(Context& ctx, const ScanBackward& a, const ScanBackwardPass& p, fl
 template <class T>
 void run_passes(Context& ctx, const ScanBackward& a)
 {
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     bool several = a.passes.size() > 1;
     for (const ScanBackwardPass& p : a.passes) several = several || p.A_log.size(1) > generic_states;
     // y of the launches so far, never rounded to 16 bits
@@ -115,7 +115,7 @@ template <class T>
 void run_textbook(Context& ctx, const SelectiveScanBackward& a)
 {
     constexpr Index chunk = 64;
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     const Index batch = a.u.size(0), len = a.u.size(1), dim = a.u.size(2), state = a.A.size(1);
     GenericScanBackward<T> s{};
     s.f = textbook_pass<T>(a);

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "core/device_sizes.h"
 #include "cuda_operators.h"
 #include "scan_sums.h"
@@ -31,7 +31,7 @@ bool meet(const ScanBackward& a)
 
 float* floats(Context& ctx, const Shape& shape)
 {
-    return static_cast<float*>(ctx.arena().take(shape, DType::f32).data);
+    return static_cast<float*>(arena_of(ctx).take(shape, DType::f32).data);
 }
 
 template <class Shape_>
@@ -55,7 +55,7 @@ bool run(Context& ctx, const ScanBackward& a)
                   is_aligned(p.checkpoints.data, 8);
     if (!aligned) return false;
 
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     TunedBack<T> s{};
     s.groups = static_cast<int>(ceil_div(inner, Shape_::channels));
     s.tokens = static_cast<int>(len);

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "core/device_sizes.h"
 #include "vectors.cuh"
 
@@ -108,10 +108,10 @@ void dt_backward(Context& ctx, const DtBackward<T>& a)
     if (a.tokens * a.rank == 0) return;
     VIM_LAUNCH((dt_inputs<T>), flat_grid(a.tokens * a.rank), flat_block, 0, stream_of(ctx), a);
     if (!a.dweight || a.dim == 0) return;
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     const Index length = ceil_div(a.tokens, dt_parts), parts = ceil_div(a.tokens, length), size = a.rank * a.dim;
     const Shape shape{parts, a.rank, a.dim};
-    float* const part = static_cast<float*>(ctx.arena().take(shape, DType::f32).data);
+    float* const part = static_cast<float*>(arena_of(ctx).take(shape, DType::f32).data);
     const dim3 grid(flat_grid(size).x, static_cast<unsigned>(parts));
     VIM_LAUNCH((dt_weights<T>), grid, flat_block, 0, stream_of(ctx), a, part, length);
     const PartialSum sum{part, parts, size, a.rank, a.dim, nullptr, a.dweight, false};

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "cuda_operators.h"
 #include "scan_choice.h"
 
@@ -60,7 +60,7 @@ TunedScan<T> tuned_args(Context& ctx, const ScanForward& a, std::span<const Scan
     s.out = a.out.as<T>() + first.begin * inner;
     if (passes.size() == 2) {
         const bool in_place = sizeof(T) == 4 && s.tokens == s.len;
-        const Tensor sum = in_place ? a.out : ctx.arena().take(first.u.shape, DType::f32);
+        const Tensor sum = in_place ? a.out : arena_of(ctx).take(first.u.shape, DType::f32);
         s.sum = static_cast<float*>(sum.data);
     }
     s.aligned = inner * size % 16 == 0 && is_aligned(s.z, 16) && is_aligned(s.out, 16);
@@ -99,7 +99,7 @@ template <class Shape>
 void run_shape(Context& ctx, const ScanForward& a, std::span<const ScanForwardPass> passes)
 {
     using T = typename Shape::Type;
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     TunedScan<T> s = tuned_args<T>(ctx, a, passes);
     s.groups = narrow(ceil_div(s.dim, Shape::channels));
     const dim3 grid(static_cast<unsigned>(a.xz.size(0) * s.groups));

@@ -16,7 +16,7 @@ Conv<T> conv_of(Context& ctx, const Tensor& x, const Pass& p, Index dim, bool si
     const Index width = p.weight.numel() / std::max<Index>(dim, 1);
     return {.x = x.as<T>(),
             .ldx = x.size(2),
-            .weight = packed_transpose<T>(ctx, p.weight, pack_conv, dim, width),
+            .weight = packed_transpose<T>(ctx, p.weight, dim, width),
             .bias = p.bias.template as<T>(),
             .total = x.size(1),
             .dim = dim,
@@ -35,7 +35,7 @@ void conv_forward(Context& ctx, const Conv1dForward& a)
     Index tokens = 0;
     for (const ConvForwardPass& p : a.passes) tokens = std::max<Index>(tokens, p.u.size(1));
     const Index blocks = ceil_div(tokens, conv_tokens);
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     ConvForwardArgs<T> first[2];
     for (Index p = 0; p < passes; p++) {
         const ConvForwardPass& pass = a.passes[static_cast<std::size_t>(p)];
@@ -65,7 +65,7 @@ void conv_backward(Context& ctx, const Conv1dBackward& a)
     const Kernels<T>& kernel = kernels<T>();
     const Index batch = a.x.size(0), len = a.x.size(1), passes = static_cast<Index>(a.passes.size());
     const Index dim = a.passes[0].du.size(2), blocks = ceil_div(dim, conv_channels);
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     Conv<T> first[2];
     T* sums[2];
     for (Index p = 0; p < passes; p++) {

@@ -8,16 +8,12 @@
 #include <cstring>
 #include <span>
 
-#include "core/arena.h"
 #include "core/backend.h"
 #include "core/weight_cache.h"
 #include "isa.h"
 #include "threads.h"
 
 namespace vimcore::cpu {
-
-// Packed forms of a weight, as keys of the cache.
-enum PackKind : int { pack_linear, pack_linear_backward, pack_conv, pack_A_log, pack_dt };
 
 inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 inline Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
@@ -34,16 +30,17 @@ void dispatch(DType dtype, F&& f)
 template <class T>
 Tensor scratch(Context& ctx, Index count)
 {
-    return ctx.arena().take({count}, dtype_of<T>);
+    return arena_of(ctx).take({count}, dtype_of<T>);
 }
 
 // The packed form of a weight from the running call's cache, or made anew in the arena without one.
 template <class T, class F>
-const T* packed(Context& ctx, const Tensor& weight, PackKind kind, Index count, F&& fill)
+const T* packed(Context& ctx, const Tensor& weight, WeightForm form, Index count, F&& fill)
 {
-    if (ctx.cache)
-        return static_cast<const T*>(ctx.cache->get(ctx, weight.data, kind, sizeof(T) * static_cast<std::size_t>(count),
-                                                    [&](void* out) { fill(static_cast<T*>(out)); }));
+    if (WeightCache* cache = internals(ctx).cache)
+        return static_cast<const T*>(cache->get(ctx, {weight.data, form, dtype_of<T>},
+                                                sizeof(T) * static_cast<std::size_t>(count),
+                                                [&](void* out) { fill(static_cast<T*>(out)); }));
     T* out = scratch<T>(ctx, count).template as<T>();
     fill(out);
     return out;
@@ -78,10 +75,10 @@ void run_gemms_tn(Context& ctx, std::span<const GemmTn<T>> problems);
 
 // W (n, k) for y = x W^T, or for y = x W when transposed (then W is (k, n)).
 template <class T>
-const T* packed_linear(Context& ctx, const Tensor& w, PackKind kind, Index n, Index k, bool transposed);
+const T* packed_linear(Context& ctx, const Tensor& w, Index n, Index k, bool transposed);
 // (rows, columns) -> (columns, rows)
 template <class T>
-const T* packed_transpose(Context& ctx, const Tensor& w, PackKind kind, Index rows, Index columns);
+const T* packed_transpose(Context& ctx, const Tensor& w, Index rows, Index columns);
 
 class CpuBackend final : public Backend {
 public:

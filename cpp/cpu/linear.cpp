@@ -84,7 +84,7 @@ void run_gemms_tn(Context& ctx, std::span<const GemmTn<T>> problems)
             total += tasks[i];
             space = std::max(space, round_up(kernel.gemm_tn_scratch(g.m, g.k), 16));
         }
-        Arena::Scope scope(ctx.arena());
+        Arena::Scope scope(arena_of(ctx));
         T* memory = scratch<T>(ctx, space * total).template as<T>();
         parallel_for(ctx.threads(), total, [&](Index task) {
             T* own = memory + task * space;
@@ -107,18 +107,19 @@ void run_gemms_tn(Context& ctx, std::span<const GemmTn<T>> problems)
 }
 
 template <class T>
-const T* packed_linear(Context& ctx, const Tensor& w, PackKind kind, Index n, Index k, bool transposed)
+const T* packed_linear(Context& ctx, const Tensor& w, Index n, Index k, bool transposed)
 {
+    const WeightForm form = transposed ? WeightForm::panels_transposed : WeightForm::panels;
     const Kernels<T>& kernel = kernels<T>();
-    return packed<T>(ctx, w, kind, round_up(n, kernel.nr) * k, [&](T* out) {
+    return packed<T>(ctx, w, form, round_up(n, kernel.nr) * k, [&](T* out) {
         kernel.pack({.w = w.as<T>(), .ldw = transposed ? n : k, .n = n, .k = k, .transposed = transposed, .out = out});
     });
 }
 
 template <class T>
-const T* packed_transpose(Context& ctx, const Tensor& w, PackKind kind, Index rows, Index columns)
+const T* packed_transpose(Context& ctx, const Tensor& w, Index rows, Index columns)
 {
-    return packed<T>(ctx, w, kind, rows * columns, [&](T* out) {
+    return packed<T>(ctx, w, WeightForm::transposed, rows * columns, [&](T* out) {
         const T* in = w.as<T>();
         for (Index i = 0; i < rows; i++)
             for (Index j = 0; j < columns; j++) out[j * rows + i] = in[i * columns + j];
@@ -148,12 +149,12 @@ void forward(Context& ctx, std::span<const LinearForward> args)
 {
     std::array<Gemm<T>, max_problems> problems;
     std::size_t count = 0;
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     for (const LinearForward& a : args) {
         const Index n = a.weight.size(0), k = a.weight.size(1);
         problems[count++] = {.x = a.x.as<T>(),
                              .ldx = k,
-                             .packed = packed_linear<T>(ctx, a.weight, pack_linear, n, k, false),
+                             .packed = packed_linear<T>(ctx, a.weight, n, k, false),
                              .bias = a.bias.as<T>(),
                              .y = a.y.as<T>(),
                              .ldy = n,
@@ -171,14 +172,14 @@ void backward(Context& ctx, std::span<const LinearBackward> args)
     std::array<Gemm<T>, max_problems> inputs;
     std::array<GemmTn<T>, max_problems> weights;
     std::size_t input_count = 0, weight_count = 0;
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     for (const LinearBackward& a : args) {
         const Index n = a.dy.shape[-1], m = n ? a.dy.numel() / n : 0;
         if (a.dx) {
             const Index k = a.weight.size(1);
             inputs[input_count++] = {.x = a.dy.as<T>(),
                                      .ldx = n,
-                                     .packed = packed_linear<T>(ctx, a.weight, pack_linear_backward, k, n, true),
+                                     .packed = packed_linear<T>(ctx, a.weight, k, n, true),
                                      .bias = nullptr,
                                      .y = a.dx.as<T>(),
                                      .ldy = k,
@@ -227,9 +228,9 @@ template void run_gemms<float>(Context&, std::span<const Gemm<float>>);
 template void run_gemms<double>(Context&, std::span<const Gemm<double>>);
 template void run_gemms_tn<float>(Context&, std::span<const GemmTn<float>>);
 template void run_gemms_tn<double>(Context&, std::span<const GemmTn<double>>);
-template const float* packed_linear<float>(Context&, const Tensor&, PackKind, Index, Index, bool);
-template const double* packed_linear<double>(Context&, const Tensor&, PackKind, Index, Index, bool);
-template const float* packed_transpose<float>(Context&, const Tensor&, PackKind, Index, Index);
-template const double* packed_transpose<double>(Context&, const Tensor&, PackKind, Index, Index);
+template const float* packed_linear<float>(Context&, const Tensor&, Index, Index, bool);
+template const double* packed_linear<double>(Context&, const Tensor&, Index, Index, bool);
+template const float* packed_transpose<float>(Context&, const Tensor&, Index, Index);
+template const double* packed_transpose<double>(Context&, const Tensor&, Index, Index);
 
 }  // namespace vimcore::cpu

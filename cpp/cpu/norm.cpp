@@ -42,7 +42,7 @@ void norm_backward(Context& ctx, const NormBackward& a)
 {
     const Index batch = a.x.size(0), len = a.x.size(1), dim = a.x.size(2), blocks = ceil_div(len, sum_rows);
     const Kernels<T>& kernel = kernels<T>();
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     T* sums = scratch<T>(ctx, batch * blocks * 2 * dim).template as<T>();
     std::fill_n(sums, batch * blocks * 2 * dim, T(0));
     parallel_for(ctx.threads(), batch * blocks, [&](Index task) {

@@ -29,7 +29,7 @@ template <class T>
 const T* packed_A(Context& ctx, const Tensor& A_log)
 {
     const Index dim = A_log.size(0), state = A_log.size(1);
-    return packed<T>(ctx, A_log, pack_A_log, dim * state,
+    return packed<T>(ctx, A_log, WeightForm::decay, dim * state,
                      [&](T* out) { kernels<T>().prepare_A(A_log.as<T>(), dim, state, out); });
 }
 
@@ -52,7 +52,7 @@ Pass<T> make_pass(Context& ctx, const Scan& a, const Arguments& p, Index begin)
     s.ldu = inner;
     s.dt = p.q.template as<T>();
     s.lddt = pass.q_row;
-    s.dt_weight = packed_transpose<T>(ctx, p.dt_weight, pack_dt, inner, rank);
+    s.dt_weight = packed_transpose<T>(ctx, p.dt_weight, inner, rank);
     s.dt_bias = p.dt_bias.template as<T>();
     s.softplus = true;
     s.A = packed_A<T>(ctx, p.A_log);
@@ -96,7 +96,7 @@ void forward(Context& ctx, const ScanForward& a)
     const Kernels<T>& kernel = kernels<T>();
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
     const Index blocks = ceil_div(inner, forward_channels), passes = static_cast<Index>(a.passes.size());
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     Pass<T> pass[max_passes];
     for (Index p = 0; p < passes; p++) {
         const ScanForwardPass& own = a.passes[static_cast<std::size_t>(p)];
@@ -181,7 +181,7 @@ void backward(Context& ctx, const ScanBackward& a)
     const Kernels<T>& kernel = kernels<T>();
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
     const Index blocks = ceil_div(inner, backward_channels), passes = static_cast<Index>(a.passes.size());
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     Pass<T> pass[max_passes];
     Partials<T> part[max_passes];
     Index space = 0;
@@ -240,7 +240,7 @@ void backward(Context& ctx, const ScanBackward& a)
         const Index rank = pass[p].args.rank, row = pass[p].q_row, state = pass[p].args.state;
         inputs[p] = {.x = part[p].ddelta,
                      .ldx = inner,
-                     .packed = packed_linear<T>(ctx, sp.dt_weight, pack_linear_backward, rank, inner, true),
+                     .packed = packed_linear<T>(ctx, sp.dt_weight, rank, inner, true),
                      .bias = nullptr,
                      .y = sp.dq.as<T>(),
                      .ldy = row,
@@ -323,7 +323,7 @@ void textbook_run(Context& ctx, const Pass<T>& pass, Index batch)
 template <class T>
 void textbook_forward(Context& ctx, const SelectiveScanForward& a)
 {
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     textbook_run(ctx, textbook_pass<T>(ctx, a), a.u.size(0));
 }
 
@@ -334,7 +334,7 @@ void textbook_backward(Context& ctx, const SelectiveScanBackward& a)
     const Kernels<T>& kernel = kernels<T>();
     const Index batch = a.u.size(0), len = a.u.size(1), dim = a.u.size(2), state = a.A.size(1);
     const Index blocks = ceil_div(dim, backward_channels);
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     Pass<T> pass = textbook_pass<T>(ctx, a);
     pass.chunks = ceil_div(len, chunk);
     pass.args.chunk = chunk;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "core/context_internals.h"
 #include "golden.h"
 #include "vimcore/vimcore.h"
 
@@ -39,7 +40,7 @@ void run(const std::string& path, Memory memory, std::int64_t tile, double logit
     std::vector<T> again(probe.size()), dimages(images.size());
     const Tensor x{images.data(), file.find("input")->shape, dtype_of<T>, {}};
     Context ctx(Device::cpu(), 2);
-    ctx.tile = tile;
+    internals(ctx).tile = tile;
     Saved saved;
     saved.memory = memory;
     Outputs out, dout;

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "check.h"
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "vimcore/vimcore.h"
 
 using namespace vimcore;
@@ -77,7 +77,7 @@ Run run(const Config& c, Weights& weights, const std::vector<float>& images, std
         std::int64_t tile, bool train)
 {
     Context ctx(Device::cpu(), threads);
-    ctx.tile = tile;
+    internals(ctx).tile = tile;
     Run r;
     r.logits.resize(static_cast<std::size_t>(batch * c.num_classes));
     const Tensor x{const_cast<float*>(images.data()), {batch, c.in_chans, c.img_height, c.img_width}, DType::f32, {}};
@@ -173,10 +173,10 @@ void test_no_allocation()
         forward(ctx, c, weights.params, x, out, &saved);
         backward(ctx, c, weights.params, x, saved, dout, gradients.params, {});
         forward(ctx, c, weights.params, x, out);
-        if (step == 2) heap = allocations, arena = ctx.arena().allocations();
+        if (step == 2) heap = allocations, arena = arena_of(ctx).allocations();
     }
     CHECK(allocations == heap);
-    CHECK(ctx.arena().allocations() == arena);
+    CHECK(arena_of(ctx).allocations() == arena);
     CHECK(static_cast<std::int64_t>(saved.storage.bytes()) >=
           c.depth * Saved::bytes_per_block(c, Memory::lean, batch, DType::f32));
 }

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "check.h"
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "vimcore/vimcore.h"
 
 using namespace vimcore;
@@ -13,8 +13,8 @@ namespace {
 
 std::size_t arenas(Context& ctx)
 {
-    std::size_t bytes = ctx.arena().bytes();
-    for (int i = 0; ctx.threads() > 1 && i < ctx.threads(); i++) bytes += ctx.worker(i).arena().bytes();
+    std::size_t bytes = arena_of(ctx).bytes();
+    for (int i = 0; ctx.threads() > 1 && i < ctx.threads(); i++) bytes += arena_of(worker_of(ctx, i)).bytes();
     return bytes;
 }
 

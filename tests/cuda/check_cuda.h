@@ -171,7 +171,7 @@ inline Context& cpu_context()
 inline Bytes bytes_of(Context& ctx, const Tensor& tensor)
 {
     Bytes bytes(tensor.bytes());
-    if (!bytes.empty()) ctx.backend().download(ctx, tensor, bytes.data());
+    if (!bytes.empty()) backend_of(ctx).download(ctx, tensor, bytes.data());
     return bytes;
 }
 inline Floats values_of(Context& ctx, const Tensor& tensor) { return decode(tensor.dtype, bytes_of(ctx, tensor)); }
@@ -179,7 +179,7 @@ inline void assign(Context& ctx, const Tensor& tensor, const Floats& values)
 {
     if (static_cast<std::int64_t>(values.size()) != tensor.numel())
         throw std::invalid_argument(std::to_string(values.size()) + " values for " + describe(tensor));
-    if (!values.empty()) ctx.backend().upload(ctx, encode(tensor.dtype, values).data(), tensor);
+    if (!values.empty()) backend_of(ctx).upload(ctx, encode(tensor.dtype, values).data(), tensor);
 }
 
 // One side of a comparison. Owns its tensors; a band of bytes behind each must survive, which values() and ~Side check.
@@ -206,7 +206,7 @@ public:
         tensor.data = static_cast<char*>(memory.data()) + before;
         bands_.push_back(
             {static_cast<char*>(memory.data()) + before + tensor.bytes(), {band}, DType::u8, ctx.device()});
-        ctx.backend().upload(ctx, Bytes(band, mark).data(), bands_.back());
+        backend_of(ctx).upload(ctx, Bytes(band, mark).data(), bands_.back());
         assign(ctx, tensor, values);
         return tensor;
     }

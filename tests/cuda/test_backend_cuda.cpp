@@ -44,8 +44,8 @@ void check_memory()
     CHECK(other.data() != nullptr && reinterpret_cast<std::uintptr_t>(other.data()) % 64 == 0);
     CHECK(Buffer(0, Device::cuda()).data() == nullptr);
     Context& ctx = cuda_context();
-    ctx.backend().upload(ctx, nullptr, {nullptr, {0, 5}, DType::f32, ctx.device()});
-    ctx.backend().download(ctx, {nullptr, {0, 5}, DType::f32, ctx.device()}, nullptr);
+    backend_of(ctx).upload(ctx, nullptr, {nullptr, {0, 5}, DType::f32, ctx.device()});
+    backend_of(ctx).download(ctx, {nullptr, {0, 5}, DType::f32, ctx.device()}, nullptr);
 }
 
 void check_copies()
@@ -58,16 +58,16 @@ void check_copies()
                 Floats values = rounded(from, Random(3).normal(count));
                 values.back() = count == 7 ? infinity : -0.0f;
                 const Tensor x = side.make({count}, from, values), y = side.make({count}, to, Floats(values.size()));
-                side.ctx.backend().copy(side.ctx, x, y);
+                backend_of(side.ctx).copy(side.ctx, x, y);
                 CHECK(side.values(y) == rounded(to, values));
-                side.ctx.backend().fill_zero(side.ctx, y);
+                backend_of(side.ctx).fill_zero(side.ctx, y);
                 CHECK(side.values(y) == Floats(values.size()));
             }
     Side side = Side::cuda(DType::f32);
     const Floats factors = {2, -1, 0};
     const Tensor matrix = side.parameter({3, 5}, Random(4).normal(15)), factor = side.parameter({3}, factors);
     const Tensor out = side.parameter({3, 5}, Floats(15));
-    side.ctx.backend().scale_rows(side.ctx, {.matrix = matrix, .factor = factor, .out = out});
+    backend_of(side.ctx).scale_rows(side.ctx, {.matrix = matrix, .factor = factor, .out = out});
     const Floats in = side.values(matrix), scaled = side.values(out);
     for (std::size_t i = 0; i < 15; i++) CHECK(scaled[i] == in[i] * factors[i / 5]);
 }
@@ -76,7 +76,7 @@ void check_copies()
 void check_streams()
 {
     Context ctx(Device::cuda());
-    Backend& backend = ctx.backend();
+    Backend& backend = backend_of(ctx);
     const std::shared_ptr<void> one = backend.make_stream(0), two = backend.make_stream(0);
     CHECK(one && two && one != two);
     Side side(ctx, DType::f32);
@@ -101,7 +101,7 @@ void check_streams()
 void check_recordings()
 {
     Context ctx(Device::cuda());
-    Backend& backend = ctx.backend();
+    Backend& backend = backend_of(ctx);
     const std::shared_ptr<void> stream = backend.make_stream(0);
     ctx.set_stream(stream.get());
     Side side(ctx, DType::f32);

@@ -6,7 +6,7 @@
 #include <memory>
 
 #include "check_cuda.h"
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "cuda_operators.h"
 
 using namespace vimcore;
@@ -336,11 +336,11 @@ void test_scale_rows(bool matrix, bool factor)
         const Shape shape{9, 70};
         const Tensor m = gradient(side, 1, shape), f = gradient(side, 2, {9}), d = gradient(side, 3, shape);
         const Tensor dm = gradient(side, 4, shape), df = gradient(side, 5, {9});
-        side.ctx.backend().scale_rows_backward(side.ctx, {.matrix = m,
-                                                          .factor = f,
-                                                          .dout = d,
-                                                          .dmatrix = matrix ? dm : Tensor{},
-                                                          .dfactor = factor ? df : Tensor{}});
+        backend_of(side.ctx).scale_rows_backward(side.ctx, {.matrix = m,
+                                                            .factor = f,
+                                                            .dout = d,
+                                                            .dmatrix = matrix ? dm : Tensor{},
+                                                            .dfactor = factor ? df : Tensor{}});
         return Outputs{{"dmatrix", side.values(dm), true}, {"dfactor", side.values(df), true}};
     });
 }
@@ -350,7 +350,7 @@ void test_accumulate()
     compare_twice(DType::f32, "accumulate", [&](Side&& side) {
         const Tensor to[] = {gradient(side, 1, {3, 7}), {}, gradient(side, 2, {129})};
         const Tensor from[] = {gradient(side, 3, {3, 7}), {}, gradient(side, 4, {129})};
-        side.ctx.backend().accumulate(side.ctx, {.to = to, .from = from});
+        backend_of(side.ctx).accumulate(side.ctx, {.to = to, .from = from});
         return Outputs{{"first", side.values(to[0]), true}, {"last", side.values(to[2]), true}};
     });
 }
@@ -390,9 +390,9 @@ void test_allocations()
     for (int i = 0; i < 4; i++) {
         test_norm(DType::bf16, {.dim = 192, .layer = true});
         test_linear(DType::bf16, {.rows = 700, .k = 12, .n = 9, .dbias = true});
-        if (i == 1) warm = ctx.arena().allocations();
+        if (i == 1) warm = arena_of(ctx).allocations();
     }
-    CHECK(ctx.arena().allocations() == warm);
+    CHECK(arena_of(ctx).allocations() == warm);
 }
 
 }  // namespace

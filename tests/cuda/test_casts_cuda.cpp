@@ -19,7 +19,7 @@ namespace {
 template <class F>
 std::shared_ptr<void> record(Context& ctx, F&& program)
 {
-    return ctx.backend().record(ctx, [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); }, &program);
+    return backend_of(ctx).record(ctx, [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); }, &program);
 }
 
 // Kernels that f() launches; -1 on a device, which does not count.
@@ -54,19 +54,19 @@ void check_bits(Side side, std::span<const DType> types)
                 copies.push_back(
                     {side.make({count}, DType::f32, values, from_shift), side.make({count}, to, none, to_shift)});
                 alone.push_back(side.make({count}, to, none));
-                side.ctx.backend().copy(side.ctx, copies.back().from, alone.back());
+                backend_of(side.ctx).copy(side.ctx, copies.back().from, alone.back());
             }
-    const std::shared_ptr<void> prepared = side.ctx.backend().prepare_copies(side.ctx, copies);
+    const std::shared_ptr<void> prepared = backend_of(side.ctx).prepare_copies(side.ctx, copies);
     for (int round = 0; round < 2; round++) {
-        const std::int64_t count = launches([&] { side.ctx.backend().run_copies(side.ctx, prepared.get()); });
+        const std::int64_t count = launches([&] { backend_of(side.ctx).run_copies(side.ctx, prepared.get()); });
         if (side.ctx.device() != Device::cpu()) CHECK(count == -1 || count == 1);
         for (std::size_t i = 0; i < copies.size(); i++) CHECK(side.bytes(copies[i].to) == side.bytes(alone[i]));
-        for (const Copy& c : copies) side.ctx.backend().fill_zero(side.ctx, c.to);
+        for (const Copy& c : copies) backend_of(side.ctx).fill_zero(side.ctx, c.to);
     }
-    side.ctx.backend().run_copies(side.ctx, side.ctx.backend().prepare_copies(side.ctx, {}).get());
+    backend_of(side.ctx).run_copies(side.ctx, backend_of(side.ctx).prepare_copies(side.ctx, {}).get());
     if (side.ctx.device() == Device::cpu()) return;
     const Tensor wrong = side.make({4}, DType::bf16, Floats(4));
-    CHECK_THROWS(side.ctx.backend().prepare_copies(side.ctx, {{wrong, wrong}}), std::invalid_argument);
+    CHECK_THROWS(backend_of(side.ctx).prepare_copies(side.ctx, {{wrong, wrong}}), std::invalid_argument);
 }
 
 // A network with a batch of images, its logits, and gradients.
@@ -92,7 +92,7 @@ struct Bench {
     }
     void step()
     {
-        for (const auto& [name, tensor] : gradients.tensors) ctx.backend().fill_zero(ctx, tensor);
+        for (const auto& [name, tensor] : gradients.tensors) backend_of(ctx).fill_zero(ctx, tensor);
         forward(ctx, config, weights.params, images, out, &saved);
         backward(ctx, config, weights.params, images, saved, dout, gradients.params, {});
     }
@@ -101,7 +101,7 @@ struct Bench {
     {
         Saved unused;
         Params same = weights.params;
-        same.cache = nullptr;
+        internals(same).cache = nullptr;
         same.changed();
         vimcore::Outputs own;
         own.logits = side.result(out.logits.shape);
@@ -194,7 +194,7 @@ void check_recorded()
     Random random(3);
     for (DType dtype : {DType::bf16, DType::f32}) {
         Context ctx(Device::cuda());
-        const std::shared_ptr<void> stream = ctx.backend().make_stream(0);
+        const std::shared_ptr<void> stream = backend_of(ctx).make_stream(0);
         ctx.set_stream(stream.get());
         Bench net(ctx, config, dtype);
         CHECK_THROWS(record(ctx, [&] { net.infer(); }), Error);  // casts have no memory yet
@@ -203,7 +203,7 @@ void check_recorded()
         const std::int64_t infer = launches([&] { net.infer(); }), step = launches([&] { net.step(); });
         ctx.hold_memory(true);
         const std::shared_ptr<void> plain = record(ctx, [&] { net.infer(); });
-        CHECK(launches([&] { ctx.backend().replay(ctx, plain.get()); }) == infer);
+        CHECK(launches([&] { backend_of(ctx).replay(ctx, plain.get()); }) == infer);
         net.weights.params.changed();
         const std::shared_ptr<void> inference = record(ctx, [&] { net.infer(); });
         const std::shared_ptr<void> training = record(ctx, [&] { net.step(); });
@@ -217,8 +217,8 @@ void check_recorded()
             net.write(random, 0.5);  // only replays know
             const Floats want = net.fresh(), trained = net.fresh(true);
             for (const auto& graph : {inference, training, again, two}) {
-                ctx.backend().fill_zero(ctx, net.out.logits);
-                const std::int64_t count = launches([&] { ctx.backend().replay(ctx, graph.get()); });
+                backend_of(ctx).fill_zero(ctx, net.out.logits);
+                const std::int64_t count = launches([&] { backend_of(ctx).replay(ctx, graph.get()); });
                 CHECK(same_bits(net.side.values(net.out.logits), graph == inference ? want : trained));
                 CHECK(count == -1 || count == (graph == inference ? infer + 1
                                                : graph == two     ? 2 * step + 2
@@ -237,7 +237,7 @@ void check_streams()
     const Config config = small();
     Random random(4);
     Context one(Device::cuda()), two(Device::cuda());
-    const std::shared_ptr<void> a = one.backend().make_stream(0), b = two.backend().make_stream(0);
+    const std::shared_ptr<void> a = backend_of(one).make_stream(0), b = backend_of(two).make_stream(0);
     one.set_stream(a.get());
     two.set_stream(b.get());
     Bench net(one, config, DType::bf16);

@@ -4,7 +4,7 @@
 #include <string>
 
 #include "check_cuda.h"
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "core/weight_cache.h"
 #include "vimcore/ops.h"
 
@@ -123,12 +123,12 @@ void check_cache()
             const Tensor x = side.make({2, m, k}, dtype, Floats(2 * m * k));
             const Tensor y = side.make({3, m, n}, dtype, Floats(3 * m * n));
             for (int i = 0; i < 2; i++) assign(side.ctx, x[i], p[i].x);
-            side.ctx.cache = &cache;
+            internals(side.ctx).cache = &cache;
             const LinearForward args[3] = {{.x = x[0], .weight = w[0], .y = y[0]},
                                            {.x = x[1], .weight = w[1], .y = y[1]},
                                            {.x = x[1], .weight = w[0], .bias = bias, .y = y[2]}};
             linear_forward(side.ctx, args);
-            side.ctx.cache = nullptr;
+            internals(side.ctx).cache = nullptr;
             CHECK_AGREE(side.values(y[0]), run(reference, p[0], false), close);
             CHECK_AGREE(side.values(y[1]), run(reference, p[1], false), close);
             CHECK_AGREE(side.values(y[2]), run(reference, single, true), close);
@@ -143,9 +143,9 @@ void check_allocations()
         const Problem p(dtype, {50}, 64, 72);
         Side side = Side::cuda(dtype);
         run(side, p, true);
-        const std::size_t warm = side.ctx.arena().allocations();
+        const std::size_t warm = arena_of(side.ctx).allocations();
         for (int i = 0; i < 3; i++) run(side, p, true);
-        CHECK(side.ctx.arena().allocations() == warm);
+        CHECK(arena_of(side.ctx).allocations() == warm);
     }
 }
 

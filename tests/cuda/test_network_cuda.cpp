@@ -6,7 +6,7 @@
 #include <fstream>
 
 #include "../cpp/golden.h"
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "network_cuda.h"
 
 using namespace vimcore;
@@ -150,9 +150,9 @@ void test_no_allocation()
     std::size_t after_two = 0;
     for (int i = 0; i < 5; i++) {
         run(ctx, c, weights.params, DType::bf16, images, 2, false);
-        if (i == 1) after_two = ctx.arena().allocations();
+        if (i == 1) after_two = arena_of(ctx).allocations();
     }
-    CHECK(ctx.arena().allocations() == after_two);
+    CHECK(arena_of(ctx).allocations() == after_two);
 }
 
 }  // namespace

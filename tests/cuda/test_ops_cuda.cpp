@@ -199,7 +199,7 @@ void test_copy(DType from, DType to)
             Side side(ctx, from);
             const Floats some(values.begin(), values.begin() + count);
             const Tensor in = side.make({count}, from, some, shift), out = side.make({count}, to, Floats(some.size()));
-            ctx.backend().copy(ctx, in, out);
+            backend_of(ctx).copy(ctx, in, out);
             CHECK(same_bits(side.values(out), rounded(to, some)));
         }
 }
@@ -209,7 +209,7 @@ void test_fill_and_scale()
     Side side(cuda_context(), DType::f32);
     Context& ctx = side.ctx;
     const Tensor zero = side.wide_result({3, 7});
-    ctx.backend().fill_zero(ctx, zero);
+    backend_of(ctx).fill_zero(ctx, zero);
     CHECK(same_bits(side.values(zero), Floats(21)));
 
     const Floats matrix = Random(91).normal(5 * 33), factor = Random(92).normal(5);
@@ -217,7 +217,7 @@ void test_fill_and_scale()
     Floats want = matrix;
     for (std::size_t i = 0; i < want.size(); i++) want[i] *= factor[i / 33];
     for (const Tensor& to : {out, m}) {
-        ctx.backend().scale_rows(ctx, {.matrix = m, .factor = f, .out = to});
+        backend_of(ctx).scale_rows(ctx, {.matrix = m, .factor = f, .out = to});
         CHECK(same_bits(side.values(to), want));
     }
 }
@@ -298,8 +298,8 @@ void test_empty(DType dtype)
     readout.out = side.result({0, 8});
     readout_forward(ctx, readout);
     add(ctx, {.a = x, .b = x, .out = x});
-    ctx.backend().copy(ctx, x, x);
-    ctx.backend().fill_zero(ctx, x);
+    backend_of(ctx).copy(ctx, x, x);
+    backend_of(ctx).fill_zero(ctx, x);
 }
 
 }  // namespace

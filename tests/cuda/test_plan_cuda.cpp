@@ -3,7 +3,7 @@
 // run here: only what is asked for counts.
 #include <cstdio>
 
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "core/device_sizes.h"
 #include "cublaslt.h"
 #include "network_cuda.h"
@@ -48,10 +48,10 @@ public:
     {
 #ifdef VIMCORE_SHIM
         const std::size_t most = shim::most_memory() - before_, now = shim::most_memory();
-        CHECK(now - before_ == ctx.arena().bytes());
+        CHECK(now - before_ == arena_of(ctx).bytes());
         return most;
 #else
-        return ctx.arena().bytes();
+        return arena_of(ctx).bytes();
 #endif
     }
 

@@ -151,7 +151,7 @@ public:
     {
         const Batch batch = draw_batch(master_.config, case_.batch, index);
         assign(ctx_, images_, batch.images);
-        for (const auto& [name, tensor] : gradients_.tensors) ctx_.backend().fill_zero(ctx_, tensor);
+        for (const auto& [name, tensor] : gradients_.tensors) backend_of(ctx_).fill_zero(ctx_, tensor);
         forward(ctx_, master_.config, weights_.params, images_, out_, &saved_);
         Floats logits = side_.values(out_.logits), dlogits(logits.size());
         const Shape shape = out_.logits.shape;

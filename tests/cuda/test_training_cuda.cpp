@@ -6,7 +6,7 @@
 #include <filesystem>
 
 #include "../cpp/golden.h"
-#include "core/arena.h"
+#include "core/context_internals.h"
 #include "network_cuda.h"
 
 using namespace vimcore;
@@ -47,10 +47,10 @@ Gradients step(Context& ctx, const Config& c, const Params& params, DType dtype,
     Saved saved;
     saved.memory = request.memory;
     NetworkWeights gradients = NetworkWeights::zeros(ctx, c, wide(dtype));
-    ctx.tile = request.tile;
+    internals(ctx).tile = request.tile;
     forward(ctx, c, params, x, out, &saved, request.draws);
     backward(ctx, c, params, x, saved, dout, gradients.params, dx, request.draws);
-    ctx.tile = 0;
+    internals(ctx).tile = 0;
     return {side.values(out.logits), side.values(dx), gradients.values()};
 }
 
@@ -265,7 +265,7 @@ std::vector<double> curve(Context& ctx, const Config& c, DType dtype, int steps,
     NetworkWeights gradients = NetworkWeights::zeros(ctx, c, wide(dtype));
     std::size_t allocations = 0;
     for (int i = 0; i < steps; i++) {
-        for (const auto& [name, tensor] : gradients.tensors) ctx.backend().fill_zero(ctx, tensor);
+        for (const auto& [name, tensor] : gradients.tensors) backend_of(ctx).fill_zero(ctx, tensor);
         forward(ctx, c, weights.params, x, out, &saved);
         Floats dlogits;
         losses.push_back(cross_entropy(side.values(out.logits), batch, dlogits, scale));
@@ -278,9 +278,9 @@ std::vector<double> curve(Context& ctx, const Config& c, DType dtype, int steps,
             assign(ctx, tensor, w);
         }
         weights.params.changed();
-        if (i == 1) allocations = ctx.arena().allocations();
+        if (i == 1) allocations = arena_of(ctx).allocations();
     }
-    CHECK(ctx.arena().allocations() == allocations);  // not after the first step
+    CHECK(arena_of(ctx).allocations() == allocations);  // not after the first step
     return losses;
 }
 
@@ -356,7 +356,7 @@ void test_recorded()
     const std::int64_t batch = 2;
     for (DType dtype : {DType::bf16, DType::f32}) {
         Context ctx(Device::cuda());
-        const std::shared_ptr<void> stream = ctx.backend().make_stream(0);
+        const std::shared_ptr<void> stream = backend_of(ctx).make_stream(0);
         ctx.set_stream(stream.get());
         NetworkWeights weights(ctx, c, values), gradients = NetworkWeights::zeros(ctx, c);
         Side side(ctx, dtype);
@@ -367,7 +367,7 @@ void test_recorded()
         dout.logits = side.activation(out.logits.shape, normal(8, dtype, out.logits.numel()));
         Saved saved;
         auto whole_step = [&] {
-            for (const auto& [name, tensor] : gradients.tensors) ctx.backend().fill_zero(ctx, tensor);
+            for (const auto& [name, tensor] : gradients.tensors) backend_of(ctx).fill_zero(ctx, tensor);
             forward(ctx, c, weights.params, x, out, &saved);
             backward(ctx, c, weights.params, x, saved, dout, gradients.params, {});
         };
@@ -383,9 +383,9 @@ void test_recorded()
         weights.params.changed();  // as after an optimiser's step, before the next one is recorded
         ctx.hold_memory(true);
         const std::shared_ptr<void> graph =
-            ctx.backend().record(ctx, [](void* f) { (*static_cast<decltype(whole_step)*>(f))(); }, &whole_step);
+            backend_of(ctx).record(ctx, [](void* f) { (*static_cast<decltype(whole_step)*>(f))(); }, &whole_step);
         for (int i = 0; i < 3; i++) {
-            ctx.backend().replay(ctx, graph.get());
+            backend_of(ctx).replay(ctx, graph.get());
             const auto replayed = gradients.values();
             const Floats logits = side.values(out.logits);
             weights.params.changed();

@@ -3,15 +3,12 @@
 #pragma once
 
 #include <memory>
-#include <vector>
 
 #include "vimcore/tensor.h"
 
 namespace [[gnu::visibility("default")]] vimcore {
 
-class Arena;
-class Backend;
-class WeightCache;
+struct ContextInternals;
 
 class Context {
 public:
@@ -33,23 +30,13 @@ public:
     // While held, scratch memory stays where it is: recorded work (a CUDA graph) has its addresses.
     void hold_memory(bool hold);
 
-    // The index-th of some single-threaded contexts for parallel work on parts of a batch; made at first use.
-    Context& worker(int index);
-    Arena& arena() { return *arena_; }  // scratch of the running call
-    Backend& backend() { return *backend_; }
-    WeightCache* cache = nullptr;  // packed weights of the running call, or none
-    bool training = false;         // the running call is the forward or the backward of a training step
-
-    // Tokens that one operator call works on at most. Results do not depend on it.
-    std::int64_t tile = 0;  // 0: chosen by the backend
-
 private:
+    friend struct ContextInternals;  // the library's part: scratch memory, backend, the running call
+
     Device device_;
     int threads_;
     void* stream_ = nullptr;
-    Backend* backend_;
-    std::unique_ptr<Arena> arena_;
-    std::vector<std::unique_ptr<Context>> workers_;
+    std::unique_ptr<ContextInternals> internals_;
 };
 
 }  // namespace vimcore

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/context_internals.h"
 #include "core/operators.h"
 
 namespace vimcore {
@@ -65,7 +66,7 @@ class Backend : public DeviceServices, public Operators {};
 template <class F>
 void run_together(Context& ctx, F&& program)
 {
-    ctx.backend().run(ctx, [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); }, &program);
+    backend_of(ctx).run(ctx, [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); }, &program);
 }
 
 Backend& cpu_backend();

@@ -3,8 +3,8 @@
 
 #include <stdexcept>
 
-#include "core/arena.h"
 #include "core/backend.h"
+#include "core/context_internals.h"
 
 namespace vimcore {
 namespace {
@@ -14,7 +14,9 @@ constexpr int max_threads = 1024;  // more than that is a slip, and would take t
 }  // namespace
 
 Context::Context(Device device, int threads)
-    : device_(device), threads_(1), backend_(&backend_of(device)), arena_(std::make_unique<Arena>(device))
+    : device_(device),
+      threads_(1),
+      internals_(new ContextInternals{.backend = &backend_of(device), .arena = Arena(device), .workers = {}})
 {
     set_threads(threads);
 }
@@ -23,31 +25,33 @@ Context::Context(Context&&) noexcept = default;
 Context& Context::operator=(Context&&) noexcept = default;
 Context::~Context() = default;
 
-Context& Context::worker(int index)
+Context& worker_of(Context& ctx, int index)
 {
-    while (static_cast<int>(workers_.size()) <= index) workers_.push_back(std::make_unique<Context>(device_, 1));
-    Context& worker = *workers_[static_cast<std::size_t>(index)];
-    worker.cache = cache;
-    worker.training = training;
-    worker.tile = tile;
+    ContextInternals& own = internals(ctx);
+    while (static_cast<int>(own.workers.size()) <= index)
+        own.workers.push_back(std::make_unique<Context>(ctx.device(), 1));
+    Context& worker = *own.workers[static_cast<std::size_t>(index)];
+    internals(worker).cache = own.cache;
+    internals(worker).training = own.training;
+    internals(worker).tile = own.tile;
     return worker;
 }
 
 void Context::set_stream(void* stream)
 {
     if (stream == stream_) return;
-    backend_->change_stream(*this, stream_, stream);
+    internals_->backend->change_stream(*this, stream_, stream);
     stream_ = stream;
 }
 
-void Context::hold_memory(bool hold) { arena_->hold(hold); }
+void Context::hold_memory(bool hold) { internals_->arena.hold(hold); }
 
 void Context::set_threads(int threads)
 {
     if (threads < 0 || threads > max_threads)
         throw std::invalid_argument("[context] threads: expected 0 to " + std::to_string(max_threads) + ", got " +
                                     std::to_string(threads));
-    threads_ = threads == 0 ? backend_->default_threads() : threads;
+    threads_ = threads == 0 ? internals_->backend->default_threads() : threads;
 }
 
 }  // namespace vimcore

@@ -103,7 +103,7 @@ void norm_forward(Context& ctx, const NormForward& a)
     check.optional("h", a.h, x).optional_wide("residual", a.residual, x);
     check.optional_wide("residual_out", a.residual_out, x).optional_wide("row_scale", a.row_scale, {x[0]});
     check.required_wide("weight", a.weight, vector).optional_wide("bias", a.bias, vector);
-    if (x.numel()) ctx.backend().norm_forward(ctx, a);
+    if (x.numel()) backend_of(ctx).norm_forward(ctx, a);
 }
 
 void norm_backward(Context& ctx, const NormBackward& a)
@@ -115,7 +115,7 @@ void norm_backward(Context& ctx, const NormBackward& a)
     check.required_wide("dresidual", a.dresidual, x).optional_wide("dresidual_out", a.dresidual_out, x);
     check.optional_wide("row_scale", a.row_scale, {x[0]}).required_wide("weight", a.weight, vector);
     check.optional_wide("dweight", a.dweight, vector).optional_wide("dbias", a.dbias, vector);
-    if (x.numel()) ctx.backend().norm_backward(ctx, a);
+    if (x.numel()) backend_of(ctx).norm_backward(ctx, a);
 }
 
 void linear_forward(Context& ctx, std::span<const LinearForward> args)
@@ -127,7 +127,7 @@ void linear_forward(Context& ctx, std::span<const LinearForward> args)
         check.required("x", a.x, with_last(a.x, a.weight.size(1))).required("y", a.y, with_last(a.x, outputs));
         check.required_wide("weight", a.weight, a.weight.shape).optional_wide("bias", a.bias, {outputs});
     }
-    ctx.backend().linear_forward(ctx, args);
+    backend_of(ctx).linear_forward(ctx, args);
 }
 
 void linear_backward(Context& ctx, std::span<const LinearBackward> args)
@@ -147,7 +147,7 @@ void linear_backward(Context& ctx, std::span<const LinearBackward> args)
         }
         check.optional_wide("dbias", a.dbias, {outputs});
     }
-    ctx.backend().linear_backward(ctx, args);
+    backend_of(ctx).linear_backward(ctx, args);
 }
 
 namespace {
@@ -258,7 +258,7 @@ void conv1d_forward(Context& ctx, const Conv1dForward& a)
     const Check check(ctx, "conv1d", "x", a.x);
     check.rank("x", a.x, 3);
     for (const ConvForwardPass& p : a.passes) check_conv_pass(check, a.x, p, "u", p.u, p.begin);
-    ctx.backend().conv1d_forward(ctx, a);
+    backend_of(ctx).conv1d_forward(ctx, a);
 }
 
 void conv1d_backward(Context& ctx, const Conv1dBackward& a)
@@ -272,7 +272,7 @@ void conv1d_backward(Context& ctx, const Conv1dBackward& a)
             check.fail("du", "backward takes the whole sequence of " + std::to_string(a.x.size(1)) + " tokens");
         check.optional_wide("dbias", p.dbias, {p.du.size(2)}).optional_wide("dweight", p.dweight, p.weight.shape);
     }
-    ctx.backend().conv1d_backward(ctx, a);
+    backend_of(ctx).conv1d_backward(ctx, a);
 }
 
 void scan_forward(Context& ctx, const ScanForward& a)
@@ -283,7 +283,7 @@ void scan_forward(Context& ctx, const ScanForward& a)
         check_scan_pass(check, a.xz, p, p.begin, a.chunk, static_cast<bool>(p.checkpoints));
         check.optional_wide("state", p.state, {a.xz.size(0), p.A_log.size(1), a.out.size(2)});
     }
-    ctx.backend().scan_forward(ctx, a);
+    backend_of(ctx).scan_forward(ctx, a);
 }
 
 void scan_backward(Context& ctx, const ScanBackward& a)
@@ -300,13 +300,13 @@ void scan_backward(Context& ctx, const ScanBackward& a)
         check.optional_wide("ddt_weight", p.ddt_weight, p.dt_weight.shape);
         check.optional_wide("ddt_bias", p.ddt_bias, p.dt_bias.shape);
     }
-    ctx.backend().scan_backward(ctx, a);
+    backend_of(ctx).scan_backward(ctx, a);
 }
 
 void selective_scan_forward(Context& ctx, const SelectiveScanForward& a)
 {
     check_selective_scan(Check(ctx, "selective_scan", "u", a.u), a);
-    ctx.backend().selective_scan_forward(ctx, a);
+    backend_of(ctx).selective_scan_forward(ctx, a);
 }
 
 void selective_scan_backward(Context& ctx, const SelectiveScanBackward& a)
@@ -319,19 +319,19 @@ void selective_scan_backward(Context& ctx, const SelectiveScanBackward& a)
     if (a.D) check.required_wide("dD", a.dD, vector);
     if (a.z) check.required("dz", a.dz, x);
     if (a.delta_bias) check.required_wide("ddelta_bias", a.ddelta_bias, vector);
-    ctx.backend().selective_scan_backward(ctx, a);
+    backend_of(ctx).selective_scan_backward(ctx, a);
 }
 
 void patches_forward(Context& ctx, const Patches& args)
 {
     check_patches(ctx, args);
-    ctx.backend().patches_forward(ctx, args);
+    backend_of(ctx).patches_forward(ctx, args);
 }
 
 void patches_backward(Context& ctx, const Patches& args)
 {
     check_patches(ctx, args);
-    ctx.backend().patches_backward(ctx, args);
+    backend_of(ctx).patches_backward(ctx, args);
 }
 
 void tokens_forward(Context& ctx, const TokensForward& a)
@@ -341,7 +341,7 @@ void tokens_forward(Context& ctx, const TokensForward& a)
     for (const Tensor& token : a.class_token) check.optional_wide("class_token", token, {1, 1, x[2]});
     check.required("patches", a.patches, patches).required("out", a.out, x).optional_wide("dropout", a.dropout, x);
     check.optional_wide("pos_embed", a.pos_embed, {1, x[1], x[2]});
-    ctx.backend().tokens_forward(ctx, a);
+    backend_of(ctx).tokens_forward(ctx, a);
 }
 
 void tokens_backward(Context& ctx, const TokensBackward& a)
@@ -351,7 +351,7 @@ void tokens_backward(Context& ctx, const TokensBackward& a)
     for (const Tensor& token : a.dclass_token) check.optional_wide("dclass_token", token, {1, 1, x[2]});
     check.required("dpatches", a.dpatches, patches).required("dout", a.dout, x);
     check.optional_wide("dropout", a.dropout, x).optional_wide("dpos_embed", a.dpos_embed, {1, x[1], x[2]});
-    ctx.backend().tokens_backward(ctx, a);
+    backend_of(ctx).tokens_backward(ctx, a);
 }
 
 void rope(Context& ctx, const Rope& args)
@@ -360,13 +360,13 @@ void rope(Context& ctx, const Rope& args)
     check.rank("x", args.x, 3);
     const Shape table{args.x.size(1) - args.skip, args.x.size(2)};
     check.required_wide("cos", args.cos, table).required_wide("sin", args.sin, table);
-    ctx.backend().rope(ctx, args);
+    backend_of(ctx).rope(ctx, args);
 }
 
 void readout_forward(Context& ctx, const ReadoutForward& a)
 {
     check_readout(Check(ctx, "readout", "x", a.x), a.reduce, a.index, a.out, a.x);
-    ctx.backend().readout_forward(ctx, a);
+    backend_of(ctx).readout_forward(ctx, a);
 }
 
 void readout_backward(Context& ctx, const ReadoutBackward& a)
@@ -374,7 +374,7 @@ void readout_backward(Context& ctx, const ReadoutBackward& a)
     const Check check(ctx, "readout", "x", a.dx);
     check_readout(check, a.reduce, a.index, a.dout, a.dx);
     if (a.reduce == Reduce::max) check.required("x", a.x, a.dx.shape);
-    ctx.backend().readout_backward(ctx, a);
+    backend_of(ctx).readout_backward(ctx, a);
 }
 
 void add(Context& ctx, const Add& args)
@@ -385,7 +385,7 @@ void add(Context& ctx, const Add& args)
     check.rank("out", out, 3);
     check.either("out", out, out.shape).either("a", a, out.shape).either("b", b, out.shape);
     check.optional_wide("row_scale", row_scale, {out.size(0)});
-    ctx.backend().add(ctx, args);
+    backend_of(ctx).add(ctx, args);
 }
 
 }  // namespace vimcore

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <compare>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -18,14 +19,32 @@
 
 namespace vimcore {
 
+// How a packed weight is stored.
+enum class WeightForm : std::uint8_t {
+    panels,             // (N, K) for y = x W^T: panels of the CPU's matrix kernel
+    panels_transposed,  // the same for y = x W
+    transposed,         // (columns, rows)
+    decay,              // of A_log: -exp(A_log) log2(e), transposed
+    cast,               // as it is, in another type
+    cast_pair,          // two casts side by side, named by the first
+    rotations,          // no weight: a table of RoPE
+};
+
+struct WeightKey {
+    const void* weight;
+    WeightForm form;
+    DType format;              // of the packed elements
+    std::int64_t variant = 0;  // of tables that share an address
+    auto operator<=>(const WeightKey&) const = default;
+};
+
 class WeightCache {
 public:
-    // The packed form `kind` of the weight at `weight`; fill writes it when it is missing or stale. A table is filled
-    // once. On a device with streams, `fill` queues its work on the context's stream; other streams wait for it.
-    const void* get(Context& ctx, const void* weight, int kind, std::size_t bytes,
-                    const std::function<void(void*)>& fill, bool table = false)
+    // The packed form of a weight; fill writes it when it is missing or stale. A table is filled once. On a device with
+    // streams, `fill` queues its work on the context's stream; other streams wait for it.
+    const void* get(Context& ctx, const WeightKey& key, std::size_t bytes, const std::function<void(void*)>& fill,
+                    bool table = false)
     {
-        const Key key{weight, kind};
         auto current = [&](const Entry& entry) {
             return entry.bytes == bytes && (entry.version == version_ || (table && entry.version >= 0));
         };
@@ -34,48 +53,47 @@ public:
             auto found = entries_.find(key);
             if (found != entries_.end() && current(found->second)) return found->second.use(ctx);
         }
-        if (ctx.backend().recording(ctx)) not_prepared();
+        if (backend_of(ctx).recording(ctx)) not_prepared();
         std::unique_lock lock(mutex_);
         Entry& entry = entries_[key];
         if (!current(entry)) {
             place(ctx, entry, bytes);
             fill(entry.data);
-            entry.filled_now(ctx, version_, ctx.backend().mark(ctx));
+            entry.filled_now(ctx, version_, backend_of(ctx).mark(ctx));
         }
         return entry.use(ctx);
     }
 
-    // A packed form that consists of copies(to). The first time it is made alone; later all forms of one group are
+    // A packed form that consists of copies(to). The first time it is made alone; later all of one format are
     // renewed by one piece of work, as soon as one that is stale is asked for. While a graph is recorded, that is part
     // of the graph: once for an inference whose forms are stale, and once for every training step, as weights will have
     // changed when it is replayed.
-    const void* get_copies(Context& ctx, const void* weight, int kind, int group, std::size_t bytes,
+    const void* get_copies(Context& ctx, const WeightKey& key, std::size_t bytes,
                            const std::function<std::vector<Copy>(void*)>& copies)
     {
-        const Key key{weight, kind};
-        const bool step_recorded = ctx.training && ctx.backend().recording(ctx);
+        const bool step_recorded = internals(ctx).training && backend_of(ctx).recording(ctx);
         if (!step_recorded) {
             std::shared_lock lock(mutex_);
             const auto found = entries_.find(key);
             if (found != entries_.end() && found->second.current(bytes, version_)) return found->second.use(ctx);
         }
-        const std::uint64_t recording = ctx.backend().recording(ctx);
+        const std::uint64_t recording = backend_of(ctx).recording(ctx);
         std::unique_lock lock(mutex_);
         if (recording) return recorded(ctx, key, bytes, recording);
         Entry& entry = entries_[key];
         if (entry.current(bytes, version_)) return entry.use(ctx);
         if (entry.bytes == bytes && same_sources(entry.copies, copies(entry.data))) {
-            renew(ctx, group);
-            const std::shared_ptr<void> done = ctx.backend().mark(ctx);
-            for (auto& [unused, other] : entries_)
-                if (other.group == group) other.filled_now(ctx, version_, done);
+            renew(ctx, key.format);
+            const std::shared_ptr<void> done = backend_of(ctx).mark(ctx);
+            for (auto& [other, copied] : entries_)
+                if (copied.of_copies && other.format == key.format) copied.filled_now(ctx, version_, done);
         } else {
             place(ctx, entry, bytes);
-            entry.group = group;
+            entry.of_copies = true;
             entry.copies = copies(entry.data);
-            groups_[group].prepared = nullptr;  // has one more
-            for (const Copy& c : entry.copies) ctx.backend().copy(ctx, c.from, c.to);
-            entry.filled_now(ctx, version_, ctx.backend().mark(ctx));
+            groups_[key.format].prepared = nullptr;  // has one more
+            for (const Copy& c : entry.copies) backend_of(ctx).copy(ctx, c.from, c.to);
+            entry.filled_now(ctx, version_, backend_of(ctx).mark(ctx));
         }
         return entry.use(ctx);
     }
@@ -94,14 +112,13 @@ public:
     }
 
 private:
-    using Key = std::pair<const void*, int>;
     struct Entry {
         void* data = nullptr;  // in a slab
         std::size_t bytes = 0;
         std::int64_t version = -1;
         void* stream = nullptr;        // that filled it
         std::shared_ptr<void> filled;  // when that was done
-        int group = -1;                // of forms that consist of copies
+        bool of_copies = false;        // which all of its format are renewed with
         std::vector<Copy> copies;
 
         bool current(std::size_t wanted, std::int64_t now) const { return bytes == wanted && version == now; }
@@ -113,25 +130,25 @@ private:
         }
         const void* use(Context& ctx) const
         {
-            if (filled && stream != ctx.stream()) ctx.backend().await(ctx, filled.get());
+            if (filled && stream != ctx.stream()) backend_of(ctx).await(ctx, filled.get());
             return data;
         }
     };
-    struct Group {
+    struct Group {                                          // the copies of one format
         void* prepared = nullptr;                           // all its copies; null: to be prepared
         std::pair<std::uint64_t, std::int64_t> recorded{};  // recording that renewed them, and at which version
     };
 
     // While a graph is recorded: memory that was used before, which the graph fills again.
-    const void* recorded(Context& ctx, const Key& key, std::size_t bytes, std::uint64_t recording)
+    const void* recorded(Context& ctx, const WeightKey& key, std::size_t bytes, std::uint64_t recording)
     {
         const auto found = entries_.find(key);
         if (found == entries_.end() || found->second.bytes != bytes) not_prepared();
         const Entry& entry = found->second;
-        if (!ctx.training && entry.version == version_) return entry.use(ctx);
-        Group& group = groups_[entry.group];
+        if (!internals(ctx).training && entry.version == version_) return entry.use(ctx);
+        Group& group = groups_[key.format];
         const std::pair now{recording, version_};
-        if (group.recorded != now) renew(ctx, entry.group);
+        if (group.recorded != now) renew(ctx, key.format);
         group.recorded = now;
         return entry.use(ctx);
     }
@@ -147,19 +164,19 @@ private:
                           [](const Copy& x, const Copy& y) { return x.from.data == y.from.data; });
     }
 
-    // Queues all copies of a group, behind what filled them before.
-    void renew(Context& ctx, int group)
+    // Queues all copies of a format, behind what filled them before.
+    void renew(Context& ctx, DType format)
     {
         std::vector<Copy> all;
         void* awaited = nullptr;
-        void*& prepared = groups_[group].prepared;
-        for (const auto& [unused, entry] : entries_) {
-            if (entry.group != group) continue;
+        void*& prepared = groups_[format].prepared;
+        for (const auto& [key, entry] : entries_) {
+            if (!entry.of_copies || key.format != format) continue;
             if (!prepared) all.insert(all.end(), entry.copies.begin(), entry.copies.end());
             if (std::exchange(awaited, entry.filled.get()) != entry.filled.get()) entry.use(ctx);
         }
-        if (!prepared) prepared = prepared_.emplace_back(ctx.backend().prepare_copies(ctx, std::move(all))).get();
-        ctx.backend().run_copies(ctx, prepared);
+        if (!prepared) prepared = prepared_.emplace_back(backend_of(ctx).prepare_copies(ctx, std::move(all))).get();
+        backend_of(ctx).run_copies(ctx, prepared);
     }
 
     void place(Context& ctx, Entry& entry, std::size_t bytes)
@@ -185,8 +202,8 @@ private:
     }
 
     std::shared_mutex mutex_;
-    std::map<Key, Entry> entries_;
-    std::map<int, Group> groups_;
+    std::map<WeightKey, Entry> entries_;
+    std::map<DType, Group> groups_;
     std::vector<std::shared_ptr<void>> prepared_;  // also what graphs may still read
     std::vector<Buffer> slabs_;
     std::size_t used_ = 0, total_ = 0;  // of the last slab, of all

@@ -13,12 +13,12 @@ namespace {
 void head_backward(const Pass& pass, const Tensor& tokens, const Tensor& dlogits, const Tensor& dtokens,
                    Params& dparams)
 {
-    Arena::Scope scope(pass.ctx.arena());
+    Arena::Scope scope(arena_of(pass.ctx));
     const Config& c = pass.config;
     const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
     auto apply = [&](const Tensor& x, const Tensor& dy, const Tensor& dx) {
         if (c.num_classes == 0) {
-            pass.ctx.backend().copy(pass.ctx, dy, dx);
+            backend_of(pass.ctx).copy(pass.ctx, dy, dx);
             return;
         }
         const LinearBackward args{.x = x,
@@ -56,7 +56,7 @@ void head_backward(const Pass& pass, const Tensor& tokens, const Tensor& dlogits
 
 void embed_backward(const Pass& pass, const Tensor& images, const Tensor& dh, Params& dparams, const Tensor& dimages)
 {
-    Arena::Scope scope(pass.ctx.arena());
+    Arena::Scope scope(arena_of(pass.ctx));
     const Config& c = pass.config;
     const Tensor dpatches = pass.take({pass.batch, c.patches(), pass.dim}), weight = pass.patch_weight();
     tokens_backward(pass.ctx, {.position = pass.class_positions(),
@@ -66,9 +66,9 @@ void embed_backward(const Pass& pass, const Tensor& images, const Tensor& dh, Pa
                                .dclass_token = {dparams.class_token, dparams.class_token_tail},
                                .dpos_embed = dparams.pos_embed});
     if (!dparams.patch_weight && !dparams.patch_bias && !dimages) return;
-    if (dimages) pass.ctx.backend().fill_zero(pass.ctx, dimages);
+    if (dimages) backend_of(pass.ctx).fill_zero(pass.ctx, dimages);
     pass.for_each_patch_block([&](std::int64_t b, std::int64_t n, std::int64_t begin, std::int64_t count) {
-        Arena::Scope block(pass.ctx.arena());
+        Arena::Scope block(arena_of(pass.ctx));
         const Tensor cols = pass.take({n, count, weight.size(1)}), x = cols.view({n * count, weight.size(1)});
         Patches patches{
             .images = images.slice(b, b + n), .patch = c.patch_size, .stride = c.stride, .begin = begin, .cols = cols};
@@ -95,10 +95,10 @@ void for_each_group(const Pass& pass, BlockParams& dblock, F&& f)
 {
     const std::int64_t size = pass.images_per_group(), groups = (pass.batch + size - 1) / size;
     if (groups == 1) return f(pass.ctx, 0, pass.batch, dblock);
-    Arena::Scope scope(pass.ctx.arena());
+    Arena::Scope scope(arena_of(pass.ctx));
     const int slots = static_cast<int>(pass.may_run_apart() ? std::min<std::int64_t>(pass.ctx.threads(), groups) : 1);
     const GroupGradients parts(pass.ctx, dblock, slots);
-    for (int slot = 0; slot < slots; slot++) pass.ctx.worker(slot);  // made before going parallel
+    for (int slot = 0; slot < slots; slot++) worker_of(pass.ctx, slot);  // made before going parallel
     struct Work {
         const Pass& pass;
         const GroupGradients& parts;
@@ -115,11 +115,11 @@ void for_each_group(const Pass& pass, BlockParams& dblock, F&& f)
     for (; work.first < groups; work.first += slots) {
         const int count = static_cast<int>(std::min<std::int64_t>(slots, groups - work.first));
         if (count == slots && slots > 1)
-            pass.ctx.backend().run_workers(
+            backend_of(pass.ctx).run_workers(
                 pass.ctx, count,
                 [](void* context, int slot) {
                     const Work& w = *static_cast<Work*>(context);
-                    w.run(w.pass.ctx.worker(slot), slot);
+                    w.run(worker_of(w.pass.ctx, slot), slot);
                 },
                 &work);
         else
@@ -134,13 +134,13 @@ void run(const Pass& pass, const Tensor& images, const Saved& saved, const Outpu
     Context& ctx = pass.ctx;
     const Config& config = pass.config;
     const Params& params = pass.params;
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     const std::int64_t step = pass.layers_per_step();
     const Tensor dh = pass.take(pass.sequence()), dresidual = pass.take_wide(pass.sequence());
     {
-        Arena::Scope inner(ctx.arena());
+        Arena::Scope inner(arena_of(ctx));
         const Tensor dtokens = pass.take(pass.sequence());
-        ctx.backend().fill_zero(ctx, dtokens);
+        backend_of(ctx).fill_zero(ctx, dtokens);
         if (gradients.logits) {
             const Tensor tokens = pass.take(pass.sequence());
             norm_forward(ctx, {.residual = saved.residual,
@@ -209,7 +209,7 @@ void backward(Context& ctx, const Config& config, const Params& params, const Te
               const Outputs& gradients, Params& dparams, const Tensor& dimages, const Draws& draws)
 {
     const Pass pass(ctx, config, params, images, draws);
-    ctx.training = true;
+    internals(ctx).training = true;
     dparams.blocks.resize(static_cast<std::size_t>(config.depth));
     if (pass.batch > 0) run_together(ctx, [&] { run(pass, images, saved, gradients, dparams, dimages); });
 }

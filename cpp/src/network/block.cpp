@@ -4,7 +4,6 @@
 // the last, and where the second of them comes to a tile, the tile's output is finished.
 #include <algorithm>
 
-#include "core/arena.h"
 #include "core/backend.h"
 #include "vimcore/model.h"
 
@@ -57,19 +56,19 @@ Sizes sizes(const Config& config, const Tensor& x)
 Tensor scaled_out_proj(Context& ctx, const BlockParams& p)
 {
     if (!p.gamma) return p.out_proj;
-    const Tensor scaled = ctx.arena().take(p.out_proj.shape, p.out_proj.dtype);
-    ctx.backend().scale_rows(ctx, {.matrix = p.out_proj, .factor = p.gamma, .out = scaled});
+    const Tensor scaled = arena_of(ctx).take(p.out_proj.shape, p.out_proj.dtype);
+    backend_of(ctx).scale_rows(ctx, {.matrix = p.out_proj, .factor = p.gamma, .out = scaled});
     return scaled;
 }
 
 // A scratch weight is not in the cache of packed weights.
 class WithoutCache {
 public:
-    explicit WithoutCache(Context& ctx, bool apply) : ctx_(ctx), cache_(ctx.cache)
+    explicit WithoutCache(Context& ctx, bool apply) : ctx_(ctx), cache_(internals(ctx).cache)
     {
-        if (apply) ctx.cache = nullptr;
+        if (apply) internals(ctx).cache = nullptr;
     }
-    ~WithoutCache() { ctx_.cache = cache_; }
+    ~WithoutCache() { internals(ctx_).cache = cache_; }
 
 private:
     Context& ctx_;
@@ -117,20 +116,20 @@ public:
             step(0, 0, {});
             return;
         }
-        const Tensor states = ctx_.arena().take({routes_.count, 1, s_.state, s_.inner}, wide(s_.dtype));
+        const Tensor states = arena_of(ctx_).take({routes_.count, 1, s_.state, s_.inner}, wide(s_.dtype));
         for (std::int64_t image = 0; image < s_.batch; image++) {
-            ctx_.backend().fill_zero(ctx_, states);
+            backend_of(ctx_).fill_zero(ctx_, states);
             for (std::int64_t i = 0; i < tiles_; i++) step(image, i, states);
         }
     }
 
 private:
-    Tensor take(const Shape& shape) { return ctx_.arena().take(shape, s_.dtype); }
+    Tensor take(const Shape& shape) { return arena_of(ctx_).take(shape, s_.dtype); }
 
     // The i-th tile of every direction.
     void step(std::int64_t image, std::int64_t i, const Tensor& states)
     {
-        Arena::Scope scope(ctx_.arena());
+        Arena::Scope scope(arena_of(ctx_));
         const bool whole = tiles_ == 1;
         std::int64_t tile[2];
         for (int p = 0; p < routes_.count; p++) tile[p] = routes_.route[p].reverse ? tiles_ - 1 - i : i;
@@ -221,7 +220,7 @@ private:
     // Norm and in_proj of one tile.
     void project_in(std::int64_t image, std::int64_t tile)
     {
-        Arena::Scope scope(ctx_.arena());
+        Arena::Scope scope(arena_of(ctx_));
         const bool whole = tiles_ == 1;
         const std::int64_t t0 = tile * tile_, t1 = std::min(s_.len, t0 + tile_);
         const Tensor v = take({whole ? s_.batch : 1, t1 - t0, s_.dim});
@@ -257,7 +256,7 @@ std::int64_t tile_length(Context& ctx, const Config& config)
 {
     // A causal convolution feeds both directions of "ssm", so its reverse scan cannot start at the far end.
     if (config.directions == Directions::ssm) return whole_sequence;
-    return ((ctx.tile > 0 ? ctx.tile : ctx.backend().tile()) + 63) / 64 * 64;
+    return ((internals(ctx).tile > 0 ? internals(ctx).tile : backend_of(ctx).tile()) + 63) / 64 * 64;
 }
 
 }  // namespace
@@ -271,7 +270,7 @@ bool block_may_stop_early(Context& ctx, const Config& config)
 void block_forward(Context& ctx, const Config& config, const BlockParams& params, const Block& block, BlockSaved* saved)
 {
     if (block.out.numel() == 0) return;
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     const std::int64_t tile = tile_length(ctx, config);
     run_together(ctx, [&] { Forward(ctx, config, params, block, saved, tile).run(); });
 }
@@ -280,12 +279,12 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
                     const BlockSaved& saved, const BlockGradients& g, BlockParams& dparams)
 {
     if (saved.residual.numel() == 0) return;
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     Sizes s = sizes(config, saved.residual);
     s.dtype = saved.q.dtype;
     const Routes r = routes(config, params, block.reverse, &dparams);
     const auto passes = static_cast<std::size_t>(r.count), projections = static_cast<std::size_t>(r.projections);
-    auto take = [&](const Shape& shape) { return ctx.arena().take(shape, s.dtype); };
+    auto take = [&](const Shape& shape) { return arena_of(ctx).take(shape, s.dtype); };
     const Shape sequence{s.batch, s.len, s.inner};
 
     // out_proj, as far as its input gradient
@@ -370,15 +369,15 @@ void block_backward(Context& ctx, const Config& config, const BlockParams& param
     const LinearBackward out_grad{
         .x = y,
         .dy = g.dout,
-        .dweight = params.gamma ? ctx.arena().take(params.out_proj.shape, params.out_proj.dtype) : dparams.out_proj};
-    if (params.gamma) ctx.backend().fill_zero(ctx, out_grad.dweight);
+        .dweight = params.gamma ? arena_of(ctx).take(params.out_proj.shape, params.out_proj.dtype) : dparams.out_proj};
+    if (params.gamma) backend_of(ctx).fill_zero(ctx, out_grad.dweight);
     if (out_grad.dweight) linear_backward(ctx, {&out_grad, 1});
     if (params.gamma)  // d(gamma W) into dW and dgamma
-        ctx.backend().scale_rows_backward(ctx, {.matrix = params.out_proj,
-                                                .factor = params.gamma,
-                                                .dout = out_grad.dweight,
-                                                .dmatrix = dparams.out_proj,
-                                                .dfactor = dparams.gamma});
+        backend_of(ctx).scale_rows_backward(ctx, {.matrix = params.out_proj,
+                                                  .factor = params.gamma,
+                                                  .dout = out_grad.dweight,
+                                                  .dmatrix = dparams.out_proj,
+                                                  .dfactor = dparams.gamma});
 
     // x_proj, convolution
     LinearBackward x_proj[2];

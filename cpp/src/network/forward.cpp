@@ -77,11 +77,11 @@ namespace {
 // images -> h: patches through the projection, class tokens, positions.
 void embed(const Pass& pass, const Tensor& images, const Tensor& h)
 {
-    Arena::Scope scope(pass.ctx.arena());
+    Arena::Scope scope(arena_of(pass.ctx));
     const Config& c = pass.config;
     const Tensor patches = pass.take({pass.batch, c.patches(), pass.dim}), weight = pass.patch_weight();
     pass.for_each_patch_block([&](std::int64_t b, std::int64_t n, std::int64_t begin, std::int64_t count) {
-        Arena::Scope block(pass.ctx.arena());
+        Arena::Scope block(arena_of(pass.ctx));
         const Tensor cols = pass.take({n, count, weight.size(1)});
         patches_forward(pass.ctx, {.images = images.slice(b, b + n),
                                    .patch = c.patch_size,
@@ -140,14 +140,14 @@ Stream run_layers(const Pass& pass, std::int64_t first, Stream in, Saved* saved,
 
 void classify(const Pass& pass, const Tensor& x, const Tensor& y)
 {
-    if (pass.config.num_classes == 0) return pass.ctx.backend().copy(pass.ctx, x, y);
+    if (pass.config.num_classes == 0) return backend_of(pass.ctx).copy(pass.ctx, x, y);
     const LinearForward args{.x = x, .weight = pass.params.head_weight, .bias = pass.params.head_bias, .y = y};
     linear_forward(pass.ctx, {&args, 1});
 }
 
 void head(const Pass& pass, const Tensor& tokens, const Tensor& logits)
 {
-    Arena::Scope scope(pass.ctx.arena());
+    Arena::Scope scope(arena_of(pass.ctx));
     const Config& c = pass.config;
     const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
     const std::int64_t outputs = c.num_classes > 0 ? c.num_classes : pass.dim;
@@ -179,7 +179,7 @@ void run(const Pass& pass, const Tensor& images, const Outputs& out, Saved* save
     Context& ctx = pass.ctx;
     const Config& config = pass.config;
     const Params& params = pass.params;
-    Arena::Scope scope(ctx.arena());
+    Arena::Scope scope(arena_of(ctx));
     const std::int64_t step = pass.layers_per_step();
     Stream stream{pass.take(pass.sequence()), {}};
     embed(pass, images, stream.h);
@@ -200,7 +200,7 @@ void run(const Pass& pass, const Tensor& images, const Outputs& out, Saved* save
             pass.rotate(stream.h, false);
             if (config.rope_residual && stream.residual) {
                 if (saved && step == 1) {  // what was saved stays as it is
-                    ctx.backend().copy(ctx, stream.residual, residuals[0]);
+                    backend_of(ctx).copy(ctx, stream.residual, residuals[0]);
                     stream.residual = residuals[0];
                 }
                 pass.rotate(stream.residual, false);
@@ -248,8 +248,8 @@ void forward(Context& ctx, const Config& config, const Params& params, const Ten
              Saved* saved, const Draws& draws)
 {
     const Pass pass(ctx, config, params, images, draws);
-    ctx.training = saved != nullptr;
-    if (saved && ctx.cache) ctx.cache->begin_step();
+    internals(ctx).training = saved != nullptr;
+    if (saved && internals(ctx).cache) internals(ctx).cache->begin_step();
     if (saved) saved->prepare(config, pass.batch, pass.dtype, ctx.device());
     if (pass.batch > 0) run_together(ctx, [&] { run(pass, images, out, saved); });
 }

@@ -5,7 +5,6 @@
 
 #include <array>
 
-#include "core/arena.h"
 #include "core/backend.h"
 #include "vimcore/params.h"
 
@@ -20,13 +19,13 @@ public:
             elements_ += *tensor ? (tensor->numel() + 15) / 16 * 16 : 0;
             if (*tensor) dtype_ = tensor->dtype;
         }
-        memory_ = ctx.arena().take({count, elements_}, dtype_);
+        memory_ = arena_of(ctx).take({count, elements_}, dtype_);
     }
 
     // The gradients of group `slot`, set to zero by whoever runs it.
     BlockParams start(Context& own, int slot) const
     {
-        own.backend().fill_zero(own, memory_[slot]);
+        backend_of(own).fill_zero(own, memory_[slot]);
         return part(slot);
     }
 
@@ -37,7 +36,7 @@ public:
         for (int slot = 0; slot < count; slot++) {
             BlockParams own = part(slot);
             const auto from = values(own);
-            ctx_.backend().accumulate(ctx_, {.to = to, .from = from});
+            backend_of(ctx_).accumulate(ctx_, {.to = to, .from = from});
         }
     }
 

@@ -135,7 +135,7 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device,
         tensor.data = base + at;
         at += room(shape);
     });
-    if (!here) ctx.backend().upload(ctx, host, {base, {size}, DType::f32, device});
+    if (!here) backend_of(ctx).upload(ctx, host, {base, {size}, DType::f32, device});
     model->params_.changed();
     return model;
 }

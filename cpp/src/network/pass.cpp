@@ -18,7 +18,7 @@ Pass::Pass(Context& ctx, const Config& config, const Params& params, const Tenso
       batch(images.shape.rank() == 4 ? images.size(0) : 0),
       len(config.tokens()),
       dim(config.embed_dim),
-      outer_cache(ctx.cache)
+      outer_cache(internals(ctx).cache)
 {
     const Shape expected{batch, config.in_chans, config.img_height, config.img_width};
     if (!(images.shape == expected))
@@ -36,12 +36,12 @@ Pass::Pass(Context& ctx, const Config& config, const Params& params, const Tenso
                                     ", got " + describe(draws.drop_path));
     if (draws.flip && config.directions != Directions::sequence)
         throw std::invalid_argument("[forward] flip: only Directions::sequence runs sequences backwards");
-    ctx.cache = params.cache.get();
+    internals(ctx).cache = params.cache.get();
 }
 
 std::int64_t Pass::images_per_group() const
 {
-    const std::int64_t tile = ctx.tile > 0 ? ctx.tile : ctx.backend().tile();
+    const std::int64_t tile = internals(ctx).tile > 0 ? internals(ctx).tile : backend_of(ctx).tile();
     return std::max<std::int64_t>(1, tile / std::max<std::int64_t>(len, 1));
 }
 
@@ -110,21 +110,21 @@ void fill_rope(const Config& c, T* table)
 void Pass::rotate(const Tensor& x, bool inverse) const
 {
     const std::int64_t count = 2 * config.patches() * dim;
-    Arena::Scope scope(ctx.arena());
-    // beyond the kinds of the backends, and different for tables of one size
-    const int kind = static_cast<int>(1000 + (config.rope_grid << 12) + config.grid_height());
+    Arena::Scope scope(arena_of(ctx));
     Tensor both{nullptr, {2, config.patches(), dim}, wide(dtype), ctx.device()};
     auto fill = [&](void* out) {
         both.data = out;
         auto upload = [&](auto zero) {
             std::vector<decltype(zero)> host(static_cast<std::size_t>(count));
             fill_rope(config, host.data());
-            ctx.backend().upload(ctx, host.data(), both);
+            backend_of(ctx).upload(ctx, host.data(), both);
         };
         both.dtype == DType::f32 ? upload(float{}) : upload(double{});
     };
-    if (ctx.cache)
-        both.data = const_cast<void*>(ctx.cache->get(ctx, &config.rope_grid, kind, both.bytes(), fill, true));
+    const WeightKey key{&config.rope_grid, WeightForm::rotations, both.dtype,
+                        (config.rope_grid << 12) + config.grid_height()};  // tables of one size differ
+    if (internals(ctx).cache)
+        both.data = const_cast<void*>(internals(ctx).cache->get(ctx, key, both.bytes(), fill, true));
     else
         fill(take_wide({count}).data);
     vimcore::rope(ctx, {.x = x, .cos = both[0], .sin = both[1], .skip = len - config.patches(), .inverse = inverse});

@@ -6,7 +6,6 @@
 #include <array>
 #include <atomic>
 
-#include "core/arena.h"
 #include "core/backend.h"
 #include "vimcore/model.h"
 
@@ -25,8 +24,8 @@ struct Pass {
     Pass(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Draws& draws);
     ~Pass()
     {
-        ctx.cache = outer_cache;
-        ctx.training = false;
+        internals(ctx).cache = outer_cache;
+        internals(ctx).training = false;
     }
     Pass(const Pass&) = delete;
     Pass& operator=(const Pass&) = delete;
@@ -38,8 +37,8 @@ struct Pass {
     DType dtype;  // of activations; parameters and the residual stream have wide(dtype)
     std::int64_t batch, len, dim;
 
-    Tensor take(const Shape& shape) const { return ctx.arena().take(shape, dtype); }
-    Tensor take_wide(const Shape& shape) const { return ctx.arena().take(shape, wide(dtype)); }
+    Tensor take(const Shape& shape) const { return arena_of(ctx).take(shape, dtype); }
+    Tensor take_wide(const Shape& shape) const { return arena_of(ctx).take(shape, wide(dtype)); }
     Shape sequence() const { return {batch, len, dim}; }
 
     // Layers that share one input: one, or a forward and a reverse one ("block").
@@ -93,7 +92,7 @@ struct Pass {
     void for_each_patch_block(F&& f) const
     {
         constexpr std::int64_t most = 1 << 17;
-        const std::int64_t rows = std::min(ctx.backend().tile(), most), patches = config.patches();
+        const std::int64_t rows = std::min(backend_of(ctx).tile(), most), patches = config.patches();
         const std::int64_t images = std::max<std::int64_t>(1, rows / std::max<std::int64_t>(patches, 1));
         for (std::int64_t b = 0; b < batch; b += images)
             for (std::int64_t j = 0; j < patches; j += rows)
@@ -117,19 +116,19 @@ private:
             std::int64_t end, size;
             std::atomic<std::int64_t> next;
         } work{*this, f, end, size, 0};
-        for (int i = 0; i < ctx.threads(); i++) ctx.worker(i);  // made before going parallel
-        ctx.backend().run_workers(
+        for (int i = 0; i < ctx.threads(); i++) worker_of(ctx, i);  // made before going parallel
+        backend_of(ctx).run_workers(
             ctx, ctx.threads(),
             [](void* context, int index) {
                 Work& w = *static_cast<Work*>(context);
                 for (std::int64_t b; (b = w.next.fetch_add(w.size)) < w.end;)
-                    w.f(w.pass.ctx.worker(index), b, b + w.size);
+                    w.f(worker_of(w.pass.ctx, index), b, b + w.size);
             },
             &work);
         // Whoever takes the largest group next time finds the memory for it.
         std::size_t most = 0;
-        for (int i = 0; i < ctx.threads(); i++) most = std::max(most, ctx.worker(i).arena().bytes());
-        for (int i = 0; i < ctx.threads(); i++) ctx.worker(i).arena().reserve(most);
+        for (int i = 0; i < ctx.threads(); i++) most = std::max(most, arena_of(worker_of(ctx, i)).bytes());
+        for (int i = 0; i < ctx.threads(); i++) arena_of(worker_of(ctx, i)).reserve(most);
     }
 
     WeightCache* outer_cache;

@@ -4,7 +4,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "core/arena.h"
 #include "core/backend.h"
 #include "vimcore/model.h"
 #include "vimcore/plan.h"
@@ -41,7 +40,7 @@ Shape images_shape(const Config& c, std::int64_t count) { return {count, c.in_ch
 class Staging {
 public:
     Staging(const Model& model, const SessionOptions& options, Context& ctx)
-        : model_(model), options_(options), stream_(ctx.backend().make_stream(model.device().index))
+        : model_(model), options_(options), stream_(backend_of(ctx).make_stream(model.device().index))
     {
         ctx.set_stream(stream_.get());
     }
@@ -49,7 +48,7 @@ public:
     // The `count` images at `images` to `result`, both in the host's memory.
     void run(Context& ctx, const float* images, std::int64_t count, float* result, bool features)
     {
-        Backend& backend = ctx.backend();
+        Backend& backend = backend_of(ctx);
         const Tensor x = place(images_, images_shape(model_.config(), count));
         const Tensor y = place(results_, result_shape(model_.config(), count, features));
         backend.upload(ctx, images, x);
@@ -72,30 +71,30 @@ private:
     // The first run of a batch size lays out memory and packs weights, the second is recorded.
     void compute(Context& ctx, const Tensor& x, const Tensor& y, bool features)
     {
-        if (allocations_ != ctx.arena().allocations()) recordings_.clear();  // scratch memory has moved
+        if (allocations_ != arena_of(ctx).allocations()) recordings_.clear();  // scratch memory has moved
         auto program = [&] { queue(ctx, x, y, features); };
         auto found = recordings_.find({x.size(0), features});
         if (!options_.graph || found == recordings_.end()) {
             program();
-            allocations_ = ctx.arena().allocations();
+            allocations_ = arena_of(ctx).allocations();
             if (options_.graph) recordings_[{x.size(0), features}] = nullptr;
             return;
         }
         if (!found->second)
             found->second =
-                ctx.backend().record(ctx, [](void* f) { (*static_cast<decltype(program)*>(f))(); }, &program);
-        ctx.backend().replay(ctx, found->second.get());
+                backend_of(ctx).record(ctx, [](void* f) { (*static_cast<decltype(program)*>(f))(); }, &program);
+        backend_of(ctx).replay(ctx, found->second.get());
     }
 
     void queue(Context& ctx, const Tensor& x, const Tensor& y, bool features)
     {
-        Arena::Scope scope(ctx.arena());
+        Arena::Scope scope(arena_of(ctx));
         const bool narrow = options_.dtype != DType::f32;
-        const Tensor images = narrow ? ctx.arena().take(x.shape, options_.dtype) : x;
-        const Tensor result = narrow ? ctx.arena().take(y.shape, options_.dtype) : y;
-        if (narrow) ctx.backend().copy(ctx, x, images);
+        const Tensor images = narrow ? arena_of(ctx).take(x.shape, options_.dtype) : x;
+        const Tensor result = narrow ? arena_of(ctx).take(y.shape, options_.dtype) : y;
+        if (narrow) backend_of(ctx).copy(ctx, x, images);
         forward(ctx, model_.config(), model_.params(), images, outputs_to(result, features));
-        if (narrow) ctx.backend().copy(ctx, result, y);
+        if (narrow) backend_of(ctx).copy(ctx, result, y);
     }
 
     const Model& model_;

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the library itself needs of a context, and its users do not.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/arena.h"
+#include "vimcore/context.h"
+
+namespace vimcore {
+
+class Backend;
+class WeightCache;
+
+struct ContextInternals {
+    Backend* backend;
+    Arena arena;                   // scratch of the running call
+    WeightCache* cache = nullptr;  // packed weights of the running call, or none
+    bool training = false;         // the running call is the forward or the backward of a training step
+    // Tokens that one operator call works on at most; 0: chosen by the backend. Results do not depend on it.
+    std::int64_t tile = 0;
+    std::vector<std::unique_ptr<Context>> workers;
+
+    static ContextInternals& of(Context& ctx) { return *ctx.internals_; }
+};
+
+inline ContextInternals& internals(Context& ctx) { return ContextInternals::of(ctx); }
+inline Arena& arena_of(Context& ctx) { return internals(ctx).arena; }
+inline Backend& backend_of(Context& ctx) { return *internals(ctx).backend; }
+
+// The index-th of some single-threaded contexts for parallel work on parts of a batch; made at first use.
+Context& worker_of(Context& ctx, int index);
+
+}  // namespace vimcore
