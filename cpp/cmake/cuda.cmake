@@ -7,7 +7,7 @@ if(NOT VIMCORE_CUDA MATCHES "^(AUTO|ON|OFF|TRUE|FALSE|1|0)$")
 endif()
 option(VIMCORE_WERROR "Warnings are errors" OFF)
 
-file(GLOB VIMCORE_CUDA_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cuda/*.cpp ${PROJECT_SOURCE_DIR}/cuda/*.cu)
+file(GLOB_RECURSE VIMCORE_CUDA_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/cuda/*.cpp ${PROJECT_SOURCE_DIR}/cuda/*.cu)
 
 # nvcc: the one that is named, the system's, or that of NVIDIA's wheels in the Python environment.
 function(vimcore_find_nvcc)

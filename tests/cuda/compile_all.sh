@@ -48,7 +48,7 @@ architectures=$(sed -n 's/.*VIMCORE_CUDA=ON: .* for //p' "$tools/configure.log" 
 
 wait $fetching
 nvcc=$(sed -n 's/.*VIMCORE_CUDA=ON: \([^ ]*\) .*/\1/p' "$tools/configure.log")
-"$nvcc" -std=c++20 -Icuda -Icpp/include -I"$(dirname "$header")" -c -o "$tools/check.o" tests/cuda/check_cublaslt.cpp
+"$nvcc" -std=c++20 -Icuda -Icpp/include -Icpp/src -I"$(dirname "$header")" -c -o "$tools/check.o" tests/cuda/check_cublaslt.cpp
 echo 'cuda/cublaslt.h agrees with cublasLt.h'
 
 rm -rf "$tools/site"

@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 # no kernel of these files may spill
-TUNED = ("scan_tuned", "scan_backward_tuned", "norm", "norm_backward", "conv1d", "conv1d_backward")
+TUNED = ("scan/forward_tuned", "scan/backward_tuned", "norm", "norm_backward", "conv1d", "conv1d_backward")
 
 
 def demangled(names: list[str]) -> dict[str, str]:
@@ -37,7 +37,7 @@ def read(log: str) -> dict[tuple[str, str], dict[str, tuple[int, int]]]:
     table: dict[tuple[str, str], dict[str, tuple[int, int]]] = defaultdict(dict)
     file, kernel, architecture, spills = "", "", "", 0
     for line in log.splitlines():
-        if found := re.search(r"Building CUDA object .*/cuda/(\w+)\.cu\.o", line):
+        if found := re.search(r"Building CUDA object .*/cuda/([\w/]+)\.cu\.o", line):
             file = found[1]
         elif found := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
             kernel, architecture, spills = found[1], found[2], 0

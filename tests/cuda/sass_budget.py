@@ -2,7 +2,7 @@
 """Counts what the recurrence of the tuned scan costs on sm_90, from its machine code, against a budget.
 
     python tests/cuda/sass_budget.py OBJECT_OR_CUBIN... [--json FILE]
-    python tests/cuda/sass_budget.py --nvcc PATH [--json FILE]      compiles cuda/scan*_tuned.cu itself
+    python tests/cuda/sass_budget.py --nvcc PATH [--json FILE]      compiles cuda/scan/*_tuned.cu itself
 
 The scan is bound by the exp unit and by instruction issue, and both can be read off without a GPU.
 The recurrence of a kernel is its straight run of instructions with the most MUFU.EX2 and no other MUFU.
@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = "sm_90"
-SOURCES = ("scan_tuned", "scan_backward_tuned")
+SOURCES = ("forward_tuned", "backward_tuned")
 KERNEL = re.compile(r"TunedShapeI(f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E")
 BACKWARD = re.compile(r"scan_backward_tuned.*BackShapeI(f|6__half|13__nv_bfloat16)Li(\d+)E")
 TYPES = {"f": "f32", "6__half": "f16", "13__nv_bfloat16": "bf16"}
@@ -99,7 +99,7 @@ def run(command: list[str]) -> str:
 def compile_scan(nvcc: str, folder: str, name: str) -> str:
     cubin = str(Path(folder) / f"{name}.cubin")
     include = [f"-I{ROOT / path}" for path in ("cpp/include", "cpp/src", "cuda")]
-    source = str(ROOT / "cuda" / f"{name}.cu")
+    source = str(ROOT / "cuda" / "scan" / f"{name}.cu")
     run([nvcc, "-cubin", f"-arch={ARCHITECTURE}", "-std=c++20", "-O3", *include, source, "-o", cubin])
     return cubin
 
@@ -229,8 +229,8 @@ def report(counts: list[Count]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Instruction counts of the tuned scan against their budget.")
-    parser.add_argument("files", nargs="*", help="object files or cubins of cuda/scan*_tuned.cu for sm_90")
-    parser.add_argument("--nvcc", help="compile cuda/scan*_tuned.cu with this compiler")
+    parser.add_argument("files", nargs="*", help="object files or cubins of cuda/scan/*_tuned.cu for sm_90")
+    parser.add_argument("--nvcc", help="compile cuda/scan/*_tuned.cu with this compiler")
     parser.add_argument("--json", help="also write the counts here")
     args = parser.parse_args()
     if bool(args.files) == (args.nvcc is not None):

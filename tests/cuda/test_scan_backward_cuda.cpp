@@ -9,7 +9,7 @@
 
 #include "../cpp/scan_reference.h"
 #include "check_cuda.h"
-#include "scan_choice.h"
+#include "scan/choice.h"
 #include "vimcore/ops.h"
 #if VIMCORE_SHIM
 #include "engine.h"

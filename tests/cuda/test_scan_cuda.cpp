@@ -7,7 +7,7 @@
 #include <span>
 
 #include "check_cuda.h"
-#include "scan_choice.h"
+#include "scan/choice.h"
 #include "vimcore/ops.h"
 
 using namespace vimcore;

@@ -80,7 +80,7 @@ struct Elements {
     double narrow = 0, wide = 0;
 };
 
-// Floats that the scan of one block takes on CUDA; see scan_tuned.cu.
+// Floats that the scan of one block takes on CUDA; see cuda/scan/forward_tuned.cu.
 double cuda_forward_floats(const Config& c, double images, DType dtype)
 {
     const PlanSizes s(c, 1);
@@ -88,7 +88,7 @@ double cuda_forward_floats(const Config& c, double images, DType dtype)
     return images * s.E * ((sum ? s.L : 0) + (c.d_state > device_sizes::generic_states ? s.N : 0));
 }
 
-// Floats that the gradient of both scans takes on CUDA; see scan_backward_tuned.cu, scan_backward.cu.
+// Floats that the gradient of both scans takes on CUDA; see cuda/scan/backward_tuned.cu, backward.cu.
 double cuda_scan_backward_floats(const Config& c, double images, std::int64_t chunk, DType dtype)
 {
     using namespace device_sizes;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of the scan of d_state 8, 16 or 32, both directions in one launch (formulas: scan_backward_generic.cuh).
+// The gradient of the scan of d_state 8, 16 or 32, both directions in one launch (formulas: scan/backward_generic.cuh).
 // u, du, out, z, dout, dz (B, len, E); q (B, len, R + 2N); checkpoints (B, chunks, N, E).
 // A block takes some channels of one image, with 64 threads for each direction, and walks through time in tiles of 16
 // tokens from where the scan ended, so that the two directions meet in the middle. Whichever comes first to a tile
@@ -15,11 +15,11 @@
 // Long sequences are cut into segments, a block each: a launch before finds lambda and the sum of delta of every
 // segment as if nothing came after it, from which a block has lambda of its own end. How they are cut depends on the
 // length only. What channels add to a row of dq meets in shared memory: 8 lanes of a warp, then the warps, in order;
-// blocks leave float rows (`part`), scan_sums.h adds them up. So it does with dA, ddt_weight, ddt_bias, dD of every
+// blocks leave float rows (`part`), scan/sums.h adds them up. So it does with dA, ddt_weight, ddt_bias, dD of every
 // image and segment.
 #pragma once
 
-#include "scan_backward_walk.cuh"
+#include "scan/backward_walk.cuh"
 
 namespace vimcore::cuda {
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The recurrences of the tuned scan's gradient (see scan_backward_tuned.cuh), four tokens of a tile at a time. A thread
+// The recurrences of the tuned scan's gradient (see scan/backward_tuned.cuh), four tokens of a tile at a time. A thread
 // holds 2 channels x 4 states; N / 4 lanes share its channels.
 #pragma once
 
-#include "scan_backward_tile.cuh"
-#include "scan_tuned.cuh"
+#include "scan/backward_tile.cuh"
+#include "scan/tuned.cuh"
 
 namespace vimcore::cuda {
 

@@ -17,7 +17,7 @@
 // tiles give the same bits, and the choice may follow the batch.
 #pragma once
 
-#include "scan_tuned_tile.cuh"
+#include "scan/tuned_tile.cuh"
 
 namespace vimcore::cuda {
 

@@ -4,7 +4,7 @@
 
 #include "core/context_internals.h"
 #include "cuda_operators.h"
-#include "scan_generic.cuh"
+#include "scan/generic.cuh"
 
 namespace vimcore::cuda {
 

@@ -12,7 +12,7 @@
 // and stay in the thread's memory, then it is walked back. What a token adds to dB and dC meets in shared memory.
 #pragma once
 
-#include "scan_generic.cuh"
+#include "scan/generic.cuh"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sums of scan_sums.h, each element by one thread, in the order of images, groups of channels or tokens.
-#include "scan_sums.h"
+// The sums of scan/sums.h, each element by one thread, in the order of images, groups of channels or tokens.
+#include "scan/sums.h"
 
 #include <algorithm>
 

@@ -4,8 +4,8 @@
 #include <stdexcept>
 
 #include "cuda_operators.h"
-#include "scan_args.cuh"
-#include "scan_choice.h"
+#include "scan/args.cuh"
+#include "scan/choice.h"
 
 namespace vimcore::cuda {
 

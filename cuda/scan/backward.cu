@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradients of both scans of ops.h: the tuned kernels where they apply, else the generic one, a launch per pass and
-// 16 states. What blocks leave behind is summed in a fixed order (scan_sums.h).
+// 16 states. What blocks leave behind is summed in a fixed order (scan/sums.h).
 #include <stdexcept>
 
 #include "core/context_internals.h"
 #include "cuda_operators.h"
-#include "scan_args.cuh"
-#include "scan_backward_generic.cuh"
-#include "scan_choice.h"
-#include "scan_sums.h"
+#include "scan/args.cuh"
+#include "scan/backward_generic.cuh"
+#include "scan/choice.h"
+#include "scan/sums.h"
 
 namespace vimcore::cuda {
 

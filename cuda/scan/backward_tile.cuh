@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One tile of the tuned scan's gradient (see scan_backward_tuned.cuh) in shared memory, and everything that happens to
+// One tile of the tuned scan's gradient (see scan/backward_tuned.cuh) in shared memory, and everything that happens to
 // it but the recurrence: q to float, delta, the gradient of y, what follows from the sums over states, the dt
 // projection. Outside the recurrence a thread has two neighbouring channels and `deep` tokens in the order of the scan.
 #pragma once

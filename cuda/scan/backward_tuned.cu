@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Host side of the scan's tuned gradient, of one pass or of both directions: where it applies, scratch, sums.
-#include "scan_backward_tuned.cuh"
+#include "scan/backward_tuned.cuh"
 
 #include <algorithm>
 
 #include "core/context_internals.h"
 #include "core/device_sizes.h"
 #include "cuda_operators.h"
-#include "scan_sums.h"
+#include "scan/sums.h"
 
 namespace vimcore::cuda {
 

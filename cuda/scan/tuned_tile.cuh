@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One tile of the tuned scan (see scan_tuned.cuh) in shared memory, and everything that happens to it but the
+// One tile of the tuned scan (see scan/tuned.cuh) in shared memory, and everything that happens to it but the
 // recurrence: copies in, q to float, delta, skip, sum of directions and gate.
 #pragma once
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Host side of the tuned scan, of one pass or of both directions over the same tokens: where it applies, which shape.
-#include "scan_tuned.cuh"
+#include "scan/tuned.cuh"
 
 #include <algorithm>
 
 #include "core/context_internals.h"
 #include "cuda_operators.h"
-#include "scan_choice.h"
+#include "scan/choice.h"
 
 namespace vimcore::cuda {
 
