@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Depthwise causal convolution of K taps, bias and optional SiLU.
-//   forward  u[t] = silu(bias + sum_k w[k] x[t - K + 1 + k]);   reverse  u[t] = silu(bias + sum_k w[k] x[t + K - 1 -
-//   k])
+//   forward  u[t] = silu(bias + sum_k w[k] x[t - K + 1 + k])
+//   reverse  u[t] = silu(bias + sum_k w[k] x[t + K - 1 - k])
 // x (B, L, E of `stride` elements) T, zero outside the sequence; u (B, T, E) T; w (E, K), bias (E) float.
 // Parallel mapping: a thread takes C neighbouring channels of a chunk of tokens and walks through it with the inputs of
 // the taps in registers; where both directions are wanted it reads x once and writes both. Consecutive threads take

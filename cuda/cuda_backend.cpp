@@ -263,8 +263,7 @@ void CudaBackend::fill_zero(Context& ctx, const Tensor& tensor)
     cuda::fill_zero(ctx, tensor);
 }
 
-// ---- operators: the function of the same name, with the context's device as the current one
-// --------------------------
+// ---- operators, with the context's device as the current one -------------------------------------------------------
 
 #define VIM_DEFINE(function, Arguments)                             \
     void CudaBackend::function(Context& ctx, const Arguments& args) \

@@ -66,8 +66,7 @@ __device__ __forceinline__ void assume_global(T* address)
     __builtin_assume(__isGlobal(address));
 }
 
-// ---- shared memory: one dynamic allocation per block, cut up by the kernel
-// -------------------------------------------
+// ---- shared memory: one dynamic allocation per block, cut up by the kernel -----------------------------------------
 template <class T>
 class Shared {
 public:
@@ -118,8 +117,7 @@ __device__ __forceinline__ void cp_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// ---- between threads
-// -------------------------------------------------------------------------------------------------
+// ---- between threads -----------------------------------------------------------------------------------------------
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 // Barrier `id` (1..15) of `count` threads of the block, whole warps.
 __device__ __forceinline__ void sync_group(int id, int count)

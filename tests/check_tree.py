@@ -20,7 +20,7 @@ FORBIDDEN = {
     "cpp/cpu": r"\.\./|cuda|torch|model\.h|^(files|images|network)/",
     "cpp/tools": r"^(core|files|images|network)/|(^|/)(kernels|simd\w*|isa)\.h$|-inl\.h$|cuda",
     "cuda": r"\.\./|/cpu/|model\.h|^(files|images|network)/|torch",
-    "python/src": r"torch|/cpu/|arena\.h|backend\.h",
+    "python/src": r"torch|/cpu/|arena\.h|backend\.h|context_internals\.h",
     "tests": r"/src/|\.\./cuda/",
 }
 # The floors of cpp/src with their public headers: a file includes its own floor and those below.

@@ -165,6 +165,8 @@ struct GateBackwardArgs {
     T scale;
 };
 
+// Every set fills every slot. One that some sets do not have is declared with ` = nullptr` and left out of their
+// tables; whoever calls it asks for null first.
 template <class T>
 struct Kernels {
     const char* isa;

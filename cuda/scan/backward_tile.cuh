@@ -138,8 +138,7 @@ __device__ __forceinline__ void store_part(V* to, int step, int count, const flo
             device::store(to, device::Vec<V, 2>{{device::from_float<V>(x[0][s]), device::from_float<V>(x[1][s])}});
 }
 
-// ---- q to float
-// ------------------------------------------------------------------------------------------------------
+// ---- q to float ----------------------------------------------------------------------------------------------------
 
 // From the rows of q of one image to dt and BC, W columns at a time; zeros beyond the last token.
 template <int W, class Shape>
@@ -170,8 +169,7 @@ __device__ __forceinline__ void back_load_q(const BackTile<Shape>& tile, const t
     }
 }
 
-// ---- delta
-// -----------------------------------------------------------------------------------------------------------
+// ---- delta ---------------------------------------------------------------------------------------------------------
 
 // delta and delta u, from u and the tile's dt.
 template <class Shape>
@@ -245,8 +243,7 @@ __device__ __forceinline__ void back_gy(const BackTile<Shape>& tile, const typen
         }
 }
 
-// ---- after the recurrence
-// --------------------------------------------------------------------------------------------
+// ---- after the recurrence ------------------------------------------------------------------------------------------
 
 // Slope of softplus, 1 - e^-delta, where its value is delta; accurate however small that is.
 __device__ __forceinline__ float softplus_slope(float delta)
@@ -316,8 +313,7 @@ __device__ __forceinline__ void back_gate(const typename Shape::T* z, const type
     store_part(dz, 2 * own.step, own.count, gate);
 }
 
-// ---- dt projection
-// ---------------------------------------------------------------------------------------------------
+// ---- dt projection -------------------------------------------------------------------------------------------------
 
 // Adds the tile to ddt_weight, ddt_bias and dD, each row of totals by one thread per channel.
 template <class Shape>

@@ -507,8 +507,7 @@ void test_absent()
     force_scan(ScanKernel::automatic);
 }
 
-// ---- textbook arguments
-// ------------------------------------------------------------------------------------------------
+// ---- textbook arguments --------------------------------------------------------------------------------------------
 
 struct Textbook {
     Index batch = 2, len = 19, inner = 7, state = 16;

@@ -214,9 +214,8 @@ void check_captures()
     CHECK(start(empty, 1, 1, 0, side, 1) == cudaSuccess);  // no longer part of it
 }
 
-// ---- types and functions
-// ----------------------------------------------------------------------------------------------- What a pattern of 16
-// bits means, with so many bits of mantissa.
+// ---- types and functions -------------------------------------------------------------------------------------------
+// What a pattern of 16 bits means, with so many bits of mantissa.
 double meaning(unsigned bits, int mantissa_bits)
 {
     const int bias = (1 << (14 - mantissa_bits)) - 1, exponent = static_cast<int>(bits & 0x7fff) >> mantissa_bits;

@@ -34,9 +34,8 @@ void store(T* to, const Vec<T, N>& value, shim::Where where = shim::Where::curre
 }
 inline void assume_global(const void*) {}
 
-// ---- shared memory
-// --------------------------------------------------------------------------------------------------- What s[i] is:
-// reads and writes go through the checks.
+// ---- shared memory -------------------------------------------------------------------------------------------------
+// What s[i] is: reads and writes go through the checks.
 template <class T>
 class Element {
 public:
