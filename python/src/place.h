@@ -32,7 +32,6 @@ public:
               context_(pool_.take([&] { return std::make_unique<Context>(device); }))
         {
             context_->set_threads(place.threads);
-            context_->cache = nullptr;
             if (device.type == Device::Type::cpu) return;
             context_->hold_memory(place.capturing);
             context_->set_stream(reinterpret_cast<void*>(place.stream));

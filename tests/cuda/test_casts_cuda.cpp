@@ -101,7 +101,7 @@ struct Bench {
     {
         Saved unused;
         Params same = weights.params;
-        internals(same).cache = nullptr;
+        same.cache = nullptr;
         same.changed();
         vimcore::Outputs own;
         own.logits = side.result(out.logits.shape);
