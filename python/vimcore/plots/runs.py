@@ -27,7 +27,7 @@ from ..data.picture_files import read_file
 from ..data.pictures import decode
 from ..train.run_files import Answers, Log, read_answers, read_log
 from ..utils.files import shortened
-from .style import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, new_figure, plainly, save_figure, tidy
+from .style import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, new_figure, plain_text, save_figure, tidy
 
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#7b4fb5", "#17a2b8", "#8c6d31", "#c2478d")
 SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, "#c9d8f2", BLUE, "#1b2a5c"])
@@ -41,7 +41,7 @@ SIDE = 192  # pixels of a picture among the mistakes
 # ---- curves ------------------------------------------------------------------------------------------------
 
 
-@plainly
+@plain_text
 def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
     """Loss, accuracy, learning rate, gradient norm (or images a second) of runs by name, over the epochs."""
     figure = new_figure(10.5, 7)
@@ -151,7 +151,7 @@ def _accuracy_legend(logs: Mapping[str, Log]) -> list[Line2D]:
 # ---- confusion matrix --------------------------------------------------------------------------------------
 
 
-@plainly
+@plain_text
 def plot_confusion(answers: Answers, path: Path, title: str = "") -> None:
     """How often a class (row) was taken for another (column), and the most frequent confusions in words."""
     classes = len(answers.names)
@@ -208,7 +208,7 @@ def _confusions(matrix: NDArray[np.int64], names: Sequence[str], most: int = 12)
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 
-@plainly
+@plain_text
 def plot_mistakes(answers: Answers, path: Path, count: int = 24, title: str = "") -> None:
     """The wrong answers that gave the truth the least probability; without any, the least sure right ones."""
     truth = answers.probabilities[np.arange(len(answers.labels)), answers.labels]

@@ -25,6 +25,7 @@ from ..data import pictures as images
 from ..data.digits import encode_png, load_digits, split_digits
 from ..io import save_model
 from ..nn.vision_mamba import VisionMamba
+from ..plots.demo import plot_curve, plot_maps, plot_predictions
 from ..runtime import Runtime
 from ..train.in_memory import evaluate, fit
 from ..utils.files import write_text
@@ -118,8 +119,6 @@ def run_demo(
     Returns:
         What metrics.json holds.
     """
-    from ..plots.style import plot_curve, plot_maps, plot_predictions
-
     epochs = EPOCHS if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"[demo] epochs: expected at least 1, got {epochs}")
