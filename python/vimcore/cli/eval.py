@@ -18,21 +18,33 @@ from .streams import complain
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", nargs="+", metavar="RUN|FILE", help="run folders, or .safetensors files")
-    parser.add_argument("--data", help="as for train (default: what the run was validated on)")
+    parser.add_argument("--data", help="images, as for train (default: the validation images of the run)")
     parser.add_argument(
-        "--img-size", type=int, nargs="+", metavar="N", help="other image size: side, or height and width"
+        "--img-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="evaluate at this image size: side, or height and width",
     )
-    parser.add_argument("--stride", type=int, help="other stride of the patches, in pixels")
-    parser.add_argument("--mean", type=float, nargs="+", metavar="M", help="of .npy images without a run")
-    parser.add_argument("--std", type=float, nargs="+", metavar="S", help="of .npy images without a run")
+    parser.add_argument("--stride", type=int, help="evaluate with this stride of the patches, in pixels")
+    parser.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="M",
+        help="mean of the channels, for .npy images without a run",
+    )
+    parser.add_argument("--std", type=float, nargs="+", metavar="S", help="standard deviation, likewise")
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of the CPU; changes no result")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="data loading processes (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads; do not change the result")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto (default: %(default)s)")
     parser.add_argument(
-        "--out", metavar="FILE", help="write labels, predictions, probabilities, files (.npz)"
+        "--out", metavar="FILE", help="write labels, predictions, probabilities and file names (.npz)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object per file of weights")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per file of weights")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,8 +19,8 @@ from .streams import complain
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag for each setting, named as in the TOML file."""
     parser.description = (
-        "Train a Vision Mamba on images. Settings come from --preset, then --config, then flags; the run "
-        "folder keeps them. Several processes: torchrun --nproc-per-node=N -m vimcore train ...; on several "
+        "Train a Vision Mamba on images. Settings are taken from --preset, then --config, then flags, and are "
+        "kept in the run folder. Several processes: torchrun --nproc-per-node=N -m vimcore train ...; on several "
         "machines that share the run folder: torchrun --nnodes=M --nproc-per-node=N --rdzv-backend=c10d "
         "--rdzv-endpoint=HOST:29500 -m vimcore train ... on each."
     )
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "       vimcore train --resume RUN"
     )
     parser.add_argument("--out", metavar="RUN", help="folder of the run (default: vimcore-train)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run from its checkpoint, bit for bit")
+    parser.add_argument(
+        "--resume", metavar="RUN", help="resume a run from its checkpoint, with bit-identical results"
+    )
     parser.add_argument(
         "--preset",
         choices=PRESETS,
@@ -66,7 +68,7 @@ def _shown(value: Any) -> str:
 
 
 def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
-    """The settings of the run, and notes on what was changed though nobody typed it."""
+    """The settings of the run, and notes on what was changed without being asked for."""
     names = {field.name for field in dataclasses.fields(Settings)}
     flags = {name: value for name, value in vars(args).items() if name in names}
     if args.resume is not None:
