@@ -19,10 +19,10 @@ from .streams import complain
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag for each setting, named as in the TOML file."""
     parser.description = (
-        "Train a Vision Mamba on images. Settings are taken from --preset, then --config, then flags, and are "
-        "kept in the run folder. Several processes: torchrun --nproc-per-node=N -m vimcore train ...; on several "
-        "machines that share the run folder: torchrun --nnodes=M --nproc-per-node=N --rdzv-backend=c10d "
-        "--rdzv-endpoint=HOST:29500 -m vimcore train ... on each."
+        "Train a Vision Mamba on images. Settings are taken from --preset, then --config, then flags, and "
+        "are kept in the run folder. Several processes: torchrun --nproc-per-node=N -m vimcore train ...; on "
+        "several machines that share the run folder: torchrun --nnodes=M --nproc-per-node=N "
+        "--rdzv-backend=c10d --rdzv-endpoint=HOST:29500 -m vimcore train ... on each."
     )
     parser.usage = (
         "vimcore train --data DATA [--preset NAME] [--out RUN] [SETTING ...]\n"
