@@ -110,8 +110,9 @@ def test_wrapped_models() -> None:
 
 
 def test_the_name_stays_the_function() -> None:
-    module = importlib.import_module("vimcore.health")
-    assert vimcore.health is module.health is not module
+    module = importlib.import_module("vimcore.analysis.health")
+    assert vimcore.health is module.health
+    assert vimcore.saliency is importlib.import_module("vimcore.analysis.saliency").saliency
 
 
 # ---- what is not finite ------------------------------------------------------------------------------------
