@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/checksum.h"
+#include "vimcore/checksum.h"
 
 #include <algorithm>
 #include <atomic>

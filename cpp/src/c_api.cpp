@@ -165,7 +165,7 @@ const vimcore::Preprocess& pictures_of(const vimcore_model& model, const char* o
         throw std::invalid_argument(std::string("[") + op + "] model: takes " + std::to_string(c.in_chans) +
                                     " channels, so no picture file can be its input");
     given(op, "image", image);
-    check_room(op, 1, c.in_chans * c.img_height * c.img_width, capacity);
+    check_room(op, 1, c.images_shape(1).numel(), capacity);
     return *model.preprocess;
 }
 
@@ -191,10 +191,8 @@ vimcore_status vimcore_model_load(const char* path, const char* device, int64_t 
         const vimcore::Config& config = loaded->model->config();
         loaded->labels = vimcore::labels_of(config, loaded->model->metadata());
         loaded->preprocess = vimcore::preprocess_of(config, loaded->model->metadata());
-        loaded->outputs = config.num_classes > 0 ? config.num_classes : config.embed_dim;
-        if (config.class_token == vimcore::ClassToken::none && config.pool == vimcore::Pool::all)
-            loaded->outputs *= config.tokens();
-        loaded->features = config.tokens() * config.embed_dim;
+        loaded->outputs = config.logits_shape(1).numel();
+        loaded->features = config.tokens_shape(1).numel();
         *model = handles<vimcore_model>().add(std::move(loaded));
     });
 }

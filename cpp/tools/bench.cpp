@@ -30,7 +30,7 @@ double median(std::vector<double> values)
 // Pixels of any values in the usual range; what they are does not change the time.
 std::vector<float> noise(const vimcore::Config& config, std::int64_t batch)
 {
-    std::vector<float> pixels(static_cast<std::size_t>(batch * config.in_chans * config.img_height * config.img_width));
+    std::vector<float> pixels(static_cast<std::size_t>(config.images_shape(batch).numel()));
     std::uint32_t state = 1;
     for (float& pixel : pixels) {
         state = state * 1664525u + 1013904223u;
@@ -46,10 +46,10 @@ struct Row {
     double gflops;       // 10^9 multiply-adds per second
 };
 
-Row measure(const RunOptions& options, const Network& network, std::int64_t batch, double seconds)
+Row measure(const RunOptions& options, const LoadedModel& loaded, std::int64_t batch, double seconds)
 {
-    const vimcore::Config& config = network.model->config();
-    vimcore::Session session(network.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    const vimcore::Config& config = loaded.model->config();
+    vimcore::Session session(loaded.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
     const std::vector<float> pixels = noise(config, batch);
     std::vector<float> out(static_cast<std::size_t>(batch * session.outputs()));
     for (int i = 0; i < 2; i++) session.run(pixels.data(), batch, out.data());  // packs weights, takes memory
@@ -77,18 +77,18 @@ struct Files {
 };
 
 // Rounds over all pictures in turns with as many images from memory, so that a busy machine slows both alike.
-Files measure_files(const RunOptions& options, const Network& network, double seconds)
+Files measure_files(const RunOptions& options, const LoadedModel& loaded, double seconds)
 {
     const Found found = find_images(options.images);
-    const vimcore::Config& config = network.model->config();
+    const vimcore::Config& config = loaded.model->config();
     const std::int64_t batch = batch_of(options, config);
-    vimcore::Session session(network.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    vimcore::Session session(loaded.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
     const std::vector<float> pixels = noise(config, batch);
     std::vector<float> out(static_cast<std::size_t>(batch * session.outputs()));
     const auto compute = [&](const float* from, std::int64_t count) { session.run(from, count, out.data()); };
     const auto emit = [](const std::string&, const std::string&, std::int64_t) { return std::string(); };
 
-    Counts counts = run_pictures(options, network, found, compute, emit);  // warm, and says which pictures are bad
+    Counts counts = run_pictures(options, loaded, found, compute, emit);  // warm, and says which pictures are bad
     complain_passed_over(counts.passed_over);
     if (counts.total == counts.failed) throw std::runtime_error("no pictures that could be read");
     Files files{.images = counts.total, .failed = counts.failed, .passed_over = counts.passed_over};
@@ -96,7 +96,7 @@ Files measure_files(const RunOptions& options, const Network& network, double se
     std::vector<double> rates, alone, shares;
     for (const auto start = Clock::now(); rates.size() < 3 || seconds_since(start) < seconds;) {
         auto begin = Clock::now();
-        run_pictures(options, network, found, compute, emit);
+        run_pictures(options, loaded, found, compute, emit);
         rates.push_back(static_cast<double>(good) / seconds_since(begin));
         begin = Clock::now();
         for (std::int64_t i = 0; i < good; i += batch) compute(pixels.data(), std::min(batch, good - i));
@@ -154,9 +154,9 @@ int bench(const std::vector<std::string>& words)
     if (sizes.empty()) sizes.push_back(0);
     for (const std::int64_t size : sizes) {
         options.img_height = options.img_width = size;
-        const Network network = load_network(options);
+        const LoadedModel loaded = load_model(options);
         for (const std::int64_t batch : batches) {
-            const Row row = measure(options, network, batch, seconds);
+            const Row row = measure(options, loaded, batch, seconds);
             if (json)
                 rows += (rows.empty() ? "" : ", ") + json_row(row);
             else
@@ -167,7 +167,7 @@ int bench(const std::vector<std::string>& words)
     std::string files_json = "null";
     if (!options.images.empty()) {
         options.img_height = options.img_width = 0;
-        const Files files = measure_files(options, load_network(options), seconds);
+        const Files files = measure_files(options, load_model(options), seconds);
         status = files.failed > 0;
         if (json)
             files_json =

@@ -76,10 +76,10 @@ int features(const std::vector<std::string>& words)
     if (out.empty()) throw UsageError("the argument --out is required");
 
     check_out(out);
-    const Network network = load_network(options);
-    const vimcore::Config& config = network.model->config();
+    const LoadedModel loaded = load_model(options);
+    const vimcore::Config& config = loaded.model->config();
     const std::int64_t batch = batch_of(options, config), length = config.tokens(), width = config.embed_dim;
-    vimcore::Session session(network.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    vimcore::Session session(loaded.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
     vimcore::Context cpu(vimcore::Device::cpu(), 1);
     const std::int64_t row = all_tokens ? length * width : width;
     std::vector<float> tokens(static_cast<std::size_t>(batch * length * width)), pooled, kept;
@@ -102,7 +102,7 @@ int features(const std::vector<std::string>& words)
         names.push_back(path);
         return {};
     };
-    const Counts counts = run_pictures(options, network, find_images(options.images), compute, emit);
+    const Counts counts = run_pictures(options, loaded, find_images(options.images), compute, emit);
     const int status = exit_status(counts);
     if (names.empty()) throw std::runtime_error("no picture gave features, so nothing is written to " + out);
 

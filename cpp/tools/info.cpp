@@ -3,12 +3,12 @@
 #include <cstdio>
 #include <filesystem>
 #include <set>
-#include <stdexcept>
 
 #include "commands.h"
 #include "run.h"
 #include "text.h"
 #include "vimcore/build_info.h"
+#include "vimcore/model_file.h"
 #include "vimcore/params.h"
 #include "vimcore/safetensors.h"
 
@@ -30,11 +30,11 @@ std::string list(const std::vector<std::string>& items, bool json)
 }
 
 struct File {
-    std::string path, preprocess;
+    std::string path;
     std::uintmax_t bytes = 0;
     vimcore::SafetensorsFile content;
-    vimcore::Config config;
-    std::vector<std::string> labels, types;
+    vimcore::ModelFile about;
+    std::vector<std::string> types;
     std::int64_t parameters = 0;
 };
 
@@ -43,36 +43,14 @@ File read(const std::string& path)
     File file;
     file.path = path;
     file.content = vimcore::SafetensorsFile::open(path);
-    const auto& metadata = file.content.metadata();
     file.bytes = std::filesystem::file_size(path);
-    const auto found = metadata.find("vimcore.config");
-    if (found == metadata.end())
-        throw std::runtime_error(path +
-                                 ": no vimcore.config in the metadata, so not a vimcore file; `vimcore convert` "
-                                 "makes one from the authors' weights");
-    file.config = vimcore::Config::from_json(found->second);
-    file.labels = vimcore::labels_of(file.config, metadata);
-    if (const auto steps = metadata.find("vimcore.preprocess"); steps != metadata.end())
-        file.preprocess = vimcore::Preprocess::from_json(steps->second).to_json();
-
-    std::vector<std::string> wrong;
-    std::set<std::string> wanted;
-    vimcore::Params params;
-    vimcore::for_each_param(file.config, params,
-                            [&](const std::string& name, vimcore::Tensor&, const vimcore::Shape& shape) {
-                                wanted.insert(name);
-                                file.parameters += shape.numel();
-                                const vimcore::Tensor* tensor = file.content.find(name);
-                                if (!tensor || !(tensor->shape == shape)) wrong.push_back(name);
-                            });
+    file.about = vimcore::ModelFile::describe(file.content.metadata(), path);
+    vimcore::check_tensors(file.content, file.about.config, path);
+    vimcore::for_each_param(file.about.config,
+                            [&](const std::string&, const vimcore::Shape& shape) { file.parameters += shape.numel(); });
     std::set<std::string> types;
-    for (const auto& [name, tensor] : file.content.tensors()) {
-        types.insert(vimcore::name_of(tensor.dtype));
-        if (!wanted.count(name) && !name.starts_with("rope.")) wrong.push_back(name);
-    }
+    for (const auto& [name, tensor] : file.content.tensors()) types.insert(vimcore::name_of(tensor.dtype));
     file.types.assign(types.begin(), types.end());
-    if (wrong.size() > 12) wrong.resize(12);
-    if (!wrong.empty()) throw std::runtime_error(path + ": tensors do not fit the architecture: " + list(wrong, false));
     return file;
 }
 
@@ -85,21 +63,21 @@ std::string json_of(const File& file)
         tensors += (tensors.empty() ? "" : ", ") + ("{\"name\": " + json_text(name)) + ", \"type\": \"" +
                    vimcore::name_of(tensor.dtype) + "\", \"shape\": [" + shape + "]}";
     }
-    const vimcore::Config& config = file.config;
+    const vimcore::Config& config = file.about.config;
     return "\"file\": " + json_text(file.path) + ", \"bytes\": " + std::to_string(file.bytes) +
            ", \"types\": " + list(file.types, true) + ", \"parameters\": " + std::to_string(file.parameters) +
            ", \"flops\": " + std::to_string(config.flops()) + ", \"tokens\": " + std::to_string(config.tokens()) +
            ", \"grid\": [" + std::to_string(config.grid_height()) + ", " + std::to_string(config.grid_width()) +
            "], \"config\": " + config.to_json() +
-           ", \"labels\": " + (file.labels.empty() ? "null" : list(file.labels, true)) +
-           ", \"preprocess\": " + (file.preprocess.empty() ? "null" : file.preprocess) + ", \"tensors\": [" + tensors +
-           "], ";
+           ", \"labels\": " + (file.about.labels.empty() ? "null" : list(file.about.labels, true)) +
+           ", \"preprocess\": " + (file.about.preprocess ? file.about.preprocess->to_json() : "null") +
+           ", \"tensors\": [" + tensors + "], ";
 }
 
 std::string text_of(const File& file, bool with_tensors)
 {
-    const vimcore::Config& config = file.config;
-    std::vector<std::string> labels = file.labels;
+    const vimcore::Config& config = file.about.config;
+    std::vector<std::string> labels = file.about.labels;
     if (labels.size() > 10) labels.resize(10);
     char size[80], flops[80];
     std::snprintf(size, sizeof size, " (%.2f MB, ", static_cast<double>(file.bytes) / 1e6);
@@ -112,8 +90,8 @@ std::string text_of(const File& file, bool with_tensors)
     text += "tokens      " + std::to_string(config.tokens()) + ": " + std::to_string(rows) + " x " +
             std::to_string(columns) + " patches, class tokens: " + std::to_string(config.class_tokens()) + "\n";
     text += "labels      " + (labels.empty() ? "none" : one_line(list(labels, false)));
-    if (labels.size() < file.labels.size()) text += ", ... (" + std::to_string(file.labels.size()) + ")";
-    text += "\npreprocess  " + (file.preprocess.empty() ? "none" : file.preprocess) + "\n";
+    if (labels.size() < file.about.labels.size()) text += ", ... (" + std::to_string(file.about.labels.size()) + ")";
+    text += "\npreprocess  " + (file.about.preprocess ? file.about.preprocess->to_json() : "none") + "\n";
     text += "config      " + config.to_json() + "\n";
     if (with_tensors)
         for (const auto& [name, tensor] : file.content.tensors())

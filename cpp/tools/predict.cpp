@@ -86,7 +86,7 @@ void check_head(const vimcore::Config& config)
     if (config.num_classes == 0)
         throw std::runtime_error(
             "[predict] weights: the network has no head (num_classes=0), so there is nothing to predict");
-    if (config.class_token == vimcore::ClassToken::none && config.pool == vimcore::Pool::all)
+    if (config.logits_shape(1).rank() == 3)
         throw std::runtime_error(
             "[predict] weights: with pool=\"all\" there are logits for every patch, none for the image");
 }
@@ -110,11 +110,11 @@ int predict(const std::vector<std::string>& words)
     if (!arguments.parse(words, options.images)) return 0;
     if (options.images.empty()) throw UsageError("no pictures given");
 
-    const Network network = load_network(options);
-    const vimcore::Config& config = network.model->config();
+    const LoadedModel loaded = load_model(options);
+    const vimcore::Config& config = loaded.model->config();
     check_head(config);
     const std::int64_t batch = batch_of(options, config);
-    vimcore::Session session(network.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    vimcore::Session session(loaded.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
     const auto classes = static_cast<std::size_t>(session.outputs());
     std::vector<float> logits(static_cast<std::size_t>(batch) * classes);
 
@@ -128,14 +128,14 @@ int predict(const std::vector<std::string>& words)
         const std::string last = --left == 0 ? passed_over_json(found.passed_over) : "";
         if (format.json)
             print("{\"image\": " + json_text(path) + ", " +
-                  (what.empty() ? answer(format, network.labels, row, classes) : "\"error\": " + json_text(what)) +
+                  (what.empty() ? answer(format, loaded.labels, row, classes) : "\"error\": " + json_text(what)) +
                   last + "}\n");
         else if (what.empty())
-            print(table(format, path, network.labels, row, classes));
+            print(table(format, path, loaded.labels, row, classes));
         flush();
         return what;
     };
-    return exit_status(run_pictures(options, network, found, compute, emit));
+    return exit_status(run_pictures(options, loaded, found, compute, emit));
 }
 
 }  // namespace vim_infer

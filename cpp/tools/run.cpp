@@ -68,19 +68,19 @@ void RunOptions::add_pictures(Arguments& arguments)
     arguments.flag("--progress", progress, "show progress also where standard error is no terminal");
 }
 
-Network load_network(const RunOptions& options)
+LoadedModel load_model(const RunOptions& options)
 {
     if (options.weights.empty()) throw UsageError("the argument --weights is required");
-    Network network;
-    network.model = vimcore::Model::load(options.weights, options.device, options.img_height, options.img_width);
-    network.labels = vimcore::labels_of(network.model->config(), network.model->metadata());
-    return network;
+    LoadedModel loaded;
+    loaded.model = vimcore::Model::load(options.weights, options.device, options.img_height, options.img_width);
+    loaded.labels = vimcore::labels_of(loaded.model->config(), loaded.model->metadata());
+    return loaded;
 }
 
-vimcore::Preprocess steps_of(const Network& network)
+vimcore::Preprocess steps_of(const LoadedModel& loaded)
 {
-    const vimcore::Config& config = network.model->config();
-    const auto steps = vimcore::preprocess_of(config, network.model->metadata());
+    const vimcore::Config& config = loaded.model->config();
+    const auto steps = vimcore::preprocess_of(config, loaded.model->metadata());
     if (!steps)
         throw std::runtime_error("the network takes images of " + std::to_string(config.in_chans) +
                                  " channels, which no picture file has");
@@ -90,21 +90,21 @@ vimcore::Preprocess steps_of(const Network& network)
 std::int64_t batch_of(const RunOptions& options, const vimcore::Config& config)
 {
     if (options.batch > 0) return options.batch;
-    const std::int64_t image = config.in_chans * config.img_height * config.img_width;
+    const std::int64_t image = config.images_shape(1).numel();
     return std::clamp<std::int64_t>((std::int64_t{1} << 24) / image, 1, 8);  // 64 MiB of pixels
 }
 
 Counts run_pictures(
-    const RunOptions& options, const Network& network, const Found& found,
+    const RunOptions& options, const LoadedModel& loaded, const Found& found,
     const std::function<void(const float* pixels, std::int64_t count)>& compute,
     const std::function<std::string(const std::string& path, const std::string& error, std::int64_t position)>& emit)
 {
-    const vimcore::Config& config = network.model->config();
-    const auto image = static_cast<std::size_t>(config.in_chans * config.img_height * config.img_width);
+    const vimcore::Config& config = loaded.model->config();
+    const auto image = static_cast<std::size_t>(config.images_shape(1).numel());
     const auto batch = static_cast<std::size_t>(batch_of(options, config));
     const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
     const int threads = options.threads > 0 ? static_cast<int>(options.threads) : cores;
-    ImageStream stream(found.paths, steps_of(network), threads, batch + static_cast<std::size_t>(threads));
+    ImageStream stream(found.paths, steps_of(loaded), threads, batch + static_cast<std::size_t>(threads));
     Progress progress(stream.total(), options.progress);
 
     Counts counts{.passed_over = found.passed_over};

@@ -28,13 +28,13 @@ struct RunOptions {
     void add_pictures(Arguments& arguments);  // --list, --batch, --progress
 };
 
-struct Network {
+struct LoadedModel {
     std::shared_ptr<const vimcore::Model> model;
     std::vector<std::string> labels;
 };
-Network load_network(const RunOptions& options);
+LoadedModel load_model(const RunOptions& options);
 
-vimcore::Preprocess steps_of(const Network& network);  // an error where the input is no picture
+vimcore::Preprocess steps_of(const LoadedModel& loaded);  // an error where the input is no picture
 
 // As asked for; else 8, and less where images are large.
 std::int64_t batch_of(const RunOptions& options, const vimcore::Config& config);
@@ -48,7 +48,7 @@ struct Counts {
 // order: position in the batch, or -1 where `error` says what is wrong with the picture. emit returns what is wrong
 // with the result, or nothing. What is wrong is reported on standard error.
 Counts run_pictures(
-    const RunOptions& options, const Network& network, const Found& found,
+    const RunOptions& options, const LoadedModel& loaded, const Found& found,
     const std::function<void(const float* pixels, std::int64_t count)>& compute,
     const std::function<std::string(const std::string& path, const std::string& error, std::int64_t position)>& emit);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The checksum that tells whether weights were written to: every bit of every word, on every instruction set this
 // machine can run, whatever the threads; changes that a plain sum would not see.
-#include "core/checksum.h"
+#include "vimcore/checksum.h"
 
 #include <bit>
 #include <cstring>

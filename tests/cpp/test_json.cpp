@@ -6,12 +6,13 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
 #include "files.h"
 #include "files/json.h"
-#include "vimcore/config.h"
+#include "vimcore/params.h"
 
 using namespace vimcore;
 
@@ -216,6 +217,49 @@ void test_config_tokens()
     CHECK(config.patches() == 6084);
 }
 
+void test_config_shapes()
+{
+    Config config;
+    CHECK(!config.head_per_token() && config.logits_shape(3) == Shape({3, 1000}));
+    CHECK(config.images_shape(2) == Shape({2, 3, 224, 224}) && config.tokens_shape(2) == Shape({2, 197, 192}));
+    config.pool = Pool::all;  // says nothing beside a class token
+    CHECK(!config.head_per_token() && config.logits_shape(3) == Shape({3, 1000}));
+    config.class_token = ClassToken::none;
+    CHECK(config.head_per_token() && config.logits_shape(3) == Shape({3, 196, 1000}));
+    config.pool = Pool::max;
+    CHECK(config.head_per_token() && config.logits_shape(3) == Shape({3, 1000}));
+    config.num_classes = 0;
+    CHECK(config.outputs() == 192 && config.logits_shape(3) == Shape({3, 192}));
+    for (const Pool pool : {Pool::mean, Pool::last}) {
+        config.pool = pool;
+        CHECK(!config.head_per_token() && config.logits_shape(1) == Shape({1, 192}));
+    }
+}
+
+void test_config_options()
+{
+    Config config = Config::from_json("{\"depth\": 2, \"layer_scale\": 0.5, \"img_size\": [32, 48]}");
+    CHECK(Config::from_options(config.options()) == config && Config{} != config);
+    CHECK(Config::from_options({}) == Config{});
+    CHECK(Config::from_options({{"patch_size", std::int64_t{8}}}).stride == 8);
+    const auto error = [](const Options& options) {
+        return message_of<std::invalid_argument>([&] { Config::from_options(options); });
+    };
+    CHECK(contains(error({{"depth", 2.0}}), "[config] depth: expected an integer"));
+    CHECK(contains(error({{"depths", std::int64_t{2}}}), "unknown option \"depths\""));
+    CHECK(contains(error({{"depth", std::int64_t{0}}}), "[config] depth: expected 1 to"));
+
+    // Names and shapes of one block, alone and among those of the network.
+    std::vector<std::pair<std::string, Shape>> all, own;
+    for_each_param(config, [&](const std::string& name, const Shape& shape) {
+        if (name.starts_with("layers.1.")) all.emplace_back(name.substr(9), shape);
+    });
+    BlockParams none;
+    for_each_param(config, none,
+                   [&](const std::string& name, Tensor&, const Shape& shape) { own.emplace_back(name, shape); });
+    CHECK(all == own && own.size() == 18);
+}
+
 // The published table: multiply-adds in units of 10^9.
 void test_config_flops()
 {
@@ -266,6 +310,8 @@ int main()
     test_json_writing();
     test_config_json();
     test_config_tokens();
+    test_config_shapes();
+    test_config_options();
     test_config_flops();
     return check_failures();
 }

@@ -93,13 +93,6 @@ inline std::vector<Config> designs()
     return all;
 }
 
-inline Shape logits_shape(const Config& c, std::int64_t batch)
-{
-    const std::int64_t width = c.num_classes > 0 ? c.num_classes : c.embed_dim;
-    const bool per_token = c.class_token == ClassToken::none && c.pool == Pool::all;
-    return per_token ? Shape{batch, c.tokens(), width} : Shape{batch, width};
-}
-
 inline double difference(const Floats& a, const Floats& b)
 {
     double difference = 0, norm = 0;

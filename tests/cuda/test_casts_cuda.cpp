@@ -81,7 +81,7 @@ struct Bench {
     {
         const Shape shape{2, config.in_chans, config.img_height, config.img_width};
         images = side.activation(shape, normal(5, dtype, shape.numel()));
-        out.logits = side.result(logits_shape(config, 2));
+        out.logits = side.result(config.logits_shape(2));
         dout.logits = side.activation(out.logits.shape, normal(8, dtype, out.logits.numel()));
     }
     void infer() { forward(ctx, config, weights.params, images, out); }

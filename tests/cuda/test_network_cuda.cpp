@@ -26,7 +26,7 @@ Result run(Context& ctx, const Config& c, const Params& params, DType dtype, con
     const Tensor x = side.activation({batch, c.in_chans, c.img_height, c.img_width}, images);
     const Shape sequence{batch, c.tokens(), c.embed_dim};
     vimcore::Outputs out;
-    out.logits = side.result(logits_shape(c, batch));
+    out.logits = side.result(c.logits_shape(batch));
     if (all) {
         out.tokens = side.result(sequence);
         out.layers = {1};

@@ -77,7 +77,7 @@ void test_case(const Case& test)
     const Tensor images{pixels.data(), shape, test.dtype, Device::cuda()};
     Side side(warm, test.dtype);
     vimcore::Outputs out;
-    out.logits = side.result(logits_shape(c, test.batch));
+    out.logits = side.result(c.logits_shape(test.batch));
     const std::size_t logits = out.logits.bytes();
     forward(warm, c, weights.params, images, out);  // casts weights, which the plan of scratch memory does not have
 

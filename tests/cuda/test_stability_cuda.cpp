@@ -13,6 +13,7 @@
 
 #include "network_cuda.h"
 #include "vimcore/optimizer.h"
+#include "vimcore/weights.h"
 
 using namespace vimcore;
 using namespace vimcore::test;

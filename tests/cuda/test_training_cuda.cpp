@@ -35,7 +35,7 @@ Gradients step(Context& ctx, const Config& c, const Params& params, DType dtype,
     const Shape image_shape{batch, c.in_chans, c.img_height, c.img_width}, sequence{batch, c.tokens(), c.embed_dim};
     const Tensor x = side.activation(image_shape, images), dx = side.result(image_shape);
     vimcore::Outputs out, dout;
-    out.logits = side.result(logits_shape(c, batch));
+    out.logits = side.result(c.logits_shape(batch));
     dout.logits = side.activation(out.logits.shape, dlogits);
     if (request.tokens) {
         out.tokens = side.result(sequence);
@@ -139,7 +139,7 @@ void test_designs()
         const NetworkWeights here(cpu_context(), c, values, DType::f64), there(cuda_context(), c, values);
         const std::int64_t batch = 3;
         const Floats images = normal(5, DType::bf16, batch * c.in_chans * c.img_height * c.img_width);
-        const Floats dlogits = normal(8, DType::bf16, logits_shape(c, batch).numel());
+        const Floats dlogits = normal(8, DType::bf16, c.logits_shape(batch).numel());
         const DType only = device_types[static_cast<std::size_t>(index / 2) % std::size(device_types)];
         const Memory memory = index++ % 2 ? Memory::fast : Memory::lean;
         for (bool tokens : {false, true}) {
@@ -363,7 +363,7 @@ void test_recorded()
         const Tensor x = side.activation({batch, c.in_chans, c.img_height, c.img_width},
                                          normal(5, dtype, batch * c.in_chans * c.img_height * c.img_width));
         vimcore::Outputs out, dout;
-        out.logits = side.result(logits_shape(c, batch));
+        out.logits = side.result(c.logits_shape(batch));
         dout.logits = side.activation(out.logits.shape, normal(8, dtype, out.logits.numel()));
         Saved saved;
         auto whole_step = [&] {

@@ -2,9 +2,12 @@
 // From an image file to the network's input. The same arithmetic as Pillow's bicubic resize, bit for bit.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
+
+#include "vimcore/option.h"
 
 namespace [[gnu::visibility("default")]] vimcore {
 
@@ -18,8 +21,12 @@ struct Preprocess {                                    // names and JSON of the 
     std::int64_t crop_height = 224, crop_width = 224;  // centre crop
     std::vector<double> mean{0.485, 0.456, 0.406}, std{0.229, 0.224, 0.225};  // 3 values, or 1: luminance only
 
+    Options options() const;  // std::invalid_argument names what is out of range
+    static Preprocess from_options(const Options& options);
     std::string to_json() const;
     static Preprocess from_json(const std::string& text);
+
+    bool operator==(const Preprocess&) const = default;
 };
 
 // JPEG (grey, YCbCr, RGB, CMYK), PNG (any colour type; alpha is dropped, 16 bits become 8: value / 257, rounded) and
@@ -27,6 +34,9 @@ struct Preprocess {                                    // names and JSON of the 
 // vimcore::Error names the file and what is wrong with it; also when built without libjpeg or libpng.
 Image decode_image(const std::string& path);
 Image decode_image(const void* bytes, std::size_t size, const std::string& name);
+
+// A picture that another program decoded, turned as EXIF (or else XMP) in its JPEG or PNG file says.
+Image upright(Image image, const void* file, std::size_t size);
 
 Image resize_bicubic(const Image& image, std::int64_t height, std::int64_t width);
 

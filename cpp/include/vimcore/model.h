@@ -43,11 +43,12 @@ struct Saved {
     void prepare(const Config& config, std::int64_t batch, DType dtype, Device device = Device::cpu());
     // Points all tensors into other memory: a copy of the `used` bytes of a Saved of the same mode and arguments.
     void attach(const Config& config, std::int64_t batch, DType dtype, Device device, void* data, std::size_t bytes);
+    // The same for one block on tokens of `shape`, (B, L, D).
+    void prepare_block(const BlockConfig& config, const Shape& shape, DType dtype, Device device = Device::cpu());
+    void attach_block(const BlockConfig& config, const Shape& shape, DType dtype, Device device, void* data,
+                      std::size_t bytes);
 
     static std::int64_t chunk(Memory memory);  // tokens between scan checkpoints: 64, fast 16
-    // B L (D + 2E + n' (R + 2N)) + B n ceil(L / chunk) N E elements, 2E not with Memory::least; D and the states in
-    // wide(dtype)
-    static std::int64_t bytes_per_block(const Config& config, Memory memory, std::int64_t batch, DType dtype);
 };
 
 // One Vim block on its own (paper, algorithm 1). The addition residual_out + out is left to the next block's norm.
@@ -66,9 +67,9 @@ struct BlockGradients {
     Tensor dresidual;      // (B, L, D) overwritten; may be the memory of dresidual_out
     Tensor dh;             // (B, L, D) overwritten, or none; may be the memory of dout
 };
-void block_forward(Context& ctx, const Config& config, const BlockParams& params, const Block& block,
+void block_forward(Context& ctx, const BlockConfig& config, const BlockParams& params, const Block& block,
                    BlockSaved* saved);
-void block_backward(Context& ctx, const Config& config, const BlockParams& params, const Block& block,
+void block_backward(Context& ctx, const BlockConfig& config, const BlockParams& params, const Block& block,
                     const BlockSaved& saved, const BlockGradients& gradients, BlockParams& dparams);
 
 // The random draws of one training forward; the caller makes them.

@@ -1,40 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Training in C++: weights in memory of their own, the published initialisation, the loss, AdamW, and the file that
-// Model::load and Python read. float32 on the CPU; the same seed gives the same bits.
+// Training in C++: the loss and AdamW. float32 on the CPU. See weights.h for weights to train.
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "vimcore/config.h"
-#include "vimcore/image.h"
 #include "vimcore/params.h"
 #include "vimcore/tensor.h"
 
 namespace [[gnu::visibility("default")]] vimcore {
-
-// All weights of a network, or all their gradients, in one piece of memory; zero at first.
-class Weights {
-public:
-    explicit Weights(const Config& config);
-
-    Params params;  // views of the memory
-    void zero();    // as between two backward passes
-    std::int64_t count() const { return count_; }
-
-private:
-    Buffer storage_;
-    std::int64_t count_ = 0;
-};
-
-// Draws all weights as the published training does: matrices and convolutions uniform in (-1, 1) / sqrt(fan-in),
-// out_proj also / sqrt(depth); tokens, positions and head normal with deviation 0.02; patches normal with 1 /
-// sqrt(fan-in); A_log = log(1..N); D = 1; the forward direction's time steps log-uniform in [0.001, 0.1], the reverse
-// one's softplus(0).
-void initialize(const Config& config, Params& params, std::uint64_t seed);
 
 // Mean over the batch of -sum_c p_c log softmax(logits)_c, p_c = (1 - smoothing) [c = label] + smoothing / classes.
 // dlogits, like logits or none, is overwritten with the gradient.
@@ -72,9 +48,5 @@ private:
     Buffer moments_;
     std::int64_t steps_ = 0;
 };
-
-// Writes weights and architecture, labels (one per class, or none) and how pictures become input, to a vimcore file.
-void save_model(const std::string& path, const Config& config, const Params& params,
-                const std::vector<std::string>& labels = {}, const std::optional<Preprocess>& preprocess = {});
 
 }  // namespace vimcore

@@ -49,5 +49,16 @@ struct Params {
 // authors' names. params.blocks is resized to config.depth.
 void for_each_param(const Config& config, Params& params,
                     const std::function<void(const std::string& name, Tensor& tensor, const Shape& shape)>& visit);
+// The same of parameters that stay as they are; tensors of blocks that they lack are absent.
+void for_each_param(
+    const Config& config, const Params& params,
+    const std::function<void(const std::string& name, const Tensor& tensor, const Shape& shape)>& visit);
+// Names and shapes alone.
+void for_each_param(const Config& config,
+                    const std::function<void(const std::string& name, const Shape& shape)>& visit);
+
+// The parameters of one block; names without "layers.N.": "mixer.A_log", ..., "norm.weight".
+void for_each_param(const BlockConfig& config, BlockParams& params,
+                    const std::function<void(const std::string& name, Tensor& tensor, const Shape& shape)>& visit);
 
 }  // namespace vimcore

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <optional>
 #include <string>
@@ -15,10 +16,16 @@ namespace [[gnu::visibility("default")]] vimcore {
 
 using Metadata = std::map<std::string, std::string>;  // as Model::metadata() and SafetensorsFile::metadata()
 
+// ImageNet's evaluation: short side to size / 0.875, centre crop, ImageNet's mean and standard deviation (one channel:
+// 0.5); nothing for networks of neither 1 nor 3 channels, whose input is no picture.
+std::optional<Preprocess> default_preprocess(const Config& config);
+
+// The same steps for another crop: the short side before it keeps its proportion.
+Preprocess rescaled(const Preprocess& steps, std::int64_t crop_height, std::int64_t crop_width);
+
 // The metadata key vimcore.preprocess, with resize and crop scaled where `config` has another image size than the
-// file; without the key ImageNet's evaluation: short side to size / 0.875, centre crop, ImageNet's mean and standard
-// deviation (one channel: 0.5), or nothing for networks of neither 1 nor 3 channels, whose input is no picture.
-// vimcore::Error where the metadata is damaged or gives another number of channels than the network takes.
+// file; without the key default_preprocess(). vimcore::Error where the metadata is damaged or gives another number of
+// channels than the network takes.
 std::optional<Preprocess> preprocess_of(const Config& config, const Metadata& metadata);
 
 // The metadata key vimcore.labels: one text per class, or nothing. vimcore::Error where the metadata is damaged.

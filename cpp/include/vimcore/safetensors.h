@@ -2,10 +2,12 @@
 // Reading and writing safetensors files. A file is hostile until its header has been checked in full.
 #pragma once
 
+#include <cstdint>
 #include <iosfwd>
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -45,6 +47,12 @@ private:
     std::vector<std::pair<std::string, Tensor>> tensors_;
     std::map<std::string, std::size_t> index_;
 };
+
+// All elements of one of the tensors, of a float type, as float32, by copy(); exact but for f64, which is rounded.
+void read_floats(const SafetensorsFile& file, const Tensor& tensor, float* out);
+
+// What a file of `size` bytes that begins with `head` is instead of weights, and what to do about it; or nothing.
+std::string foreign_kind(std::string_view head, std::uint64_t size);
 
 // Writes to a temporary name in the same folder, flushes to disk, renames: the old file or the new one is whole.
 void save_safetensors(const std::string& path, const std::vector<std::pair<std::string, Tensor>>& tensors,

@@ -10,7 +10,5 @@ bool is_float(DType dtype);
 
 // All elements of `from`, a CPU tensor of a float type, aligned or not; exact but for f64, which is rounded.
 void to_float(const Tensor& from, float* out);
-// The same of a tensor in a file, by SafetensorsFile::copy().
-void read_floats(const SafetensorsFile& file, const Tensor& tensor, float* out);
 
 }  // namespace vimcore

@@ -4,9 +4,9 @@
 #include <cctype>
 
 #include "files/json.h"
-#include "files/safetensors_format.h"
+#include "vimcore/safetensors.h"
 
-namespace vimcore::safetensors {
+namespace vimcore {
 namespace {
 
 constexpr std::string_view white = " \t\r\n";
@@ -48,4 +48,4 @@ std::string foreign_kind(std::string_view head, std::uint64_t size)
     return {};
 }
 
-}  // namespace vimcore::safetensors
+}  // namespace vimcore

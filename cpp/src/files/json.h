@@ -10,6 +10,8 @@
 #include <string_view>
 #include <vector>
 
+#include "vimcore/option.h"
+
 namespace vimcore::json {
 
 // what() ends in "at line L, column C (byte N)", counted from 1 / 1 / 0.
@@ -83,6 +85,9 @@ struct Value {
     const std::vector<Value>& as_array(const std::string& what) const;
     void require_object(const std::string& what) const;
 };
+
+Value value_of(const Option& option);
+std::string object(const Options& options);  // as JSON, at least one
 
 Value parse(std::string_view text, int max_depth = 16, std::size_t max_values = 1000000);
 

@@ -52,6 +52,19 @@ Value read_value(Reader& reader, std::size_t& budget)
     throw std::invalid_argument(what + ": expected " + name_of(want) + ", got " + name_of(got));
 }
 
+std::string json_of(const Option& option)
+{
+    if (const auto* boolean = std::get_if<bool>(&option)) return *boolean ? "true" : "false";
+    if (const auto* integer = std::get_if<std::int64_t>(&option)) return std::to_string(*integer);
+    if (const auto* real = std::get_if<double>(&option)) return number(*real);
+    if (const auto* text = std::get_if<std::string>(&option)) return quote(*text);
+    const auto* list = std::get_if<std::vector<Option>>(&option);
+    if (!list) return "null";
+    std::string out;
+    for (const Option& item : *list) out += (out.empty() ? "[" : ", ") + json_of(item);
+    return out + ']';
+}
+
 }  // namespace
 
 const Value* Value::find(std::string_view key) const
@@ -102,6 +115,35 @@ Value parse(std::string_view text, int max_depth, std::size_t max_values)
     Value value = read_value(reader, max_values);
     reader.finish();
     return value;
+}
+
+Value value_of(const Option& option)
+{
+    Value value;
+    if (const auto* boolean = std::get_if<bool>(&option)) {
+        value.kind = Kind::boolean;
+        value.boolean = *boolean;
+    } else if (const auto* integer = std::get_if<std::int64_t>(&option)) {
+        value.kind = Kind::integer;
+        value.number = {true, *integer, static_cast<double>(*integer)};
+    } else if (const auto* real = std::get_if<double>(&option)) {
+        value.kind = Kind::real;
+        value.number.real = *real;
+    } else if (const auto* text = std::get_if<std::string>(&option)) {
+        value.kind = Kind::string;
+        value.string = *text;
+    } else if (const auto* list = std::get_if<std::vector<Option>>(&option)) {
+        value.kind = Kind::array;
+        for (const Option& item : *list) value.items.push_back(value_of(item));
+    }
+    return value;
+}
+
+std::string object(const Options& options)
+{
+    std::string out;
+    for (const auto& [key, option] : options) out += (out.empty() ? "{" : ", ") + quote(key) + ": " + json_of(option);
+    return out + '}';
 }
 
 }  // namespace vimcore::json

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <optional>
 #include <string>
-#include <string_view>
 
 #include "vimcore/tensor.h"
 
@@ -30,8 +29,5 @@ inline std::optional<DType> dtype_from(const std::string& name)
         if (name == format_name(static_cast<DType>(i))) return static_cast<DType>(i);
     return std::nullopt;
 }
-
-// What a file of `size` bytes that begins with `head` is instead of weights, and what to do about it; or nothing.
-std::string foreign_kind(std::string_view head, std::uint64_t size);
 
 }  // namespace vimcore::safetensors

@@ -151,4 +151,9 @@ Image upright(Image image, int orientation)
     return out;
 }
 
+Image upright(Image image, const void* file, std::size_t size)
+{
+    return upright(std::move(image), orientation_of(file, size));
+}
+
 }  // namespace vimcore

@@ -23,8 +23,11 @@ json::Value metadata_value(const Metadata& metadata, const std::string& key)
     }
 }
 
-Preprocess imagenet(const Config& config)
+}  // namespace
+
+std::optional<Preprocess> default_preprocess(const Config& config)
 {
+    if (config.in_chans != 1 && config.in_chans != 3) return std::nullopt;
     Preprocess steps;
     steps.resize =
         static_cast<std::int64_t>(static_cast<double>(std::min(config.img_height, config.img_width)) / 0.875);
@@ -34,17 +37,24 @@ Preprocess imagenet(const Config& config)
     return steps;
 }
 
-}  // namespace
+Preprocess rescaled(const Preprocess& steps, std::int64_t crop_height, std::int64_t crop_width)
+{
+    if (steps.crop_height == crop_height && steps.crop_width == crop_width) return steps;
+    const auto size = static_cast<double>(std::min(crop_height, crop_width));
+    const auto crop = static_cast<double>(std::min(steps.crop_height, steps.crop_width));
+    Preprocess other = steps;
+    other.resize = std::llrint(static_cast<double>(steps.resize) * size / crop);
+    other.crop_height = crop_height;
+    other.crop_width = crop_width;
+    return other;
+}
 
 std::optional<Preprocess> preprocess_of(const Config& config, const Metadata& metadata)
 {
     const std::string key = "vimcore.preprocess";
     const json::Value stored = metadata_value(metadata, key);
     const bool empty = stored.kind == json::Kind::object && stored.items.empty();
-    if (stored.kind == json::Kind::null || empty) {
-        if (config.in_chans != 1 && config.in_chans != 3) return std::nullopt;
-        return imagenet(config);
-    }
+    if (stored.kind == json::Kind::null || empty) return default_preprocess(config);
     Preprocess steps;
     try {
         steps = Preprocess::from_json(metadata.at(key));
@@ -54,14 +64,7 @@ std::optional<Preprocess> preprocess_of(const Config& config, const Metadata& me
     if (static_cast<std::int64_t>(steps.mean.size()) != config.in_chans)
         throw Error("[metadata] " + key + ": the network takes " + std::to_string(config.in_chans) +
                     " channels, its preprocessing gives " + std::to_string(steps.mean.size()));
-    if (steps.crop_height != config.img_height || steps.crop_width != config.img_width) {
-        const auto size = static_cast<double>(std::min(config.img_height, config.img_width));
-        const auto crop = static_cast<double>(std::min(steps.crop_height, steps.crop_width));
-        steps.resize = std::llrint(static_cast<double>(steps.resize) * size / crop);
-        steps.crop_height = config.img_height;
-        steps.crop_width = config.img_width;
-    }
-    return steps;
+    return rescaled(steps, config.img_height, config.img_width);
 }
 
 std::vector<std::string> labels_of(const Config& config, const Metadata& metadata)

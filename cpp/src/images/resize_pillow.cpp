@@ -322,27 +322,14 @@ void preprocess(const Image& image, const Preprocess& options, float* out)
     }
 }
 
-std::string Preprocess::to_json() const
-{
-    check_options(*this);
-    const auto list = [](const std::vector<double>& values) {
-        std::string out;
-        for (const double value : values) out += (out.empty() ? "[" : ", ") + json::number(value);
-        return out + ']';
-    };
-    return "{\"resize\": " + std::to_string(resize) + ", \"crop\": [" + std::to_string(crop_height) + ", " +
-           std::to_string(crop_width) + "], \"mean\": " + list(mean) + ", \"std\": " + list(std) +
-           ", \"interpolation\": \"bicubic\"}";
-}
+namespace {
 
-Preprocess Preprocess::from_json(const std::string& text)
+Preprocess from_values(const std::vector<std::string>& keys, const std::vector<json::Value>& values)
 {
-    const json::Value root = json::parse(text);
-    root.require_object("[preprocess]");
     Preprocess options;
-    for (std::size_t i = 0; i < root.keys.size(); ++i) {
-        const std::string& key = root.keys[i];
-        const json::Value& value = root.items[i];
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+        const std::string& key = keys[i];
+        const json::Value& value = values[i];
         const std::string what = "[preprocess] " + json::printable(key, 40);
         if (key == "resize") {
             options.resize = value.as_integer(what);
@@ -368,6 +355,41 @@ Preprocess Preprocess::from_json(const std::string& text)
     }
     check_options(options);
     return options;
+}
+
+}  // namespace
+
+Options Preprocess::options() const
+{
+    check_options(*this);
+    const auto list = [](const std::vector<double>& values) {
+        return std::vector<Option>(values.begin(), values.end());
+    };
+    return {{"resize", resize},
+            {"crop", std::vector<Option>{crop_height, crop_width}},
+            {"mean", list(mean)},
+            {"std", list(std)},
+            {"interpolation", std::string("bicubic")}};
+}
+
+Preprocess Preprocess::from_options(const Options& options)
+{
+    std::vector<std::string> keys;
+    std::vector<json::Value> values;
+    for (const auto& [key, option] : options) {
+        keys.push_back(key);
+        values.push_back(json::value_of(option));
+    }
+    return from_values(keys, values);
+}
+
+std::string Preprocess::to_json() const { return json::object(options()); }
+
+Preprocess Preprocess::from_json(const std::string& text)
+{
+    const json::Value root = json::parse(text);
+    root.require_object("[preprocess]");
+    return from_values(root.keys, root.items);
 }
 
 }  // namespace vimcore

@@ -15,7 +15,6 @@ void head_backward(const Pass& pass, const Tensor& tokens, const Tensor& dlogits
 {
     Arena::Scope scope(arena_of(pass.ctx));
     const Config& c = pass.config;
-    const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
     auto apply = [&](const Tensor& x, const Tensor& dy, const Tensor& dx) {
         if (c.num_classes == 0) {
             backend_of(pass.ctx).copy(pass.ctx, dy, dx);
@@ -30,7 +29,7 @@ void head_backward(const Pass& pass, const Tensor& tokens, const Tensor& dlogits
         linear_backward(pass.ctx, {&args, 1});
     };
     const Selection selection = pass.selection();
-    if (!per_token) {
+    if (!c.head_per_token()) {
         const Tensor row = pass.take({pass.batch, pass.dim}), drow = pass.take({pass.batch, pass.dim});
         readout_forward(pass.ctx, {.reduce = selection.reduce, .index = selection.index, .x = tokens, .out = row});
         apply(row, dlogits, drow);
@@ -39,7 +38,7 @@ void head_backward(const Pass& pass, const Tensor& tokens, const Tensor& dlogits
     } else if (c.pool == Pool::all) {
         apply(tokens, dlogits, dtokens);
     } else {
-        const Shape shape{pass.batch, pass.len, dlogits.size(1)};
+        const Shape shape{pass.batch, pass.len, c.outputs()};
         Tensor x = tokens;
         if (c.num_classes > 0) {
             x = pass.take(shape);

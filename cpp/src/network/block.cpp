@@ -24,7 +24,7 @@ struct Routes {
     int projections = 1;  // passes with a convolution and x_proj of their own
 };
 
-Routes routes(const Config& config, const BlockParams& params, bool reverse, BlockParams* dparams)
+Routes routes(const BlockConfig& config, const BlockParams& params, bool reverse, BlockParams* dparams)
 {
     Routes r;
     r.route[0] = {params.forward, dparams ? &dparams->forward : nullptr, reverse};
@@ -46,7 +46,7 @@ struct Sizes {
     DType dtype;  // of activations
 };
 
-Sizes sizes(const Config& config, const Tensor& x)
+Sizes sizes(const BlockConfig& config, const Tensor& x)
 {
     return {x.size(0), x.size(1), config.embed_dim, config.inner(), config.d_state, config.rank() + 2 * config.d_state,
             x.dtype};
@@ -93,7 +93,7 @@ Tensor rows(const Tensor& tensor, bool whole, std::int64_t image, std::int64_t t
 // The forward pass of some images whose sequences are cut into tiles of `tile` tokens.
 class Forward {
 public:
-    Forward(Context& ctx, const Config& config, const BlockParams& params, const Block& block, BlockSaved* saved,
+    Forward(Context& ctx, const BlockConfig& config, const BlockParams& params, const Block& block, BlockSaved* saved,
             std::int64_t tile)
         : ctx_(ctx),
           config_(config),
@@ -239,7 +239,7 @@ private:
     }
 
     Context& ctx_;
-    const Config& config_;
+    const BlockConfig& config_;
     const BlockParams& params_;
     const Block& block_;
     BlockSaved* saved_;
@@ -252,7 +252,7 @@ private:
 constexpr std::int64_t whole_sequence = std::int64_t{1} << 40;
 
 // Tokens of a tile, whole chunks of checkpoints. An even cut was measured and is no faster than a short last tile.
-std::int64_t tile_length(Context& ctx, const Config& config)
+std::int64_t tile_length(Context& ctx, const BlockConfig& config)
 {
     // A causal convolution feeds both directions of "ssm", so its reverse scan cannot start at the far end.
     if (config.directions == Directions::ssm) return whole_sequence;
@@ -267,7 +267,8 @@ bool block_may_stop_early(Context& ctx, const Config& config)
            config.tokens() <= tile_length(ctx, config);
 }
 
-void block_forward(Context& ctx, const Config& config, const BlockParams& params, const Block& block, BlockSaved* saved)
+void block_forward(Context& ctx, const BlockConfig& config, const BlockParams& params, const Block& block,
+                   BlockSaved* saved)
 {
     if (block.out.numel() == 0) return;
     Arena::Scope scope(arena_of(ctx));
@@ -275,7 +276,7 @@ void block_forward(Context& ctx, const Config& config, const BlockParams& params
     run_together(ctx, [&] { Forward(ctx, config, params, block, saved, tile).run(); });
 }
 
-void block_backward(Context& ctx, const Config& config, const BlockParams& params, const Block& block,
+void block_backward(Context& ctx, const BlockConfig& config, const BlockParams& params, const Block& block,
                     const BlockSaved& saved, const BlockGradients& g, BlockParams& dparams)
 {
     if (saved.residual.numel() == 0) return;

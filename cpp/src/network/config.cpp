@@ -32,7 +32,7 @@ constexpr Names<Pool, 4> pool_names{
 constexpr Names<Norm, 2> norm_names{{{Norm::rms, "rms"}, {Norm::layer, "layer"}}};
 
 template <class T, std::size_t count>
-std::string name_in(const Names<T, count>& names, T value, const char* option)
+const char* name_in(const Names<T, count>& names, T value, const char* option)
 {
     for (const auto& [entry, name] : names)
         if (entry == value) return name;
@@ -78,9 +78,7 @@ Wide count_flops(const Config& config)
     const Wide branch = config.d_conv * inner + (rank + 2 * state) * inner + rank * inner;
     const Wide per_token = 2 * inner * width + inner * width + branches * branch + scans * 4 * inner * state;
     const Wide patch = Wide{config.patches()} * config.in_chans * config.patch_size * config.patch_size * width;
-    const bool every_token =
-        config.class_token == ClassToken::none && (config.pool == Pool::max || config.pool == Pool::all);
-    const Wide head = Wide{config.num_classes} * width * (every_token ? tokens : 1);
+    const Wide head = Wide{config.num_classes} * width * (config.head_per_token() ? tokens : 1);
     return tokens * config.depth * per_token + patch + head;
 }
 
@@ -162,7 +160,23 @@ void set_option(Config& config, const std::string& key, const Value& value, bool
     }
 }
 
+// All options, in any order; the stride is that of the patches unless it is among them.
+Config from_values(const std::vector<std::string>& keys, const std::vector<Value>& values)
+{
+    Config config;
+    bool has_stride = false;
+    for (std::size_t i = 0; i < keys.size(); ++i) set_option(config, keys[i], values[i], has_stride);
+    if (!has_stride) config.stride = config.patch_size;
+    config.validate();
+    return config;
+}
+
 }  // namespace
+
+const char* name_of(Directions value) { return name_in(direction_names, value, "directions"); }
+const char* name_of(ClassToken value) { return name_in(class_token_names, value, "class_token"); }
+const char* name_of(Pool value) { return name_in(pool_names, value, "pool"); }
+const char* name_of(Norm value) { return name_in(norm_names, value, "norm"); }
 
 std::int64_t Config::class_tokens() const
 {
@@ -175,7 +189,16 @@ std::int64_t Config::class_position() const
     return class_token == ClassToken::middle ? patches() / 2 : 0;
 }
 
-double Config::direction_scale() const { return directions == Directions::ssm_conv && average_directions ? 0.5 : 1.0; }
+double BlockConfig::direction_scale() const
+{
+    return directions == Directions::ssm_conv && average_directions ? 0.5 : 1.0;
+}
+
+Shape Config::logits_shape(std::int64_t batch) const
+{
+    if (head_per_token() && pool == Pool::all) return {batch, tokens(), outputs()};
+    return {batch, outputs()};
+}
 
 // The limits are far above any use; they keep every product of sizes within 64 bits.
 void Config::validate() const
@@ -194,10 +217,10 @@ void Config::validate() const
     check_range("expand", expand, 1, 64);
     check_range("dt_rank", dt_rank, 0, side);
     check_range("rope_grid", rope_grid, 1, side);
-    name_in(direction_names, directions, "directions");
-    name_in(class_token_names, class_token, "class_token");
-    name_in(pool_names, pool, "pool");
-    name_in(norm_names, norm, "norm");
+    name_of(directions);
+    name_of(class_token);
+    name_of(pool);
+    name_of(norm);
     if (!(norm_eps > 0.0 && std::isfinite(norm_eps)))
         fail("norm_eps", "expected a positive number, got " + std::to_string(norm_eps));
     if (layer_scale && !std::isfinite(*layer_scale)) fail("layer_scale", "expected a finite number");
@@ -221,67 +244,63 @@ void Config::validate() const
             fail("rope", "needs stride equal to patch_size, got " + std::to_string(stride) + " and " +
                              std::to_string(patch_size));
         if (class_token != ClassToken::none && class_token != ClassToken::head)
-            fail("rope", "needs class_token \"none\" or \"head\", got \"" +
-                             name_in(class_token_names, class_token, "class_token") + '"');
+            fail("rope", "needs class_token \"none\" or \"head\", got \"" + std::string(name_of(class_token)) + '"');
     }
     if (count_flops(*this) > std::numeric_limits<std::int64_t>::max())
         fail("img_size", "the network is too large: its operations cannot be counted in 64 bits");
 }
 
-std::int64_t Config::flops() const
+std::int64_t Config::flops() const { return static_cast<std::int64_t>(count_flops(*this)); }
+
+Options Config::options() const
 {
-    validate();
-    return static_cast<std::int64_t>(count_flops(*this));
+    const auto real = [](const std::optional<double>& value) { return value ? Option(*value) : Option(); };
+    return {
+        {"img_size", std::vector<Option>{img_height, img_width}},
+        {"patch_size", patch_size},
+        {"stride", stride},
+        {"in_chans", in_chans},
+        {"num_classes", num_classes},
+        {"embed_dim", embed_dim},
+        {"depth", depth},
+        {"d_state", d_state},
+        {"d_conv", d_conv},
+        {"expand", expand},
+        {"dt_rank", dt_rank > 0 ? Option(dt_rank) : Option(std::string("auto"))},
+        {"directions", std::string(name_of(directions))},
+        {"average_directions", average_directions},
+        {"class_token", std::string(name_of(class_token))},
+        {"pool", std::string(name_of(pool))},
+        {"norm", std::string(name_of(norm))},
+        {"norm_eps", norm_eps},
+        {"pos_embed", pos_embed},
+        {"rope", rope},
+        {"rope_residual", rope_residual},
+        {"rope_grid", rope_grid},
+        {"layer_scale", real(layer_scale)},
+        {"drop_rate", drop_rate},
+        {"drop_path_rate", drop_path_rate},
+    };
 }
 
-std::string Config::to_json() const
+Config Config::from_options(const Options& options)
 {
-    std::string out = "{";
-    const auto put = [&](const char* key, const std::string& value) {
-        if (out.size() > 1) out += ", ";
-        out += json::quote(key);
-        out += ": ";
-        out += value;
-    };
-    const auto text = [](const std::string& value) { return json::quote(value); };
-    const auto boolean = [](bool value) { return std::string(value ? "true" : "false"); };
-    put("img_size", std::string("[").append(std::to_string(img_height)) + ", " + std::to_string(img_width) + "]");
-    put("patch_size", std::to_string(patch_size));
-    put("stride", std::to_string(stride));
-    put("in_chans", std::to_string(in_chans));
-    put("num_classes", std::to_string(num_classes));
-    put("embed_dim", std::to_string(embed_dim));
-    put("depth", std::to_string(depth));
-    put("d_state", std::to_string(d_state));
-    put("d_conv", std::to_string(d_conv));
-    put("expand", std::to_string(expand));
-    put("dt_rank", dt_rank > 0 ? std::to_string(dt_rank) : text("auto"));
-    put("directions", text(name_in(direction_names, directions, "directions")));
-    put("average_directions", boolean(average_directions));
-    put("class_token", text(name_in(class_token_names, class_token, "class_token")));
-    put("pool", text(name_in(pool_names, pool, "pool")));
-    put("norm", text(name_in(norm_names, norm, "norm")));
-    put("norm_eps", json::number(norm_eps));
-    put("pos_embed", boolean(pos_embed));
-    put("rope", boolean(rope));
-    put("rope_residual", boolean(rope_residual));
-    put("rope_grid", std::to_string(rope_grid));
-    put("layer_scale", layer_scale ? json::number(*layer_scale) : "null");
-    put("drop_rate", json::number(drop_rate));
-    put("drop_path_rate", json::number(drop_path_rate));
-    return out + '}';
+    std::vector<std::string> keys;
+    std::vector<Value> values;
+    for (const auto& [key, option] : options) {
+        keys.push_back(key);
+        values.push_back(json::value_of(option));
+    }
+    return from_values(keys, values);
 }
+
+std::string Config::to_json() const { return json::object(options()); }
 
 Config Config::from_json(std::string_view text)
 {
     const Value root = json::parse(text);
     root.require_object("[config]");
-    Config config;
-    bool has_stride = false;
-    for (std::size_t i = 0; i < root.keys.size(); ++i) set_option(config, root.keys[i], root.items[i], has_stride);
-    if (!has_stride) config.stride = config.patch_size;
-    config.validate();
-    return config;
+    return from_values(root.keys, root.items);
 }
 
 }  // namespace vimcore

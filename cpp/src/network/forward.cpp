@@ -8,70 +8,6 @@
 
 namespace vimcore {
 
-const char* name_of(Memory memory)
-{
-    return memory == Memory::least ? "least" : memory == Memory::lean ? "lean" : "fast";
-}
-
-std::int64_t Saved::chunk(Memory memory) { return memory == Memory::fast ? 16 : 64; }
-
-std::int64_t Saved::bytes_per_block(const Config& c, Memory memory, std::int64_t batch, DType dtype)
-{
-    const std::int64_t n = c.two_directions() ? 2 : 1, projections = c.directions == Directions::ssm_conv ? 2 : 1;
-    const std::int64_t chunks = (c.tokens() + chunk(memory) - 1) / chunk(memory);
-    const std::int64_t xz = memory == Memory::least ? 0 : 2 * c.inner();
-    const std::int64_t per_token = xz + projections * (c.rank() + 2 * c.d_state);
-    const std::int64_t wide_elements = c.tokens() * c.embed_dim + n * chunks * c.d_state * c.inner();
-    return batch * (c.tokens() * per_token * static_cast<std::int64_t>(size_of(dtype)) +
-                    wide_elements * static_cast<std::int64_t>(size_of(wide(dtype))));
-}
-
-namespace {
-
-// Points the tensors into memory from `base` on; how many bytes they take.
-std::size_t lay_out(Saved& saved, const Config& c, std::int64_t batch, DType dtype, Device device, void* base)
-{
-    const std::int64_t n = c.two_directions() ? 2 : 1, projections = c.directions == Directions::ssm_conv ? 2 : 1;
-    const std::int64_t len = c.tokens(), chunk = Saved::chunk(saved.memory), chunks = (len + chunk - 1) / chunk;
-    std::size_t used = 0;
-    auto place = [&](const Shape& shape, DType type) {
-        Tensor tensor{static_cast<char*>(base) + used, shape, type, device};
-        used += (tensor.bytes() + 63) / 64 * 64;
-        return tensor;
-    };
-    saved.batch = batch;
-    saved.blocks.resize(static_cast<std::size_t>(c.depth));
-    for (BlockSaved& block : saved.blocks) {
-        block.chunk = chunk;
-        block.residual = place({batch, len, c.embed_dim}, wide(dtype));
-        block.xz = saved.memory == Memory::least ? Tensor{} : place({batch, len, 2 * c.inner()}, dtype);
-        block.q = place({projections, batch, len, c.rank() + 2 * c.d_state}, dtype);
-        block.checkpoints = place({n, batch, chunks, c.d_state, c.inner()}, wide(dtype));
-    }
-    saved.residual = place({batch, len, c.embed_dim}, wide(dtype));
-    return used;
-}
-
-}  // namespace
-
-void Saved::prepare(const Config& c, std::int64_t images, DType dtype, Device device)
-{
-    used = lay_out(*this, c, images, dtype, device, storage.data());
-    if (used <= storage.bytes() && storage.device() == device) return;
-    storage = Buffer(used, device);
-    lay_out(*this, c, images, dtype, device, storage.data());
-}
-
-void Saved::attach(const Config& c, std::int64_t images, DType dtype, Device device, void* data, std::size_t bytes)
-{
-    if (bytes > 0 && reinterpret_cast<std::uintptr_t>(data) % 64 != 0)
-        throw std::invalid_argument("[Saved] memory: expected an address that 64 divides");
-    used = lay_out(*this, c, images, dtype, device, data);
-    if (bytes != used)
-        throw std::invalid_argument("[Saved] memory: expected the " + std::to_string(used) +
-                                    " bytes that forward saved, got " + std::to_string(bytes));
-}
-
 namespace {
 
 // images -> h: patches through the projection, class tokens, positions.
@@ -149,17 +85,15 @@ void head(const Pass& pass, const Tensor& tokens, const Tensor& logits)
 {
     Arena::Scope scope(arena_of(pass.ctx));
     const Config& c = pass.config;
-    const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
-    const std::int64_t outputs = c.num_classes > 0 ? c.num_classes : pass.dim;
     const Selection selection = pass.selection();
-    if (!per_token) {
+    if (!c.head_per_token()) {
         const Tensor row = pass.take({pass.batch, pass.dim});
         readout_forward(pass.ctx, {.reduce = selection.reduce, .index = selection.index, .x = tokens, .out = row});
         classify(pass, row, logits);
     } else if (c.pool == Pool::all) {
         classify(pass, tokens, logits);
     } else {
-        const Tensor all = pass.take({pass.batch, pass.len, outputs});
+        const Tensor all = pass.take({pass.batch, pass.len, c.outputs()});
         classify(pass, tokens, all);
         readout_forward(pass.ctx, {.reduce = selection.reduce, .index = selection.index, .x = all, .out = logits});
     }

@@ -6,8 +6,8 @@
 
 #include "core/backend.h"
 #include "files/float_types.h"
-#include "network/model_file.h"
 #include "vimcore/model.h"
+#include "vimcore/model_file.h"
 #include "vimcore/plan.h"
 #include "vimcore/safetensors.h"
 

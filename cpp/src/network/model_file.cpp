@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "network/model_file.h"
+#include "vimcore/model_file.h"
 
+#include <unordered_map>
 #include <unordered_set>
 
 #include "files/float_types.h"
@@ -19,24 +20,6 @@ constexpr std::size_t listed = 12;  // faults of one message
 {
     throw Error("[load] " + json::printable(path, 1000) + ": " + what);
 }
-
-class Misfits {
-public:
-    void add(const std::string& what)
-    {
-        if (count_++ < listed) text_ += "\n  " + what;
-    }
-    void raise(const std::string& path, const std::string& advice) const
-    {
-        if (count_ == 0) return;
-        const std::string more = count_ > listed ? "\n  and " + std::to_string(count_ - listed) + " more" : "";
-        refuse(path, "the tensors do not fit vimcore.config:" + text_ + more + advice);
-    }
-
-private:
-    std::size_t count_ = 0;
-    std::string text_;
-};
 
 }  // namespace
 
@@ -63,40 +46,62 @@ ModelFile ModelFile::describe(const std::map<std::string, std::string>& metadata
     try {
         const json::Value root = json::parse(steps->second);
         if (root.kind == json::Kind::null || (root.kind == json::Kind::object && root.items.empty())) return file;
-        file.preprocess = Preprocess::from_json(steps->second).to_json();
+        file.preprocess = Preprocess::from_json(steps->second);
     } catch (const std::invalid_argument& error) {
         refuse(path, std::string("vimcore.preprocess: ") + error.what());
     }
     return file;
 }
 
+std::vector<std::string> misfits(const NamedShapes& wanted, const NamedShapes& given)
+{
+    std::unordered_map<std::string, const Shape*> shapes;
+    for (const auto& [name, shape] : given) shapes.emplace(name, &shape);
+    std::unordered_set<std::string> known;
+    std::vector<std::string> faults;
+    for (const auto& [name, shape] : wanted) {
+        known.insert(name);
+        const auto found = shapes.find(name);
+        if (found == shapes.end())
+            faults.push_back("missing: " + json::printable(name) + " " + to_string(shape));
+        else if (!(*found->second == shape))
+            faults.push_back("misshapen: " + json::printable(name) + ": expected " + to_string(shape) + ", got " +
+                             to_string(*found->second));
+    }
+    for (const auto& [name, shape] : given)
+        if (!known.count(name)) faults.push_back("unexpected: " + json::printable(name) + " " + to_string(shape));
+    return faults;
+}
+
 std::vector<std::string> check_tensors(const SafetensorsFile& file, const Config& config, const std::string& path,
                                        bool more)
 {
+    const auto counts = [&](const std::string& name) { return !more || !name.starts_with("head."); };
     std::unordered_set<std::string> known{"rope.freqs_cos", "rope.freqs_sin"};
-    Misfits faults;
-    Params params;
-    for_each_param(config, params, [&](const std::string& name, Tensor&, const Shape& shape) {
+    NamedShapes wanted, given;
+    std::vector<std::string> others, types;
+    for_each_param(config, [&](const std::string& name, const Shape& shape) {
         known.insert(name);
+        if (!counts(name)) return;
+        wanted.emplace_back(name, shape);
         const Tensor* tensor = file.find(name);
-        if (more && name.starts_with("head.")) return;
-        if (!tensor) {
-            faults.add("missing " + name + " " + to_string(shape));
-        } else if (!(tensor->shape == shape)) {
-            faults.add("misshapen " + name + ": expected " + to_string(shape) + ", got " + to_string(tensor->shape));
-        } else if (!is_float(tensor->dtype)) {
-            faults.add(name + ": expected a float type, got " + name_of(tensor->dtype));
-        }
+        if (tensor && tensor->shape == shape && !is_float(tensor->dtype))
+            types.push_back(name + ": expected a float type, got " + name_of(tensor->dtype));
     });
-    std::vector<std::string> others;
     for (const auto& [name, tensor] : file.tensors()) {
-        if (known.count(name)) continue;
-        others.push_back(name);
-        if (!more) faults.add("unexpected " + json::printable(name) + " " + to_string(tensor.shape));
+        const bool other = !known.count(name);
+        if (other) others.push_back(name);
+        if (other ? !more : counts(name) && !name.starts_with("rope.")) given.emplace_back(name, tensor.shape);
     }
-    const bool derived = !more && !others.empty();
-    faults.raise(path, derived ? "; tensors besides the architecture's are loaded by the class that saved them" : "");
-    return others;
+    std::vector<std::string> faults = misfits(wanted, given);
+    faults.insert(faults.end(), types.begin(), types.end());
+    if (faults.empty()) return others;
+    std::string text;
+    for (std::size_t i = 0; i < faults.size() && i < listed; i++) text += "\n  " + faults[i];
+    if (faults.size() > listed) text += "\n  and " + std::to_string(faults.size() - listed) + " more";
+    if (!more && !others.empty())
+        text += "; tensors besides the architecture's are loaded by the class that saved them";
+    refuse(path, "the tensors do not fit vimcore.config:" + text);
 }
 
 }  // namespace vimcore

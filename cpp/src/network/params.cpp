@@ -17,7 +17,7 @@ namespace {
 
 using Visit = std::function<void(const std::string&, Tensor&, const Shape&)>;
 
-void visit_block(const Config& c, BlockParams& p, const std::string& layer, const Visit& visit)
+void visit_block(const BlockConfig& c, BlockParams& p, const std::string& layer, const Visit& visit)
 {
     const std::int64_t D = c.embed_dim, E = c.inner(), N = c.d_state, R = c.rank(), K = c.d_conv;
     const std::string mixer = layer + "mixer.";
@@ -66,6 +66,25 @@ void for_each_param(const Config& c, Params& p, const Visit& visit)
         visit_block(c, p.blocks[static_cast<std::size_t>(i)], "layers." + std::to_string(i) + ".", visit);
     visit("norm_f.weight", p.norm_weight, {D});
     if (c.norm == Norm::layer) visit("norm_f.bias", p.norm_bias, {D});
+}
+
+void for_each_param(const Config& config, const Params& params,
+                    const std::function<void(const std::string&, const Tensor&, const Shape&)>& visit)
+{
+    Params views = params;
+    for_each_param(config, views,
+                   [&](const std::string& name, Tensor& tensor, const Shape& shape) { visit(name, tensor, shape); });
+}
+
+void for_each_param(const Config& config, const std::function<void(const std::string&, const Shape&)>& visit)
+{
+    Params none;
+    for_each_param(config, none, [&](const std::string& name, Tensor&, const Shape& shape) { visit(name, shape); });
+}
+
+void for_each_param(const BlockConfig& config, BlockParams& params, const Visit& visit)
+{
+    visit_block(config, params, "", visit);
 }
 
 }  // namespace vimcore

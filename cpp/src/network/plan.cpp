@@ -174,8 +174,7 @@ std::int64_t training_bytes(const Config& c, Memory memory, std::int64_t batch, 
     check(c, batch, threads);
     const PlanSizes s(c, batch);
     const bool cuda = device.type == Device::Type::cuda, pairs = c.directions == Directions::block;
-    const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
-    const auto outputs = static_cast<double>(c.num_classes > 0 ? c.num_classes : c.embed_dim);
+    const auto outputs = static_cast<double>(c.outputs());
     const std::int64_t tile = tile_of(device), images = std::min(batch, std::max<std::int64_t>(1, tile / c.tokens()));
     const std::int64_t groups = (batch + images - 1) / images;
     const std::int64_t slots = threads > 1 && c.tokens() <= 8192 ? std::min<std::int64_t>(threads, groups) : 1;
@@ -188,7 +187,7 @@ std::int64_t training_bytes(const Config& c, Memory memory, std::int64_t batch, 
     const double workers = slots > 1 ? static_cast<double>(slots) : 0;
     const double own_block = slots == 1 || groups % slots ? block : 0;
     const double stream = (pairs ? 2 : 1) * rows * s.D * (narrow + wide_size);  // dh, dresidual
-    const double head = (2 * rows * s.D + 2 * s.B * (per_token ? s.L : 1) * std::max(outputs, s.D)) * narrow;
+    const double head = (2 * rows * s.D + 2 * s.B * (c.head_per_token() ? s.L : 1) * std::max(outputs, s.D)) * narrow;
     const double patches = std::min(s.B * s.J, static_cast<double>(std::min<std::int64_t>(tile, 1 << 17)));
     const double embed = (s.B * s.J * s.D + 2 * patches * s.patch) * narrow;
     double block_weights = 3 * s.D * s.E + s.directions * s.E * (2 * s.R + 3 * s.N + static_cast<double>(c.d_conv) + 3);
@@ -205,9 +204,8 @@ std::int64_t forward_bytes(const Config& c, std::int64_t batch, DType dtype, int
     const auto B = static_cast<double>(batch), L = static_cast<double>(c.tokens()),
                D = static_cast<double>(c.embed_dim);
     const auto J = static_cast<double>(c.patches()), E = static_cast<double>(c.inner());
-    const auto outputs = static_cast<double>(c.num_classes > 0 ? c.num_classes : c.embed_dim);
+    const auto outputs = static_cast<double>(c.outputs());
     const bool pairs = c.directions == Directions::block;
-    const bool per_token = c.class_token == ClassToken::none && (c.pool == Pool::max || c.pool == Pool::all);
 
     // As Pass::for_each_group cuts a batch: groups side by side have scratch memory of their own.
     const std::int64_t full = std::max<std::int64_t>(1, tile / c.tokens());
@@ -228,8 +226,8 @@ std::int64_t forward_bytes(const Config& c, std::int64_t batch, DType dtype, int
     // Workers keep their memory, and so do tokens and residual stream; embedding, blocks and head follow one another.
     const double tokens = (pairs ? 3 : 1) * B * L * D * narrow_size, residual = (pairs ? 3 : 1) * B * L * D * wide_size;
     const double block = group.narrow * narrow_size + group.wide * wide_size, own_block = apart < batch ? block : 0;
-    const double logits = B * (per_token ? L : 1) * outputs * narrow_size;
-    const double head = B * L * D * narrow_size + (per_token ? logits : 0);
+    const double logits = B * (c.head_per_token() ? L : 1) * outputs * narrow_size;
+    const double head = B * L * D * narrow_size + (c.head_per_token() ? logits : 0);
     const double rows = 3 * B * D * wide_size;  // what the head reads
     const double rope = c.rope ? 4 * J * D * wide_size : 0;
     return saturated(workers * block + tokens +
@@ -239,10 +237,8 @@ std::int64_t forward_bytes(const Config& c, std::int64_t batch, DType dtype, int
 
 std::int64_t weight_bytes(const Config& config)
 {
-    config.validate();
     double elements = 0;
-    Params params;
-    for_each_param(config, params, [&](const std::string&, Tensor&, const Shape& shape) {
+    for_each_param(config, [&](const std::string&, const Shape& shape) {
         double size = 1;
         for (const std::int64_t side : shape) size *= static_cast<double>(side);
         elements += size;

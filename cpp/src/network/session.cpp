@@ -12,17 +12,9 @@ namespace vimcore {
 
 namespace {
 
-// Shape of the logits of `count` images.
-Shape logits_shape(const Config& c, std::int64_t count)
-{
-    const std::int64_t columns = c.num_classes > 0 ? c.num_classes : c.embed_dim;
-    if (c.class_token == ClassToken::none && c.pool == Pool::all) return {count, c.tokens(), columns};
-    return {count, columns};
-}
-
 Shape result_shape(const Config& c, std::int64_t count, bool features)
 {
-    return features ? Shape{count, c.tokens(), c.embed_dim} : logits_shape(c, count);
+    return features ? c.tokens_shape(count) : c.logits_shape(count);
 }
 
 Outputs outputs_to(const Tensor& result, bool features)
@@ -31,8 +23,6 @@ Outputs outputs_to(const Tensor& result, bool features)
     (features ? out.tokens : out.logits) = result;
     return out;
 }
-
-Shape images_shape(const Config& c, std::int64_t count) { return {count, c.in_chans, c.img_height, c.img_width}; }
 
 }  // namespace
 
@@ -49,7 +39,7 @@ public:
     void run(Context& ctx, const float* images, std::int64_t count, float* result, bool features)
     {
         Backend& backend = backend_of(ctx);
-        const Tensor x = place(images_, images_shape(model_.config(), count));
+        const Tensor x = place(images_, model_.config().images_shape(count));
         const Tensor y = place(results_, result_shape(model_.config(), count, features));
         backend.upload(ctx, images, x);
         compute(ctx, x, y, features);
@@ -122,7 +112,7 @@ Session::Session(std::shared_ptr<const Model> model, SessionOptions options)
     if (!cpu) staging_ = std::make_shared<Staging>(*model_, options_, ctx_);
 }
 
-std::int64_t Session::outputs() const { return logits_shape(model_->config(), 1).numel(); }
+std::int64_t Session::outputs() const { return model_->config().logits_shape(1).numel(); }
 
 std::vector<float> Session::run(const float* images, std::int64_t batch)
 {
@@ -139,14 +129,14 @@ void Session::run(const float* images, std::int64_t batch, float* result, bool f
 {
     if (batch < 0) throw std::invalid_argument("[session] batch: expected 0 or more, got " + std::to_string(batch));
     const Config& c = model_->config();
-    const std::int64_t image = images_shape(c, 1).numel(), row = result_shape(c, 1, features).numel();
+    const std::int64_t image = c.images_shape(1).numel(), row = result_shape(c, 1, features).numel();
     for (std::int64_t b = 0; b < batch; b += options_.max_batch) {
         const std::int64_t count = std::min(options_.max_batch, batch - b);
         if (staging_) {
             staging_->run(ctx_, images + b * image, count, result + b * row, features);
             continue;
         }
-        const Tensor x{const_cast<float*>(images) + b * image, images_shape(c, count), DType::f32, {}};
+        const Tensor x{const_cast<float*>(images) + b * image, c.images_shape(count), DType::f32, {}};
         const Tensor y{result + b * row, result_shape(c, count, features), DType::f32, {}};
         forward(ctx_, c, model_->params(), x, outputs_to(y, features));
     }

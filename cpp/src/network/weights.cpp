@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights with their memory: allocation, the published initialisation, the vimcore file.
+#include "vimcore/weights.h"
+
 #include <cmath>
 #include <cstring>
 #include <numbers>
 #include <stdexcept>
 
 #include "files/json.h"
-#include "vimcore/optimizer.h"
 #include "vimcore/safetensors.h"
 
 namespace vimcore {
@@ -86,7 +86,7 @@ void initialize_tensor(const Config& config, const std::string& name, const Tens
 
 Weights::Weights(const Config& config)
 {
-    config.validate();
+    config.validate();  // made by hand, most likely, and on the way to memory
     std::size_t bytes = 0;
     const auto lay_out = [&](char* base) {
         bytes = 0;
@@ -124,7 +124,6 @@ void initialize(const Config& config, Params& params, std::uint64_t seed)
 void save_model(const std::string& path, const Config& config, const Params& params,
                 const std::vector<std::string>& labels, const std::optional<Preprocess>& preprocess)
 {
-    config.validate();
     std::map<std::string, std::string> metadata{{"vimcore.config", config.to_json()}};
     if (!labels.empty()) {
         if (static_cast<std::int64_t>(labels.size()) != config.num_classes)
@@ -136,9 +135,8 @@ void save_model(const std::string& path, const Config& config, const Params& par
     }
     if (preprocess) metadata["vimcore.preprocess"] = preprocess->to_json();
 
-    Params views = params;
     std::vector<std::pair<std::string, Tensor>> tensors;
-    for_each_param(config, views, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
+    for_each_param(config, params, [&](const std::string& name, const Tensor& tensor, const Shape& shape) {
         if (!tensor || !(tensor.shape == shape) || tensor.device != Device::cpu())
             throw std::invalid_argument("[save_model] " + name + ": expected " + to_string(shape) +
                                         " on the cpu, got " + (tensor ? describe(tensor) : "none"));

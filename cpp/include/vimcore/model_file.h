@@ -3,22 +3,30 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "vimcore/config.h"
+#include "vimcore/image.h"
 #include "vimcore/safetensors.h"
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 struct ModelFile {
     Config config;
-    std::vector<std::string> labels;  // one per class, or none
-    std::string preprocess;           // JSON, or empty
+    std::vector<std::string> labels;       // one per class, or none
+    std::optional<Preprocess> preprocess;  // as stored
 
     // Of a file's metadata. Error: "[load] PATH: ..." where a part is missing or damaged.
     static ModelFile describe(const std::map<std::string, std::string>& metadata, const std::string& path);
 };
+
+// How given tensors differ from wanted ones: "missing: NAME SHAPE", "misshapen: NAME: expected SHAPE, got SHAPE",
+// "unexpected: NAME SHAPE".
+using NamedShapes = std::vector<std::pair<std::string, Shape>>;
+std::vector<std::string> misfits(const NamedShapes& wanted, const NamedShapes& given);
 
 // Compares the names, types and shapes of the tensors with the architecture; Error names what does not fit. Tables of
 // rotations are optional. Returns the names of tensors that the architecture lacks, which are a fault unless `more`:

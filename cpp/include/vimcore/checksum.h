@@ -10,7 +10,7 @@
 #include "vimcore/context.h"
 #include "vimcore/tensor.h"
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 class Checksum {
 public:

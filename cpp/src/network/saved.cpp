@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// What forward keeps for backward, in one piece of memory.
+#include <stdexcept>
+#include <string>
+
+#include "vimcore/model.h"
+
+namespace vimcore {
+
+const char* name_of(Memory memory)
+{
+    return memory == Memory::least ? "least" : memory == Memory::lean ? "lean" : "fast";
+}
+
+std::int64_t Saved::chunk(Memory memory) { return memory == Memory::fast ? 16 : 64; }
+
+namespace {
+
+// Points the tensors of `depth` blocks into memory from `base` on; how many bytes they take. shape: (B, L, D).
+std::size_t lay_out(Saved& saved, const BlockConfig& c, std::int64_t depth, const Shape& shape, DType dtype,
+                    Device device, void* base)
+{
+    const std::int64_t n = c.two_directions() ? 2 : 1, projections = c.directions == Directions::ssm_conv ? 2 : 1;
+    const std::int64_t batch = shape[0], len = shape[1];
+    const std::int64_t chunk = Saved::chunk(saved.memory), chunks = (len + chunk - 1) / chunk;
+    std::size_t used = 0;
+    auto place = [&](const Shape& size, DType type) {
+        Tensor tensor{static_cast<char*>(base) + used, size, type, device};
+        used += (tensor.bytes() + 63) / 64 * 64;
+        return tensor;
+    };
+    saved.batch = batch;
+    saved.blocks.resize(static_cast<std::size_t>(depth));
+    for (BlockSaved& block : saved.blocks) {
+        block.chunk = chunk;
+        block.residual = place(shape, wide(dtype));
+        block.xz = saved.memory == Memory::least ? Tensor{} : place({batch, len, 2 * c.inner()}, dtype);
+        block.q = place({projections, batch, len, c.rank() + 2 * c.d_state}, dtype);
+        block.checkpoints = place({n, batch, chunks, c.d_state, c.inner()}, wide(dtype));
+    }
+    saved.residual = place(shape, wide(dtype));
+    return used;
+}
+
+void prepare(Saved& saved, const BlockConfig& c, std::int64_t depth, const Shape& shape, DType dtype, Device device)
+{
+    saved.used = lay_out(saved, c, depth, shape, dtype, device, saved.storage.data());
+    if (saved.used <= saved.storage.bytes() && saved.storage.device() == device) return;
+    saved.storage = Buffer(saved.used, device);
+    lay_out(saved, c, depth, shape, dtype, device, saved.storage.data());
+}
+
+void attach(Saved& saved, const BlockConfig& c, std::int64_t depth, const Shape& shape, DType dtype, Device device,
+            void* data, std::size_t bytes)
+{
+    if (bytes > 0 && reinterpret_cast<std::uintptr_t>(data) % 64 != 0)
+        throw std::invalid_argument("[Saved] memory: expected an address that 64 divides");
+    saved.used = lay_out(saved, c, depth, shape, dtype, device, data);
+    if (bytes != saved.used)
+        throw std::invalid_argument("[Saved] memory: expected the " + std::to_string(saved.used) +
+                                    " bytes that forward saved, got " + std::to_string(bytes));
+}
+
+}  // namespace
+
+void Saved::prepare(const Config& c, std::int64_t images, DType dtype, Device device)
+{
+    vimcore::prepare(*this, c, c.depth, c.tokens_shape(images), dtype, device);
+}
+
+void Saved::prepare_block(const BlockConfig& c, const Shape& shape, DType dtype, Device device)
+{
+    vimcore::prepare(*this, c, 1, shape, dtype, device);
+}
+
+void Saved::attach(const Config& c, std::int64_t images, DType dtype, Device device, void* data, std::size_t bytes)
+{
+    vimcore::attach(*this, c, c.depth, c.tokens_shape(images), dtype, device, data, bytes);
+}
+
+void Saved::attach_block(const BlockConfig& c, const Shape& shape, DType dtype, Device device, void* data,
+                         std::size_t bytes)
+{
+    vimcore::attach(*this, c, 1, shape, dtype, device, data, bytes);
+}
+
+}  // namespace vimcore
