@@ -1,26 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Files: safetensors, images and their preprocessing.
+// Files of weights.
 #include <complex>
-#include <cstring>
 
+#include "bindings.h"
 #include "convert.h"
-#include "files/float_types.h"
-#include "files/safetensors_format.h"
-#include "images/orientation.h"
-#include "network/model_file.h"
 
 namespace vimcore::python {
 
 namespace {
-
-std::vector<std::size_t> shape_of(const Tensor& tensor) { return {tensor.shape.begin(), tensor.shape.end()}; }
 
 // A numpy array of its own with the bytes of `tensor`.
 template <class T>
 nb::object copy_out(const SafetensorsFile& file, const Tensor& tensor)
 {
     T* data = nullptr;
-    auto out = make_numpy<T>(shape_of(tensor), &data);
+    auto out = make_numpy<T>(tensor.shape, &data);
     file.copy(tensor, data);
     return nb::cast(out);
 }
@@ -29,7 +23,7 @@ nb::object copy_out(const SafetensorsFile& file, const Tensor& tensor)
 nb::object widened(const SafetensorsFile& file, const Tensor& tensor)
 {
     float* data = nullptr;
-    auto out = make_numpy<float>(shape_of(tensor), &data);
+    auto out = make_numpy<float>(tensor.shape, &data);
     read_floats(file, tensor, data);
     return nb::cast(out);
 }
@@ -112,10 +106,7 @@ auto fitting(Check&& check)
 nb::tuple describe(const std::map<std::string, std::string>& metadata, nb::handle path)
 {
     const ModelFile file = fitting([&] { return ModelFile::describe(metadata, path_of(path)); });
-    nb::list labels;
-    for (const std::string& label : file.labels) labels.append(label);
-    return nb::make_tuple(file.config.to_json(), file.labels.empty() ? nb::none() : nb::object(labels),
-                          file.preprocess.empty() ? nb::none() : nb::object(nb::str(file.preprocess.c_str())));
+    return nb::make_tuple(file.config, file.labels.empty() ? nb::none() : nb::cast(file.labels), file.preprocess);
 }
 
 // The metadata of a vimcore file whose tensors fit it, and the names of tensors that its architecture lacks; those are
@@ -155,91 +146,35 @@ void write_safetensors(nb::handle target, nb::dict tensors, nb::dict metadata)
     save_safetensors(path, list, entries);
 }
 
-nb::ndarray<nb::numpy, std::uint8_t> from_image(const Image& image)
-{
-    std::uint8_t* data = nullptr;
-    auto out = make_numpy<std::uint8_t>(
-        {static_cast<std::size_t>(image.height), static_cast<std::size_t>(image.width), 3}, &data);
-    std::memcpy(data, image.pixels.data(), image.pixels.size());
-    return out;
-}
-
-Image to_image(const In& array, const char* op)
-{
-    const Tensor x = to_host_tensor(array, op, "image");
-    if (x.dtype != DType::u8 || x.shape.rank() != 3 || x.size(2) != 3 || x.numel() == 0)
-        throw std::invalid_argument(std::string("[") + op + "] image: expected (H, W, 3) u8 cpu, got " + describe(x));
-    Image image;
-    image.height = x.size(0);
-    image.width = x.size(1);
-    image.pixels.assign(x.as<std::uint8_t>(), x.as<std::uint8_t>() + x.numel());
-    return image;
-}
-
-Image decode(const nb::bytes& bytes, const std::string& name)
-{
-    nb::gil_scoped_release release;
-    return decode_image(bytes.data(), bytes.size(), name);
-}
-
-nb::ndarray<nb::numpy, float> normalised(const Image& image, const std::string& json)
-{
-    const Preprocess options = Preprocess::from_json(json);
-    float* data = nullptr;
-    auto out = make_numpy<float>({options.mean.size(), static_cast<std::size_t>(options.crop_height),
-                                  static_cast<std::size_t>(options.crop_width)},
-                                 &data);
-    nb::gil_scoped_release release;
-    preprocess(image, options, data);
-    return out;
-}
-
 }  // namespace
 
 void bind_files(nb::module_& m)
 {
-    m.def("read_safetensors", &read_safetensors, nb::arg("path"));
-    m.def("safetensors_header", &safetensors_header, nb::arg("path"));
-    m.def("describe", &describe, nb::arg("metadata"), nb::arg("path"));
-    m.def("check_file", &check_file, nb::arg("path"), nb::arg("more") = false);
+    m.def("read_safetensors", &read_safetensors, nb::arg("path"),
+          nb::sig("def read_safetensors(path: object) -> "
+                  "tuple[dict[str, numpy.typing.NDArray[typing.Any]], dict[str, str]]"),
+          "Arrays by name and metadata; float types that numpy lacks as float32.");
+    m.def("safetensors_header", &safetensors_header, nb::arg("path"),
+          nb::sig("def safetensors_header(path: object) -> "
+                  "tuple[list[tuple[str, str, tuple[int, ...]]], dict[str, str]]"),
+          "(name, type, shape) of every tensor, and metadata; the tensors are not read.");
+    m.def("describe", &describe, nb::arg("metadata"), nb::arg("path"),
+          nb::sig("def describe(metadata: collections.abc.Mapping[str, str], path: object) -> "
+                  "tuple[Config, list[str] | None, Preprocess | None]"),
+          "What a vimcore file's metadata says; ValueError names `path` and what is missing or damaged.");
+    m.def("check_file", &check_file, nb::arg("path"), nb::arg("more") = false,
+          nb::sig("def check_file(path: object, more: bool = False) -> tuple[dict[str, str], list[str]]"),
+          "Metadata of a vimcore file, and names of tensors besides its architecture's.\n\n"
+          "ValueError where tensors do not fit; those besides do not, unless `more`.");
     m.def(
         "foreign_kind",
-        [](const nb::bytes& head, std::uint64_t size) {
-            return safetensors::foreign_kind({head.c_str(), head.size()}, size);
-        },
+        [](const nb::bytes& head, std::uint64_t size) { return foreign_kind({head.c_str(), head.size()}, size); },
         nb::arg("head"), nb::arg("size"));
     m.def("write_safetensors", &write_safetensors, nb::arg("path"), nb::arg("tensors"),
-          nb::arg("metadata") = nb::dict());
-
-    m.def(
-        "decode_image", [](const nb::bytes& bytes, const std::string& name) { return from_image(decode(bytes, name)); },
-        nb::arg("data"), nb::arg("name") = "<memory>");
-    m.def(
-        "upright",
-        [](const In& image, const nb::bytes& file) {
-            return from_image(upright(to_image(image, "upright"), orientation_of(file.data(), file.size())));
-        },
-        nb::arg("image").noconvert(), nb::arg("file"));
-    m.def(
-        "resize_bicubic",
-        [](const In& image, std::int64_t height, std::int64_t width) {
-            return from_image(resize_bicubic(to_image(image, "resize_bicubic"), height, width));
-        },
-        nb::arg("image").noconvert(), nb::arg("height"), nb::arg("width"));
-    m.def(
-        "preprocess_image",
-        [](const nb::bytes& bytes, const std::string& name, const std::string& json) {
-            return normalised(decode(bytes, name), json);
-        },
-        nb::arg("data"), nb::arg("name"), nb::arg("preprocess_json"));
-    m.def(
-        "preprocess_pixels",
-        [](const In& image, const std::string& json) { return normalised(to_image(image, "preprocess_pixels"), json); },
-        nb::arg("image").noconvert(), nb::arg("preprocess_json"));
-    m.def(
-        "preprocess_normalize", [](const std::string& json) { return Preprocess::from_json(json).to_json(); },
-        nb::arg("preprocess_json"));
-    m.def("preprocess_default", [] { return Preprocess{}.to_json(); });
+          nb::arg("metadata") = nb::dict(),
+          nb::sig("def write_safetensors(path: object, tensors: collections.abc.Mapping[str, typing.Any], "
+                  "metadata: collections.abc.Mapping[str, str] = {}) -> None"),
+          "Writes a file whole or not at all.");
 }
 
 }  // namespace vimcore::python

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The whole network for vimcore.nn, and Engine, the network of a file for vimcore.Runtime.
-#include <atomic>
+// The whole network for vimcore.nn.
 #include <map>
 #include <mutex>
 
-#include "core/checksum.h"
+#include "bindings.h"
 #include "place.h"
 #include "saved.h"
+#include "vimcore/checksum.h"
 
 namespace vimcore::python {
 
@@ -14,9 +14,9 @@ namespace {
 
 // The weights of one network: views of arrays, which it owns as long as a call of some thread may read them, with their
 // packed forms.
-class Weights {
+class BoundWeights {
 public:
-    Weights(Params params, std::vector<In> arrays, const std::vector<Tensor>& all)
+    BoundWeights(Params params, std::vector<In> arrays, const std::vector<Tensor>& all)
         : params_(std::move(params)),
           arrays_(std::move(arrays)),
           first_(all.front()),
@@ -68,17 +68,31 @@ Token token_of(nb::handle self)
                  cuda ? nb::device::cuda::value : nb::device::cpu::value, cuda ? device.index : 0);
 }
 
-struct DrawArgs {
-    MaybeIn drop_path, mask;
-    bool flip;
-    std::int64_t class_position;
+// Where a call writes what it is asked for; in backward, the gradients of these.
+struct OutputArrays {
+    MaybeOut logits, tokens;
+    std::vector<std::int64_t> layers;
+    std::vector<Out> intermediates;  // one for each of `layers`
 };
 
-class Network {
-public:
-    explicit Network(const std::string& json) : config_(Config::from_json(json)) { config_.validate(); }
+struct DrawArrays {
+    MaybeIn drop_path, dropout;
+    bool flip = false;
+    std::int64_t class_position = -1;
+};
 
-    std::unique_ptr<Weights> bind(const std::vector<In>& arrays) const
+// One array with the gradient of parameter i at offsets[i], which are added to; offset -1: not wanted.
+struct GradientArrays {
+    Out flat;
+    std::vector<std::int64_t> offsets;
+    MaybeOut dimages;
+};
+
+class BoundNetwork {
+public:
+    explicit BoundNetwork(const Config& config) : config_(config) {}
+
+    std::unique_ptr<BoundWeights> bind(const std::vector<In>& arrays) const
     {
         Params params;
         std::vector<Tensor> all;
@@ -96,70 +110,51 @@ public:
         });
         if (all.size() != arrays.size())
             fail("parameters", "expected " + std::to_string(all.size()) + ", got " + std::to_string(arrays.size()));
-        return std::make_unique<Weights>(std::move(params), arrays, all);
+        return std::make_unique<BoundWeights>(std::move(params), arrays, all);
     }
 
-    std::unique_ptr<SavedHandle> saved(const std::string& memory, std::uintptr_t stream, bool capturing)
+    std::unique_ptr<SavedHandle> saved(const std::string& memory, const Place& place)
     {
         std::lock_guard lock(mutex_);
-        std::shared_ptr<SavedPool>& pool = pools_[stream];
-        if (!pool) pool = std::make_shared<SavedPool>();
-        return std::make_unique<SavedHandle>(to_memory(memory), pool, capturing);
+        std::shared_ptr<ReusableSaved>& reusable = reusable_[place.stream];
+        if (!reusable) reusable = std::make_shared<ReusableSaved>();
+        return std::make_unique<SavedHandle>(to_memory(memory), reusable, place.capturing);
     }
 
     void release()
     {
         std::lock_guard lock(mutex_);
-        for (auto& [stream, pool] : pools_) pool->clear();
+        for (auto& [stream, reusable] : reusable_) reusable->clear();
     }
 
-    void forward(Weights& weights, const In& images, const MaybeOut& logits, const MaybeOut& tokens,
-                 const std::vector<std::int64_t>& layers, const std::vector<Out>& intermediates, SavedHandle* saved,
-                 const MaybeIn& drop_path, const MaybeIn& mask, bool flip, std::int64_t class_position, int threads,
-                 std::uintptr_t stream, bool capturing, bool constant)
+    void forward(BoundWeights& weights, const In& images, const OutputArrays& wanted, const DrawArrays& drawn,
+                 const Place& place, SavedHandle* saved, bool constant)
     {
         const Tensor x = to_tensor(images, "VisionMamba", "images");
         if (x.device != weights.device())
             fail("images", "expected a tensor on " + to_string(weights.device()) + ", got " + describe(x));
-        const Outputs out = outputs(x, logits, tokens, layers, intermediates);
-        const Draws draws = to_draws(x, {drop_path, mask, flip, class_position});
-        with_context(x.device, {threads, stream, capturing}, [&](Context& ctx) {
+        const Outputs out = to_outputs(x, wanted);
+        const Draws draws = to_draws(x, drawn);
+        with_context(x.device, place, [&](Context& ctx) {
             if (!constant) weights.look(ctx);
             vimcore::forward(ctx, config_, weights.params(), x, out, saved ? &**saved : nullptr, draws);
         });
     }
 
-    // gradients: one array with the gradient of parameter i at offsets[i], which are added to; offset -1: not wanted.
-    void backward(Weights& weights, const In& images, const In& saved, const std::string& memory,
-                  const MaybeIn& dlogits, const MaybeIn& dtokens, const std::vector<std::int64_t>& layers,
-                  const std::vector<In>& dintermediates, const Out& gradients, const std::vector<std::int64_t>& offsets,
-                  const MaybeOut& dimages, const MaybeIn& drop_path, const MaybeIn& mask, bool flip,
-                  std::int64_t class_position, int threads, std::uintptr_t stream, bool capturing)
+    void backward(BoundWeights& weights, const In& images, const Kept& kept, const OutputArrays& incoming,
+                  const GradientArrays& gradients, const DrawArrays& drawn, const Place& place)
     {
         const Tensor x = to_tensor(images, "VisionMamba", "images");
-        const Tensor dx = to_tensor(dimages, "VisionMamba", "dimages");
-        const Tensor flat = to_tensor(gradients, "VisionMamba", "gradients");
-        const Saved kept = to_saved(saved, memory, config_, x, "VisionMamba");
-        const Outputs out = outputs(x, dlogits, dtokens, layers, dintermediates);
-        const Draws draws = to_draws(x, {drop_path, mask, flip, class_position});
-        expect("dimages", dx, x.shape, x);
-        if (flat.dtype != weights.dtype() || flat.device != weights.device() || x.device != weights.device())
-            fail("gradients", "expected " + std::string(name_of(weights.dtype())) + " " + to_string(weights.device()) +
-                                  " as the weights, got " + describe(flat) + " beside images " + describe(x));
-        Params dparams;
-        std::size_t index = 0;
-        for_each_param(config_, dparams, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
-            if (index == offsets.size()) fail(name, "expected an offset, got none");
-            const std::int64_t offset = offsets[index++];
-            if (offset < 0) return;
-            if (offset > flat.numel() - shape.numel())
-                fail(name, "offset " + std::to_string(offset) + " does not fit " + describe(flat));
-            tensor = flat;
-            tensor.data = flat.as<char>() + static_cast<std::size_t>(offset) * size_of(flat.dtype);
-            tensor.shape = shape;
+        const Tensor dx = to_tensor(gradients.dimages, "VisionMamba", "dimages");
+        const Outputs out = to_outputs(x, incoming);
+        const Saved saved = kept.saved(x, "VisionMamba", [&](Saved& at, void* data, std::size_t bytes) {
+            at.attach(config_, x.size(0), x.dtype, x.device, data, bytes);
         });
-        with_context(x.device, {threads, stream, capturing}, [&](Context& ctx) {
-            vimcore::backward(ctx, config_, weights.params(), x, kept, out, dparams, dx, draws);
+        const Draws draws = to_draws(x, drawn);
+        expect("dimages", dx, x.shape, x);
+        Params dparams = to_gradients(weights, x, gradients);
+        with_context(x.device, place, [&](Context& ctx) {
+            vimcore::backward(ctx, config_, weights.params(), x, saved, out, dparams, dx, draws);
         });
     }
 
@@ -177,156 +172,115 @@ private:
         fail(name, "expected " + describe(wanted) + ", got " + describe(tensor));
     }
 
-    // The arrays of `logits`, `tokens` and `intermediates`, or of their gradients, for the images x.
-    template <class Array>
-    Outputs outputs(const Tensor& x, const std::optional<Array>& logits, const std::optional<Array>& tokens,
-                    const std::vector<std::int64_t>& layers, const std::vector<Array>& intermediates) const
+    Outputs to_outputs(const Tensor& x, const OutputArrays& arrays) const
     {
         if (x.shape.rank() != 4) fail("images", "expected (B, C, H, W), got " + describe(x));
-        const Config& c = config_;
-        const std::int64_t batch = x.size(0), width = c.num_classes > 0 ? c.num_classes : c.embed_dim;
-        const bool per_token = c.class_token == ClassToken::none && c.pool == vimcore::Pool::all;
-        const Shape sequence{batch, c.tokens(), c.embed_dim};
         Outputs out;
-        out.logits = to_tensor(logits, "VisionMamba", "logits");
-        expect("logits", out.logits, per_token ? Shape{batch, c.tokens(), width} : Shape{batch, width}, x);
-        out.tokens = to_tensor(tokens, "VisionMamba", "tokens");
-        expect("tokens", out.tokens, sequence, x);
-        out.layers = layers;
-        for (const Array& array : intermediates) {
+        out.logits = to_tensor(arrays.logits, "VisionMamba", "logits");
+        expect("logits", out.logits, config_.logits_shape(x.size(0)), x);
+        out.tokens = to_tensor(arrays.tokens, "VisionMamba", "tokens");
+        expect("tokens", out.tokens, config_.tokens_shape(x.size(0)), x);
+        out.layers = arrays.layers;
+        for (const Out& array : arrays.intermediates) {
             out.intermediates.push_back(to_tensor(array, "VisionMamba", "intermediates"));
-            expect("intermediates", out.intermediates.back(), sequence, x);
+            expect("intermediates", out.intermediates.back(), config_.tokens_shape(x.size(0)), x);
         }
-        if (layers.size() != intermediates.size())
-            fail("intermediates",
-                 "expected " + std::to_string(layers.size()) + " arrays, got " + std::to_string(intermediates.size()));
+        if (out.layers.size() != out.intermediates.size())
+            fail("intermediates", "expected " + std::to_string(out.layers.size()) + " arrays, got " +
+                                      std::to_string(out.intermediates.size()));
         return out;
     }
 
-    Draws to_draws(const Tensor& x, const DrawArgs& args) const
+    Draws to_draws(const Tensor& x, const DrawArrays& arrays) const
     {
         Draws draws;
-        draws.drop_path = to_tensor(args.drop_path, "VisionMamba", "drop_path");
+        draws.drop_path = to_tensor(arrays.drop_path, "VisionMamba", "drop_path");
         expect("drop_path", draws.drop_path, {config_.depth, x.size(0)}, x, true);
-        draws.dropout = to_tensor(args.mask, "VisionMamba", "mask");
-        expect("mask", draws.dropout, {x.size(0), config_.tokens(), config_.embed_dim}, x, true);
-        draws.flip = args.flip;
-        draws.class_position = args.class_position;
-        if (args.class_position < -1 || args.class_position >= config_.tokens())
-            fail("class_position", "does not fit: " + std::to_string(args.class_position));
+        draws.dropout = to_tensor(arrays.dropout, "VisionMamba", "dropout");
+        expect("dropout", draws.dropout, config_.tokens_shape(x.size(0)), x, true);
+        draws.flip = arrays.flip;
+        draws.class_position = arrays.class_position;
+        if (draws.class_position < -1 || draws.class_position >= config_.tokens())
+            fail("class_position", "does not fit: " + std::to_string(draws.class_position));
         return draws;
+    }
+
+    Params to_gradients(const BoundWeights& weights, const Tensor& x, const GradientArrays& arrays) const
+    {
+        const Tensor flat = to_tensor(arrays.flat, "VisionMamba", "gradients");
+        if (flat.dtype != weights.dtype() || flat.device != weights.device() || x.device != weights.device())
+            fail("gradients", "expected " + std::string(name_of(weights.dtype())) + " " + to_string(weights.device()) +
+                                  " as the weights, got " + describe(flat) + " beside images " + describe(x));
+        Params dparams;
+        std::size_t index = 0;
+        for_each_param(config_, dparams, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
+            if (index == arrays.offsets.size()) fail(name, "expected an offset, got none");
+            const std::int64_t offset = arrays.offsets[index++];
+            if (offset < 0) return;
+            if (offset > flat.numel() - shape.numel())
+                fail(name, "offset " + std::to_string(offset) + " does not fit " + describe(flat));
+            tensor = flat;
+            tensor.data = flat.as<char>() + static_cast<std::size_t>(offset) * size_of(flat.dtype);
+            tensor.shape = shape;
+        });
+        return dparams;
     }
 
     Config config_;
     std::mutex mutex_;
-    std::map<std::uintptr_t, std::shared_ptr<SavedPool>> pools_;  // by stream; 0 on the CPU
+    std::map<std::uintptr_t, std::shared_ptr<ReusableSaved>> reusable_;  // by stream; 0 on the CPU
 };
 
-std::int64_t saved_bytes(const std::string& json, const std::string& memory, std::int64_t batch, bool float64)
+std::uint64_t look(BoundWeights& weights, const Place& place)
 {
-    return Saved::bytes_per_block(Config::from_json(json), to_memory(memory), batch, float64 ? DType::f64 : DType::f32);
+    std::uint64_t sum = 0;
+    with_context(weights.device(), place, [&](Context& ctx) { sum = weights.look(ctx); });
+    return sum;
 }
 
-// A network from a file, for inference from any number of threads.
-class Engine {
-public:
-    Engine(nb::handle path, int threads, std::int64_t img_height, std::int64_t img_width, int cuda,
-           const std::string& dtype)
-        : options_{.max_batch = 8, .threads = threads, .dtype = to_activation(dtype)}
-    {
-        model_ = Model::load(path_of(path), cuda < 0 ? Device::cpu() : Device::cuda(cuda), img_height, img_width);
-        sessions_.give(make_session());
-    }
+// Values of one call. What arrays are is checked where they are used.
+void bind_values(nb::module_& m)
+{
+    nb::class_<Place>(m, "Place", "Where a call computes: threads on the CPU, 0 for all; on CUDA a cudaStream_t.")
+        .def(nb::init<int, std::uintptr_t, bool>(), nb::arg("threads") = 0, nb::arg("stream") = 0,
+             nb::arg("capturing") = false)
+        .def_ro("threads", &Place::threads)
+        .def_ro("stream", &Place::stream)
+        .def_ro("capturing", &Place::capturing);
 
-    const Model& model() const { return *model_; }
+    nb::class_<OutputArrays>(m, "Outputs",
+                             "Where results go, or their gradients come from; absent ones are not wanted.")
+        .def(nb::init<MaybeOut, MaybeOut, std::vector<std::int64_t>, std::vector<Out>>(),
+             nb::arg("logits").noconvert().none() = nb::none(), nb::arg("tokens").noconvert().none() = nb::none(),
+             nb::arg("layers") = std::vector<std::int64_t>{},
+             nb::arg("intermediates").noconvert() = std::vector<Out>{});
 
-    nb::ndarray<nb::numpy, float> run(const In& images)
-    {
-        const Config& c = model_->config();
-        const std::size_t batch = check(images), classes = static_cast<std::size_t>(c.num_classes);
-        float* data = nullptr;
-        nb::ndarray<nb::numpy, float> out;
-        if (c.class_token == ClassToken::none && c.pool == vimcore::Pool::all) {
-            const auto width = classes ? classes : static_cast<std::size_t>(c.embed_dim);
-            out = make_numpy<float>({batch, static_cast<std::size_t>(c.tokens()), width}, &data);
-        } else {
-            out = make_numpy<float>({batch, outputs_}, &data);
-        }
-        const float* x = static_cast<const float*>(images.data());
-        with_session(batch, [&](Session& session) { session.run(x, static_cast<std::int64_t>(batch), data); });
-        return out;
-    }
+    nb::class_<DrawArrays>(m, "Draws", "The random draws of one training forward.")
+        .def(nb::init<MaybeIn, MaybeIn, bool, std::int64_t>(), nb::arg("drop_path").noconvert().none() = nb::none(),
+             nb::arg("dropout").noconvert().none() = nb::none(), nb::arg("flip") = false,
+             nb::arg("class_position") = -1)
+        .def_ro("flip", &DrawArrays::flip)
+        .def_ro("class_position", &DrawArrays::class_position);
 
-    nb::ndarray<nb::numpy, float> features(const In& images)
-    {
-        const Config& c = model_->config();
-        const std::size_t batch = check(images);
-        float* data = nullptr;
-        auto out = make_numpy<float>(
-            {batch, static_cast<std::size_t>(c.tokens()), static_cast<std::size_t>(c.embed_dim)}, &data);
-        const float* x = static_cast<const float*>(images.data());
-        with_session(batch, [&](Session& session) { session.features(x, static_cast<std::int64_t>(batch), data); });
-        return out;
-    }
+    nb::class_<GradientArrays>(m, "Gradients", "One array for the gradients of all parameters, and that of the images.")
+        .def(nb::init<Out, std::vector<std::int64_t>, MaybeOut>(), nb::arg("flat").noconvert(), nb::arg("offsets"),
+             nb::arg("dimages").noconvert().none() = nb::none());
 
-private:
-    std::unique_ptr<Session> make_session()
-    {
-        auto session = std::make_unique<Session>(model_, options_);
-        outputs_ = static_cast<std::size_t>(session->outputs());
-        return session;
-    }
-
-    std::size_t check(const In& images) const
-    {
-        const Config& c = model_->config();
-        const Tensor x = to_host_tensor(images, "Runtime", "images");
-        const Shape wanted{x.shape.rank() > 0 ? x.size(0) : 0, c.in_chans, c.img_height, c.img_width};
-        if (x.dtype != DType::f32 || !(x.shape == wanted))
-            throw std::invalid_argument("[Runtime] images: expected (B, " + std::to_string(c.in_chans) + ", " +
-                                        std::to_string(c.img_height) + ", " + std::to_string(c.img_width) +
-                                        ") f32 cpu, got " + describe(x));
-        return static_cast<std::size_t>(x.size(0));
-    }
-
-    template <class F>
-    void with_session(std::size_t batch, F&& f)
-    {
-        if (batch == 0) return;
-        nb::gil_scoped_release release;
-        Pool<Session>::Lease session(sessions_, sessions_.take([this] { return make_session(); }));
-        f(*session);
-    }
-
-    static DType to_activation(const std::string& name)
-    {
-        if (name == "float32") return DType::f32;
-        if (name == "float16") return DType::f16;
-        if (name == "bfloat16") return DType::bf16;
-        throw std::invalid_argument("[Runtime] dtype: expected \"float32\", \"bfloat16\" or \"float16\", got \"" +
-                                    name + "\"");
-    }
-
-    SessionOptions options_;
-    std::shared_ptr<const Model> model_;
-    std::atomic<std::size_t> outputs_{0};
-    Pool<Session> sessions_;
-};
+    nb::class_<Kept>(m, "Kept", "What a forward kept: the bytes of Saved.token, or a copy, and their memory mode.")
+        .def(
+            "__init__",
+            [](Kept* self, In bytes, const std::string& memory) {
+                new (self) Kept{std::move(bytes), to_memory(memory)};
+            },
+            nb::arg("bytes").noconvert(), nb::arg("memory"));
+}
 
 }  // namespace
 
 void bind_network(nb::module_& m)
 {
-    nb::class_<Weights>(m, "Weights")
-        .def(
-            "look",
-            [](Weights& weights, int threads, std::uintptr_t stream) {
-                std::uint64_t sum = 0;
-                with_context(weights.device(), {threads, stream, false},
-                             [&](Context& ctx) { sum = weights.look(ctx); });
-                return sum;
-            },
-            nb::arg("threads") = 0, nb::arg("stream") = 0);
+    bind_values(m);
+    nb::class_<BoundWeights>(m, "BoundWeights").def("look", &look, nb::arg("place"));
 
     nb::class_<SavedHandle>(m, "Saved")
         .def(
@@ -339,42 +293,17 @@ void bind_network(nb::module_& m)
         .def_prop_ro("memory", &SavedHandle::memory)
         .def_prop_ro("token", &token_of)
         .def_static(
-            "chunk", [](const std::string& memory) { return Saved::chunk(to_memory(memory)); }, nb::arg("memory"))
-        .def_static("bytes_per_block", &saved_bytes, nb::arg("config_json"), nb::arg("memory"), nb::arg("batch"),
-                    nb::arg("float64") = false);
+            "chunk", [](const std::string& memory) { return Saved::chunk(to_memory(memory)); }, nb::arg("memory"));
 
-    nb::class_<Network>(m, "Network")
-        .def(nb::init<const std::string&>(), nb::arg("config_json"))
-        .def("bind", &Network::bind, nb::arg("parameters").noconvert())
-        .def("saved", &Network::saved, nb::arg("memory") = "lean", nb::arg("stream") = 0, nb::arg("capturing") = false)
-        .def("release", &Network::release)
-        .def("forward", &Network::forward, nb::arg("weights"), nb::arg("images").noconvert(),
-             nb::arg("logits").noconvert().none() = nb::none(), nb::arg("tokens").noconvert().none() = nb::none(),
-             nb::arg("layers") = std::vector<std::int64_t>{}, nb::arg("intermediates").noconvert() = std::vector<Out>{},
-             nb::arg("saved").none() = nb::none(), nb::arg("drop_path").noconvert().none() = nb::none(),
-             nb::arg("mask").noconvert().none() = nb::none(), nb::arg("flip") = false, nb::arg("class_position") = -1,
-             nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false, nb::arg("constant") = false)
-        .def("backward", &Network::backward, nb::arg("weights"), nb::arg("images").noconvert(),
-             nb::arg("saved").noconvert(), nb::arg("memory"), nb::arg("dlogits").noconvert().none() = nb::none(),
-             nb::arg("dtokens").noconvert().none() = nb::none(), nb::arg("layers") = std::vector<std::int64_t>{},
-             nb::arg("dintermediates").noconvert() = std::vector<In>{}, nb::arg("gradients").noconvert(),
-             nb::arg("offsets"), nb::arg("dimages").noconvert().none() = nb::none(),
-             nb::arg("drop_path").noconvert().none() = nb::none(), nb::arg("mask").noconvert().none() = nb::none(),
-             nb::arg("flip") = false, nb::arg("class_position") = -1, nb::arg("threads") = 0, nb::arg("stream") = 0,
-             nb::arg("capturing") = false);
-
-    nb::class_<Engine>(m, "Engine")
-        .def(nb::init<nb::handle, int, std::int64_t, std::int64_t, int, const std::string&>(), nb::arg("path"),
-             nb::arg("threads") = 0, nb::arg("img_height") = 0, nb::arg("img_width") = 0, nb::arg("cuda") = -1,
-             nb::arg("dtype") = "float32")
-        .def("run", &Engine::run, nb::arg("images").noconvert())
-        .def("features", &Engine::features, nb::arg("images").noconvert())
-        .def_prop_ro("config_json", [](const Engine& e) { return e.model().config().to_json(); })
-        .def_prop_ro("metadata", [](const Engine& e) {
-            nb::dict out;
-            for (const auto& [key, value] : e.model().metadata()) out[key.c_str()] = value;
-            return out;
-        });
+    nb::class_<BoundNetwork>(m, "BoundNetwork")
+        .def(nb::init<const Config&>(), nb::arg("config"))
+        .def("bind", &BoundNetwork::bind, nb::arg("parameters").noconvert())
+        .def("saved", &BoundNetwork::saved, nb::arg("memory"), nb::arg("place"))
+        .def("release", &BoundNetwork::release)
+        .def("forward", &BoundNetwork::forward, nb::arg("weights"), nb::arg("images").noconvert(), nb::arg("outputs"),
+             nb::arg("draws"), nb::arg("place"), nb::arg("saved").none() = nb::none(), nb::arg("constant") = false)
+        .def("backward", &BoundNetwork::backward, nb::arg("weights"), nb::arg("images").noconvert(), nb::arg("kept"),
+             nb::arg("incoming"), nb::arg("gradients"), nb::arg("draws"), nb::arg("place"));
 }
 
 }  // namespace vimcore::python

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operators behind vimcore.ops. Outputs are allocated by the caller; shapes are checked by the operators.
+#include "bindings.h"
 #include "place.h"
 #include "saved.h"
 
@@ -17,8 +18,7 @@ Norm to_norm(const std::string& kind)
 // ---- norm ----------------------------------------------------------------------------------------------------------
 
 void norm_forward(const std::string& kind, double eps, const In& x, const MaybeIn& residual, const In& weight,
-                  const MaybeIn& bias, const MaybeOut& residual_out, const Out& out, int threads, std::uintptr_t stream,
-                  bool capturing)
+                  const MaybeIn& bias, const MaybeOut& residual_out, const Out& out, const Place& place)
 {
     const char* op = kind == "layer" ? "layer_norm" : "rms_norm";
     NormForward a;
@@ -30,12 +30,12 @@ void norm_forward(const std::string& kind, double eps, const In& x, const MaybeI
     a.bias = to_tensor(bias, op, "bias");
     a.residual_out = to_tensor(residual_out, op, "residual_out");
     a.out = to_tensor(out, op, "out");
-    with_context(a.out.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::norm_forward(ctx, a); });
+    with_context(a.out.device, place, [&](Context& ctx) { vimcore::norm_forward(ctx, a); });
 }
 
 void norm_backward(const std::string& kind, double eps, const In& x, const In& weight, const In& dout,
                    const MaybeIn& dresidual_out, const Out& dresidual, const MaybeOut& dx, const MaybeOut& dweight,
-                   const MaybeOut& dbias, int threads, std::uintptr_t stream, bool capturing)
+                   const MaybeOut& dbias, const Place& place)
 {
     const char* op = kind == "layer" ? "layer_norm" : "rms_norm";
     NormBackward a;
@@ -49,13 +49,13 @@ void norm_backward(const std::string& kind, double eps, const In& x, const In& w
     a.dh = to_tensor(dx, op, "dx");
     a.dweight = to_tensor(dweight, op, "dweight");
     a.dbias = to_tensor(dbias, op, "dbias");
-    with_context(a.x.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::norm_backward(ctx, a); });
+    with_context(a.x.device, place, [&](Context& ctx) { vimcore::norm_backward(ctx, a); });
 }
 
 // ---- convolution ---------------------------------------------------------------------------------------------------
 
 void conv1d_forward(const In& x, const In& weight, const MaybeIn& bias, bool silu, bool reverse, const Out& u,
-                    int threads, std::uintptr_t stream, bool capturing)
+                    const Place& place)
 {
     const char* op = "causal_conv1d";
     ConvForwardPass pass;
@@ -67,12 +67,11 @@ void conv1d_forward(const In& x, const In& weight, const MaybeIn& bias, bool sil
     a.x = to_tensor(x, op, "x");
     a.passes = {&pass, 1};
     a.silu = silu;
-    with_context(a.x.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::conv1d_forward(ctx, a); });
+    with_context(a.x.device, place, [&](Context& ctx) { vimcore::conv1d_forward(ctx, a); });
 }
 
 void conv1d_backward(const In& x, const In& weight, const MaybeIn& bias, bool silu, bool reverse, const In&,
-                     const In& du, const Out& dx, const MaybeOut& dweight, const MaybeOut& dbias, int threads,
-                     std::uintptr_t stream, bool capturing)
+                     const In& du, const Out& dx, const MaybeOut& dweight, const MaybeOut& dbias, const Place& place)
 {
     const char* op = "causal_conv1d";
     ConvBackwardPass pass;
@@ -87,7 +86,7 @@ void conv1d_backward(const In& x, const In& weight, const MaybeIn& bias, bool si
     a.passes = {&pass, 1};
     a.silu = silu;
     a.dx = to_tensor(dx, op, "dx");
-    with_context(a.x.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::conv1d_backward(ctx, a); });
+    with_context(a.x.device, place, [&](Context& ctx) { vimcore::conv1d_backward(ctx, a); });
 }
 
 // ---- scan on its own -----------------------------------------------------------------------------------------------
@@ -109,16 +108,14 @@ Scan selective(const std::vector<MaybeIn>& inputs, bool softplus, bool reverse, 
 }
 
 void selective_scan_forward(const std::vector<MaybeIn>& inputs, bool softplus, bool reverse, const Out& out,
-                            int threads, std::uintptr_t stream, bool capturing)
+                            const Place& place)
 {
     const auto a = selective<SelectiveScanForward>(inputs, softplus, reverse, out);
-    with_context(a.out.device, {threads, stream, capturing},
-                 [&](Context& ctx) { vimcore::selective_scan_forward(ctx, a); });
+    with_context(a.out.device, place, [&](Context& ctx) { vimcore::selective_scan_forward(ctx, a); });
 }
 
 void selective_scan_backward(const std::vector<MaybeIn>& inputs, bool softplus, bool reverse, const Out& out,
-                             const In& dout, const std::vector<MaybeOut>& gradients, int threads, std::uintptr_t stream,
-                             bool capturing)
+                             const In& dout, const std::vector<MaybeOut>& gradients, const Place& place)
 {
     const char* op = "selective_scan";
     if (gradients.size() != 8) throw std::invalid_argument("[selective_scan] gradients: expected 8 arrays");
@@ -126,8 +123,7 @@ void selective_scan_backward(const std::vector<MaybeIn>& inputs, bool softplus, 
     a.dout = to_tensor(dout, op, "dout");
     Tensor* const places[] = {&a.du, &a.ddelta, &a.dA, &a.dB, &a.dC, &a.dD, &a.dz, &a.ddelta_bias};
     for (std::size_t i = 0; i < 8; i++) *places[i] = to_tensor(gradients[i], op, "gradient");
-    with_context(a.out.device, {threads, stream, capturing},
-                 [&](Context& ctx) { vimcore::selective_scan_backward(ctx, a); });
+    with_context(a.out.device, place, [&](Context& ctx) { vimcore::selective_scan_backward(ctx, a); });
 }
 
 // ---- both directions, with dt projection, skip, sum and gate -------------------------------------------------------
@@ -161,7 +157,7 @@ ScanBackwardPass to_backward_pass(const std::vector<MaybeIn>& inputs, const std:
 
 void scan_forward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs,
                   const std::vector<std::vector<MaybeOut>>& outputs, double scale, std::int64_t chunk, const Out& out,
-                  int threads, std::uintptr_t stream, bool capturing)
+                  const Place& place)
 {
     if (inputs.size() != 2 || outputs.size() != 2)
         throw std::invalid_argument("[bidirectional_scan] inputs: expected two directions");
@@ -175,12 +171,12 @@ void scan_forward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs,
     a.scale = scale;
     a.chunk = chunk;
     a.out = to_tensor(out, "bidirectional_scan", "out");
-    with_context(a.out.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::scan_forward(ctx, a); });
+    with_context(a.out.device, place, [&](Context& ctx) { vimcore::scan_forward(ctx, a); });
 }
 
 void scan_backward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs,
                    const std::vector<std::vector<MaybeOut>>& outputs, double scale, std::int64_t chunk, const Out& out,
-                   const In& dout, const Out& dxz, int threads, std::uintptr_t stream, bool capturing)
+                   const In& dout, const Out& dxz, const Place& place)
 {
     if (inputs.size() != 2 || outputs.size() != 2)
         throw std::invalid_argument("[bidirectional_scan] inputs: expected two directions");
@@ -194,33 +190,31 @@ void scan_backward(const In& xz, const std::vector<std::vector<MaybeIn>>& inputs
     a.out = to_tensor(out, "bidirectional_scan", "out");
     a.dout = to_tensor(dout, "bidirectional_scan", "dout");
     a.dxz = to_tensor(dxz, "bidirectional_scan", "dxz");
-    with_context(a.out.device, {threads, stream, capturing}, [&](Context& ctx) { vimcore::scan_backward(ctx, a); });
+    with_context(a.out.device, place, [&](Context& ctx) { vimcore::scan_backward(ctx, a); });
 }
 
 // ---- one block -----------------------------------------------------------------------------------------------------
 
-// Points the parameters of the only block of `config` at arrays in state-dict order.
+// Points the parameters of a block at arrays in state-dict order.
 template <class Array>
-BlockParams to_block_params(const Config& config, const std::vector<Array>& arrays, bool gradients)
+BlockParams to_block_params(const BlockConfig& config, const std::vector<Array>& arrays, bool gradients)
 {
-    Params params;
+    BlockParams params;
     std::size_t index = 0;
     for_each_param(config, params, [&](const std::string& name, Tensor& tensor, const Shape& shape) {
-        if (!name.starts_with("layers.0.")) return;
         if (index == arrays.size()) throw std::invalid_argument("[vim_block] " + name + ": missing");
-        tensor = to_tensor(arrays[index++], "vim_block", (gradients ? "gradient of " : "") + name.substr(9));
+        tensor = to_tensor(arrays[index++], "vim_block", (gradients ? "gradient of " : "") + name);
         if (tensor && !(tensor.shape == shape))
-            throw std::invalid_argument("[vim_block] " + name.substr(9) + ": expected " + to_string(shape) + ", got " +
+            throw std::invalid_argument("[vim_block] " + name + ": expected " + to_string(shape) + ", got " +
                                         describe(tensor));
     });
-    return params.blocks[0];
+    return params;
 }
 
-void block_forward(const std::string& json, const std::vector<In>& parameters, const In& x, const MaybeIn& residual,
-                   bool reverse, const Out& residual_out, const Out& out, SavedHandle* saved, int threads,
-                   std::uintptr_t stream, bool capturing)
+// Of `config` the sizes and options of a block count.
+void block_forward(const Config& config, const std::vector<In>& parameters, const In& x, const MaybeIn& residual,
+                   bool reverse, const Out& residual_out, const Out& out, SavedHandle* saved, const Place& place)
 {
-    const Config config = Config::from_json(json);
     const BlockParams params = to_block_params(config, parameters, false);
     Block block;
     block.h = to_tensor(x, "vim_block", "x");
@@ -228,33 +222,35 @@ void block_forward(const std::string& json, const std::vector<In>& parameters, c
     block.reverse = reverse;
     block.residual_out = to_tensor(residual_out, "vim_block", "residual_out");
     block.out = to_tensor(out, "vim_block", "out");
-    with_context(block.out.device, {threads, stream, capturing}, [&](Context& ctx) {
-        if (saved) (**saved).prepare(config, block.out.size(0), block.out.dtype, block.out.device);
+    with_context(block.out.device, place, [&](Context& ctx) {
+        if (saved) (**saved).prepare_block(config, block.out.shape, block.out.dtype, block.out.device);
         vimcore::block_forward(ctx, config, params, block, saved ? &(**saved).blocks[0] : nullptr);
     });
 }
 
 // residual_out: the forward's. dresidual: of the residual, and of x beside it; dx: of x in the type of activations, or
 // None. gradients: one per parameter, added to, or None.
-void block_backward(const std::string& json, const std::vector<In>& parameters, const In& residual_out, bool reverse,
-                    const In& saved, const std::string& memory, const In& dout, const MaybeIn& dresidual_out,
-                    const Out& dresidual, const MaybeOut& dx, const std::vector<MaybeOut>& gradients, int threads,
-                    std::uintptr_t stream, bool capturing)
+void block_backward(const Config& config, const std::vector<In>& parameters, const In& residual_out, bool reverse,
+                    const Kept& kept, const In& dout, const MaybeIn& dresidual_out, const Out& dresidual,
+                    const MaybeOut& dx, const std::vector<MaybeOut>& gradients, const Place& place)
 {
-    const Config config = Config::from_json(json);
     const BlockParams params = to_block_params(config, parameters, false);
     BlockParams dparams = to_block_params(config, gradients, true);
     Block block;
     block.reverse = reverse;
     BlockGradients g;
     g.dout = to_tensor(dout, "vim_block", "dout");
-    BlockSaved kept = to_saved(saved, memory, config, g.dout, "vim_block").blocks.at(0);
-    kept.residual = to_tensor(residual_out, "vim_block", "residual_out");
+    BlockSaved saved = kept.saved(g.dout, "vim_block",
+                                  [&](Saved& at, void* data, std::size_t bytes) {
+                                      at.attach_block(config, g.dout.shape, g.dout.dtype, g.dout.device, data, bytes);
+                                  })
+                           .blocks.at(0);
+    saved.residual = to_tensor(residual_out, "vim_block", "residual_out");
     g.dresidual_out = to_tensor(dresidual_out, "vim_block", "dresidual_out");
     g.dresidual = to_tensor(dresidual, "vim_block", "dresidual");
     g.dh = to_tensor(dx, "vim_block", "dx");
-    with_context(g.dout.device, {threads, stream, capturing},
-                 [&](Context& ctx) { vimcore::block_backward(ctx, config, params, block, kept, g, dparams); });
+    with_context(g.dout.device, place,
+                 [&](Context& ctx) { vimcore::block_backward(ctx, config, params, block, saved, g, dparams); });
 }
 
 }  // namespace
@@ -263,43 +259,36 @@ void bind_ops(nb::module_& m)
 {
     m.def("norm_forward", &norm_forward, nb::arg("kind"), nb::arg("eps"), nb::arg("x").noconvert(),
           nb::arg("residual").noconvert().none(), nb::arg("weight").noconvert(), nb::arg("bias").noconvert().none(),
-          nb::arg("residual_out").noconvert().none(), nb::arg("out").noconvert(), nb::arg("threads") = 0,
-          nb::arg("stream") = 0, nb::arg("capturing") = false);
+          nb::arg("residual_out").noconvert().none(), nb::arg("out").noconvert(), nb::arg("place"));
     m.def("norm_backward", &norm_backward, nb::arg("kind"), nb::arg("eps"), nb::arg("x").noconvert(),
           nb::arg("weight").noconvert(), nb::arg("dout").noconvert(), nb::arg("dresidual_out").noconvert().none(),
           nb::arg("dresidual").noconvert(), nb::arg("dx").noconvert().none(), nb::arg("dweight").noconvert().none(),
-          nb::arg("dbias").noconvert().none(), nb::arg("threads") = 0, nb::arg("stream") = 0,
-          nb::arg("capturing") = false);
+          nb::arg("dbias").noconvert().none(), nb::arg("place"));
     m.def("conv1d_forward", &conv1d_forward, nb::arg("x").noconvert(), nb::arg("weight").noconvert(),
           nb::arg("bias").noconvert().none(), nb::arg("silu"), nb::arg("reverse"), nb::arg("out").noconvert(),
-          nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
+          nb::arg("place"));
     m.def("conv1d_backward", &conv1d_backward, nb::arg("x").noconvert(), nb::arg("weight").noconvert(),
           nb::arg("bias").noconvert().none(), nb::arg("silu"), nb::arg("reverse"), nb::arg("out").noconvert(),
           nb::arg("dout").noconvert(), nb::arg("dx").noconvert(), nb::arg("dweight").noconvert().none(),
-          nb::arg("dbias").noconvert().none(), nb::arg("threads") = 0, nb::arg("stream") = 0,
-          nb::arg("capturing") = false);
+          nb::arg("dbias").noconvert().none(), nb::arg("place"));
     m.def("selective_scan_forward", &selective_scan_forward, nb::arg("inputs").noconvert(), nb::arg("delta_softplus"),
-          nb::arg("reverse"), nb::arg("out").noconvert(), nb::arg("threads") = 0, nb::arg("stream") = 0,
-          nb::arg("capturing") = false);
+          nb::arg("reverse"), nb::arg("out").noconvert(), nb::arg("place"));
     m.def("selective_scan_backward", &selective_scan_backward, nb::arg("inputs").noconvert(), nb::arg("delta_softplus"),
           nb::arg("reverse"), nb::arg("out").noconvert(), nb::arg("dout").noconvert(), nb::arg("gradients").noconvert(),
-          nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
+          nb::arg("place"));
     m.def("scan_forward", &scan_forward, nb::arg("xz").noconvert(), nb::arg("inputs").noconvert(),
           nb::arg("outputs").noconvert(), nb::arg("scale"), nb::arg("chunk"), nb::arg("out").noconvert(),
-          nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
+          nb::arg("place"));
     m.def("scan_backward", &scan_backward, nb::arg("xz").noconvert(), nb::arg("inputs").noconvert(),
           nb::arg("outputs").noconvert(), nb::arg("scale"), nb::arg("chunk"), nb::arg("out").noconvert(),
-          nb::arg("dout").noconvert(), nb::arg("dxz").noconvert(), nb::arg("threads") = 0, nb::arg("stream") = 0,
-          nb::arg("capturing") = false);
-    m.def("block_forward", &block_forward, nb::arg("config_json"), nb::arg("parameters").noconvert(),
+          nb::arg("dout").noconvert(), nb::arg("dxz").noconvert(), nb::arg("place"));
+    m.def("block_forward", &block_forward, nb::arg("config"), nb::arg("parameters").noconvert(),
           nb::arg("x").noconvert(), nb::arg("residual").noconvert().none(), nb::arg("reverse"),
-          nb::arg("residual_out").noconvert(), nb::arg("out").noconvert(), nb::arg("saved").none(),
-          nb::arg("threads") = 0, nb::arg("stream") = 0, nb::arg("capturing") = false);
-    m.def("block_backward", &block_backward, nb::arg("config_json"), nb::arg("parameters").noconvert(),
-          nb::arg("residual_out").noconvert(), nb::arg("reverse"), nb::arg("saved").noconvert(), nb::arg("memory"),
-          nb::arg("dout").noconvert(), nb::arg("dresidual_out").noconvert().none(), nb::arg("dresidual").noconvert(),
-          nb::arg("dx").noconvert().none(), nb::arg("gradients").noconvert(), nb::arg("threads") = 0,
-          nb::arg("stream") = 0, nb::arg("capturing") = false);
+          nb::arg("residual_out").noconvert(), nb::arg("out").noconvert(), nb::arg("saved").none(), nb::arg("place"));
+    m.def("block_backward", &block_backward, nb::arg("config"), nb::arg("parameters").noconvert(),
+          nb::arg("residual_out").noconvert(), nb::arg("reverse"), nb::arg("kept"), nb::arg("dout").noconvert(),
+          nb::arg("dresidual_out").noconvert().none(), nb::arg("dresidual").noconvert(),
+          nb::arg("dx").noconvert().none(), nb::arg("gradients").noconvert(), nb::arg("place"));
 }
 
 }  // namespace vimcore::python

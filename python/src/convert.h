@@ -12,8 +12,6 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include <memory>
-#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -120,67 +118,14 @@ inline std::string path_of(nb::handle path)
 
 // A fresh numpy array, filled by the caller.
 template <class T>
-nb::ndarray<nb::numpy, T> make_numpy(const std::vector<std::size_t>& shape, T** data)
+nb::ndarray<nb::numpy, T> make_numpy(const Shape& shape, T** data)
 {
-    std::size_t count = 1;
-    for (std::size_t size : shape) count *= size;
+    std::size_t sizes[Shape::max_rank], rank = 0;
+    for (const std::int64_t size : shape) sizes[rank++] = static_cast<std::size_t>(size);
+    const auto count = static_cast<std::size_t>(shape.numel());
     *data = new T[count ? count : 1];
     nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-    return nb::ndarray<nb::numpy, T>(*data, shape.size(), shape.data(), owner);
+    return nb::ndarray<nb::numpy, T>(*data, rank, sizes, owner);
 }
-
-// Objects for one call at a time, reused: a caller takes a free one or makes one. Safe from many threads.
-template <class T>
-class Pool {
-public:
-    class Lease {
-    public:
-        Lease(Pool& pool, std::unique_ptr<T> item) : pool_(pool), item_(std::move(item)) {}
-        Lease(const Lease&) = delete;
-        Lease& operator=(const Lease&) = delete;
-        ~Lease() { pool_.give(std::move(item_)); }
-        T& operator*() { return *item_; }
-        T* operator->() { return item_.get(); }
-
-    private:
-        Pool& pool_;
-        std::unique_ptr<T> item_;
-    };
-
-    template <class Make>
-    std::unique_ptr<T> take(Make&& make)
-    {
-        {
-            std::lock_guard lock(mutex_);
-            if (!free_.empty()) {
-                std::unique_ptr<T> item = std::move(free_.back());
-                free_.pop_back();
-                return item;
-            }
-        }
-        return make();
-    }
-
-    void give(std::unique_ptr<T> item)
-    {
-        std::lock_guard lock(mutex_);
-        free_.push_back(std::move(item));
-    }
-
-    void clear()
-    {
-        std::vector<std::unique_ptr<T>> old;
-        std::lock_guard lock(mutex_);
-        old.swap(free_);
-    }
-
-private:
-    std::mutex mutex_;
-    std::vector<std::unique_ptr<T>> free_;
-};
-
-void bind_network(nb::module_& m);
-void bind_ops(nb::module_& m);
-void bind_files(nb::module_& m);
 
 }  // namespace vimcore::python

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "convert.h"
+#include "reusable.h"
 
 namespace vimcore::python {
 
@@ -27,9 +28,9 @@ public:
     public:
         Lease(Contexts& all, Device device, const Place& place)
             : all_(all),
-              pool_(all.pool(device, place.stream)),
+              contexts_(all.of(device, place.stream)),
               place_(place),
-              context_(pool_.take([&] { return std::make_unique<Context>(device); }))
+              context_(contexts_.take([&] { return std::make_unique<Context>(device); }))
         {
             context_->set_threads(place.threads);
             if (device.type == Device::Type::cpu) return;
@@ -43,13 +44,13 @@ public:
             if (place_.capturing)
                 all_.captured_.give(std::move(context_));
             else
-                pool_.give(std::move(context_));
+                contexts_.give(std::move(context_));
         }
         Context& operator*() { return *context_; }
 
     private:
         Contexts& all_;
-        Pool<Context>& pool_;
+        Reusable<Context>& contexts_;
         Place place_;
         std::unique_ptr<Context> context_;
     };
@@ -58,20 +59,20 @@ public:
     void clear()
     {
         std::lock_guard lock(mutex_);
-        for (auto& [key, pool] : pools_) pool.clear();
+        for (auto& [key, pool] : by_place_) pool.clear();
         captured_.clear();
     }
 
 private:
-    Pool<Context>& pool(Device device, std::uintptr_t stream)
+    Reusable<Context>& of(Device device, std::uintptr_t stream)
     {
         std::lock_guard lock(mutex_);
-        return pools_[{device.type == Device::Type::cpu ? -1 : device.index, stream}];
+        return by_place_[{device.type == Device::Type::cpu ? -1 : device.index, stream}];
     }
 
     std::mutex mutex_;
-    std::map<std::pair<int, std::uintptr_t>, Pool<Context>> pools_;
-    Pool<Context> captured_;
+    std::map<std::pair<int, std::uintptr_t>, Reusable<Context>> by_place_;
+    Reusable<Context> captured_;
 };
 
 // Never destroyed: threads may still run when the interpreter ends.

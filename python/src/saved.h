@@ -2,7 +2,12 @@
 // What Python holds between a forward and its backward.
 #pragma once
 
+#include <memory>
+#include <string>
+#include <utility>
+
 #include "convert.h"
+#include "reusable.h"
 
 namespace vimcore::python {
 
@@ -13,23 +18,23 @@ inline Memory to_memory(const std::string& name)
     throw std::invalid_argument("[VisionMamba] memory: expected \"least\", \"lean\" or \"fast\", got \"" + name + "\"");
 }
 
-using SavedPool = Pool<Saved>;
+using ReusableSaved = Reusable<Saved>;
 
 // What captured graphs have written down the addresses of: kept until release_memory().
-inline SavedPool& captured_saved()
+inline ReusableSaved& captured_saved()
 {
-    static auto* all = new SavedPool;  // never destroyed, as contexts()
+    static auto* all = new ReusableSaved;  // never destroyed, as contexts()
     return *all;
 }
 
-// What one forward keeps for its backward; the memory returns to the network's pool with the last reference. A pool
-// serves one stream: there, what a backward still reads comes before what the next forward writes.
+// What one forward keeps for its backward; the memory returns to the network with the last reference. What a network
+// reuses serves one stream: there, what a backward still reads comes before what the next forward writes.
 class SavedHandle {
 public:
-    SavedHandle(Memory memory, std::shared_ptr<SavedPool> pool, bool capturing)
-        : pool_(capturing ? nullptr : std::move(pool)), capturing_(capturing)
+    SavedHandle(Memory memory, std::shared_ptr<ReusableSaved> origin, bool capturing)
+        : origin_(capturing ? nullptr : std::move(origin)), capturing_(capturing)
     {
-        saved_ = pool_ ? pool_->take([] { return std::make_unique<Saved>(); }) : std::make_unique<Saved>();
+        saved_ = origin_ ? origin_->take([] { return std::make_unique<Saved>(); }) : std::make_unique<Saved>();
         saved_->memory = memory;
     }
     SavedHandle(const SavedHandle&) = delete;
@@ -37,7 +42,7 @@ public:
     ~SavedHandle()
     {
         if (capturing_) captured_saved().give(std::move(saved_));
-        if (pool_) pool_->give(std::move(saved_));
+        if (origin_) origin_->give(std::move(saved_));
     }
 
     Saved& operator*() { return *saved_; }
@@ -45,23 +50,30 @@ public:
     const char* memory() const { return name_of(saved_->memory); }
 
 private:
-    std::shared_ptr<SavedPool> pool_;
+    std::shared_ptr<ReusableSaved> origin_;
     bool capturing_;
     std::unique_ptr<Saved> saved_;
 };
 
-// What a forward on tensors like x kept, from its bytes: those of `SavedHandle`, or a copy that a saved-tensor hook
-// made of them.
-inline Saved to_saved(const In& array, const std::string& memory, const Config& config, const Tensor& x, const char* op)
-{
-    const Tensor bytes = to_tensor(array, op, "saved");
-    if (bytes.dtype != DType::u8 || bytes.shape.rank() != 1 || bytes.device != x.device)
-        throw std::invalid_argument(std::string("[") + op + "] saved: expected (bytes) u8 " + to_string(x.device) +
-                                    ", got " + describe(bytes));
-    Saved saved;
-    saved.memory = to_memory(memory);
-    saved.attach(config, x.size(0), x.dtype, x.device, bytes.data, bytes.bytes());
-    return saved;
-}
+// The bytes that a forward kept, those of its SavedHandle or a copy that a saved-tensor hook made of them, and what
+// they are.
+struct Kept {
+    In bytes;
+    Memory memory;
+
+    // Laid out by attach(saved, data, bytes) for tensors on the device of x.
+    template <class Attach>
+    Saved saved(const Tensor& x, const char* op, Attach&& attach) const
+    {
+        const Tensor found = to_tensor(bytes, op, "saved");
+        if (found.dtype != DType::u8 || found.shape.rank() != 1 || found.device != x.device)
+            throw std::invalid_argument(std::string("[") + op + "] saved: expected (bytes) u8 " + to_string(x.device) +
+                                        ", got " + describe(found));
+        Saved saved;
+        saved.memory = memory;
+        attach(saved, found.data, found.bytes());
+        return saved;
+    }
+};
 
 }  // namespace vimcore::python

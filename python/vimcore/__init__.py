@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from ._core import Error, build_info
+from ._core import Config, Error, build_info, release_memory
 from .config import list_models
 from .runtime import Runtime
 from .utils.extras import needs
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __version__: str = _core.__version__
 __all__ = [
+    "Config",
     "Error",
     "Runtime",
     "VisionMamba",
@@ -38,6 +39,7 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "ops",
+    "release_memory",
     "saliency",
     "train",
 ]

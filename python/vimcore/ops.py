@@ -11,7 +11,6 @@ the argument. Second derivatives are an error.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -265,28 +264,20 @@ def vim_block(
         raise ValueError(
             f"[{op}] x: expected (B, L, D) with L > 0 and D a divisor of {inner}, got {describe(x)}"
         )
-    config = {
-        "img_size": [1, x.shape[1]],
-        "patch_size": 1,
-        "in_chans": 1,
-        "num_classes": 0,
-        "depth": 1,
-        "embed_dim": x.shape[2],
-        "expand": inner // x.shape[2],
-        "d_state": state,
-        "d_conv": parameters["mixer.conv1d.weight"].shape[-1],
-        "dt_rank": parameters["mixer.dt_proj.weight"].shape[-1],
-        "directions": directions,
-        "average_directions": average_directions,
-        "norm": norm,
-        "norm_eps": norm_eps,
-        "class_token": "none",
-        "pos_embed": False,
-        "layer_scale": 1.0 if "mixer.gamma" in parameters else None,
-    }
-    config_json = _core.config_normalize(json.dumps(config))
-    ordered = block_parameters(config_json, parameters)
+    config = _core.Config(
+        embed_dim=x.shape[2],
+        expand=inner // x.shape[2],
+        d_state=state,
+        d_conv=parameters["mixer.conv1d.weight"].shape[-1],
+        dt_rank=parameters["mixer.dt_proj.weight"].shape[-1],
+        directions=directions,
+        average_directions=average_directions,
+        norm=norm,
+        norm_eps=norm_eps,
+        layer_scale=1.0 if "mixer.gamma" in parameters else None,
+    )
+    ordered = block_parameters(config, parameters)
     x, residual, *tensors = _checked(op, {"x": x, "residual": residual, **ordered})
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"[{op}] residual: expected {describe(x)}, got {describe(residual)}")
-    return BlockFunction.apply(config_json, reverse, memory, x, residual, *tensors)
+    return BlockFunction.apply(config, reverse, memory, x, residual, *tensors)

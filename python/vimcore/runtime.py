@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -11,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from ._core import Preprocess
 from .utils.arguments import gpu_number, integer, sides
-from .weights.metadata import default_preprocess, rescaled_preprocess, unpack
+from .weights.metadata import unpack
 
 
 class Runtime:
@@ -57,15 +57,12 @@ class Runtime:
         self._arguments = (os.path.abspath(path), device, threads, img_size, dtype)
         height, width = img_size or (0, 0)
         self._engine = _core.Engine(path, threads or 0, height, width, cuda, dtype)
-        self.config: dict[str, Any] = json.loads(self._engine.config_json)
+        config = self._engine.config
+        self.config: dict[str, Any] = config.to_dict()
         self.labels: list[str] | None
-        self.preprocess: dict[str, Any] | None
         _, self.labels, stored = unpack(self._engine.metadata, path)
-        self.preprocess = (
-            rescaled_preprocess(stored, self.config["img_size"])
-            if stored
-            else default_preprocess(self.config)
-        )
+        steps = stored.rescaled(*config.img_size) if stored else Preprocess.default(config)
+        self.preprocess: dict[str, Any] | None = steps.to_dict() if steps else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as its arguments: whoever unpickles it, another process or `copy`, opens the file again."""

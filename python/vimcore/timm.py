@@ -11,7 +11,6 @@ classes, channels or pixels `pretrained=True, pretrained_cfg_overlay={"file": FI
 
 from __future__ import annotations
 
-import json
 import os
 import runpy
 import sys
@@ -30,15 +29,16 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(f"vimcore.timm needs timm; {needs('train')}") from error
 
-from . import _core, ops
+from . import ops
+from ._core import Preprocess
 from .config import list_models, model_options
 from .nn import saving
 from .nn.structure import does_more
 from .nn.vision_mamba import Network, VisionMamba
 from .utils.arguments import integer, native
-from .weights.metadata import IMAGENET_MEAN, IMAGENET_STD
 from .weights.wrappers import chosen, plain_names
 
+_IMAGENET = Preprocess()
 _POOLS: dict[str, dict[str, str]] = {
     "token": {},
     "avg": {"class_token": "none", "pool": "mean"},
@@ -108,26 +108,26 @@ class TimmVisionMamba(VisionMamba):
     def _describe_features(self) -> None:
         """What `features_only` tells its users: one entry for each layer that has an output."""
         c = self._config
-        first, step = (1, 2) if c["directions"] == "block" else (0, 1)
-        self._taps = list(range(first, c["depth"], step))
+        first, step = (1, 2) if c.directions == "block" else (0, 1)
+        self._taps = list(range(first, c.depth, step))
         self.feature_info: list[dict[str, Any]] = [
-            {"module": f"layers.{i}", "num_chs": c["embed_dim"], "reduction": c["stride"]} for i in self._taps
+            {"module": f"layers.{i}", "num_chs": c.embed_dim, "reduction": c.stride} for i in self._taps
         ]
 
     # ---- what timm asks ------------------------------------------------------------------------------------
 
     @property
     def in_chans(self) -> int:
-        return int(self._config["in_chans"])
+        return int(self._config.in_chans)
 
     @property
     def global_pool(self) -> str:
         """timm's name of how the head reads the tokens."""
         if self._pool is not None:
             return self._pool
-        if self._config["class_token"] != "none":
+        if self._config.class_token != "none":
             return "token"
-        return {"mean": "avg", "all": ""}.get(self._config["pool"], self._config["pool"])
+        return {"mean": "avg", "all": ""}.get(self._config.pool, self._config.pool)
 
     @property
     def grad_checkpointing(self) -> bool:
@@ -150,7 +150,7 @@ class TimmVisionMamba(VisionMamba):
                 "" gives it every token; such a network cannot be saved. "token" needs a class token.
         """
         if global_pool is not None and global_pool != self.global_pool:
-            tokens = self._config["class_token"] != "none"
+            tokens = self._config.class_token != "none"
             if global_pool not in _POOLS or (global_pool == "token" and not tokens):
                 expected = ", ".join(repr(pool) for pool in _POOLS if tokens or pool != "token")
                 raise ValueError(
@@ -163,8 +163,7 @@ class TimmVisionMamba(VisionMamba):
         super().reset_classifier(num_classes)
 
     def _reconfigure(self, **changes: Any) -> None:
-        self._config = {**self._config, **changes}
-        self._facts = _core.config_facts(json.dumps(self._config))
+        self._config = self._config.replace(**changes)
         self._core = self._places = None
 
     def save(self, path: str | os.PathLike[str], labels: Sequence[str] | None = None) -> None:
@@ -206,7 +205,7 @@ class TimmVisionMamba(VisionMamba):
         if type(drop) is nn.Dropout and not (drop.training and drop.p > 0) and not does_more(drop):
             return True
         c = self._config
-        if c["class_token"] == "random" or (c["class_token"] == "none" and c["pool"] in ("max", "all")):
+        if c.class_token == "random" or c.head_per_token:
             raise RuntimeError(
                 "[VisionMamba] head_drop: is not called with class_token='random' or a head that sees every "
                 "token, so its rate, hooks or other class would be ignored: leave it as it was made"
@@ -216,7 +215,7 @@ class TimmVisionMamba(VisionMamba):
     def forward_features(self, x: Tensor) -> Tensor:
         """Normalised tokens (B, L, D), see `VisionMamba.forward_features`."""
         if self._without_norm:
-            return self._call("layers", x, (self._config["depth"] - 1,))[0]
+            return self._call("layers", x, (self._config.depth - 1,))[0]
         return super().forward_features(x)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
@@ -226,18 +225,18 @@ class TimmVisionMamba(VisionMamba):
             pre_logits: stop before the head: (B, D), or (B, L, D) where the head sees every token, that is
                 with global_pool "max" and "".
         """
-        c, at = self._config, self._facts["class_position"]
-        if c["class_token"] == "none" and c["pool"] in ("max", "all"):
+        c = self._config
+        if c.head_per_token:
             return tokens if pre_logits else super().forward_head(tokens)
         if self._pool is not None:
             patches = self._patches(tokens)
             pooled = {"avg": patches.mean(1), "max": patches.amax(1)}.get(self._pool, tokens)
-        elif c["class_token"] == "double":
+        elif c.class_token == "double":
             pooled = (tokens[:, 0] + tokens[:, -1]) / 2
-        elif c["class_token"] != "none":
-            pooled = tokens[:, at]
+        elif c.class_token != "none":
+            pooled = tokens[:, c.class_position]
         else:
-            pooled = tokens[:, -1] if c["pool"] == "last" else tokens.mean(1)
+            pooled = tokens[:, -1] if c.pool == "last" else tokens.mean(1)
         pooled = self.head_drop(pooled)
         return pooled if pre_logits else self.head(pooled)
 
@@ -270,14 +269,14 @@ class TimmVisionMamba(VisionMamba):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"[VisionMamba] output_fmt: expected 'NCHW' or 'NLC', got {output_fmt!r}")
         wanted = [self._taps[i] for i in _chosen(len(self._taps), indices)]
-        last = max(wanted) if stop_early or intermediates_only else self._config["depth"] - 1
+        last = max(wanted) if stop_early or intermediates_only else self._config.depth - 1
         layers = tuple(sorted({*wanted} if intermediates_only else {*wanted, last}))
         streams = dict(zip(layers, self._call("layers", x, layers)))
         chosen = [self._normalised(streams[i]) if norm else streams[i] for i in sorted(set(wanted))]
         maps = [self._patches(y) for y in chosen]
         if output_fmt == "NCHW":
-            maps = [y.transpose(1, 2).unflatten(2, self._facts["grid"]).contiguous() for y in maps]
-        prefix = [self._class_tokens(y) for y in chosen] if self._facts["class_tokens"] else None
+            maps = [y.transpose(1, 2).unflatten(2, self._config.grid).contiguous() for y in maps]
+        prefix = [self._class_tokens(y) for y in chosen] if self._config.class_tokens else None
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": maps}
             if return_prefix_tokens and prefix is not None:
@@ -292,13 +291,13 @@ class TimmVisionMamba(VisionMamba):
         c, norm = self._config, self.norm_f
         if self._without_norm:
             return stream
-        if c["norm"] == "layer":
-            return ops.layer_norm(stream, norm.weight, norm.bias, eps=c["norm_eps"])  # type: ignore[return-value]
-        return ops.rms_norm(stream, norm.weight, eps=c["norm_eps"])  # type: ignore[return-value]
+        if c.norm == "layer":
+            return ops.layer_norm(stream, norm.weight, norm.bias, eps=c.norm_eps)  # type: ignore[return-value]
+        return ops.rms_norm(stream, norm.weight, eps=c.norm_eps)  # type: ignore[return-value]
 
     def _class_tokens(self, tokens: Tensor) -> Tensor:
-        at = self._facts["class_position"]
-        if self._facts["class_tokens"] == 2:
+        at = self._config.class_position
+        if self._config.class_tokens == 2:
             return tokens[:, [0, -1]]
         return tokens[:, at : at + 1]
 
@@ -315,9 +314,9 @@ class TimmVisionMamba(VisionMamba):
             the entries, counted from 0.
         """
         take = _chosen(len(self._taps), indices)
-        before, depth = self._config["depth"], self._taps[max(take)] + 1
+        before, depth = self._config.depth, self._taps[max(take)] + 1
         # drop path grows with the layer: what is left keeps its rates
-        rate = self._config["drop_path_rate"] * (depth - 1) / (before - 1) if before > 1 else 0.0
+        rate = self._config.drop_path_rate * (depth - 1) / (before - 1) if before > 1 else 0.0
         if depth < before:
             self._reconfigure(depth=depth, drop_path_rate=rate)
             self.layers = self.layers[:depth]
@@ -369,8 +368,8 @@ def _default_cfg(options: Mapping[str, Any]) -> dict[str, Any]:
         "fixed_input_size": True,
         "crop_pct": 0.875,
         "interpolation": "bicubic",
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
+        "mean": tuple(_IMAGENET.mean),
+        "std": tuple(_IMAGENET.std),
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "paper_ids": "arXiv:2401.09417",

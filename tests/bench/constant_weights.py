@@ -36,6 +36,7 @@ def main() -> None:
     model = vimcore.create_model(args.model).eval()
     images = torch.randn(args.batch, 3, 224, 224)
     plain, constant, checksum = [], [], []
+    place = vimcore._core.Place(args.threads)
     with torch.no_grad():
         for _ in range(args.pairs + 3):
             plain.append(seconds(lambda: model(images)))
@@ -43,7 +44,7 @@ def main() -> None:
                 constant.append(seconds(lambda: model(images)))
             core, params = model._weights()
             weights = core.weights(params)
-            checksum.append(seconds(lambda weights=weights: weights.look(args.threads)))
+            checksum.append(seconds(lambda weights=weights: weights.look(place)))
     found = {
         name: round(1e3 * median(times[3:]), 3)
         for name, times in (("ms", plain), ("constant_ms", constant), ("checksum_ms", checksum))

@@ -96,7 +96,7 @@ def our_scan(inputs: Mapping[str, Any]) -> Tensor:
     out = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
     names = ("u", "q", "A_log", "D", "dt_weight", "dt_bias")
     passes = [[exported(inputs[name][d]) for name in names] for d in range(2)]
-    _core.scan_forward(exported(xz), passes, [[None], [None]], 0.5, 64, exported(out), *place(out))
+    _core.scan_forward(exported(xz), passes, [[None], [None]], 0.5, 64, exported(out), place(out))
     return out
 
 
@@ -177,7 +177,7 @@ class OurScanGradients:
         def call(function: Callable[..., None], gradients: list[list[Tensor]], *rest: Tensor) -> None:
             values = [[exported(t) for t in one] for one in passes]
             outputs = [[exported(states[d]), *map(exported, gradients[d])] for d in range(2)]
-            arguments = [*map(exported, rest), *place(self.results[0])]
+            arguments = [*map(exported, rest), place(self.results[0])]
             function(exported(xz), values, outputs, 0.5, chunk, *arguments)
 
         call(_core.scan_forward, [[], []], self.results[0])

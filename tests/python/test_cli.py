@@ -84,7 +84,7 @@ def test_predict_a_folder(weights: Path, pictures: Path, capsys: pytest.CaptureF
         if "error" in line:
             continue
         data = Path(line["image"]).read_bytes()
-        image = _core.preprocess_image(data, "x", json.dumps(runtime.preprocess))
+        image = _core.preprocess_image(data, "x", _core.Preprocess(**runtime.preprocess))
         logits = runtime(image[None])[0]
         assert set(line) == {"image", "top", "logits"}
         assert np.array_equal(np.array(line["logits"], np.float32), logits)  # 9 digits hold every bit
@@ -255,7 +255,7 @@ def test_info_of_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixtu
     text.write_text("hello")
     for path, message in (
         (bare, "no vimcore.config"),
-        (half, "tensors do not fit the architecture"),
+        (half, "tensors do not fit vimcore.config"),
         (text, "text.safetensors"),
         (tmp_path / "absent.safetensors", "absent.safetensors"),
     ):
@@ -301,10 +301,10 @@ def test_doctor_finds_a_wrong_result(
 def checked_gradients() -> dict[str, tuple[str, str]]:
     """Status and detail of the CPU's gradients for a small network."""
     rng = np.random.default_rng(0)
-    config_json = _core.config_normalize(json.dumps({**kernels.SELF_TEST, "embed_dim": 8, "depth": 2}))
+    config = _core.Config(**{**kernels.SELF_TEST, "embed_dim": 8, "depth": 2})
     images = rng.normal(size=(2, 3, 24, 40))
-    weights = kernels.random_weights(config_json, rng)
-    rows = gradients.check_cpu(config_json, weights, images, rng)
+    weights = kernels.random_weights(config, rng)
+    rows = gradients.check_cpu(config, weights, images, rng)
     return {row["check"]: (row["status"], row["detail"]) for row in rows}
 
 

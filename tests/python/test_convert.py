@@ -26,11 +26,11 @@ PUBLISHED = {
 
 
 def shapes_of(**options: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for name, shape in _core.param_shapes(json.dumps(options))}
+    return _core.Config(**options).param_shapes()
 
 
 def full(config: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(_core.config_normalize(json.dumps(config)))
+    return _core.Config(**config).to_dict()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -106,7 +106,7 @@ def test_each_option_that_tensors_tell(
         assert not any(text.startswith(f"{key}=") for text in assumptions)
     else:
         assert any(said in text for text in assumptions)
-    shapes = {name: tuple(shape) for name, shape in _core.param_shapes(json.dumps(config))}
+    shapes = _core.Config(**config).param_shapes()
     assert shapes == shapes_of(embed_dim=32, depth=2, **options)
 
 

@@ -95,9 +95,9 @@ def test_saliency_points_at_what_matters(short: Path) -> None:
     model = vimcore.VisionMamba.load(short / "vim_digits.safetensors")
     runtime = vimcore.Runtime(short / "vim_digits.safetensors")
     names = sorted((short / "digits").glob("*.png"))[:60]
-    options = json.dumps(runtime.preprocess)
+    steps = _core.Preprocess(**runtime.preprocess)
     images = torch.from_numpy(
-        np.stack([_core.preprocess_image(n.read_bytes(), n.name, options) for n in names])
+        np.stack([_core.preprocess_image(n.read_bytes(), n.name, steps) for n in names])
     )
     target = model(images).argmax(1)
     maps = vimcore.saliency(model, images, target)

@@ -454,10 +454,10 @@ def test_draws_of_training(
     if draws.drop_path is not None and config.directions == "block":
         draws.drop_path[0] = 1  # the first pair's second layer sees the embeddings, which are never dropped
     model = build(config, weights, torch.float64, memory)
-    made = vimcore.nn.Draws(
+    made = _core.Draws(
         draws.drop_path, draws.mask, draws.flip, draws.class_position if "class_position" in drawn else -1
     )
-    monkeypatch.setattr(type(model), "_draws", lambda self, kind, images: made)
+    monkeypatch.setattr(type(model), "_draws", lambda self, kind, images, position: made)
     wanted, grads = reference.gradients(config, weights, images, draws=draws)
     x = images.clone().requires_grad_()
     logits = model(x)

@@ -49,7 +49,7 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
 
 
 def edited(**options: Any) -> str:
-    return json.dumps({**json.loads(_core.config_normalize(json.dumps(SMALL))), **options})
+    return json.dumps({**_core.Config(**SMALL).to_dict(), **options})
 
 
 HOSTILE = {
@@ -136,7 +136,7 @@ def test_labels_are_checked_when_they_are_read(
 def test_preprocessing_is_checked_when_it_is_read(
     steps: dict[str, Any], part: str, changed: Callable[..., Path]
 ) -> None:
-    good = json.loads(_core.preprocess_default())
+    good = _core.Preprocess().to_dict()
     path = changed(preprocess=json.dumps({**good, **steps}))
     for run in readers(path):
         text = one_line(run)
@@ -157,7 +157,7 @@ def test_many_stray_tensors_are_refused_quickly(tmp_path: Path) -> None:
     for run in readers(path):
         start = time.process_time()
         with pytest.raises(
-            (ValueError, _core.Error), match=r"unexpected stray.0 [^;]*and 99988 more"
+            (ValueError, _core.Error), match=r"unexpected: stray.0 [^;]*and 99988 more"
         ) as caught:
             run()
         assert time.process_time() - start < 1

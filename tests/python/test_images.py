@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import struct
 import subprocess
@@ -339,7 +338,7 @@ def test_preprocess(size: tuple[int, int], resize: int, crop: tuple[int, int], c
     mean, std = MEAN[:channels], STD[:channels]
     image = Image.fromarray(picture(*size))
     options = {"resize": resize, "crop": list(crop), "mean": mean, "std": std, "interpolation": "bicubic"}
-    got = _core.preprocess_image(encode(image, "PPM"), "a.ppm", json.dumps(options))
+    got = _core.preprocess_image(encode(image, "PPM"), "a.ppm", _core.Preprocess(**options))
     equal(got, expected_input(image, resize, crop, mean, std))
 
 
@@ -347,14 +346,16 @@ def test_preprocess(size: tuple[int, int], resize: int, crop: tuple[int, int], c
 def test_preprocess_jpeg_with_defaults() -> None:
     data = encode(Image.fromarray(picture(375, 500)), "JPEG")
     expected = expected_input(Image.open(io.BytesIO(data)), 256, (224, 224), MEAN, STD)
-    equal(_core.preprocess_image(data, "a.jpg", "{}"), expected)
-    equal(_core.preprocess_image(data, "a.jpg", '{"crop": 224}'), expected)
+    equal(_core.preprocess_image(data, "a.jpg", _core.Preprocess()), expected)
+    equal(_core.preprocess_image(data, "a.jpg", _core.Preprocess(crop=224)), expected)
 
 
 def test_preprocess_of_a_very_long_image() -> None:
     image = picture(2, 20000)
     options = {"resize": 256, "crop": [16, 16], "mean": MEAN, "std": STD}
-    got = _core.preprocess_image(encode(Image.fromarray(image), "PPM"), "long.ppm", json.dumps(options))
+    got = _core.preprocess_image(
+        encode(Image.fromarray(image), "PPM"), "long.ppm", _core.Preprocess(**options)
+    )
     assert got.shape == (3, 16, 16)
     assert np.isfinite(got).all()
 
@@ -378,7 +379,7 @@ def test_preprocess_of_a_very_long_image() -> None:
 )
 def test_preprocess_options_are_checked(text: str, word: str) -> None:
     with pytest.raises(ValueError, match=word):
-        _core.preprocess_image(encode(Image.fromarray(picture(4, 4)), "PPM"), "a.ppm", text)
+        _core.Preprocess.from_json(text)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "RGBA", "LA", "1"])
@@ -390,7 +391,7 @@ def test_pillow_stands_in(mode: str) -> None:
     image.save(data, "PNG")
     pixels = images.decode_with_pillow(data.getvalue(), "test")
     assert np.array_equal(pixels, _core.decode_image(data.getvalue(), "test"))
-    options = _core.preprocess_default()
+    options = _core.Preprocess()
     ours = _core.preprocess_image(data.getvalue(), "test", options)
     assert np.array_equal(_core.preprocess_pixels(pixels, options), ours)
     assert np.array_equal(images.network_input(data.getvalue(), "test", options), ours)

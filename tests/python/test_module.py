@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import pickle
 from typing import Any
 
@@ -42,7 +41,7 @@ def test_parameter_counts(size: str, variant: int) -> None:
     assert sum(torch.Size(s).numel() for s in shapes.values()) == COUNTS[size][variant]
     if size != "base":
         assert parameter_count(vimcore.VisionMamba(**config.arguments())) == COUNTS[size][variant]
-    stated = _core.param_shapes(json.dumps(config.arguments()))
+    stated = list(_core.Config(**config.arguments()).param_shapes().items())
     assert {name: tuple(shape) for name, shape in stated} == shapes
 
 
@@ -124,7 +123,7 @@ def test_flops(row: int) -> None:
     options, wanted = FLOPS[row]
     for size, value in zip(("tiny", "small", "base"), wanted, strict=True):
         config = reference.Config(embed_dim=WIDTHS[size], **options)
-        flops = _core.flops(json.dumps(config.arguments()))
+        flops = _core.Config(**config.arguments()).flops()
         digits = len(str(value).split(".")[1])
         assert abs(flops / 1e9 - value) <= 0.6 * 10**-digits, (size, flops)
 
@@ -169,19 +168,27 @@ def test_initial_values() -> None:
 # ---- training options ----
 
 
-def test_drop_path_rates() -> None:
+def drawn(model: vimcore.VisionMamba, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    """What a forward of the logits draws: drop_path and dropout."""
+    made: list[Tensor | None] = []
+    monkeypatch.setattr(vimcore.autograd.draws, "Draws", lambda *arrays: made.extend(arrays[:2]))
+    model._draws("logits", images, -1)
+    return made
+
+
+def test_drop_path_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """The output of mixer j is dropped with probability rate * j / (depth - 1), and divided by the rest."""
     config = small(depth=5, drop_path_rate=0.4, directions="none")
     model = build(config)
     images = torch.zeros(40_000, 1)
-    factors = model.train()._draws("logits", images).drop_path
+    factors, _ = drawn(model.train(), images, monkeypatch)
     assert factors is not None
     assert factors.shape == (5, 40_000)
     for j in range(5):
         rate = 0.4 * j / 4
         assert factors[j].unique().tolist() == pytest.approx([0, 1 / (1 - rate)] if rate else [1])
         assert abs(float((factors[j] == 0).float().mean()) - rate) < 0.01
-    assert model.eval()._draws("logits", images).drop_path is None
+    assert drawn(model.eval(), images, monkeypatch) == []
 
 
 def test_training_draws_follow_the_seed() -> None:
@@ -198,10 +205,10 @@ def test_training_draws_follow_the_seed() -> None:
     assert torch.equal(once(1), once(2))
 
 
-def test_dropout_mean() -> None:
+def test_dropout_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout after the position table keeps the mean of every token."""
     model = build(small(drop_rate=0.3))
-    mask = model.train()._draws("logits", torch.zeros(500, 3, 8, 12)).mask
+    _, mask = drawn(model.train(), torch.zeros(500, 3, 8, 12), monkeypatch)
     assert mask is not None
     assert mask.shape == (500, SMALL.tokens, 16)
     assert mask.unique().tolist() == pytest.approx([0, 1 / 0.7])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,10 +66,9 @@ def test_same_gradients(kind: str, memory: str, tmp_path: Path) -> None:
     assert len(found) == len(wanted) > 10
     assert all(torch.equal(a, b) for a, b in zip(found, wanted))
     if kind == "disk":
-        block = _core.Saved.bytes_per_block(json.dumps(model.config), memory, 3)
-        assert (
-            max(path.stat().st_size for path in files) > 3 * block
-        )  # the activations themselves were on the disk
+        # the activations themselves were on the disk
+        kept = _core.plan_bytes(_core.Config(**model.config), 3, memory)["saved"]
+        assert max(path.stat().st_size for path in files) >= kept
 
 
 def test_what_left_is_given_back() -> None:

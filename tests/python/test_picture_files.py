@@ -204,7 +204,7 @@ def test_no_reason_is_empty(weights: Path, odd: Path, monkeypatch: pytest.Monkey
 
 def test_errors_name_files_that_are_no_text(odd: Path) -> None:
     with pytest.raises(_core.Error, match=r"\[decode_image\] b\\xff\.png: neither JPEG"):
-        network_input(b"x", "b\udcff.png", "{}")
+        network_input(b"x", "b\udcff.png", _core.Preprocess())
 
 
 def test_health_tells_too(weights: Path, odd: Path, capsys: pytest.CaptureFixture[str]) -> None:

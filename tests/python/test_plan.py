@@ -68,7 +68,7 @@ def test_what_is_saved_is_what_a_network_keeps() -> None:
         model = build(small(depth=3), memory=memory).train()
         images = images_for(SMALL, 5).float()
         core, params = model._weights()
-        saved = core.network.saved(memory)
+        saved = core.network.saved(memory, _core.Place())
         from vimcore.autograd.network import Request
 
         core.run(Request("logits"), images, params, saved)

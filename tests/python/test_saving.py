@@ -272,9 +272,9 @@ def test_derived_classes_come_back(kind: type[vimcore.VisionMamba], tmp_path: Pa
     own = "head.1.weight" if kind is Tail else "adapter.bias"
     with pytest.raises(ValueError, match="do not fit") as caught:
         vimcore.VisionMamba.load(path)
-    assert f"unexpected {own}" in str(caught.value)
+    assert f"unexpected: {own}" in str(caught.value)
     assert "the class that saved them" in str(caught.value)
-    with pytest.raises(vimcore.Error, match=f"unexpected {own}"):
+    with pytest.raises(vimcore.Error, match=f"unexpected: {own}"):
         vimcore.Runtime(path)
 
 
@@ -333,7 +333,7 @@ def test_a_derived_class_and_a_file_of_another(tmp_path: Path) -> None:
     arrays, metadata = _core.read_safetensors(str(tmp_path / "tail.safetensors"))
     metadata["vimcore.config"] = metadata["vimcore.config"].replace('"depth": 2', '"depth": 4096')
     _core.write_safetensors(str(tmp_path / "tail.safetensors"), arrays, metadata)
-    with pytest.raises(ValueError, match=r"missing layers.2.mixer.A_log[^;]*and \d+ more"):
+    with pytest.raises(ValueError, match=r"missing: layers.2.mixer.A_log[^;]*and \d+ more"):
         Tail.load(tmp_path / "tail.safetensors")
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -184,7 +183,7 @@ class Producer:
 
 
 def norm(x: Any, weight: Any, out: Any) -> None:
-    vimcore_shim._core.norm_forward("rms", 1e-5, x, None, weight, None, None, out)
+    vimcore_shim._core.norm_forward("rms", 1e-5, x, None, weight, None, None, out, vimcore_shim._core.Place())
 
 
 def test_other_producers_of_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,15 +217,15 @@ def test_mixed_devices_in_one_call() -> None:
 
 
 def test_parameters_on_two_devices() -> None:
-    config_json = json.dumps(SMALL.arguments())
-    network = vimcore_shim._core.Network(config_json)
-    names = [name for name, _ in vimcore_shim._core.param_shapes(config_json)]
+    core = vimcore_shim._core
+    config = core.Config(**SMALL.arguments())
+    network, names = core.BoundNetwork(config), list(config.param_shapes())
     weights = dict(build(SMALL).named_parameters())
     with pytest.raises(ValueError, match=r"norm_f.weight: expected \(16,\) f32 cuda:0, got \(16,\) f32 cpu"):
         network.bind([weights[n].detach() if n == "norm_f.weight" else array(weights[n]) for n in names])
     bound = network.bind([array(weights[n]) for n in names])
     images, logits = images_for(SMALL, 2, torch.float32), torch.empty(2, 3)
     with pytest.raises(ValueError, match=r"images: expected a tensor on cuda:0, got \(2, 3, 8, 12\) f32 cpu"):
-        network.forward(bound, images, logits=logits)
+        network.forward(bound, images, core.Outputs(logits), core.Draws(), core.Place())
     with pytest.raises(ValueError, match=r"logits: expected \(2, 3\) f32 cuda:0, got \(2, 3\) f32 cpu"):
-        network.forward(bound, array(images), logits=logits)
+        network.forward(bound, array(images), core.Outputs(logits), core.Draws(), core.Place())

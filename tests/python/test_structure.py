@@ -261,7 +261,7 @@ def test_replicas_compute_with_their_own_weights() -> None:
 def test_hooks_of_the_head_and_of_the_network_run() -> None:
     model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
     wanted, seen = model(images), []
-    features = model.forward_features(images)[:, model._facts["class_position"]]
+    features = model.forward_features(images)[:, model._config.class_position]
     model.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model.register_forward_hook(lambda module, args, out: seen.append(out))
     logits = model(images)

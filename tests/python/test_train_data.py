@@ -182,7 +182,7 @@ def test_validation_sees_what_predict_sees(tmp_path: Path) -> None:
     for of in (GREY, COLOUR):
         valid = Validation(images, transforms.picture_eval(of), (of.channels, 16, 16))
         for i, name in enumerate(images.files):
-            wanted = _core.preprocess_image(Path(name).read_bytes(), name, json.dumps(of.preprocess))
+            wanted = _core.preprocess_image(Path(name).read_bytes(), name, _core.Preprocess(**of.preprocess))
             assert np.array_equal(valid[i].images.numpy(), wanted)
             assert int(valid[i].indices) == i
 

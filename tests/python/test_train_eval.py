@@ -54,8 +54,8 @@ def test_a_run(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     labels = np.array([int(name.parent.name[-1]) for name in names])
     for facts in found:
         runtime = vimcore.Runtime(facts["weights"])
-        options = json.dumps(runtime.preprocess)
-        inputs = [_core.preprocess_image(name.read_bytes(), name.name, options) for name in names]
+        steps = _core.Preprocess(**runtime.preprocess)
+        inputs = [_core.preprocess_image(name.read_bytes(), name.name, steps) for name in names]
         logits = runtime(np.stack(inputs))
         classes = np.array([int(label[-1]) for label in runtime.labels])
         right = classes[logits.argmax(1)] == labels
@@ -91,8 +91,8 @@ def test_other_size_and_stride(run: Path, data: Path, capsys: pytest.CaptureFixt
     (facts,) = evaluate(capsys, weights, "--data", data, "--img-size", "24", "32")
     runtime = vimcore.Runtime(weights, img_size=(24, 32))
     names = sorted(data.rglob("*.png"))
-    options = json.dumps(runtime.preprocess)
-    logits = runtime(np.stack([_core.preprocess_image(n.read_bytes(), n.name, options) for n in names]))
+    steps = _core.Preprocess(**runtime.preprocess)
+    logits = runtime(np.stack([_core.preprocess_image(n.read_bytes(), n.name, steps) for n in names]))
     labels = [f"digit {n.parent.name[-1]}" for n in names]
     right = [runtime.labels[i] == label for i, label in zip(logits.argmax(1), labels)]
     assert facts["top1"] == pytest.approx(np.mean(right))

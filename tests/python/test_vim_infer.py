@@ -39,7 +39,7 @@ def test_logits_have_the_bits_of_runtime(weights: Path, pictures: Path) -> None:
             if "error" in line:
                 continue
             data = Path(line["image"]).read_bytes()
-            image = _core.preprocess_image(data, "x", json.dumps(runtime.preprocess))
+            image = _core.preprocess_image(data, "x", _core.Preprocess(**runtime.preprocess))
             assert np.array_equal(np.array(line["logits"], np.float32), runtime(image[None])[0])
 
 
@@ -81,7 +81,7 @@ def test_another_image_size(size: int | tuple[int, int], weights: Path, pictures
     path = pictures / "b" / "4440.jpg"
     done = run("predict", "--weights", weights, "--img-size", text, "--json", "--logits", path)
     runtime = vimcore.Runtime(weights, img_size=size)
-    image = _core.preprocess_image(path.read_bytes(), "x", json.dumps(runtime.preprocess))
+    image = _core.preprocess_image(path.read_bytes(), "x", _core.Preprocess(**runtime.preprocess))
     assert json.loads(done.stdout)["logits"] == [float(f"{v:.9g}") for v in runtime(image[None])[0]]
 
 

@@ -33,7 +33,8 @@ def test_features(options: dict, pictures: Path, tmp_path: Path) -> None:
     good = [str(pictures / "a.b" / name) for name in ("alpha.png", "grey.png", "palette.PNG", "rgb.png")]
     runtime = vimcore.Runtime(weights)
     images = [
-        _core.preprocess_image(Path(name).read_bytes(), "x", json.dumps(runtime.preprocess)) for name in good
+        _core.preprocess_image(Path(name).read_bytes(), "x", _core.Preprocess(**runtime.preprocess))
+        for name in good
     ]
     tokens = runtime.features(np.stack(images))
     out = tmp_path / "features.safetensors"

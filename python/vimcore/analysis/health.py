@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from ..data.pictures import network_input
 from ..io import load_model
 from ..nn.plain import Plain
 from ..nn.vision_mamba import VisionMamba
-from ..weights.metadata import rescaled_preprocess, unpack
+from ..weights.metadata import unpack
 
 Range = tuple[float, float]  # smallest and largest value, NaN where there was one
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -161,13 +160,13 @@ def health_of_file(
     if not pictures:
         noise = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(0))
         return health(model, noise)
-    preprocess = unpack(_core.safetensors_header(weights)[1], weights)[2]
+    preprocess = unpack(_core.safetensors_header(weights)[1], weights).preprocess
     if preprocess is None:
         raise ValueError(f"{weights}: no preprocessing, so nothing that a picture could fill")
-    preprocess = rescaled_preprocess(preprocess, (height, width))
+    preprocess = preprocess.rescaled(height, width)
     inputs = []
     for path in itertools.islice(find_images(pictures, passed_over), count):
-        inputs.append(network_input(read_file(path), path, json.dumps(preprocess)))
+        inputs.append(network_input(read_file(path), path, preprocess))
     if not inputs:
         raise ValueError("no pictures found (JPEG, PNG, PPM, PGM)")
     return health(model, torch.from_numpy(np.stack(inputs)))

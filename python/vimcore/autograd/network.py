@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from torch.utils.dlpack import from_dlpack
 
 from .. import _core
 from .checks import once_differentiable, refuse_layout
-from .draws import Draws
+from .draws import NONE
 from .tensors import aligned, describe, exported, place
 
 
@@ -23,7 +22,7 @@ class Request(NamedTuple):
 
     kind: str  # "logits", "tokens" or "layers"
     layers: tuple[int, ...] = ()
-    draws: Draws = Draws()
+    draws: _core.Draws = NONE
     memory: str = "lean"
 
 
@@ -31,26 +30,24 @@ class _Bound(NamedTuple):
     places: tuple[list[int], list[torch.Size], list[Any]]  # addresses, shapes, strides that matter
     held: list[Tensor]  # what the core's views point at
     copies: list[int]  # of these parameters, which are not contiguous
-    weights: _core.Weights
+    weights: _core.BoundWeights
 
 
 class Core:
     """The C++ network of one architecture and the weights it was bound to last. Threads may share it."""
 
-    def __init__(self, config_json: str) -> None:
-        self.network = _core.Network(config_json)
-        self.names: list[str] = [name for name, _ in _core.param_shapes(config_json)]
-        config, facts = json.loads(config_json), _core.config_facts(config_json)
-        self.tokens: tuple[int, int] = (facts["tokens"], config["embed_dim"])
-        outputs = config["num_classes"] or config["embed_dim"]
-        per_token = config["class_token"] == "none" and config["pool"] == "all"
-        self.logits: tuple[int, ...] = (facts["tokens"], outputs) if per_token else (outputs,)
+    def __init__(self, config: _core.Config) -> None:
+        self.config = config
+        self.network = _core.BoundNetwork(config)
+        self.names = list(config.param_shapes())
+        self.tokens: tuple[int, int] = (config.tokens, config.embed_dim)
+        self.logits = config.logits_shape(1)[1:]
         self._bound: _Bound | None = None
         self._lock = threading.Lock()
         self._parts: dict[tuple[str, tuple[int, ...]], list[bool]] = {}
         self._layouts: dict[tuple[bool, ...], tuple[int, list[int], list[int]]] = {}
 
-    def weights(self, params: Sequence[Tensor], copy: bool = True) -> _core.Weights:
+    def weights(self, params: Sequence[Tensor], copy: bool = True) -> _core.BoundWeights:
         """The parameters, in the order of `names`, as the core sees them; bound again when they moved.
 
         Args:
@@ -95,35 +92,24 @@ class Core:
         images: Tensor,
         params: Sequence[Tensor],
         saved: _core.Saved | None,
-        constant: _core.Weights | None = None,
+        constant: _core.BoundWeights | None = None,
     ) -> tuple[Tensor, ...]:
         """The outputs that `request` names, freshly allocated.
 
         Args:
             constant: what the parameters are bound to, if it is known that they did not change.
         """
-        batch = images.shape[0]
-        where: dict[str, Any] = {}
+        batch, at, weights = images.shape[0], place(images), constant or self.weights(params)
         if request.kind == "layers":
             outputs = [images.new_empty((batch, *self.tokens)) for _ in request.layers]
-            where = {"layers": list(request.layers), "intermediates": [exported(y) for y in outputs]}
+            wanted = _core.Outputs(None, None, list(request.layers), [exported(y) for y in outputs])
         else:
-            shape = self.tokens if request.kind == "tokens" else self.logits
-            outputs = [images.new_empty((batch, *shape))]
-            where = {request.kind: exported(outputs[0])}
-        threads, stream, capturing = place(images)
-        weights = constant or self.weights(params)
+            features = request.kind == "tokens"
+            outputs = [images.new_empty((batch, *(self.tokens if features else self.logits)))]
+            wanted = _one_output(request.kind, exported(outputs[0]))
         if batch:
             self.network.forward(
-                weights,
-                exported(images),
-                saved=saved,
-                threads=threads,
-                stream=stream,
-                capturing=capturing,
-                constant=constant is not None,
-                **where,
-                **request.draws.arguments(),
+                weights, exported(images), wanted, request.draws, at, saved, constant is not None
             )
         return tuple(outputs)
 
@@ -159,6 +145,11 @@ class Core:
         return found
 
 
+def _one_output(kind: str, array: Any) -> _core.Outputs:
+    """The logits or the tokens, or the gradients of these."""
+    return _core.Outputs(None, array) if kind == "tokens" else _core.Outputs(array)
+
+
 class NetworkFunction(torch.autograd.Function):
     """The whole network as one node of the graph."""
 
@@ -167,12 +158,11 @@ class NetworkFunction(torch.autograd.Function):
         ctx: Any,
         core: Core,
         request: Request,
-        constant: _core.Weights | None,
+        constant: _core.BoundWeights | None,
         images: Tensor,
         *params: Tensor,
     ) -> tuple[Tensor, ...]:
-        _, stream, capturing = place(images)
-        saved = core.network.saved(request.memory, stream, capturing)
+        saved = core.network.saved(request.memory, place(images))
         outputs = core.run(request, images, params, saved, constant)
         # The token is what was saved: autograd frees it with its other saved tensors, hooks may move it.
         ctx.save_for_backward(from_dlpack(saved.token), images, *params)
@@ -192,31 +182,24 @@ class NetworkFunction(torch.autograd.Function):
         dimages = torch.zeros_like(images) if ctx.needs_input_grad[3] else None
         # named, so that they live until the call has queued its work
         incoming = [None if g is None else g.contiguous() for g in gradients]
-        where: dict[str, Any] = {}
+        layers = [i for i, g in zip(request.layers, incoming) if g is not None]
         if request.kind == "layers":
-            pairs = [(i, exported(g)) for i, g in zip(request.layers, incoming) if g is not None]
-            where = {"layers": [i for i, _ in pairs], "dintermediates": [g for _, g in pairs]}
+            outputs = _core.Outputs(None, None, layers, [exported(g) for g in incoming if g is not None])
         else:
-            where = {"dtokens" if request.kind == "tokens" else "dlogits": exported(incoming[0])}
-        part = core.taking_part(request.kind, where.get("layers", ()))
+            outputs = _one_output(request.kind, exported(incoming[0]))
+        part = core.taking_part(request.kind, layers)
         wanted = tuple([want and p for want, p in zip(wanted, part)])
         total, offsets, sizes = core.layout(params, wanted)
         flat = params[0].new_zeros(total)
         if images.shape[0]:
-            threads, stream, capturing = place(images)
             core.network.backward(
                 core.weights(params, copy=False),
                 exported(images),
-                exported(aligned(token)),
-                memory=request.memory,
-                gradients=exported(flat),
-                offsets=offsets,
-                dimages=exported(dimages),
-                threads=threads,
-                stream=stream,
-                capturing=capturing,
-                **where,
-                **request.draws.arguments(),
+                _core.Kept(exported(aligned(token)), request.memory),
+                outputs,
+                _core.Gradients(exported(flat), offsets, exported(dimages)),
+                request.draws,
+                place(images),
             )
         pieces = iter(flat.split(sizes))
         dparams = [

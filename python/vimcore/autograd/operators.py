@@ -47,7 +47,7 @@ class NormFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out, total = torch.empty_like(x), torch.empty_like(x, dtype=wide(x.dtype))
         x_, residual_, weight_, bias_, total_, out_ = _exported([x, residual, weight, bias, total, out])
-        _core.norm_forward(kind, eps, x_, residual_, weight_, bias_, total_, out_, *place(out))
+        _core.norm_forward(kind, eps, x_, residual_, weight_, bias_, total_, out_, place(out))
         ctx.save_for_backward(total, weight, bias)
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.eps, ctx.dtype = kind, eps, x.dtype
@@ -64,7 +64,7 @@ class NormFunction(torch.autograd.Function):
         dsum, dx = torch.empty_like(total), _narrow(total, ctx.dtype)
         dweight, dbias = torch.zeros_like(weight), _fresh(bias)
         dout, dtotal = dout.contiguous(), _contiguous(dtotal)
-        arguments = [*_exported([total, weight, dout, dtotal, dsum, dx, dweight, dbias]), *place(total)]
+        arguments = [*_exported([total, weight, dout, dtotal, dsum, dx, dweight, dbias]), place(total)]
         _core.norm_backward(ctx.kind, ctx.eps, *arguments)
         if dx is None:
             dx = dsum.clone() if residual else dsum
@@ -80,7 +80,7 @@ class Conv1dFunction(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty_like(x)
         x_, weight_, bias_, out_ = _exported([x, weight, bias, out])
-        _core.conv1d_forward(x_, weight_, bias_, silu, reverse, out_, *place(out))
+        _core.conv1d_forward(x_, weight_, bias_, silu, reverse, out_, place(out))
         ctx.save_for_backward(x, weight, bias, out.detach())
         ctx.silu, ctx.reverse = silu, reverse
         return out
@@ -92,7 +92,7 @@ class Conv1dFunction(torch.autograd.Function):
         dx, dweight, dbias = torch.zeros_like(x), torch.zeros_like(weight), _fresh(bias)
         dout = dout.contiguous()
         x_, weight_, bias_ = _exported([x, weight, bias])
-        arguments = [*_exported([out, dout, dx, dweight, dbias]), *place(x)]
+        arguments = [*_exported([out, dout, dx, dweight, dbias]), place(x)]
         _core.conv1d_backward(x_, weight_, bias_, ctx.silu, ctx.reverse, *arguments)
         return None, None, dx, dweight, dbias
 
@@ -104,7 +104,7 @@ class SelectiveScanFunction(torch.autograd.Function):
     def forward(ctx: Any, softplus: bool, reverse: bool, *inputs: Tensor | None) -> Tensor:
         assert inputs[0] is not None
         out = torch.empty_like(inputs[0])
-        _core.selective_scan_forward(_exported(inputs), softplus, reverse, exported(out), *place(out))
+        _core.selective_scan_forward(_exported(inputs), softplus, reverse, exported(out), place(out))
         ctx.save_for_backward(*inputs)
         ctx.softplus, ctx.reverse = softplus, reverse
         return out
@@ -117,9 +117,7 @@ class SelectiveScanFunction(torch.autograd.Function):
         dout = dout.contiguous()
         out = torch.empty_like(dout)
         inputs_, gradients_, (out_, dout_) = _exported(inputs), _exported(gradients), _exported([out, dout])
-        _core.selective_scan_backward(
-            inputs_, ctx.softplus, ctx.reverse, out_, dout_, gradients_, *place(out)
-        )
+        _core.selective_scan_backward(inputs_, ctx.softplus, ctx.reverse, out_, dout_, gradients_, place(out))
         return (None, None, *gradients)
 
 
@@ -138,7 +136,7 @@ class BidirectionalScanFunction(torch.autograd.Function):
         values = _exported(inputs)
         outputs = [[exported(state)] for state in states]
         passes = [values[:6], values[6:]]
-        _core.scan_forward(exported(xz), passes, outputs, scale, chunk, exported(out), *place(out))
+        _core.scan_forward(exported(xz), passes, outputs, scale, chunk, exported(out), place(out))
         ctx.save_for_backward(z, xz, *states, *inputs)  # z: see once_differentiable
         ctx.scale, ctx.chunk = scale, chunk
         return out
@@ -152,7 +150,7 @@ class BidirectionalScanFunction(torch.autograd.Function):
         dxz, out = torch.zeros_like(xz), torch.empty_like(dout)
         passes = [_exported([first, *gradients[:6]]), _exported([second, *gradients[6:]])]
         values = [_exported(inputs[:6]), _exported(inputs[6:])]
-        arguments = [*_exported([out, dout, dxz]), *place(out)]
+        arguments = [*_exported([out, dout, dxz]), place(out)]
         _core.scan_backward(exported(xz), values, passes, ctx.scale, ctx.chunk, *arguments)
         return (None, None, dxz[:, :, xz.shape[2] // 2 :].contiguous(), *gradients)
 
@@ -163,23 +161,23 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        config_json: str,
+        config: _core.Config,
         reverse: bool,
         memory: str,
         x: Tensor,
         residual: Tensor | None,
         *params: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        _, _, capturing = place(x)
-        saved = _core.Saved(memory, capturing) if any(ctx.needs_input_grad) else None
+        at = place(x)
+        saved = _core.Saved(memory, at.capturing) if any(ctx.needs_input_grad) else None
         out, total = torch.empty_like(x), torch.empty_like(x, dtype=wide(x.dtype))
         x_, residual_, total_, out_, *params_ = _exported([x, residual, total, out, *params])
-        _core.block_forward(config_json, params_, x_, residual_, reverse, total_, out_, saved, *place(out))
+        _core.block_forward(config, params_, x_, residual_, reverse, total_, out_, saved, at)
         if saved is None:
             return out, total
         ctx.save_for_backward(from_dlpack(saved.token), total, *params)
         ctx.set_materialize_grads(False)
-        ctx.config_json, ctx.reverse, ctx.memory, ctx.dtype = config_json, reverse, memory, x.dtype
+        ctx.config, ctx.reverse, ctx.memory, ctx.dtype = config, reverse, memory, x.dtype
         return out, total
 
     @staticmethod
@@ -192,21 +190,17 @@ class BlockFunction(torch.autograd.Function):
         dout = torch.zeros_like(total, dtype=ctx.dtype) if dout is None else dout.contiguous()
         dtotal = _contiguous(dtotal)
         total_, params_ = exported(total), _exported(params)
-        arguments = [*_exported([dout, dtotal, dsum, dx]), _exported(gradients), *place(total)]
-        _core.block_backward(
-            ctx.config_json, params_, total_, ctx.reverse, exported(token), ctx.memory, *arguments
-        )
+        arguments = [*_exported([dout, dtotal, dsum, dx]), _exported(gradients), place(total)]
+        kept = _core.Kept(exported(token), ctx.memory)
+        _core.block_backward(ctx.config, params_, total_, ctx.reverse, kept, *arguments)
         if dx is None:
             dx = dsum.clone() if residual else dsum
         return (None, None, None, dx, dsum if residual else None, *gradients)
 
 
-def block_parameters(config_json: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def block_parameters(config: _core.Config, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parameters of one block in the core's order; ValueError lists missing and unexpected names."""
-    layer = "layers.0."
-    names = [
-        name.removeprefix(layer) for name, _ in _core.param_shapes(config_json) if name.startswith(layer)
-    ]
+    names = config.block_shapes()
     missing = [name for name in names if name not in parameters]
     unexpected = [name for name in parameters if name not in names]
     if missing or unexpected:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
+from .. import _core
+
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 _CUDA = 2  # kDLCUDA
 _HALF = (torch.float16, torch.bfloat16)
@@ -34,13 +36,16 @@ def exported(tensor: Tensor | None) -> Any:
     return to_dlpack(tensor.detach()) if on_cuda(tensor) else tensor.detach()
 
 
-def place(tensor: Tensor) -> tuple[int, int, bool]:
-    """threads, stream and capturing of a call whose output is `tensor`."""
+_on_threads = functools.cache(_core.Place)
+
+
+def place(tensor: Tensor) -> _core.Place:
+    """Where a call whose output is `tensor` computes."""
     if not on_cuda(tensor):
-        return torch.get_num_threads(), 0, False
+        return _on_threads(torch.get_num_threads())
     stream = torch.cuda.current_stream(tensor.device)
     with torch.cuda.device(tensor.device):
-        return 0, stream.cuda_stream, torch.cuda.is_current_stream_capturing()
+        return _core.Place(0, stream.cuda_stream, torch.cuda.is_current_stream_capturing())
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

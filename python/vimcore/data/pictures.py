@@ -11,25 +11,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
+from .._core import Preprocess
 from ..utils.files import printable
 
 _MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr", "CMYK")  # 8 bits a channel
 
 
-def network_input(data: bytes, name: str, preprocess_json: str) -> NDArray[np.float32]:
+def network_input(data: bytes, name: str, preprocess: Preprocess) -> NDArray[np.float32]:
     """(C, h, w) float32 of a JPEG, PNG, PPM or PGM file.
 
     Args:
         data: the file's bytes; `name` is for messages.
-        preprocess_json: as in the metadata key vimcore.preprocess.
+        preprocess: as of the metadata key vimcore.preprocess.
 
     Raises:
         vimcore._core.Error: the file is damaged or of a kind that is not supported.
     """
     if _core_decodes(data):
-        return _core.preprocess_image(data, printable(name), preprocess_json)
-    return _core.preprocess_pixels(decode_with_pillow(data, name), preprocess_json)
+        return _core.preprocess_image(data, printable(name), preprocess)
+    return _core.preprocess_pixels(decode_with_pillow(data, name), preprocess)
 
 
 def decode(data: bytes, name: str) -> NDArray[np.uint8]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +19,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from .. import _core
+from .._core import Config, Preprocess
 from ..tasks.settings import Settings
-from ..weights.metadata import IMAGENET_MEAN, IMAGENET_STD
 
 Transform = Callable[[NDArray[Any]], Tensor]
 _FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0}
@@ -55,9 +54,8 @@ class Input:
 
 def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and deviation of pictures; None for images that are none."""
-    if channels not in (1, 3):
-        return None
-    return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
+    steps = Preprocess.default(Config(in_chans=channels))
+    return None if steps is None else (tuple(steps.mean), tuple(steps.std))
 
 
 def scaled(array: NDArray[Any]) -> Tensor:
@@ -70,11 +68,11 @@ def scaled(array: NDArray[Any]) -> Tensor:
 
 def picture_eval(of: Input) -> Transform:
     """(H, W, 3) uint8 to (C, h, w), exactly as `vimcore predict` and `vim-infer` do it."""
-    return partial(_core_input, json.dumps(of.preprocess))
+    return partial(_core_input, Preprocess(**of.preprocess))
 
 
-def _core_input(options: str, pixels: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(_core.preprocess_pixels(np.ascontiguousarray(pixels), options))
+def _core_input(steps: Preprocess, pixels: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(_core.preprocess_pixels(np.ascontiguousarray(pixels), steps))
 
 
 def picture_train(of: Input, settings: Settings) -> Transform:

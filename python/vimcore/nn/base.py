@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from .._core import Config
 from ..autograd.network import Core
 
 Base = TypeVar("Base", bound="NetworkBase")
@@ -16,13 +17,13 @@ Base = TypeVar("Base", bound="NetworkBase")
 class NetworkBase(nn.Module):
     """A network with a configuration."""
 
-    _config: dict[str, Any]
+    _config: Config
     head: nn.Module
 
     @property
     def config(self) -> dict[str, Any]:
         """The architecture: `VisionMamba(**model.config)` builds it again. img_size is [height, width]."""
-        return {**self._config, "num_classes": self.num_classes}
+        return {**self._config.to_dict(), "num_classes": self.num_classes}
 
     @property
     def num_classes(self) -> int:

@@ -41,9 +41,8 @@ class ConstantWeights:
 
     def _look(self) -> tuple[int, list[tuple[int, int]]]:
         """Something that another content changes: a checksum, on a device what torch counts."""
-        threads, stream, _ = place(self.params[0])
         counted = [_place(p) for p in self.params] if on_cuda(self.params[0]) else []
-        return self.weights.look(threads, stream), counted
+        return self.weights.look(place(self.params[0])), counted
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

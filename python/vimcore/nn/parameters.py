@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from .._core import Config
 from ..positions import rope_tables
 
 
@@ -73,12 +74,13 @@ class Rope(nn.Module):
 class Mixer(nn.Module):
     """Holds the parameters of one bidirectional mixer (paper, section 3.3)."""
 
-    def __init__(self, config: dict[str, Any], inner: int, rank: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        dim, state, width = config["embed_dim"], config["d_state"], config["d_conv"]
-        both, own = config["directions"] in ("ssm", "ssm_conv"), config["directions"] == "ssm_conv"
-        if config["layer_scale"] is not None:
-            self.gamma = nn.Parameter(torch.full((dim,), float(config["layer_scale"])))
+        dim, state, width = config.embed_dim, config.d_state, config.d_conv
+        inner, rank = config.inner, config.dt_rank
+        both, own = config.two_directions, config.directions == "ssm_conv"
+        if config.layer_scale is not None:
+            self.gamma = nn.Parameter(torch.full((dim,), float(config.layer_scale)))
         log_state = torch.arange(1, state + 1, dtype=torch.float64).log().to(torch.get_default_dtype())
         self.A_log = nn.Parameter(log_state.repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
@@ -92,7 +94,7 @@ class Mixer(nn.Module):
             self._add_direction("_b", inner, rank, state, width)
         self.out_proj = uniform(empty(nn.Linear, inner, dim, bias=False), inner)
         with torch.no_grad():
-            self.out_proj.weight /= math.sqrt(config["depth"])
+            self.out_proj.weight /= math.sqrt(config.depth)
 
     def _add_direction(self, suffix: str, inner: int, rank: int, state: int, width: int) -> None:
         conv = empty(nn.Conv1d, inner, inner, width, groups=inner, padding=width - 1)
@@ -113,7 +115,7 @@ class Mixer(nn.Module):
 class Layer(nn.Module):
     """Holds one block: `mixer` and `norm`."""
 
-    def __init__(self, config: dict[str, Any], inner: int, rank: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.mixer = Mixer(config, inner, rank)
-        self.norm = Scale(config["embed_dim"], config["norm"] == "layer")
+        self.mixer = Mixer(config)
+        self.norm = Scale(config.embed_dim, config.norm == "layer")

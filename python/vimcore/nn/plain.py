@@ -34,7 +34,8 @@ class Plain:
     def __init__(self, model: VisionMamba, observe: Observe, store: torch.dtype | None = None) -> None:
         core, params = model._weights()
         self.weights = {n: p.detach() for n, p in zip(core.names, params)}
-        self.config, self.facts = model.config, model._facts
+        self.config = model.config
+        self._patches, self._rank = model._config.patches, model._config.dt_rank
         self.observe, self.store = observe, store
 
     @torch.no_grad()
@@ -81,7 +82,7 @@ class Plain:
         )
         x = x.flatten(2).transpose(1, 2)
         names = ["cls_token_head", "cls_token_tail"] if c["class_token"] == "double" else ["cls_token"]
-        for name, at in zip(names, class_rows(c["class_token"], self.facts["patches"])):
+        for name, at in zip(names, class_rows(c["class_token"], self._patches)):
             x = torch.cat([x[:, :at], self._weight(name).expand(len(x), 1, -1), x[:, at:]], 1)
         if c["pos_embed"]:
             x = x + self._weight("pos_embed")
@@ -134,7 +135,7 @@ class Plain:
 
     def _inputs(self, m: str, s: str, x: Tensor) -> list[Tensor]:
         """u, delta (B, L, E), B, C (B, L, N) of the direction with key suffix s; x (B, L, E)."""
-        weight, rank, state = self._weight(f"{m}conv1d{s}.weight"), self.facts["rank"], self.config["d_state"]
+        weight, rank, state = self._weight(f"{m}conv1d{s}.weight"), self._rank, self.config["d_state"]
         padded = F.pad(x.transpose(1, 2), (weight.shape[-1] - 1, 0))
         p = F.conv1d(padded, weight, self._weight(f"{m}conv1d{s}.bias"), groups=x.shape[2])
         u = self._seen(f"{m}u{s}", F.silu(p.transpose(1, 2)))

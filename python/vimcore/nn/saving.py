@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -11,12 +10,12 @@ from typing import Any, TypeVar
 import torch
 
 from .. import _core
-from ..config import patch_grid
+from .._core import Preprocess
 from ..positions import fit_table, rope_tables
 from ..utils.arguments import integer, sides
 from ..utils.files import listed
 from ..weights.checkpoints import read_checkpoint, tensor
-from ..weights.metadata import CONFIG_KEY, check_labels, default_preprocess, pack, unpack
+from ..weights.metadata import CONFIG_KEY, check_labels, pack, unpack
 from ..weights.wrappers import ROPE_TABLES
 from .base import NetworkBase
 from .state import computed, described, parametrised, tensors_to_save
@@ -43,15 +42,14 @@ def save(
     Raises:
         ValueError: the file could not describe the network, or labels or preprocessing do not fit.
     """
-    config = dict(model.config)
-    if not isinstance(model.head, torch.nn.Linear | torch.nn.Identity):  # of a derived class: as it was told
-        config["num_classes"] = model._config["num_classes"]
-    config_json = _core.config_normalize(json.dumps(config))
-    names = None if labels is None else check_labels(labels, int(config["num_classes"]))
-    if preprocess is None:
-        preprocess = default_preprocess(config)
-    metadata = pack(config_json, names, preprocess)
-    _core.write_safetensors(path, tensors_to_save(model, _core.param_shapes(config_json)), metadata)
+    config = model._config  # the head of a derived class: as it was told
+    if isinstance(model.head, torch.nn.Linear | torch.nn.Identity):
+        config = config.replace(num_classes=model.num_classes)
+    names = None if labels is None else check_labels(labels, config.num_classes)
+    if preprocess is None and (steps := Preprocess.default(config)):
+        preprocess = steps.to_dict()
+    metadata = pack(config, names, preprocess)
+    _core.write_safetensors(path, tensors_to_save(model, config.param_shapes()), metadata)
 
 
 def load_as(
@@ -69,15 +67,15 @@ def load_as(
     name = os.fsdecode(path)
     # The header's sizes against its tensors, before anything of these sizes is made.
     metadata, _ = _core.check_file(path, not described(kind))
-    config, _, _ = unpack(metadata, path)
-    stored = dict(config)
+    stored = unpack(metadata, path).config
+    config = stored.to_dict()
     if img_size is not None:
         config["img_size"] = sides("[VisionMamba] img_size", img_size)
     if stride is not None:
         config["stride"] = integer("[VisionMamba] stride", stride)
     model = kind._of_config(config)
     state = {key: tensor(value) for key, value in _core.read_safetensors(path)[0].items()}
-    fill(model, state, name, old_grid=patch_grid(stored))
+    fill(model, state, name, old_grid=stored.grid)
     return model.eval().to(device)
 
 
@@ -112,7 +110,7 @@ def load_checkpoint(
     name = os.fsdecode(path)
     state, metadata, _ = read_checkpoint(name, weights)
     if pos_grid is None and CONFIG_KEY in metadata:
-        pos_grid = patch_grid(unpack(metadata, name)[0])
+        pos_grid = unpack(metadata, name).config.grid
     fill(model, state, name, old_grid=pos_grid, way=pos_embed, skip_head=head == "skip")
 
 
@@ -134,8 +132,7 @@ def fill(
     given = {name: value for name, value in state.items() if counts(name)}
     wanted, plain = _destinations(model, given)
     wanted = {name: value for name, value in wanted.items() if counts(name)}
-    faults = [f"missing: {name} {tuple(p.shape)}" for name, p in wanted.items() if name not in given]
-    faults += [f"unexpected: {name} {tuple(v.shape)}" for name, v in given.items() if name not in wanted]
+    faults = []
     table = given.get("pos_embed")
     if table is not None and "pos_embed" in wanted and table.ndim == 3:
         try:
@@ -143,15 +140,15 @@ def fill(
         except ValueError as error:
             faults.append(f"misshapen: pos_embed: {error}")
             del given["pos_embed"]
-    for name, value in given.items():
-        if name in wanted and value.shape != wanted[name].shape:
-            faults.append(
-                f"misshapen: {name}: expected {tuple(wanted[name].shape)}, got {tuple(value.shape)}"
-            )
-        elif name in wanted and wanted[name].is_floating_point() and not value.is_floating_point():
-            faults.append(f"not floating point: {name}: {value.dtype}")
-        elif name in wanted and not torch.can_cast(value.dtype, wanted[name].dtype):
-            faults.append(f"{name}: expected {wanted[name].dtype}, got {value.dtype}")
+    unfitted = {"pos_embed"} if faults else set()
+    shapes = {name: tuple(value.shape) for name, value in wanted.items() if name not in unfitted}
+    faults += _core.misfits(shapes, {name: tuple(value.shape) for name, value in given.items()})
+    for name in [name for name in wanted if name in given and wanted[name].shape == given[name].shape]:
+        dtype, other = wanted[name].dtype, given[name].dtype
+        if dtype.is_floating_point and not other.is_floating_point:
+            faults.append(f"not floating point: {name}: {other}")
+        elif not torch.can_cast(other, dtype):
+            faults.append(f"{name}: expected {dtype}, got {other}")
     for name, (module, leaf, _) in plain.items():
         if not all(hasattr(step, "right_inverse") for step in module.parametrizations[leaf]):  # type: ignore
             faults.append(f"{name}: its parametrisation takes no plain value; remove_parametrizations() does")

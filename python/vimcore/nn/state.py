@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .. import _core
 from ..utils.files import listed
 from ..weights.wrappers import ROPE_TABLES
 from .base import NetworkBase
@@ -60,7 +61,7 @@ def computed(module: nn.Module, leaf: str) -> Tensor:
             step.training = mode
 
 
-def tensors_to_save(model: NetworkBase, wanted: Sequence[tuple[str, Sequence[int]]]) -> dict[str, Any]:
+def tensors_to_save(model: NetworkBase, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Arrays by name: those of the architecture, then those that a derived class has besides.
 
     Args:
@@ -72,20 +73,17 @@ def tensors_to_save(model: NetworkBase, wanted: Sequence[tuple[str, Sequence[int
     state = {name: value for name, value in model.state_dict().items() if name not in ROPE_TABLES}
     complete = described(parametrize.type_before_parametrizations(model))
     faults = _replaced(model) if complete else []
-    order = {name: i for i, (name, _) in enumerate(wanted)}
+    order = {name: i for i, name in enumerate(wanted)}
     if not complete:  # its head is its own
-        wanted = [(name, shape) for name, shape in wanted if not name.startswith("head.")]
+        wanted = {name: shape for name, shape in wanted.items() if not name.startswith("head.")}
     for name, (module, leaf, origin) in parametrised(model).items():
-        if any(name == w for w, _ in wanted):
+        if name in wanted:
             state = {k: v for k, v in state.items() if not k.startswith(origin)}
             state[name] = computed(module, leaf)
-    others = sorted(set(state) - {name for name, _ in wanted})
-    faults += [f"missing: {name} {tuple(shape)}" for name, shape in wanted if name not in state]
-    if complete:
-        faults += [f"not described: {name}" for name in others]
-    for name, shape in wanted:
-        if name in state and tuple(state[name].shape) != tuple(shape):
-            faults.append(f"{name}: expected {tuple(shape)}, got {tuple(state[name].shape)}")
+    others = sorted(set(state) - set(wanted))
+    faults += [f"not described: {name}" for name in others if complete]
+    shapes = {name: tuple(state[name].shape) for name in wanted if isinstance(state.get(name), Tensor)}
+    faults += _core.misfits(wanted, shapes)
     faults += [f"{name}: {why}" for name, value in state.items() if (why := _unwritable(value))]
     if faults:
         lines = [listed(faults, "\n  "), *(f"to save it: {remedy}" for remedy in _remedies(faults))]

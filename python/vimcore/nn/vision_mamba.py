@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -13,12 +12,12 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import _core
+from .._core import Config, Draws, Saved
 from ..autograd.checks import refuse_layout, refuse_tracing, refuse_wrapped, tracing_refusal
-from ..autograd.draws import Draws, draw, draw_position
+from ..autograd.draws import NONE, draw, draw_position
 from ..autograd.network import Core, NetworkFunction, Request
 from ..autograd.tensors import autocast_type, describe, from_device, on_cuda
-from ..utils.arguments import integer, options
+from ..utils.arguments import integer
 from . import saving
 from .base import NetworkBase
 from .constant import ENTERING, ConstantWeights
@@ -26,7 +25,6 @@ from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
 from .structure import Places, does_more, made
 
 Network = TypeVar("Network", bound="VisionMamba")
-_PER_TOKEN = ("max", "all")  # without class token: the head sees every token
 
 
 class VisionMamba(NetworkBase):
@@ -100,31 +98,27 @@ class VisionMamba(NetworkBase):
     ) -> None:
         given = {key: value for key, value in locals().items() if key not in ("self", "memory", "__class__")}
         super().__init__()
-        config_json = _core.config_normalize(json.dumps(options(given)))
-        _core.Saved.chunk(str(memory))  # names a wrong one
+        self._config = Config(**given)
+        Saved.chunk(str(memory))  # names a wrong one
         self.memory = memory
-        self._config = json.loads(config_json)
-        self._facts: dict[str, Any] = _core.config_facts(config_json)
         self._core: Core | None = None
         self._places: Places | None = None
         self._constant: tuple[ConstantWeights, ...] = ()  # entered, the last one holds
 
-        c, tokens = self._config, self._facts["tokens"]
-        self.embed_dim = self.num_features = embed_dim = c["embed_dim"]  # Python's types, whatever came in
-        self.patch_embed = PatchEmbed(c["in_chans"], embed_dim, c["patch_size"], c["stride"])
+        c = self._config
+        self.embed_dim = self.num_features = embed_dim = c.embed_dim  # Python's types, whatever came in
+        self.patch_embed = PatchEmbed(c.in_chans, embed_dim, c.patch_size, c.stride)
         if class_token == "double":
             self.cls_token_head = nn.Parameter(torch.zeros(1, 1, embed_dim))
             self.cls_token_tail = nn.Parameter(torch.zeros(1, 1, embed_dim))
         elif class_token != "none":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         if pos_embed:
-            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
+            self.pos_embed = nn.Parameter(torch.zeros(1, c.tokens, embed_dim))
         if rope:
-            self.rope = Rope(c)
-        self.head = self._new_head(c["num_classes"])
-        self.layers = nn.ModuleList(
-            Layer(c, self._facts["inner"], self._facts["rank"]) for _ in range(c["depth"])
-        )
+            self.rope = Rope(c.to_dict())
+        self.head = self._new_head(c.num_classes)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.depth))
         self.norm_f = Scale(embed_dim, norm == "layer")
 
         weight = self.patch_embed.proj.weight
@@ -138,12 +132,12 @@ class VisionMamba(NetworkBase):
     # ---- description ---------------------------------------------------------------------------------------
 
     def extra_repr(self) -> str:
-        c = self.config
-        return f"img_size={c['img_size']}, tokens={self._facts['tokens']}, memory={self.memory!r}"
+        c = self._config
+        return f"img_size={list(c.img_size)}, tokens={c.tokens}, memory={self.memory!r}"
 
     def flops(self) -> int:
         """Multiply-adds of one image, scans included."""
-        return _core.flops(json.dumps(self.config))
+        return self._config.replace(num_classes=self.num_classes).flops()
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, besides vectors and biases, that the published training does not decay."""
@@ -152,7 +146,7 @@ class VisionMamba(NetworkBase):
     def reset_classifier(self, num_classes: int) -> None:
         """Replaces the head by a new one with random weights; 0: no head."""
         num_classes = integer("[VisionMamba] num_classes", num_classes)
-        _core.config_normalize(json.dumps({**self._config, "num_classes": num_classes}))
+        self._config.replace(num_classes=num_classes)  # says whether it is out of range
         like = self.norm_f.weight
         self.head = self._new_head(num_classes).to(like.device, like.dtype)
 
@@ -218,8 +212,8 @@ class VisionMamba(NetworkBase):
         """
         if self._head_is_fused():
             return self._call("logits", images)[0]
-        if self._config["class_token"] == "random" and self.training:
-            position = draw_position(self._facts)
+        if self._config.class_token == "random" and self.training:
+            position = draw_position(self._config)
             return self.head(self._call("tokens", images, position=position)[0][:, position])
         return self.forward_head(self.forward_features(images))
 
@@ -239,9 +233,9 @@ class VisionMamba(NetworkBase):
             indices: layers, negative ones count from the last; None: the last of each quarter. With
                 directions="block" a pair of layers has one output, that of its second (odd) layer.
         """
-        depth = self._config["depth"]
+        depth = self._config.depth
         if indices is None:
-            step = 2 if self._config["directions"] == "block" else 1
+            step = 2 if self._config.directions == "block" else 1
             indices = sorted({(depth * i // 4 + step - 1) // step * step - 1 for i in range(1, 5)} - {-1})
         indices = [integer("[VisionMamba] indices", index) for index in indices]
         for index in indices:
@@ -253,26 +247,26 @@ class VisionMamba(NetworkBase):
             return []
         outputs = self._call("layers", images, layers)
         maps = {
-            layer: self._patches(x).transpose(1, 2).unflatten(2, self._facts["grid"])
+            layer: self._patches(x).transpose(1, 2).unflatten(2, self._config.grid)
             for layer, x in zip(layers, outputs)
         }
         return [maps[layer] for layer in wanted]
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
-        c, at = self._config, self._facts["class_position"]
-        if c["class_token"] == "double":
+        c = self._config
+        if c.class_token == "double":
             return self.head((tokens[:, 0] + tokens[:, -1]) / 2)
-        if c["class_token"] != "none":
-            return self.head(tokens[:, at])
-        if c["pool"] in _PER_TOKEN:
+        if c.class_token != "none":
+            return self.head(tokens[:, c.class_position])
+        if c.head_per_token:
             logits = self.head(tokens)
-            return logits.amax(1) if c["pool"] == "max" else logits
-        return self.head(tokens[:, -1] if c["pool"] == "last" else tokens.mean(1))
+            return logits.amax(1) if c.pool == "max" else logits
+        return self.head(tokens[:, -1] if c.pool == "last" else tokens.mean(1))
 
     def _patches(self, tokens: Tensor) -> Tensor:
         """Tokens without class tokens."""
-        count, at = self._facts["class_tokens"], self._facts["class_position"]
+        count, at = self._config.class_tokens, self._config.class_position
         if count == 0:
             return tokens
         if count == 2:
@@ -313,10 +307,7 @@ class VisionMamba(NetworkBase):
         if torch.is_grad_enabled():
             part = core.taking_part(kind, layers)
             differentiated = images.requires_grad or any(p.requires_grad for p, t in zip(params, part) if t)
-        draws = self._draws(kind, images)
-        if position >= 0:  # drawn before
-            draws = draws._replace(class_position=position)
-        request = Request(kind, layers, draws, self.memory)
+        request = Request(kind, layers, self._draws(kind, images, position), self.memory)
         if differentiated:
             return NetworkFunction.apply(core, request, constant, images, *params)
         return core.run(request, images, params, None, constant)
@@ -324,12 +315,8 @@ class VisionMamba(NetworkBase):
     def _network(self) -> Core:
         classes = self.num_classes if self._head_is_fused() else 0
         core = self._core
-        if (
-            core is None
-            or core.logits[-1] != (classes or self.embed_dim)
-            or ("head.weight" in core.names) != bool(classes)
-        ):
-            core = Core(_core.config_normalize(json.dumps({**self._config, "num_classes": classes})))
+        if core is None or core.config.num_classes != classes:
+            core = Core(self._config.replace(num_classes=classes))
             self._core, self._places = core, None
         return core
 
@@ -356,11 +343,11 @@ class VisionMamba(NetworkBase):
         return core, params
 
     def _rotation_faults(self) -> list[str]:
-        if not self._config["rope"]:
+        if not self._config.rope:
             return []
         tables = {f"rope.{key}": table for key, table in self.rope.named_buffers()}
         refuse_wrapped("VisionMamba", list(tables), list(tables.values()))
-        return self.rope.faults(self._config)
+        return self.rope.faults(self.config)
 
     # ---- weights that change -------------------------------------------------------------------------------
 
@@ -392,8 +379,8 @@ class VisionMamba(NetworkBase):
 
     def _checked(self, images: Tensor, like: Tensor) -> Tensor:
         """The images as the core takes them, or an error that says what does not fit."""
-        height, width = self._config["img_size"]
-        channels = self._config["in_chans"]
+        height, width = self._config.img_size
+        channels = self._config.in_chans
         cuda = on_cuda(like)
         if like.is_meta or like.dtype not in ((torch.float32,) if cuda else (torch.float32, torch.float64)):
             raise ValueError(
@@ -420,11 +407,12 @@ class VisionMamba(NetworkBase):
             raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}")
         return images.resolve_neg().contiguous()
 
-    def _draws(self, kind: str, images: Tensor) -> Draws:
-        """The random draws of one forward; none in eval mode."""
+    def _draws(self, kind: str, images: Tensor, position: int) -> Draws:
+        """The random draws of one forward in training; a position of the class token may be given."""
         if not self.training:
-            return Draws()
-        return draw(self._config, self._facts, images, kind == "logits" and self._head_is_fused())
+            return NONE
+        drawn = position < 0 and kind == "logits" and self._head_is_fused()
+        return draw(self._config, images, None if drawn else position)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks for."""

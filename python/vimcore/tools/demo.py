@@ -73,8 +73,8 @@ def picture(digit: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def network_input(pictures: list[bytes]) -> torch.Tensor:
     """PNG files to (B, 1, 32, 32) float32, as `vimcore predict` does it."""
-    options = json.dumps(PREPROCESS)
-    return torch.from_numpy(np.stack([images.network_input(data, "digit", options) for data in pictures]))
+    steps = _core.Preprocess(**PREPROCESS)
+    return torch.from_numpy(np.stack([images.network_input(data, "digit", steps) for data in pictures]))
 
 
 def jiggle(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -8,12 +8,13 @@ the memory of a GPU's driver and the loss.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from .. import _core
+from .._core import Config
 from ..config import WIDTHS
 from ..weights.metadata import unpack
 
@@ -42,14 +43,12 @@ def needed(
     """
     if dtype not in DTYPES[device]:
         raise ValueError(f"dtype: expected {' or '.join(DTYPES[device])} on {device}, got {dtype!r}")
-    text = _core.config_normalize(json.dumps(config))
-    normal = json.loads(text)
-    parts = _core.plan_bytes(text, batch, MODES[mode], dtype, threads, device == "cuda")
+    architecture = Config(**config)
+    parts = _core.plan_bytes(architecture, batch, MODES[mode], dtype, threads, device == "cuda")
     weights, half = parts["weights"], dtype != "float32"
     # the CPU packs every weight; CUDA casts to 16 bits, and in float32 puts pairs side by side
     parts["packed"] = weights if device == "cpu" else weights // 2 if half else weights // 8
-    height, width = normal["img_size"]
-    pixels = batch * normal["in_chans"] * height * width
+    pixels = batch * architecture.in_chans * math.prod(architecture.img_size)
     parts["images"] = pixels * (6 if half else 4)  # float32, and cast
     if MODES[mode]:
         parts["gradients"], parts["optimizer"] = weights, 2 * weights
@@ -109,13 +108,13 @@ def report(
         memory: bytes to fit into; default on the cpu: this machine's.
     """
     if weights:
-        config = unpack(_core.safetensors_header(weights)[1], weights)[0]
+        config = unpack(_core.safetensors_header(weights)[1], weights).config.to_dict()
     else:
         config = {"embed_dim": WIDTHS[model], "img_size": [224, 224]}
     if size:
         config["img_size"] = list(size)
-    config = json.loads(_core.config_normalize(json.dumps(config)))
-    facts = _core.config_facts(json.dumps(config))
+    architecture = Config(**config)
+    config, tokens = architecture.to_dict(), architecture.tokens
     threads = threads or len(os.sched_getaffinity(0))
     rows, largest = [], []
     for device in dict.fromkeys(devices):
@@ -131,7 +130,7 @@ def report(
             if limit is not None:
                 batch = largest_batch(limit, config, mode, device, of_device, threads)
                 largest.append({**case, "memory": limit, "batch": batch})
-    return {"config": config, "tokens": facts["tokens"], "threads": threads, "rows": rows, "largest": largest}
+    return {"config": config, "tokens": tokens, "threads": threads, "rows": rows, "largest": largest}
 
 
 def table(found: dict[str, Any]) -> Sequence[Sequence[str]]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
+from .._core import Config, Preprocess
 from ..data.picture_files import find_images, read_file, reason
 from ..data.pictures import network_input
 from ..runtime import Runtime
@@ -87,7 +88,7 @@ def predict(
         raise ValueError(
             "[predict] weights: the network has no head (num_classes=0), so there is nothing to predict"
         )
-    if config["class_token"] == "none" and config["pool"] == "all":
+    if len(Config(**config).logits_shape(1)) == 3:
         raise ValueError(
             '[predict] weights: with pool="all" there are logits for every patch, none for the image'
         )
@@ -98,20 +99,20 @@ def predict(
             f"[predict] weights: the network takes {config['in_chans']} channels, "
             f"its preprocessing gives {given}"
         )
-    options = json.dumps(preprocess)
+    steps = Preprocess(**preprocess)
     waiting: list[tuple[str, NDArray[np.float32] | str]] = []
     for path in find_images(paths, passed_over):
-        waiting.append((path, _load(path, options)))
+        waiting.append((path, _load(path, steps)))
         if len(waiting) == BATCH:
             yield from _classify(runtime, waiting, topk)
             waiting = []
     yield from _classify(runtime, waiting, topk)
 
 
-def _load(path: str, options: str) -> NDArray[np.float32] | str:
+def _load(path: str, steps: Preprocess) -> NDArray[np.float32] | str:
     """The network's input (C, H, W), or the reason why the file cannot be read."""
     try:
-        return network_input(read_file(path), "", options)
+        return network_input(read_file(path), "", steps)
     except (_core.Error, OSError, ValueError, MemoryError) as error:
         return reason(error)  # the path is said by whoever prints this
 

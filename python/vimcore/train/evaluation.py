@@ -6,17 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import _core
+from .._core import Config, Preprocess
 from ..data import transforms
 from ..data.classes import Images, Validation, open_images, training_and_validation
 from ..io import load_model
 from ..tasks.classification import Answers, answers, loader
 from ..tasks.settings import Settings, read_toml
-from ..weights.metadata import default_preprocess, rescaled_preprocess, unpack
+from ..weights.metadata import unpack
 from .run import BEST, CONFIG, LAST, LAST_EMA
 
 
@@ -88,26 +88,25 @@ def evaluate(
         images = images.relabelled(labels)
     elif len(images.classes) != classes:
         raise ValueError(f"{path}: {classes} classes without names, the images have {len(images.classes)}")
-    of = _input(model.config, stored, images, settings, mean, std)
+    of = _input(model._config, stored, images, settings, mean, std)
     transform = transforms.array_eval(of) if images.arrays else transforms.picture_eval(of)
     batches = loader(Validation(images, transform, (of.channels, *of.size)), batch_size, workers)
     return Evaluated(str(path), answers(model, batches, torch.device(device)), images)
 
 
 def _input(
-    config: dict[str, Any],
-    stored: dict[str, Any] | None,
+    config: Config,
+    stored: Preprocess | None,
     images: Images,
     settings: Settings | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> transforms.Input:
-    height, width = config["img_size"]
-    channels = config["in_chans"]
-    steps = stored or default_preprocess(config)
-    if steps is not None and not images.arrays:
-        steps = rescaled_preprocess(steps, [height, width])
-        return transforms.Input(channels, (height, width), steps["mean"], steps["std"], steps["resize"])
+    (height, width), channels = config.img_size, config.in_chans
+    found = stored or Preprocess.default(config)
+    if found is not None and not images.arrays:
+        steps = found.rescaled(height, width)
+        return transforms.Input(channels, (height, width), steps.mean, steps.std, steps.resize)
     mean = mean or (settings.mean if settings else None)
     std = std or (settings.std if settings else None)
     if not mean or not std or len(mean) != channels or len(std) != channels:

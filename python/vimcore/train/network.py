@@ -100,8 +100,7 @@ def build(settings: Settings, channels: int, classes: Sequence[str]) -> tuple[Vi
         )
     except TypeError as error:
         raise ValueError(f"set: {' '.join(settings.set)}: {str(error).splitlines()[0]}") from None
-    config = model.config
-    if config["class_token"] == "none" and config["pool"] == "all":
+    if len(model._config.logits_shape(1)) == 3:
         raise ValueError("pool: all gives logits for every patch; one label for an image cannot teach them")
     if settings.init is None:
         return model, []
@@ -114,7 +113,7 @@ def _start_from(model: VisionMamba, settings: Settings, classes: Sequence[str]) 
     grid = labels = None
     if CONFIG_KEY in metadata:
         stored, labels, _ = unpack(metadata, path)
-        grid = patch_grid(stored)
+        grid = stored.grid
     patches = state.get(_PATCHES)
     channels = model.config["in_chans"]
     if patches is not None and patches.ndim == 4 and patches.shape[1] != channels:

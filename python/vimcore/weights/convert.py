@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from ..utils.arguments import options
+from .._core import Config, Preprocess
 from ..utils.files import listed
-from .metadata import CONFIG_KEY, check_labels, default_preprocess, pack, unpack
+from .metadata import CONFIG_KEY, check_labels, pack, unpack
 from .wrappers import ROPE_TABLES, format_of, read_safetensors
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -250,39 +250,32 @@ def convert(
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     assumptions: list[str] = []
     if CONFIG_KEY in metadata:
-        config, stored_labels, stored_preprocess = unpack(metadata, source)
-        labels = stored_labels if labels is None else labels
-        preprocess = stored_preprocess if preprocess is None else preprocess
+        stored = unpack(metadata, source)
+        options = stored.config.to_dict()
+        labels = stored.labels if labels is None else labels
+        if preprocess is None and stored.preprocess:
+            preprocess = stored.preprocess.to_dict()
     else:
-        config, assumptions = infer_config(shapes, source, *(arrays.get(name) for name in ROPE_TABLES))
+        options, assumptions = infer_config(shapes, source, *(arrays.get(name) for name in ROPE_TABLES))
     assumptions = notes + [text for text in assumptions if not _overridden(text, settings)]
-    config.update(settings)
-    if "img_size" not in config:
+    options.update(settings)
+    if "img_size" not in options:
         raise ValueError(
             f"{source}: the position table is no square grid, so the image size has to be named: "
             "--set 'img_size=[height, width]'"
         )
-    config_json = _core.config_normalize(json.dumps(options(config)))
-    wanted = {name: tuple(shape) for name, shape in _core.param_shapes(config_json)}
+    config = Config(**options)
     tensors = {name: array for name, array in arrays.items() if name not in ROPE_TABLES}
-    faults = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in tensors]
-    faults += [f"unexpected: {name} {shapes[name]}" for name in tensors if name not in wanted]
-    faults += [
-        f"misshapen: {name}: expected {shape}, got {shapes[name]}"
-        for name, shape in wanted.items()
-        if name in tensors and shapes[name] != shape
-    ]
+    faults = _core.misfits(config.param_shapes(), {name: shapes[name] for name in tensors})
     if faults:
-        raise ValueError(f"{source} does not fit {config_json}:\n  " + listed(faults, "\n  "))
-    full = json.loads(config_json)
-    names = None if labels is None else check_labels(labels, int(full["num_classes"]))
-    if preprocess is None:
-        preprocess = default_preprocess(full)
-        if preprocess is not None:
-            assumptions.append(f"preprocess={json.dumps(preprocess)}")
-    ordered = {name: _as_float(tensors[name], name) for name in wanted}
-    _core.write_safetensors(os.fspath(destination), ordered, pack(config_json, names, preprocess))
-    return full, assumptions
+        raise ValueError(f"{source} does not fit {config.to_json()}:\n  " + listed(faults, "\n  "))
+    names = None if labels is None else check_labels(labels, config.num_classes)
+    if preprocess is None and (steps := Preprocess.default(config)):
+        preprocess = steps.to_dict()
+        assumptions.append(f"preprocess={json.dumps(preprocess)}")
+    ordered = {name: _as_float(tensors[name], name) for name in config.param_shapes()}
+    _core.write_safetensors(os.fspath(destination), ordered, pack(config, names, preprocess))
+    return config.to_dict(), assumptions
 
 
 def _overridden(assumption: str, settings: Mapping[str, Any]) -> bool:

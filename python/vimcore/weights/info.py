@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from typing import Any
 
 from .. import _core
-from ..utils.files import listed
 from .metadata import unpack
 
 
@@ -19,25 +17,17 @@ def describe_file(path: str) -> dict[str, Any]:
     Raises:
         ValueError, vimcore.Error: it is damaged, no vimcore file, or its tensors are not its architecture's.
     """
-    tensors, metadata = _core.safetensors_header(path)
-    config, labels, preprocess = unpack(metadata, path)
-    config_json = _core.config_normalize(json.dumps(config))
-    facts = _core.config_facts(config_json)
-    shapes = {name: tuple(shape) for name, _, shape in tensors}
-    wanted = {name: tuple(shape) for name, shape in _core.param_shapes(config_json)}
-    wrong = [name for name, shape in wanted.items() if shapes.get(name) != shape]
-    wrong += [name for name in shapes if name not in wanted and not name.startswith("rope.")]
-    if wrong:
-        raise ValueError(f"{path}: tensors do not fit the architecture: {listed(wrong)}")
+    tensors, _ = _core.safetensors_header(path)
+    config, labels, preprocess = unpack(_core.check_file(path)[0], path)
     return {
         "file": path,
         "bytes": os.path.getsize(path),
-        "types": sorted({str(dtype) for _, dtype, _ in tensors}),
-        "parameters": sum(map(math.prod, wanted.values())),
-        "flops": facts["flops"],
-        "tokens": facts["tokens"],
-        "grid": list(facts["grid"]),
-        "config": json.loads(config_json),
+        "types": sorted({dtype for _, dtype, _ in tensors}),
+        "parameters": sum(map(math.prod, config.param_shapes().values())),
+        "flops": config.flops(),
+        "tokens": config.tokens,
+        "grid": list(config.grid),
+        "config": config.to_dict(),
         "labels": labels,
-        "preprocess": preprocess,
+        "preprocess": preprocess.to_dict() if preprocess else None,
     }

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ... import _core
+from ..._core import Config
 from ...data.digits import encode_png
 from ...utils.machine import cpu_name, version_of
 from . import gradients, kernels
@@ -46,12 +46,11 @@ def report() -> dict[str, Any]:
 def run_checks() -> list[dict[str, Any]]:
     """Runs the self-test. Rows with check, status ("ok", "skipped" or "failed") and detail."""
     rng = np.random.default_rng(0)
-    config_json = _core.config_normalize(json.dumps(kernels.SELF_TEST))
-    config = json.loads(config_json)
-    weights = kernels.random_weights(config_json, rng)
-    images = rng.normal(size=(3, config["in_chans"], *config["img_size"])).astype(np.float32)
+    config = Config(**kernels.SELF_TEST)
+    weights = kernels.random_weights(config, rng)
+    images = rng.normal(size=(3, config.in_chans, *config.img_size)).astype(np.float32)
     rows = kernels.check_cpu(config, weights, images)
-    rows += gradients.check_cpu(config_json, weights, images[:2], rng)
+    rows += gradients.check_cpu(config, weights, images[:2], rng)
     gpu = kernels.check_cuda(rng)
     rows += gpu
     if any(row["status"] != "skipped" for row in gpu):

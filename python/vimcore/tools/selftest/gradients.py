@@ -8,14 +8,13 @@ autograd, so torch is needed: without it these rows are skipped.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ... import _core
+from ..._core import Config
 
 Array = NDArray[Any]
 Row = dict[str, Any]
@@ -30,7 +29,7 @@ class Loss:
     """sum(logits * probe) of a network.
 
     Args:
-        config_json: the architecture.
+        config: the architecture.
         weights: by name.
         images: (B, C, H, W).
         probe: in the shape of the logits.
@@ -40,7 +39,7 @@ class Loss:
 
     def __init__(
         self,
-        config_json: str,
+        config: Config,
         weights: Mapping[str, Array],
         images: Array,
         probe: Array,
@@ -53,7 +52,7 @@ class Loss:
 
         self.dtype = getattr(torch, dtype)
         wide = torch.float64 if dtype == "float64" else torch.float32
-        self.model = VisionMamba(**json.loads(config_json)).eval()
+        self.model = VisionMamba(**config.to_dict()).eval()
         self.model.load_state_dict({name: torch.from_numpy(np.array(w)) for name, w in weights.items()})
         self.model.to(device, wide)
         self.images, self.probe = (torch.from_numpy(np.array(a)).to(device, wide) for a in (images, probe))
@@ -131,15 +130,15 @@ def _skipped(check: str, cuda: bool) -> list[Row]:
 
 
 def check_cpu(
-    config_json: str, weights: Mapping[str, Array], images: Array, rng: np.random.Generator
+    config: Config, weights: Mapping[str, Array], images: Array, rng: np.random.Generator
 ) -> list[Row]:
     """float64 against central differences, float32 against float64; logits are (B, classes)."""
     if skipped := _skipped("gradients cpu", False):
         return skipped
-    probe = rng.normal(size=(len(images), json.loads(config_json)["num_classes"]))
-    exact = Loss(config_json, weights, images, probe, "float64")
+    probe = rng.normal(size=(len(images), config.num_classes))
+    exact = Loss(config, weights, images, probe, "float64")
     truth = exact.gradients()
-    found = Loss(config_json, weights, images, probe, "float32").gradients()
+    found = Loss(config, weights, images, probe, "float32").gradients()
     against = {"float64": "finite differences", "float32": "float64"}
     errors = {"float64": _slopes(exact, truth, rng), "float32": _distances(found, truth)}
     return [_row(f"gradients cpu {t}", e, CPU_TOLERANCE[t], against[t]) for t, e in errors.items()]
@@ -147,7 +146,7 @@ def check_cpu(
 
 def check_cuda(
     networks: list[dict[str, Any]],
-    random_weights: Callable[[str, np.random.Generator], Mapping[str, Array]],
+    random_weights: Callable[[Config, np.random.Generator], Mapping[str, Array]],
     rng: np.random.Generator,
     device: str = "cuda:0",
     reference: type[Loss] = Loss,
@@ -156,7 +155,7 @@ def check_cuda(
 
     Args:
         networks: options of `VisionMamba`; their logits are (B, classes).
-        random_weights: of an architecture (JSON).
+        random_weights: of an architecture.
         rng: draws weights and images.
         device: torch's name of the GPU.
         reference: what computes the gradients on the CPU.
@@ -165,12 +164,12 @@ def check_cuda(
         return skipped
     errors: dict[str, dict[str, float]] = {dtype: {} for dtype in GPU_TOLERANCE}
     for index, options in enumerate(networks):
-        config_json = _core.config_normalize(json.dumps(options))
-        config, weights = json.loads(config_json), random_weights(config_json, rng)
-        images = rng.normal(size=(2, config["in_chans"], *config["img_size"])).astype(np.float32)
-        probe = rng.normal(size=(2, config["num_classes"])).astype(np.float32)
-        truth = reference(config_json, weights, images, probe, "float64").gradients()
+        config = Config(**options)
+        weights = random_weights(config, rng)
+        images = rng.normal(size=(2, config.in_chans, *config.img_size)).astype(np.float32)
+        probe = rng.normal(size=(2, config.num_classes)).astype(np.float32)
+        truth = reference(config, weights, images, probe, "float64").gradients()
         for dtype, worst in errors.items():
-            found = Loss(config_json, weights, images, probe, dtype, device).gradients()
+            found = Loss(config, weights, images, probe, dtype, device).gradients()
             worst |= {f"{name} of network {index}": e for name, e in _distances(found, truth).items()}
     return [_row(f"gradients {device} {t}", e, GPU_TOLERANCE[t], "the CPU") for t, e in errors.items()]

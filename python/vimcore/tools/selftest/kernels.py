@@ -8,7 +8,6 @@ C++ core. A GPU is compared with the CPU.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import _core
+from ..._core import Config
 from ...weights.metadata import pack
 
 Array = NDArray[np.float64]
@@ -99,14 +99,14 @@ def reference_forward(config: dict[str, Any], w: Weights, image: Array) -> Array
     return w["head.weight"] @ token + w["head.bias"]
 
 
-def random_weights(config_json: str, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+def random_weights(config: Config, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
     """Weights of ordinary size, large enough for every path to matter in the logits.
 
     As at the published start of a training, deep networks add up small steps: errors do not multiply.
     """
     weights = {}
-    step = json.loads(config_json)["depth"] ** -0.5
-    for name, shape in _core.param_shapes(config_json):
+    step = config.depth**-0.5
+    for name, shape in config.param_shapes().items():
         fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
         value = rng.normal(size=shape) * (1 / np.sqrt(fan_in) if len(shape) > 1 else 0.5)
         if name.endswith(("A_log", "A_b_log")):
@@ -181,10 +181,9 @@ def check_cuda(rng: np.random.Generator) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="vimcore-doctor-") as folder:
         path = os.path.join(folder, "model.safetensors")
         for options in GPU_TESTS:
-            config_json = _core.config_normalize(json.dumps(options))
-            config = json.loads(config_json)
-            _core.write_safetensors(path, random_weights(config_json, rng), pack(config_json, None, None))
-            images = rng.normal(size=(2, config["in_chans"], *config["img_size"])).astype(np.float32)
+            config = Config(**options)
+            _core.write_safetensors(path, random_weights(config, rng), pack(config, None, None))
+            images = rng.normal(size=(2, config.in_chans, *config.img_size)).astype(np.float32)
             expected = Runtime(path)(images)
             for dtype, found in errors.items():
                 logits = Runtime(path, "cuda", dtype=dtype)(images)
@@ -199,16 +198,17 @@ def check_cuda(rng: np.random.Generator) -> list[dict[str, Any]]:
 
 
 def check_cpu(
-    config: dict[str, Any], weights: Mapping[str, NDArray[np.float32]], images: NDArray[np.float32]
+    config: Config, weights: Mapping[str, NDArray[np.float32]], images: NDArray[np.float32]
 ) -> list[dict[str, Any]]:
     """Every set of kernels of this build against the reference; images (B, C, H, W)."""
     wide = {name: value.astype(np.float64) for name, value in weights.items()}
-    expected = np.stack([reference_forward(config, wide, image) for image in images.astype(np.float64)])
+    options = config.to_dict()
+    expected = np.stack([reference_forward(options, wide, image) for image in images.astype(np.float64)])
     rows = []
     for isa in _core.build_info()["isas"]:
         with tempfile.TemporaryDirectory(prefix="vimcore-doctor-") as folder:
             np.save(os.path.join(folder, "images.npy"), images)
             path = os.path.join(folder, "model.safetensors")
-            _core.write_safetensors(path, dict(weights), pack(json.dumps(config), None, None))
+            _core.write_safetensors(path, dict(weights), pack(config, None, None))
             rows.append(_check_isa(isa, folder, expected))
     return rows

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pictures and their way to a network's input.
+#include <cstring>
+
+#include "bindings.h"
+#include "convert.h"
+
+namespace vimcore::python {
+
+namespace {
+
+nb::ndarray<nb::numpy, std::uint8_t> from_image(const Image& image)
+{
+    std::uint8_t* data = nullptr;
+    auto out = make_numpy<std::uint8_t>({image.height, image.width, 3}, &data);
+    std::memcpy(data, image.pixels.data(), image.pixels.size());
+    return out;
+}
+
+Image to_image(const In& array, const char* op)
+{
+    const Tensor x = to_host_tensor(array, op, "image");
+    if (x.dtype != DType::u8 || x.shape.rank() != 3 || x.size(2) != 3 || x.numel() == 0)
+        throw std::invalid_argument(std::string("[") + op + "] image: expected (H, W, 3) u8 cpu, got " + describe(x));
+    Image image;
+    image.height = x.size(0);
+    image.width = x.size(1);
+    image.pixels.assign(x.as<std::uint8_t>(), x.as<std::uint8_t>() + x.numel());
+    return image;
+}
+
+Image decode(const nb::bytes& bytes, const std::string& name)
+{
+    nb::gil_scoped_release release;
+    return decode_image(bytes.data(), bytes.size(), name);
+}
+
+nb::ndarray<nb::numpy, float> normalised(const Image& image, const Preprocess& steps)
+{
+    float* data = nullptr;
+    const auto channels = static_cast<std::int64_t>(steps.mean.size());
+    auto out = make_numpy<float>({channels, steps.crop_height, steps.crop_width}, &data);
+    nb::gil_scoped_release release;
+    preprocess(image, steps, data);
+    return out;
+}
+
+}  // namespace
+
+void bind_images(nb::module_& m)
+{
+    m.def(
+        "decode_image", [](const nb::bytes& bytes, const std::string& name) { return from_image(decode(bytes, name)); },
+        nb::arg("data"), nb::arg("name") = "<memory>");
+    m.def(
+        "upright",
+        [](const In& image, const nb::bytes& file) {
+            return from_image(upright(to_image(image, "upright"), file.data(), file.size()));
+        },
+        nb::arg("image").noconvert(), nb::arg("file"));
+    m.def(
+        "resize_bicubic",
+        [](const In& image, std::int64_t height, std::int64_t width) {
+            return from_image(resize_bicubic(to_image(image, "resize_bicubic"), height, width));
+        },
+        nb::arg("image").noconvert(), nb::arg("height"), nb::arg("width"));
+    m.def(
+        "preprocess_image",
+        [](const nb::bytes& bytes, const std::string& name, const Preprocess& steps) {
+            return normalised(decode(bytes, name), steps);
+        },
+        nb::arg("data"), nb::arg("name"), nb::arg("preprocess"));
+    m.def(
+        "preprocess_pixels",
+        [](const In& image, const Preprocess& steps) {
+            return normalised(to_image(image, "preprocess_pixels"), steps);
+        },
+        nb::arg("image").noconvert(), nb::arg("preprocess"));
+}
+
+}  // namespace vimcore::python
