@@ -171,10 +171,10 @@ OURS = re.compile(r"(?:cpp|cuda|python|tests|\.ci)/[\w./*{},-]*")
 
 
 def expanded(pattern: str) -> list[str]:
-    """A pattern with {a,b} as one for each choice."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
+    """A pattern with {a,b} as one for each choice; {name} stands for any name."""
+    found = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
     if found is None:
-        return [pattern]
+        return [re.sub(r"\{\w+\}", "*", pattern)]
     ends = (pattern[: found.start()] + choice + pattern[found.end() :] for choice in found[1].split(","))
     return [one for end in ends for one in expanded(end)]
 
@@ -183,7 +183,8 @@ def check_documents() -> list[str]:
     """Paths in backquotes, patterns with {a,b} and * among them, exist."""
     errors = []
     for document in sorted(root.glob("*.md")):
-        for span in re.findall(r"`([^`]+)`", document.read_text()):
+        prose = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for span in re.findall(r"`([^`]+)`", prose):
             words = [word for word in span.split() if OURS.fullmatch(word)]
             if PATH.fullmatch(span):
                 words = [span]
