@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from .._core import Error
 from ..utils.files import listed, printable
+from .digits import load_digits, picture, split_digits
 from .lists import LISTS, read_list
 from .picture_files import SUFFIXES, is_hidden, kind_of, passed_over_text, read_file, reason, walk
 from .pictures import decode
@@ -210,8 +211,6 @@ def training_and_validation(data: str, val: str | None, fraction: float) -> tupl
         except ValueError as error:
             raise ValueError(f"{val}: {error}") from None
     if data == "digits":
-        from .digits import split_digits
-
         learn, held_out = split_digits(train.labels)
         return train.part(learn), train.part(held_out), "validated on the held-out fifth"
     held = np.zeros(len(train), bool)
@@ -266,9 +265,6 @@ def _of_list(path: str) -> Images:
 
 def _digits() -> Images:
     """The embedded digits as pictures of 32 x 32."""
-    from ..tools.demo import picture
-    from .digits import load_digits
-
     digits, labels = load_digits()
     pixels = np.stack([np.repeat(picture(digit)[:, :, None], 3, 2) for digit in digits])
     return Images([], labels, [str(digit) for digit in range(10)], pixels)

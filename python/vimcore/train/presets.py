@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..data.digits import MEAN, SIDE, STD
 from ..tasks.settings import Settings
 from .warmup import bounded
 
@@ -48,6 +49,36 @@ _LONG_PAPER: dict[str, Any] = {
     "warmup_lr": 1e-5,
 }
 
+# The network and recipe of `vimcore demo`.
+DIGITS: dict[str, Any] = {
+    "data": "digits",
+    "img_size": (SIDE,),
+    "patch_size": 8,
+    "in_chans": 1,
+    "embed_dim": 64,
+    "depth": 4,
+    "memory": "fast",
+    "mean": (MEAN,),
+    "std": (STD,),
+    "crop_pct": 1.0,
+    "workers": 0,
+    "augment": "jiggle",
+    "random_erase": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "repeats": 1,
+    "batch_size": 32,
+    "lr": 2e-3,
+    "scale_lr": False,
+    "weight_decay": 0.05,
+    "ema": 0.99,
+    "ema_ramp": True,
+    "epochs": 20,
+    "schedule_steps": "update",
+    "warmup_epochs": 3.0,
+    "threads": 1,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny-released": {"model": "vim_tiny_patch16_224"},
     "tiny-paper": {**_PAPER, "model": "vim_tiny_patch16_224"},
@@ -59,35 +90,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small-long-released": {**_LONG_RELEASED, "model": "vim_small_patch16_stride8_224"},
     "small-long-paper": {**_LONG_PAPER, "model": "vim_small_patch16_stride8_224"},
     "base-long-paper": {**_LONG_PAPER, "model": "vim_base_patch16_stride8_224"},
-    # The network and recipe of `vimcore demo`.
-    "digits": {
-        "data": "digits",
-        "img_size": (32,),
-        "patch_size": 8,
-        "in_chans": 1,
-        "embed_dim": 64,
-        "depth": 4,
-        "memory": "fast",
-        "mean": (0.3,),
-        "std": (0.38,),
-        "crop_pct": 1.0,
-        "workers": 0,
-        "augment": "jiggle",
-        "random_erase": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "repeats": 1,
-        "batch_size": 32,
-        "lr": 2e-3,
-        "scale_lr": False,
-        "weight_decay": 0.05,
-        "ema": 0.99,
-        "ema_ramp": True,
-        "epochs": 20,
-        "schedule_steps": "update",
-        "warmup_epochs": 3.0,
-        "threads": 1,
-    },
+    "digits": DIGITS,
 }
 
 DEFAULT = "tiny-released"  # where no preset is named

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.batches import channels_of, eval_transform, grouped, input_of, mixup_of, training_batches
 from ..data.classes import Images, Sample, Validation, passed_over, training_and_validation
+from ..data.digits import jiggle
 from ..data.picture_files import passed_over_text
 from ..data.sampling import Order, mix, seed_all
 from ..io import load_model, save_model
@@ -300,8 +301,6 @@ class Run:
         images = sample.images.to(self.device, non_blocking=True)
         labels = sample.labels.to(self.device, non_blocking=True)
         if self.settings.augment == "jiggle":
-            from ..tools.demo import jiggle
-
             images = jiggle(images.cpu(), torch.default_generator).to(self.device)
         if self.mixup is not None:
             mixed: tuple[Tensor, Tensor] = self.mixup(images, labels)
