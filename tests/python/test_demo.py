@@ -17,7 +17,7 @@ from vimcore import _core
 from vimcore.cli import main
 from vimcore.data.digits import encode_png, jiggle, load_digits, picture, split_digits
 from vimcore.tools import demo
-from vimcore.train.in_memory import cosine_lr, evaluate, fit, parameter_groups
+from vimcore.train import cosine_lr, evaluate, fit, parameter_groups
 
 
 @pytest.fixture(scope="module")

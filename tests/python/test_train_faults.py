@@ -153,7 +153,7 @@ def test_checkpoints_that_do_not_fit(
 ) -> None:
     seen: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr("vimcore.train.run.check", lambda *given: seen.extend(copy.deepcopy(given)))
+        patch.setattr("vimcore.train.state.check", lambda *given: seen.extend(copy.deepcopy(given)))
         assert main(["train", "--resume", str(run)]) == 0
     path, saved, expected = seen
     assert path == run / "checkpoint.pt"

@@ -146,7 +146,7 @@ def test_a_set_up_that_does_not_end(
         marker.touch()
         time.sleep(60)
 
-    monkeypatch.setattr("vimcore.train.run.training_and_validation", stuck)
+    monkeypatch.setattr("vimcore.tasks.classification.task.training_and_validation", stuck)
     signalling(marker, signal.SIGTERM, apart=0)
     assert main(["train", *arguments, "--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
     assert (

@@ -11,8 +11,11 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from .. import tasks
 from ..data.picture_files import passed_over_text
-from ..tasks.settings import MOST_PROCESSES, SECTIONS, Settings, read_toml
+from ..tasks.classification.settings import ClassificationSettings
+from ..tasks.settings import MOST_PROCESSES, Settings, read_toml
+from ..train.folder import CONFIG, resumed, weights_of
 from ..train.presets import DEFAULT, PRESETS, recipe
 from ..utils.files import literal, shortened
 from .streams import complain
@@ -41,22 +44,23 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings, such as RUN/config.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    types = typing.get_type_hints(Settings)
-    groups = {section: parser.add_argument_group(section) for section in SECTIONS}
-    for field in dataclasses.fields(Settings):
+    kind = tasks.settings_type({})
+    types = typing.get_type_hints(kind)
+    groups = {section: parser.add_argument_group(section) for section in kind.SECTIONS}
+    for field in dataclasses.fields(kind):
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
-        kind = types[field.name]
-        if type(None) in typing.get_args(kind):
-            kind = typing.get_args(kind)[0]
+        wanted = types[field.name]
+        if type(None) in typing.get_args(wanted):
+            wanted = typing.get_args(wanted)[0]
         text = field.metadata["help"].replace("%", "%%")
         if field.default not in (None, ()):
             text += f" (default: {_shown(field.default)})"
-        if kind is bool:
+        if wanted is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is tuple:
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
+        elif typing.get_origin(wanted) is tuple:
+            options |= {"nargs": "+", "type": typing.get_args(wanted)[0], "metavar": "X"}
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            options |= {"type": wanted, "metavar": wanted.__name__.upper()}
             if field.metadata["choices"]:
                 options |= {"choices": field.metadata["choices"], "metavar": None}
         flag = "--" + field.name.replace("_", "-")
@@ -69,21 +73,31 @@ def _shown(value: Any) -> str:
 
 def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     """The settings of the run, and notes on what was changed though nobody typed it."""
-    names = {field.name for field in dataclasses.fields(Settings)}
+    names = {field.name for field in dataclasses.fields(tasks.settings_type(vars(args)))}
     flags = {name: value for name, value in vars(args).items() if name in names}
     if args.resume is not None:
         if args.out or args.preset or args.config:
             raise ValueError(
                 "--resume: the run has its settings; --out, --preset, --config do not go with it"
             )
-        from ..train.run import resumed
-
-        return resumed(Path(args.resume), flags), []
+        kind = tasks.settings_type(read_toml(str(Path(args.resume) / CONFIG)))
+        return resumed(kind, Path(args.resume), flags), []
     of_file = read_toml(args.config) if args.config else {}
-    settings, notes = recipe(args.preset or DEFAULT, {**of_file, **flags})
+    kind = tasks.settings_type({**of_file, **flags})
+    if args.config:
+        of_file = read_toml(args.config, kind)
+    settings, notes = recipe(kind, args.preset or DEFAULT, {**of_file, **flags})
     if "-long-" in (args.preset or "") and settings.init is None:
         raise ValueError(f"init: {args.preset} fine-tunes; name the weights to start from with --init")
     return settings, notes
+
+
+def _diagnose(model: Any, batch: Any) -> str:
+    """The health of a network at the images that broke it."""
+    from ..analysis.health import health
+
+    images, _ = batch
+    return str(health(model, images[:8]))
 
 
 def train(args: argparse.Namespace) -> int:
@@ -99,7 +113,8 @@ def train(args: argparse.Namespace) -> int:
 
     folder = Path(args.resume or args.out or "vimcore-train")
     try:
-        summary = run(settings, folder, args.resume is not None, notes)
+        task = tasks.create(settings)
+        summary = run(task, folder, args.resume is not None, notes, _diagnose)
     except Stopped as stopped:
         complain(str(stopped))
         return stopped.status
@@ -110,7 +125,7 @@ def train(args: argparse.Namespace) -> int:
         return 0
     best = summary["best"]
     rows = [
-        ("best", f"{100 * best['top1']:.2f} % top-1, {100 * best['top5']:.2f} % top-5"),
+        ("best", ", ".join(metric.text(best[metric.name]) for metric in task.metrics)),
         ("", f"{best['weights']} weights after epoch {best['epoch']}"),
         ("time", f"{summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s"),
         ("skipped", f"{summary['skipped']} images that could not be read"),
@@ -145,9 +160,9 @@ def evaluate(args: argparse.Namespace) -> int:
     """Prints scores of all files, and of the best one every class and the confusion."""
     import torch
 
-    from ..train.evaluation import evaluate as run
-    from ..train.evaluation import images_of, weights_of
-    from ..train.network import choose_device
+    from ..tasks.classification.files import evaluate as run
+    from ..tasks.classification.files import images_of
+    from ..train.device import choose_device
 
     for name in ("threads", "workers"):
         if (getattr(args, name) or 0) > MOST_PROCESSES:
@@ -167,7 +182,8 @@ def evaluate(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     results = []
     for path in args.weights:
-        files, settings = weights_of(path)
+        files, config = weights_of(path)
+        settings = _classification(str(config)) if config else None
         images = images_of(args.data, settings)
         for file in files:
             found = run(
@@ -185,46 +201,52 @@ def evaluate(args: argparse.Namespace) -> int:
             results.append(found)
             if args.json:
                 print(json.dumps(_facts(found), ensure_ascii=False), flush=True)
-    for name, reason in results[-1].answers.faults.items():
+    for name, reason in results[-1].outputs.errors.items():
         complain(f"skipped {name}: {reason}")
     if images.passed_over:
         complain(passed_over_text(images.passed_over))
-    best = max(results, key=lambda found: found.answers.scores().top1)
+    best = max(results, key=lambda found: found.outputs.accuracy().top1)
     if args.out:
-        best.answers.save(Path(args.out), best.images)
+        best.predictions().save(Path(args.out))
     if not args.json:
         _print(results, best)
     return 0
 
 
+def _classification(config: str) -> ClassificationSettings:
+    settings = tasks.read_settings(config)
+    if not isinstance(settings, ClassificationSettings):
+        raise ValueError(f"{config}: eval knows classification, got task {settings.task}")
+    return settings
+
+
 def _facts(found: Any) -> dict[str, Any]:
     from ..data.classes import passed_over
-    from ..tasks.classification import per_class
 
-    scores = found.answers.scores()
-    rows = per_class(found.answers, found.images.classes)
+    scores, predictions = found.outputs.accuracy(), found.predictions()
     return {
         "weights": found.weights,
         "images": scores.images,
-        "skipped": len(found.answers.faults),
+        "skipped": len(found.outputs.errors),
         "loss": scores.loss,
         "top1": scores.top1,
         "top5": scores.top5,
-        "images_per_second": round(scores.images / found.answers.seconds, 2),
-        "per_class": {name: None if math.isnan(share) else share for name, _, share, _ in rows},
-        "confusion": found.answers.confusion().tolist(),
+        "images_per_second": round(scores.images / found.outputs.seconds, 2),
+        "per_class": {
+            name: None if math.isnan(share) else share for name, _, share, _ in predictions.per_class()
+        },
+        "confusion": predictions.confusion().tolist(),
         **({"passed_over": passed_over(found.images)} if found.images.passed_over else {}),
     }
 
 
 def _print(results: list[Any], best: Any) -> None:
-    from ..tasks.classification import per_class
     from . import _print_table
 
     rows: list[list[str]] = [["weights", "images", "top-1", "top-5", "loss", "images/s"]]
     for found in results:
-        scores = found.answers.scores()
-        rate = scores.images / found.answers.seconds
+        scores = found.outputs.accuracy()
+        rate = scores.images / found.outputs.seconds
         rows.append(
             [
                 found.weights,
@@ -236,16 +258,16 @@ def _print(results: list[Any], best: Any) -> None:
             ]
         )
     _print_table(rows)
-    if best.answers.faults:
-        print(f"{len(best.answers.faults)} images could not be read and do not count")
+    if best.outputs.errors:
+        print(f"{len(best.outputs.errors)} images could not be read and do not count")
     print(f"\n{best.weights}")
     table = [["class", "images", "right", "most taken for"]]
-    for name, count, share, taken in per_class(best.answers, best.images.classes):
+    for name, count, share, taken in best.predictions().per_class():
         table.append(
             [literal(name), str(count), "" if math.isnan(share) else f"{100 * share:.1f} %", literal(taken)]
         )
     _print_table(table, indent="  ")
-    confusion = best.answers.confusion()
+    confusion = best.predictions().confusion()
     if len(confusion) <= 20:
         print("\nconfusion: rows true, columns predicted")
         names = [shortened(name, 10) for name in best.images.classes]

@@ -76,8 +76,8 @@ class Images:
             raise UnreadableError("it holds values that are not finite")
         return array
 
-    def part(self, index: NDArray[np.int64]) -> Images:
-        """Some of them."""
+    def subset(self, index: NDArray[np.int64]) -> Images:
+        """Those with these indices, in this order."""
         files = [self.files[i] for i in index] if self.files else []
         pixels = None if self.pixels is None else self.pixels[index]
         return replace(self, files=files, labels=self.labels[index], pixels=pixels)
@@ -108,7 +108,7 @@ class Sample:
     images: Tensor
     labels: Tensor
     indices: Tensor
-    faults: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
 
 
 class Training(Dataset[Sample]):
@@ -117,17 +117,20 @@ class Training(Dataset[Sample]):
     def __init__(self, images: Images, transform: Transform) -> None:
         self.images, self.transform = images, transform
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def __getitem__(self, key: Key) -> Sample:
         index, seed = key
-        faults: dict[str, str] = {}
+        errors: dict[str, str] = {}
         for i in range(min(GIVE_UP, len(self.images))):
             at = (index + i) % len(self.images)
             seed_all(seed)
-            image = _attempt(self.images, at, self.transform, faults)
+            image = _attempt(self.images, at, self.transform, errors)
             if image is not None:
-                return Sample(image, torch.tensor(int(self.images.labels[at])), torch.tensor(at), faults)
-        name, reason = next(reversed(faults.items()))
-        raise RuntimeError(f"{len(faults)} images in a row cannot be read, the last: {name}: {reason}")
+                return Sample(image, torch.tensor(int(self.images.labels[at])), torch.tensor(at), errors)
+        name, reason = next(reversed(errors.items()))
+        raise RuntimeError(f"{len(errors)} images in a row cannot be read, the last: {name}: {reason}")
 
 
 class Validation(Dataset[Sample]):
@@ -136,32 +139,35 @@ class Validation(Dataset[Sample]):
     def __init__(self, images: Images, transform: Transform, shape: tuple[int, int, int]) -> None:
         self.images, self.transform, self.shape = images, transform, shape
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def __getitem__(self, index: int) -> Sample:
-        faults: dict[str, str] = {}
-        image = _attempt(self.images, index, self.transform, faults)
+        errors: dict[str, str] = {}
+        image = _attempt(self.images, index, self.transform, errors)
         label = torch.tensor(int(self.images.labels[index]))
         if image is None:
-            return Sample(torch.zeros(self.shape), label, torch.tensor(-1), faults)
-        return Sample(image, label, torch.tensor(index), faults)
+            return Sample(torch.zeros(self.shape), label, torch.tensor(-1), errors)
+        return Sample(image, label, torch.tensor(index), errors)
 
 
-def _attempt(images: Images, index: int, transform: Transform, faults: dict[str, str]) -> Tensor | None:
-    """The image, or None and the reason among the faults."""
+def _attempt(images: Images, index: int, transform: Transform, errors: dict[str, str]) -> Tensor | None:
+    """The image, or None and the reason among the errors."""
     try:
         return transform(images.read(index))
     except UnreadableError as error:
-        faults[images.files[index] if images.files else f"image {index}"] = str(error)
+        errors[images.files[index] if images.files else f"image {index}"] = str(error)
         return None
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
     """One batch of samples."""
-    faults = {name: reason for sample in samples for name, reason in sample.faults.items()}
+    errors = {name: reason for sample in samples for name, reason in sample.errors.items()}
     return Sample(
         torch.stack([sample.images for sample in samples]),
         torch.stack([sample.labels for sample in samples]),
         torch.stack([sample.indices for sample in samples]),
-        faults,
+        errors,
     )
 
 
@@ -212,7 +218,7 @@ def training_and_validation(data: str, val: str | None, fraction: float) -> tupl
             raise ValueError(f"{val}: {error}") from None
     if data == "digits":
         learn, held_out = split_digits(train.labels)
-        return train.part(learn), train.part(held_out), "validated on the held-out fifth"
+        return train.subset(learn), train.subset(held_out), "validated on the held-out fifth"
     held = np.zeros(len(train), bool)
     for label in range(len(train.classes)):  # spread evenly over the files of each class: no draw is needed
         of_class = np.flatnonzero(train.labels == label)
@@ -223,7 +229,7 @@ def training_and_validation(data: str, val: str | None, fraction: float) -> tupl
             f"{data}: val_fraction={fraction} holds out {int(held.sum())} of {len(train)} images"
         )
     text = f"validated on every {round(1 / fraction)}th image of each class, held out of {data}"
-    return train.part(np.flatnonzero(~held)), train.part(np.flatnonzero(held)), text
+    return train.subset(np.flatnonzero(~held)), train.subset(np.flatnonzero(held)), text
 
 
 def passed_over(*images: Images) -> dict[str, int]:
