@@ -11,9 +11,6 @@ from torch import nn
 
 from ..tasks.settings import Settings
 
-# timm's that keep something outside their state, so that a run could not go on bit for bit.
-NOT_RESUMABLE = ("kron",)
-
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, decay: str = "authors"
@@ -55,12 +52,10 @@ def create_optimizer(
             layer has the factor 1, as has what no pattern names.
 
     Raises:
-        ValueError: there is no such optimizer here, or it cannot be resumed bit for bit.
+        ValueError: there is no such optimizer here, or it asks for second derivatives.
     """
     from timm.optim import create_optimizer_v2, param_groups_layer_decay  # `fit` does without timm
 
-    if any(part in NOT_RESUMABLE for part in settings.opt.lower().split("_")):
-        raise ValueError(f"opt: {settings.opt} draws at random by itself, so no run with it could be resumed")
     groups: Any = parameter_groups(model, settings.weight_decay, settings.decay)
     if settings.layer_decay is not None:
         groups = param_groups_layer_decay(

@@ -89,7 +89,7 @@ class _Checker:
             )
 
     def _optimizer(self, value: Any, expected: Expected, step: int) -> None:
-        self._keys("optimizer", value, ("state", "param_groups"))
+        self._keys("optimizer", value, tuple(expected.optimizer))
         own_groups = expected.optimizer["param_groups"]
         groups = self._list("optimizer.param_groups", value["param_groups"], len(own_groups))
         for i, (group, own) in enumerate(zip(groups, own_groups)):
