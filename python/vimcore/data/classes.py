@@ -24,6 +24,7 @@ from .lists import LISTS, read_list
 from .picture_files import SUFFIXES, is_hidden, kind_of, passed_over_text, read_file, reason, walk
 from .pictures import decode
 from .sampling import Key, seed_all
+from .sources import Source, is_source
 from .transforms import Transform, UnreadableError
 
 ARRAY = ".npy"
@@ -33,7 +34,7 @@ GIVE_UP = 100  # images in a row that cannot be read
 
 @dataclass(frozen=True)
 class Images:
-    """Files, or pictures in memory (N, H, W, 3), with their classes.
+    """Files, or pictures in memory (N, H, W, 3), or places in a source, with their classes.
 
     Attributes:
         labels: index into `classes` of each image.
@@ -45,6 +46,8 @@ class Images:
     classes: list[str]
     pixels: NDArray[np.uint8] | None = None
     passed_over: Mapping[str, int] = field(default_factory=dict)
+    source: Source | None = None
+    places: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,7 +55,7 @@ class Images:
     @property
     def arrays(self) -> bool:
         """Whether these are numpy files and not pictures."""
-        return bool(self.files) and _is_array(self.files[0])
+        return self.source is None and bool(self.files) and _is_array(self.files[0])
 
     def read(self, index: int) -> NDArray[Any]:
         """(H, W, 3) uint8 of a picture, (C, H, W) of a numpy file.
@@ -64,6 +67,8 @@ class Images:
             return self.pixels[index]
         name = self.files[index]
         try:
+            if self.source is not None and self.places is not None:
+                return self.source.read(int(self.places[index]))
             if not _is_array(name):
                 return decode(read_file(name), "")
             array = np.load(io.BytesIO(read_file(name, None)), allow_pickle=False)
@@ -80,7 +85,8 @@ class Images:
         """Those with these indices, in this order."""
         files = [self.files[i] for i in index] if self.files else []
         pixels = None if self.pixels is None else self.pixels[index]
-        return replace(self, files=files, labels=self.labels[index], pixels=pixels)
+        places = None if self.places is None else self.places[index]
+        return replace(self, files=files, labels=self.labels[index], pixels=pixels, places=places)
 
     def relabelled(self, classes: Sequence[str]) -> Images:
         """The same images under a longer or reordered list of classes; ValueError names what is not in it."""
@@ -178,14 +184,21 @@ def _is_array(name: str) -> bool:
     return name.lower().endswith(ARRAY)
 
 
-def open_images(path: str) -> Images:
-    """The images of a folder of class folders, a CSV or TSV list of paths and labels, or "digits".
+def open_images(path: str, split: str = "train") -> Images:
+    """The images of a folder of class folders, a list of paths and labels, "digits", or a source of timm's.
+
+    Args:
+        split: of a source that has several and whose name says none.
 
     Raises:
         ValueError, OSError: there are none, or kinds are mixed.
     """
     if path == "digits":
         return _digits()
+    if is_source(path):
+        source = Source(path, split)
+        files, labels, classes = source.contents()
+        return Images(files, labels, classes, source=source, places=np.arange(len(files)))
     is_list = path.lower().endswith(LISTS)
     found = _of_list(path) if is_list else _folder(path)
     if not len(found):
@@ -211,7 +224,7 @@ def training_and_validation(data: str, val: str | None, fraction: float) -> tupl
         data = os.path.join(data, "train")
     train = open_images(data)
     if val is not None:
-        valid = open_images(val)
+        valid = open_images(val, "validation")
         try:
             return train, valid.relabelled(train.classes), f"validated on {val}"
         except ValueError as error:

@@ -82,8 +82,8 @@ class Settings:
     data: str | None = key(
         "data",
         None,
-        "folder of class folders (or of train/ and val/), CSV or TSV list, digits, or a source of timm's: "
-        "tar:PATH, hfds/NAME, torch/NAME:FOLDER, each with #SPLIT if need be",
+        "folder of class folders (or of train/ and val/), CSV or TSV list, digits, or a data set by timm: "
+        "tar:FILE, hfds/NAME[#SPLIT], torch/NAME:FOLDER[#SPLIT]",
     )
     val: str | None = key("data", None, "the same for validation")
     val_fraction: float = key("data", 0.1, "held out of each class where there is no validation data")

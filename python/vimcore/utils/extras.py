@@ -5,7 +5,7 @@ from __future__ import annotations
 
 
 def needs(extra: str) -> str:
-    """What to do where a package of `extra` (torch, demo, train, test or bench) is not installed.
+    """What to do where a package of `extra` (torch, demo, train, track, test or bench) is not installed.
 
     vimcore is in no package registry, so it is named by its folder.
     """

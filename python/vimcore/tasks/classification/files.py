@@ -42,7 +42,7 @@ def images_of(data: str | None, settings: ClassificationSettings | None) -> Imag
     if data is not None:
         if data == "digits" or (Path(data) / "train").is_dir():
             return training_and_validation(data, None, 0.1)[1]
-        return open_images(data)
+        return open_images(data, "validation")
     if settings is None or settings.data is None:
         raise ValueError(
             "data: name a folder of class folders, a CSV or TSV list, or digits; there is no run to ask"
