@@ -294,12 +294,12 @@ def test_corrupt_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     out, error = capsys.readouterr()
     summary = json.loads(out)
     assert summary["skipped"] == 4
-    faults = {line["file"]: line["error"] for line in log(run) if line["kind"] == "fault"}
-    assert set(faults) == {str(root / name) for name in (*bad, "digit 7/006.png")}
+    errors = {line["file"]: line["error"] for line in log(run) if line["kind"] == "fault"}
+    assert set(errors) == {str(root / name) for name in (*bad, "digit 7/006.png")}
     assert error.count("vimcore: skipped ") == 4  # each once
     saved = np.load(run / "eval.npz")
     assert len(saved["files"]) == 32
-    assert not set(saved["files"].tolist()) & set(faults)
+    assert not set(saved["files"].tolist()) & set(errors)
     assert main(["eval", str(run), "--workers", "0"]) == 0
     out, error = capsys.readouterr()
     assert "4 images could not be read" in out

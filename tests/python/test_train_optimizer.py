@@ -90,13 +90,13 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_resumed_with_it(opt: str, arguments: list[str], tmp_path: Path) -> None:
     """Other optimizers count in groups of parameters or keep slow weights: all of it is in the checkpoint."""
     flags = [*arguments, "--opt", opt, "--layer-decay", "0.8"]
-    assert main(["train", *flags, "--out", str(tmp_path / "whole")]) == 0
+    assert main(["train", *flags, "--out", str(tmp_path / "uninterrupted")]) == 0
     run = stopped(tmp_path / "run", 4, *flags)
     assert main(["train", "--resume", str(run)]) == 0
-    assert log(run) == log(tmp_path / "whole")
+    assert log(run) == log(tmp_path / "uninterrupted")
     for name in ("last", "last_ema", "best"):
         name += ".safetensors"
-        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (run / name).read_bytes() == (tmp_path / "uninterrupted" / name).read_bytes()
     content = read_checkpoint(run / "checkpoint.pt")
     state = content["optimizer"]["state"]
     assert state

@@ -150,21 +150,29 @@ def test_a_run_tells_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_an_old_run_goes_on_as_it_began(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its file says 5 of 2 epochs, its log has no first line: resumed like that, bit for bit, and told."""
-    data, whole, old = folder(tmp_path / "data"), tmp_path / "whole", tmp_path / "old"
+    """Resumed like that, bit for bit, and told.
+
+    Its file says 5 of 2 epochs and lacks the settings that came later, its log has no first line.
+    """
+    data, uninterrupted, old = folder(tmp_path / "data"), tmp_path / "uninterrupted", tmp_path / "old"
     arguments = ["--data", str(data), *SMALL, *ONCE, "--epochs", "2", "--val-fraction", "0.3"]
     arguments += ["--warmup-epochs", "5", "--schedule-steps", "update", "--log-every", "1"]
-    assert main(["train", *arguments, "--out", str(whole)]) == 0
+    assert main(["train", *arguments, "--out", str(uninterrupted)]) == 0
     stopped(old, 4, *arguments)
     lines = (old / "log.jsonl").read_bytes().splitlines(True)
     (old / "log.jsonl").write_bytes(b"".join(lines[1:]))
+    config = (old / "config.toml").read_text()
+    later = ("opt = ", "# layer_decay ", "# track ", "[task]", "task = ")
+    assert all(f"\n{start}" in config for start in later)
+    kept = [line for line in config.splitlines(keepends=True) if not line.startswith(later)]
+    (old / "config.toml").write_text("".join(kept))
     capsys.readouterr()
     assert main(["train", "--resume", str(old)]) == 0
     error = capsys.readouterr().err
     assert "the learning rate never reaches its peak of 7.81e-06: the highest in 6 updates is 3.2" in error
     assert "shortened" not in error
-    assert log(old) == log(whole)[1:]
-    assert (old / "last.safetensors").read_bytes() == (whole / "last.safetensors").read_bytes()
+    assert log(old) == log(uninterrupted)[1:]
+    assert (old / "last.safetensors").read_bytes() == (uninterrupted / "last.safetensors").read_bytes()
 
 
 # ---- vimcore.train.fit -------------------------------------------------------------------------------------

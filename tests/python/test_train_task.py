@@ -165,8 +165,8 @@ def settings(**changes: Any) -> DenoisingSettings:
 
 def test_a_run_of_another_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """To the end, and stopped and resumed: the same bits; its metric decides what is best."""
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    summary = train(Denoising(settings()), whole)
+    uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"
+    summary = train(Denoising(settings()), uninterrupted)
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         update, made = Loop.update, iter(range(1, 6))
@@ -187,13 +187,13 @@ def test_a_run_of_another_task(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "four layers" in error
     assert "epoch 3/3: validation raw error " in error
 
-    lines = log(whole)
+    lines = log(uninterrupted)
     assert log(run) == lines
-    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, run)]
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (uninterrupted, run)]
     for name in ("model", "average", "optimizer"):
         assert str(states[0][name]) == str(states[1][name])
     for name in ("best", "last", "last_ema"):
-        files = [read(folder / f"{name}.safetensors") for folder in (whole, run)]
+        files = [read(folder / f"{name}.safetensors") for folder in (uninterrupted, run)]
         assert all(torch.equal(value, files[1][key]) for key, value in files[0].items()), name
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["step"] for line in steps] == list(range(1, 10))

@@ -135,8 +135,7 @@ class Settings:
     track: tuple[str, ...] | None = key(
         "run",
         None,
-        "also log to tensorboard, wandb, mlflow or another tracker that accelerate knows; none: to no one; "
-        "not set: to tensorboard where it is installed",
+        "also log to tensorboard, wandb, mlflow, ...; none; default: tensorboard where it is installed",
     )
 
     task: str = key("task", "classification", "what is learnt", later=True)

@@ -126,7 +126,7 @@ class Task(ABC):
 
         Those of a bare backbone; what follows its blocks is the last layer, as is what no pattern names.
         """
-        return {"stem": r"^(cls_token|pos_embed|patch_embed)", "blocks": [(r"^layers\.(\d+)", None)]}
+        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": [(r"^layers\.(\d+)", None)]}
 
     @abstractmethod
     def prepare(self, batch: Any, device: torch.device) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: written whole or not at all, read without executing anything."""
+"""Checkpoints: written atomically, read without executing anything."""
 
 from __future__ import annotations
 
