@@ -1,4 +1,4 @@
-"""Checks of the source tree: who includes and imports whom, paths that the documents name.
+"""Checks of the source tree: who includes and imports whom, paths in the documents, stated versions.
 
 Headers that stand alone are looked at in tests/package/run.sh.
 """
@@ -36,38 +36,38 @@ KERNEL_HEADERS = {"immintrin.h", "arm_neon.h", "kernels.h", "simd.h", "simd_math
 
 
 def check_includes() -> list[str]:
-    faults = []
+    errors = []
     for folder, pattern in FORBIDDEN.items():
         for path in sorted((root / folder).rglob("*")):
             if path.suffix not in {".h", ".cpp", ".cu", ".cuh"}:
                 continue
             for name in INCLUDE.findall(path.read_text()):
                 if re.search(pattern, name):
-                    faults.append(f"{path.relative_to(root)} includes {name}")
-    return faults + check_floors() + check_kernels()
+                    errors.append(f"{path.relative_to(root)} includes {name}")
+    return errors + check_floors() + check_kernels()
 
 
 def check_floors() -> list[str]:
-    faults = []
+    errors = []
     source = root / "cpp/src"
     floor_of = {f"vimcore/{name}.h": floor for floor, names in FLOORS.items() for name in names}
     for path in sorted(source.rglob("*.*")):
         above = list(FLOORS)[list(FLOORS).index(str(path.relative_to(source).parent).strip(".")) + 1 :]
         for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE):
             if name not in floor_of and not (source / name).is_file():
-                faults.append(f"{path.relative_to(root)} includes {name}, expected a path below cpp/src")
+                errors.append(f"{path.relative_to(root)} includes {name}, expected a path below cpp/src")
             elif floor_of.get(name, name.rpartition("/")[0]) in above:
-                faults.append(f"{path.relative_to(root)} includes {name} of a floor above its own")
-    return faults
+                errors.append(f"{path.relative_to(root)} includes {name} of a floor above its own")
+    return errors
 
 
 def check_kernels() -> list[str]:
-    faults = []
+    errors = []
     for path in [*(root / "cpp/cpu").glob("*-inl.h"), root / "cpp/cpu/simd.h", root / "cpp/cpu/kernels.h"]:
         for name in INCLUDE.findall(path.read_text()):
             if name not in KERNEL_HEADERS and not name.endswith("-inl.h"):
-                faults.append(f"{path.relative_to(root)} includes {name}, kernels use no other headers")
-    return faults
+                errors.append(f"{path.relative_to(root)} includes {name}, kernels use no other headers")
+    return errors
 
 
 # Python: a module imports from floors below its own and from its own folder; none imports itself by way
@@ -95,6 +95,7 @@ PYTHON_NARROW = {
     # the small public face of the engine is for classifiers
     ("train.in_memory", "tasks"): {"classification.evaluation"},
     ("analysis", "train"): set(),
+    ("plots", "train"): {"log"},
 }
 
 
@@ -133,23 +134,23 @@ def check_imports() -> list[str]:
         name = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
         if name != "__init__":
             graph[name] = imports_of(path, package)
-    faults = []
+    errors = []
     for module, names in graph.items():
         own = module.split(".")[0]
         if own not in floor:
-            faults.append(f"python/vimcore: {module} is on no floor (PYTHON_FLOORS in tests/check_tree.py)")
+            errors.append(f"python/vimcore: {module} is on no floor (PYTHON_FLOORS in tests/check_tree.py)")
             continue
         for name in sorted(names):
             other, _, rest = name.partition(".")
             if other != own and floor.get(other, len(PYTHON_FLOORS)) >= floor[own]:
-                faults.append(f"python/vimcore: {module} imports {name}, which is not below it")
+                errors.append(f"python/vimcore: {module} imports {name}, which is not below it")
             seen = PYTHON_NARROW.get((module, other), PYTHON_NARROW.get((own, other)))
             if seen is not None and rest not in seen:
-                faults.append(f"python/vimcore: {module} imports {name}, which is not for it")
+                errors.append(f"python/vimcore: {module} imports {name}, which is not for it")
     for module in graph:
         if reaches(graph, module, module):
-            faults.append(f"python/vimcore: {module} imports itself, by way of others")
-    return faults
+            errors.append(f"python/vimcore: {module} imports itself, by way of others")
+    return errors
 
 
 def reaches(graph: dict[str, set[str]], start: str, end: str) -> bool:
@@ -165,20 +166,58 @@ def reaches(graph: dict[str, set[str]], start: str, end: str) -> bool:
     return False
 
 
+# Where a path in a document may begin.
+BASES = ("", "python/vimcore", "cpp/include", "cpp/src")
+# A path by itself, and one in a command.
+PATH = re.compile(r"(?:[\w.{},*-]+/)+(?:[\w{},*.-]+\.(?:cff|cmake|cpp|cuh?|h|json|md|npz|py|sh|toml|txt))?")
+OURS = re.compile(r"(?:cpp|cuda|python|tests|\.ci)/[\w./*{},-]*")
+
+
+def expanded(pattern: str) -> list[str]:
+    """A pattern with {a,b} as one for each choice."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    ends = (pattern[: found.start()] + choice + pattern[found.end() :] for choice in found[1].split(","))
+    return [one for end in ends for one in expanded(end)]
+
+
 def check_documents() -> list[str]:
-    """Paths in backquotes that look like ours exist."""
-    faults = []
+    """Paths in backquotes, patterns with {a,b} and * among them, exist."""
+    errors = []
     for document in sorted(root.glob("*.md")):
-        for name in re.findall(r"`((?:cpp|cuda|python|tests|\.ci)/[\w./*{},-]*)`", document.read_text()):
-            if not re.search(r"[*{]", name) and not (root / name).exists():
-                faults.append(f"{document.name} names {name}, which does not exist")
-    return faults
+        for span in re.findall(r"`([^`]+)`", document.read_text()):
+            words = [word for word in span.split() if OURS.fullmatch(word)]
+            if PATH.fullmatch(span):
+                words = [span]
+            for path in (path for word in words for path in expanded(word)):
+                if not any(any((root / base).glob(path)) for base in BASES):
+                    errors.append(f"{document.name} names {path}, which does not exist")
+    return errors
+
+
+def check_versions() -> list[str]:
+    """Header, Python package and citation state one version; CMake compares its own with the header's."""
+    places = {
+        "cpp/include/vimcore/version.h": r'^#define VIMCORE_VERSION "(.*)"$',
+        "pyproject.toml": r'^version = "(.*)"$',
+        "CITATION.cff": r"^version: (.*)$",
+    }
+    stated = {
+        name: re.findall(rule, (root / name).read_text(), re.MULTILINE) for name, rule in places.items()
+    }
+    if (
+        all(len(found) == 1 for found in stated.values())
+        and len({found[0] for found in stated.values()}) == 1
+    ):
+        return []
+    return ["versions differ: " + ", ".join(f"{name} {' '.join(found)}" for name, found in stated.items())]
 
 
 def main() -> int:
-    faults = check_includes() + check_imports() + check_documents()
-    print("\n".join(faults) if faults else "source tree: in order")
-    return 1 if faults else 0
+    errors = check_includes() + check_imports() + check_documents() + check_versions()
+    print("\n".join(errors) if errors else "source tree: in order")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-_WIDTHS = {"tiny": 192, "small": 384, "base": 768}
+WIDTHS = {"vim_tiny": 192, "vim_small": 384, "vim_base": 768}  # embed_dim of the published sizes
 _STRIDES = {"patch16": 16, "patch16_stride8": 8}
 _MODELS: dict[str, dict[str, Any]] = {
-    f"vim_{size}_{patches}_224": {
+    f"{size}_{patches}_224": {
         "img_size": 224,
         "patch_size": 16,
         "stride": stride,
@@ -18,7 +18,7 @@ _MODELS: dict[str, dict[str, Any]] = {
         "depth": 24,
     }
     for patches, stride in _STRIDES.items()
-    for size, width in _WIDTHS.items()
+    for size, width in WIDTHS.items()
 }
 
 

@@ -135,7 +135,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Trains everything and returns the report."""
     from vimcore import build_info
     from vimcore.tools import demo
-    from vimcore.tools.bench import cpu as bench
+    from vimcore.tools.bench import common as bench
 
     networks = {name: o for table in TABLES.values() for name, o in table.items() if name not in SHARED}
     tasks = [(n, o, seed, args.epochs, args.digits) for seed in args.seeds for n, o in networks.items()]

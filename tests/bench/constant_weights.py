@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import vimcore
-from vimcore.tools.bench.cpu import machine
+from vimcore.tools.bench.common import machine
 
 
 def seconds(call: Callable[[], Any]) -> float:

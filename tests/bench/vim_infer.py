@@ -94,7 +94,7 @@ def find_binary(given: str | None) -> str:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one binary, with machine, build and date."""
-    from vimcore.tools.bench.cpu import machine
+    from vimcore.tools.bench.common import machine
 
     binary = find_binary(args.binary)
     threads = ["--threads", str(args.threads)] if args.threads else []

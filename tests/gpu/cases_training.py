@@ -222,7 +222,7 @@ def long_case(setting: Setting, size: str, side: int, dtype: str, seconds: float
         needed = sum(parts[name] for name in ("saved", "scratch", "gradients"))
         row["planned"][memory] = needed
         if free is not None and needed + parts["packed"] > free:
-            row["skipped"][memory] = f"planned {plan.shown(needed)}, free {plan.shown(free)}"
+            row["skipped"][memory] = f"planned {plan.readable(needed)}, free {plan.readable(free)}"
             continue
         model.memory = memory
         step()  # packs weights

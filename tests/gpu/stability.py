@@ -180,7 +180,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Averaged losses of every case, one line a type."""
-    from vimcore.plots.style.style import BLUE, GREEN, INK, ORANGE, RED, new_figure, save_figure, tidy
+    from vimcore.plots.style import BLUE, GREEN, INK, ORANGE, RED, new_figure, save_figure, tidy
 
     colors = {"float32": BLUE, "bfloat16": ORANGE, "float16": GREEN, "float64": RED}
     rows = report["rows"]

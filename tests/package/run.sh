@@ -114,10 +114,10 @@ configure -S $here/c_only -B "$work/find-c" -DCMAKE_PREFIX_PATH="$shared"
 build "$work/find-c"
 "$work/find-c/consumer_c" "$weights" "$picture" | diff "$work/logits" -
 fresh "$work/find-newer"
-sed 's/vimcore 0\.1/vimcore 0.2/' $here/c_only/CMakeLists.txt >"$work/find-newer/CMakeLists.txt"
+sed 's/vimcore 0\.2/vimcore 0.3/' $here/c_only/CMakeLists.txt >"$work/find-newer/CMakeLists.txt"
 cmake -S "$work/find-newer" -B "$work/find-newer/tree" -DCMAKE_PREFIX_PATH="$shared" >"$work/configure.log" 2>&1 &&
-    fail 'version 0.1 passes for 0.2'
-grep -q 'version: 0.1.0' "$work/configure.log" || { cat "$work/configure.log"; fail 'another fault than the version'; }
+    fail 'version 0.2 passes for 0.3'
+grep -q "version: $version" "$work/configure.log" || { cat "$work/configure.log"; fail 'another fault than the version'; }
 
 step 'pkg-config and a plain command line'
 flags() { PKG_CONFIG_PATH=$work/$1-root/$libdir/pkgconfig pkg-config "${@:2}" vimcore; }

@@ -16,7 +16,8 @@ import pytest
 import reference
 import torch
 import vimcore
-from vimcore.tools.bench import cpu as bench
+from vimcore.cli import bench
+from vimcore.tools.bench import cpu, peers
 
 PEERS = Path(__file__).resolve().parents[1] / "bench"
 
@@ -86,7 +87,7 @@ def test_vim_in_plain_torch_is_vim() -> None:
 def test_exported_peers_compute_the_same(name: str) -> None:
     deit, images = load("deit"), torch.randn(2, 3, 32, 32)
     model = deit.DeiT(32, patch_size=8, width=24, heads=3, depth=2, num_classes=5).eval()
-    with bench._quiet():
+    with peers.quiet():
         call = getattr(deit, name)(model, images, 1)
     with torch.no_grad():
         assert golden.relative(torch.from_numpy(call().copy()), model(images)) < 1e-5
@@ -98,7 +99,7 @@ def test_floor_of_vim_tiny() -> None:
     per_token = 3 * 384 * 192 + 2 * (4 * 384 + 44 * 384 + 12 * 384)
     linear = 197 * 24 * per_token + 196 * 768 * 192 + 192 * 1000
     model = vimcore.create_model("vim_tiny_patch16_224")
-    assert bench.floor_flops(bench.Sizes(224, 192, model.flops())) == 2 * linear + 20 * updates
+    assert cpu.floor_flops(cpu.Sizes(224, 192, model.flops())) == 2 * linear + 20 * updates
 
 
 @pytest.mark.parametrize("mode", [(), ("--train",)])
@@ -107,7 +108,7 @@ def test_report(mode: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFix
     options = ["--sizes", "32", "--batch", "1,2", "--pairs", "2", "--threads", "1", "--sample", "0.01"]
     options += ["--peers", "torch,openvino", "--peers-dir", str(PEERS), "--json", str(file)]
     before = torch.get_num_threads()
-    assert bench.main(parsed(*options, *mode)) == 0
+    assert bench.run(parsed(*options, *mode)) == 0
     assert torch.get_num_threads() == before
     report = json.loads(file.read_text())
     assert {"date", "machine", "versions", "build", "threads", "rows", "skipped"} <= set(report)
@@ -130,9 +131,9 @@ def test_without_peers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An installed package has no tests/bench: it measures itself and says why there is no ratio."""
-    monkeypatch.setattr(bench, "peers_folder", lambda given: None)
+    monkeypatch.setattr("vimcore.tools.bench.peers_folder", lambda given: None)
     options = ("--sizes", "32", "--batch", "1", "--pairs", "1", "--threads", "1", "--sample", "0.01")
-    assert bench.main(parsed(*options, "--json", "-")) == 0
+    assert bench.run(parsed(*options, "--json", "-")) == 0
     out, err = capsys.readouterr()
     (row,) = json.loads(out)["rows"]
     assert row["peer"] is None
@@ -157,7 +158,7 @@ def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--device", "gpu"), ValueError, "expected 'cpu', 'cuda' or 'cuda:N', got 'gpu'"),
     ):
         with pytest.raises(error, match=text):
-            bench.main(parsed(*options))
+            bench.run(parsed(*options))
     assert capsys.readouterr().out == ""  # nothing was measured
 
 

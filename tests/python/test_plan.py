@@ -15,6 +15,7 @@ import pytest
 from helpers import SMALL, build, images_for, small
 from vimcore import _core, cli
 from vimcore.tools import plan
+from vimcore.utils import options
 
 G = 1 << 30
 
@@ -91,23 +92,23 @@ def test_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["plan", "--weights", str(tmp_path / "small.safetensors"), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("8 x 12 pixels, 7 tokens")
-    assert plan.shown(_core.machine_bytes()) in out
+    assert plan.readable(_core.machine_bytes()) in out
 
 
 def test_numbers() -> None:
-    assert plan.parse_bytes("80G") == 80 * G
-    assert plan.parse_bytes("1.5 MiB") == 3 << 19
-    assert plan.parse_bytes("4096") == 4096
+    assert options.byte_count("80G") == 80 * G
+    assert options.byte_count("1.5 MiB") == 3 << 19
+    assert options.byte_count("4096") == 4096
     for text in ("", "G", "-1G", "80X", "0"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected bytes such as 80G"):
-            plan.parse_bytes(text)
-    assert plan.parse_size("224") == (224, 224)
-    assert plan.parse_size("512x1024") == (512, 1024)
+            options.byte_count(text)
+    assert options.image_size("224") == (224, 224)
+    assert options.image_size("512x1024") == (512, 1024)
     for text in ("0", "1x", "axb", "12x0"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected pixels"):
-            plan.parse_size(text)
-    assert plan.shown(1023) == "1023 B"
-    assert plan.shown(5 << 40) == "5.0 TiB"
+            options.image_size(text)
+    assert plan.readable(1023) == "1023 B"
+    assert plan.readable(5 << 40) == "5.0 TiB"
 
 
 def test_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from vimcore import _core
 from vimcore.cli import main
 from vimcore.data.digits import encode_png
+from vimcore.plots import demo as demo_plots
 from vimcore.plots import runs as run_plots
-from vimcore.plots import style as plots
 from vimcore.utils.files import literal, shortened
 
 NAMES = [
@@ -104,9 +104,11 @@ def test_the_demo_s_pictures(tmp_path: Path) -> None:
     pictures, truth = np.zeros((2, 8, 8), np.uint8), np.array([0, 1])
     answers = [(0, r"$\foo$", 0.9), (0, "a\n<b>" * 50, 0.9)]
     for kind in ("png", "svg"):
-        plots.plot_predictions(pictures, truth, answers, 0.5, tmp_path / f"predictions.{kind}", columns=2)
+        demo_plots.plot_predictions(
+            pictures, truth, answers, 0.5, tmp_path / f"predictions.{kind}", columns=2
+        )
         maps = np.ones((2, 8, 8), np.float32)
-        plots.plot_maps(pictures, maps, truth, answers, tmp_path / f"maps.{kind}")
+        demo_plots.plot_maps(pictures, maps, truth, answers, tmp_path / f"maps.{kind}")
     ET.parse(tmp_path / "predictions.svg")
     assert len(list(tmp_path.iterdir())) == 4
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,32 +15,32 @@ import torch
 import vimcore
 import vimcore.tools.selftest.gradients
 from helpers import SMALL
-from vimcore_shim.tools.bench import cpu as bench
+from vimcore_shim.cli import bench
+from vimcore_shim.tools.bench import Options
 from vimcore_shim.tools.bench import cuda as bench_cuda
-from vimcore_shim.tools.selftest import gradients as doctor_gradients
-from vimcore_shim.tools.selftest import kernels as doctor
+from vimcore_shim.tools.selftest import gradients, kernels
 
 
 def test_doctor_compares_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     deep = {**SMALL.arguments(), "depth": 12}
-    monkeypatch.setattr(doctor, "GPU_TESTS", [doctor.SELF_TEST, deep])
-    rows = doctor._check_gpu(np.random.default_rng(0))
+    monkeypatch.setattr(kernels, "GPU_TESTS", [kernels.SELF_TEST, deep])
+    rows = kernels.check_cuda(np.random.default_rng(0))
     assert [(row["check"], row["status"]) for row in rows] == [
         ("cuda:0 float32", "ok"),
         ("cuda:0 bfloat16", "ok"),
         ("cuda:0 float16", "ok"),
     ]
     assert all("CPU shim" in row["detail"] for row in rows)
-    monkeypatch.setattr(doctor, "GPU_TOLERANCE", {"bfloat16": 1e-5})
-    assert [row["status"] for row in doctor._check_gpu(np.random.default_rng(0))] == ["failed"]
+    monkeypatch.setattr(kernels, "GPU_TOLERANCE", {"bfloat16": 1e-5})
+    assert [row["status"] for row in kernels.check_cuda(np.random.default_rng(0))] == ["failed"]
 
 
 def test_doctor_compares_the_gradients(training: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def rows() -> dict[str, dict[str, Any]]:
         rng = np.random.default_rng(0)
-        found = doctor_gradients.check_cuda(
-            [doctor.SELF_TEST, {**SMALL.arguments(), "depth": 3}],
-            doctor._random_weights,
+        found = gradients.check_cuda(
+            [kernels.SELF_TEST, {**SMALL.arguments(), "depth": 3}],
+            kernels.random_weights,
             rng,
             "cpu",  # where tensors pass for tensors on the device
             vimcore.tools.selftest.gradients.Loss,
@@ -56,7 +55,7 @@ def test_doctor_compares_the_gradients(training: dict[str, Any], monkeypatch: py
     ]
     assert found["gradients cpu float32"]["error"] > 1e-8
     assert found["gradients cpu bfloat16"]["error"] > 1e-4  # 16-bit kernels ran
-    monkeypatch.setattr(doctor_gradients, "GPU_TOLERANCE", {"bfloat16": 1e-5})
+    monkeypatch.setattr(gradients, "GPU_TOLERANCE", {"bfloat16": 1e-5})
     (row,) = rows().values()
     assert row["status"] == "failed"
     assert re.search(r"^\S+ of network [01]: error .* against the CPU is above", row["detail"])
@@ -70,13 +69,10 @@ def test_bench_rows(train: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(bench_cuda, "calls_for", lambda call, seconds: 1)
     monkeypatch.setattr(bench_cuda, "latency", lambda call: 0.003)
     monkeypatch.setattr(bench_cuda, "graphed", lambda call: call)
-    args = SimpleNamespace(
-        model="vim_tiny", device="cpu", dtype="bfloat16", json=None, pairs=3, seconds=60.0, sample=0.1,
-        peers=["torch", "openvino"], train=train, memory="lean",
-    )  # fmt: skip
+    options = Options(dtype="bfloat16", pairs=3, peers=["torch", "openvino"], train=train)
     skipped: dict[str, str] = {}
     peers = Path(__file__).resolve().parents[1] / "bench"
-    rows = bench_cuda.case(args, 32, 4, peers, skipped)
+    rows = bench_cuda.measure(options, 32, 4, peers, skipped)
     assert skipped == {"openvino": "runs on the CPU"}
     assert [row["graph"] for row in rows] == [False, True]
     for row in rows:
@@ -92,10 +88,10 @@ def test_bench_rows(train: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_bench_without_a_gpu() -> None:
     parse = bench_arguments()
     with pytest.raises(ValueError, match="the CPU computes in float32"):
-        bench.main(parse("--dtype", "bfloat16"))
+        bench.run(parse("--dtype", "bfloat16"))
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="sees no CUDA device"):
-            bench.main(parse("--device", "cuda"))
+            bench.run(parse("--device", "cuda"))
 
 
 def bench_arguments() -> Callable[..., Any]:

@@ -41,7 +41,7 @@ typedef struct vimcore_model_info {
     int64_t tokens, embed_dim;       /* floats per image of vimcore_session_features: tokens * embed_dim */
 } vimcore_model_info;
 
-VIMCORE_API const char* vimcore_version(void); /* "0.1.0" */
+VIMCORE_API const char* vimcore_version(void); /* "0.2.0" */
 
 /* What the last call of this thread that failed had to say, UTF-8, "" before any did. Valid until the next failure. */
 VIMCORE_API const char* vimcore_last_error(void);

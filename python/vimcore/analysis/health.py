@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes on inside a model, in numbers: ranges by layer, what is not finite, which precision does."""
+"""Numerical health of a model: value ranges by layer, the first non-finite tensor, a safe precision."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from ..weights.metadata import rescaled_preprocess, unpack
 Range = tuple[float, float]  # smallest and largest value, NaN where there was one
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ACTIVATIONS = ("norm", "mixer.xz", "mixer.u", "mixer.u_b", "mixer.q", "mixer.q_b", "mixer.y", "mixer.out")
-TOLERANCE = 0.05  # relative change of the outputs that a precision may bring
-HEADROOM = 8  # factor that must be left below the largest float16: other images, later steps
+TOLERANCE = 0.05  # relative change of the outputs up to which a precision counts as safe
+HEADROOM = 8  # factor that activations must stay below the largest float16: other images, later steps
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer; None for what was not reached.
+    """Value ranges of one layer; None for what was not computed.
 
     Attributes:
-        delta, A_delta, state: of both directions together.
-        residual: what enters the layer.
+        delta, A_delta, state: over both directions.
+        residual: the input of the layer.
         activation, largest: the activation with the largest magnitude, and its name in `Health.ranges`.
     """
 
@@ -52,12 +52,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Precision:
-    """The same images with activations rounded to a 16-bit type, as on CUDA under autocast.
+    """The outputs with activations rounded to a 16-bit type, as on CUDA under autocast.
 
     Attributes:
-        error: relative change of the outputs against no rounding (norms over the batch); NaN: not finite.
-        same_top1: images whose most probable class stayed, of how many; None without classes.
-        overflow: first tensor that is not finite, by name.
+        error: relative change of the outputs by the rounding (norms over the batch); NaN: not finite.
+        same_top1: (number of images whose top-1 class is unchanged, number of images); None without classes.
+        overflow: name of the first tensor that is not finite.
     """
 
     error: float
@@ -67,16 +67,16 @@ class Precision:
 
 @dataclass(frozen=True)
 class Health:
-    """What `health` found; `str()` is a table, `to_dict()` what JSON holds.
+    """The report of `health`; `str()` gives a table, `to_dict()` what JSON holds.
 
     Attributes:
-        images: how many were looked at.
-        layers: one entry for each layer that was reached.
+        images: number of images.
+        layers: one entry per layer, up to the first that is not finite.
         ranges: (smallest, largest) of every tensor by name, parameters under their state-dict keys, in the
             order of computation, up to the first that is not finite.
         first_nonfinite: its name; None: all is finite.
-        precisions: what "bfloat16" and "float16" would change; empty where something is not finite.
-        precision, reason: the one advised for activations, and why.
+        precisions: the effect of "bfloat16" and "float16"; empty if a value is not finite.
+        precision, reason: the type advised for activations, and why.
     """
 
     images: int
@@ -108,12 +108,12 @@ class Health:
 
 
 def health(model: VisionMamba, images: Tensor) -> Health:
-    """Looks inside a model: where a loss that is not finite comes from, and which precision the model bears.
+    """Finds the first non-finite value in a model, and checks whether bfloat16 or float16 is safe for it.
 
     The network is computed in plain torch operations on the model's parameters, in their type and on their
     device, as in eval mode; the model is not changed. Then once more for each 16-bit type, with activations
     and weights of linear maps rounded as on CUDA under autocast (time steps, states, residual and norm
-    statistics stay wide there). Gradients are not looked at. Takes seconds: a few images are enough.
+    statistics stay wide there). Gradients are not examined. Takes seconds: a few images are enough.
 
     Args:
         images: (B, C, H, W) as the model takes them, at least one.
@@ -154,7 +154,7 @@ def health_of_file(
     """`health` of a vimcore file on the first `count` pictures (files or folders); on noise without any.
 
     Args:
-        passed_over: counts files of folders that are no pictures, by suffix, in what was walked.
+        passed_over: counts files in the folders that are not images, by suffix.
     """
     model = load_model(weights)
     channels, (height, width) = model.config["in_chans"], model.config["img_size"]
@@ -174,13 +174,13 @@ def health_of_file(
 
 
 class _Stop(Exception):
-    """Something is not finite; what follows from it tells nothing."""
+    """A value is not finite, so that those computed from it say nothing."""
 
 
 def _look(
     model: VisionMamba, images: Tensor, store: torch.dtype | None = None
 ) -> tuple[dict[str, Range], Tensor | None]:
-    """Ranges by name, up to the first that is not finite; the outputs, None where that happened."""
+    """Ranges by name, up to the first that is not finite; the outputs, or None in that case."""
     ranges: dict[str, Range] = {}
 
     def observe(name: str, x: Tensor) -> None:
@@ -244,7 +244,7 @@ def _sentence(found: Precision) -> str:
 
 
 def _layers(ranges: dict[str, Range], depth: int) -> list[Layer]:
-    """The layers that were reached; the last of them maybe in part."""
+    """The layers that were computed; the last of them perhaps in part."""
     layers = []
     for i in range(depth):
         prefix = f"layers.{i}."
@@ -264,7 +264,7 @@ def _layers(ranges: dict[str, Range], depth: int) -> list[Layer]:
 
 
 def _joined(ranges: Sequence[Range]) -> Range | None:
-    """One range for all, the one that is not finite if there is one; None: there is none."""
+    """The union of ranges, or the first that is not finite; None without any."""
     bad = [r for r in ranges if not _finite(r)]
     if bad or not ranges:
         return bad[0] if bad else None
@@ -276,7 +276,7 @@ def _finite(r: Range) -> bool:
 
 
 def _magnitude(r: Range | None) -> float:
-    """Largest absolute value; infinite where it is not a number."""
+    """Largest absolute value; infinite for NaN."""
     if r is None:
         return 0.0
     return max(abs(r[0]), abs(r[1])) if _finite(r) else math.inf

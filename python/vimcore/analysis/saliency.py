@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a decision comes from: integrated gradients, gathered over the patches that the network sees.
+"""Saliency: integrated gradients, averaged over the patches that the network sees.
 
 Method. f is the logit of the target class minus the mean of all logits. Along the straight path from an even
 image of the same mean colour (which holds no shape at all) to the image, the gradient of f is averaged at
@@ -33,12 +33,12 @@ def saliency(
     *,
     steps: int = 16,
 ) -> torch.Tensor:
-    """Map of the image parts that speak for a class. Non-negative; larger is more.
+    """Saliency map: how much each part of an image contributes to the logit of a class; at least 0.
 
     Args:
-        model: a VisionMamba with a head; used in eval mode, its mode and gradients are left alone.
+        model: a VisionMamba with a head; run in eval mode, its own mode and gradients do not change.
         images: (B, C, H, W), normalised as for the model.
-        target: class index, for all images or one each; default: the class the model decides for.
+        target: class index for all images, or one per image; default: the predicted class.
         steps: gradients per image; the cost is `steps` forward and backward passes.
 
     Returns:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Standard output and error of a command, also where they are closed, full, or left by their reader.
+"""Standard output and error of a command, which may be closed, full, or a pipe whose reader has gone.
 
-Results that cannot be written are a failure. Messages that nobody can read are dropped, and the work goes on.
+Results that cannot be written make the command fail; messages that cannot be written are dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 
 class _Stream(io.FileIO):
-    """Descriptor 1 or 2. What cannot be written is dropped; on 1 it raises, once, and is remembered."""
+    """Descriptor 1 or 2. A failed write is dropped; on 1 the first one raises, and is kept in `lost`."""
 
     lost: OSError | None = None
 
@@ -32,7 +32,7 @@ class _Stream(io.FileIO):
 
 
 def _text(number: int, like: TextIO | None, errors: str) -> io.TextIOWrapper:
-    """A text stream to a descriptor, buffered like another; without one, like a pipe."""
+    """A text stream to a descriptor, buffered as `like`, or as a pipe without it."""
     return io.TextIOWrapper(
         io.BufferedWriter(_Stream(number, "w", closefd=False)),
         getattr(like, "encoding", "utf-8"),
@@ -43,7 +43,7 @@ def _text(number: int, like: TextIO | None, errors: str) -> io.TextIOWrapper:
 
 
 def _occupy() -> None:
-    """Opens closed descriptors, else the next file would get what is meant for them; 1 takes nothing."""
+    """Opens closed descriptors: else the next file opened would get their number. 1 is opened for reading."""
     for number, mode in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -53,9 +53,9 @@ def _occupy() -> None:
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """While it lasts, `sys.stdout` and `sys.stderr` are there, and writing to the latter never fails.
+    """Within it, `sys.stdout` and `sys.stderr` exist, and writing to `sys.stderr` never fails.
 
-    Streams that somebody put in their place are left alone.
+    Streams that replaced them, such as those of a test, are kept.
     """
     before = sys.stdout, sys.stderr
     _occupy()
@@ -70,7 +70,7 @@ def standard_streams() -> Iterator[None]:
 
 
 def lost_output() -> OSError | None:
-    """Why what was written to standard output did not get there; None where it did."""
+    """The error of a failed write to standard output; None if all was written."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -80,7 +80,7 @@ def lost_output() -> OSError | None:
 
 
 def one_line(text: str) -> str:
-    """The items of a longer message on one line, as vim-infer has them.
+    """A message of several lines as one line, as in vim-infer.
 
     Control characters, and bytes of names that are not UTF-8, become \\x and two digits.
     """
@@ -89,5 +89,5 @@ def one_line(text: str) -> str:
 
 
 def complain(text: str) -> None:
-    """One line on stderr."""
+    """Prints a message on stderr, as one line."""
     print(f"vimcore: {one_line(text)}", file=sys.stderr, flush=True)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of runs and of the demo."""
+"""Figures of training runs and of the demo."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vimcore plot`: curves of runs, and of each the confusion matrix and the worst mistakes. Needs no torch.
+"""`vimcore plot`: training curves, confusion matrices and worst mistakes of runs. Needs no torch.
 
 Reads RUN/log.jsonl, lines of kind "step" and "eval", and RUN/eval.npz: labels, predictions, probabilities,
 names (of the classes), files.
@@ -28,7 +28,7 @@ from ..data.pictures import decode
 from ..tasks.classification.predictions import Predictions, read_predictions
 from ..train.log import Log, read_log
 from ..utils.files import shortened
-from .style import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, new_figure, plainly, save_figure, tidy
+from .style import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, new_figure, plain_text, save_figure, tidy
 
 COLOURS = (BLUE, ORANGE, GREEN, RED, "#7b4fb5", "#17a2b8", "#8c6d31", "#c2478d")
 SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, "#c9d8f2", BLUE, "#1b2a5c"])
@@ -42,7 +42,7 @@ SIDE = 192  # pixels of a picture among the mistakes
 # ---- curves ------------------------------------------------------------------------------------------------
 
 
-@plainly
+@plain_text
 def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
     """Loss, accuracy, learning rate, gradient norm (or images a second) of runs by name, over the epochs."""
     figure = new_figure(10.5, 7)
@@ -94,7 +94,7 @@ def _style(weights: str, rows: Mapping[str, NDArray[np.float64]]) -> dict[str, A
 def _curve(
     steps: Mapping[str, NDArray[np.float64]], name: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """At most POINTS means of neighbours."""
+    """(x, y) of at most POINTS points: means over neighbouring steps."""
     x, y = steps["epoch"], steps[name]
     size = -(-len(x) // POINTS)
     if size <= 1:
@@ -105,7 +105,7 @@ def _curve(
 
 
 def _mark_best(axes: Axes, log: Log, colour: str, several: bool) -> None:
-    """The best accuracy, written beside its point."""
+    """Marks the best accuracy with its value."""
     points = [(t, e) for rows in log.evals.values() for e, t in zip(rows["epoch"], rows["top1"]) if t == t]
     if not points:
         return
@@ -117,7 +117,7 @@ def _mark_best(axes: Axes, log: Log, colour: str, several: bool) -> None:
 
 
 def _legend(logs: Mapping[str, Log]) -> list[Line2D]:
-    """Runs by colour, then what kinds of line there are."""
+    """Runs by colour, then the kinds of lines."""
     ema = any("ema" in log.evals for log in logs.values())
     raw = any("raw" in log.evals for log in logs.values())
     if len(logs) > 1:
@@ -152,9 +152,9 @@ def _accuracy_legend(logs: Mapping[str, Log]) -> list[Line2D]:
 # ---- confusion matrix --------------------------------------------------------------------------------------
 
 
-@plainly
+@plain_text
 def plot_confusion(answers: Predictions, path: Path, title: str = "") -> None:
-    """How often a class (row) was taken for another (column), and the most frequent confusions in words."""
+    """Confusion matrix: rows are true classes, columns predictions; the most frequent confusions as text."""
     classes = len(answers.names)
     matrix = np.zeros((classes, classes), np.int64)
     np.add.at(matrix, (answers.labels, answers.predictions), 1)
@@ -194,7 +194,7 @@ def plot_confusion(answers: Predictions, path: Path, title: str = "") -> None:
 
 
 def _confusions(matrix: NDArray[np.int64], names: Sequence[str], most: int = 12) -> list[str]:
-    """The most frequent ones in words."""
+    """The most frequent confusions, one line of text each."""
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
     order = [divmod(int(at), len(names)) for at in np.argsort(-wrong, axis=None, kind="stable")[:most]]
@@ -209,9 +209,9 @@ def _confusions(matrix: NDArray[np.int64], names: Sequence[str], most: int = 12)
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 
-@plainly
+@plain_text
 def plot_mistakes(answers: Predictions, path: Path, count: int = 24, title: str = "") -> None:
-    """The wrong answers that gave the truth the least probability; without any, the least sure right ones."""
+    """The mistakes that gave the true class least probability; without any, the least certain images."""
     truth = answers.probabilities[np.arange(len(answers.labels)), answers.labels]
     wrong = np.flatnonzero(answers.labels != answers.predictions)
     some = len(wrong) > 0
@@ -264,7 +264,7 @@ def _tile(axes: Axes, answers: Predictions, i: int, pictures: Callable[[int], ND
 
 
 def _pictures(answers: Predictions) -> Callable[[int], NDArray[Any] | str]:
-    """What gives the pixels of image i, grey or RGB, or says why there are none."""
+    """A function that returns the pixels of image i, grey or RGB, or a text that says why there are none."""
     if not any(answers.files):
         digits, labels = load_digits()
         held_out = split_digits(labels)[1]
@@ -294,7 +294,7 @@ def _picture(file: str) -> NDArray[Any] | str:
 
 
 def _square(picture: NDArray[Any]) -> NDArray[Any]:
-    """With paper at the shorter sides."""
+    """Pads the shorter side with the background."""
     side = max(picture.shape[:2])
     around = [((side - n) // 2, side - n - (side - n) // 2) for n in picture.shape[:2]]
     paper = 255 if picture.dtype == np.uint8 and picture.ndim == 3 else picture.max(initial=0)
@@ -302,7 +302,7 @@ def _square(picture: NDArray[Any]) -> NDArray[Any]:
 
 
 def _channels(array: NDArray[Any]) -> NDArray[np.float64]:
-    """(C, H, W) as a picture: the first three channels, or the first, from black to white."""
+    """(C, H, W) as an image: the first three channels, or the first, stretched to the range 0 to 1."""
     if array.ndim != 3:
         raise ValueError(array.shape)
     shown = array[:3] if len(array) >= 3 else array[:1]
@@ -317,15 +317,15 @@ def _channels(array: NDArray[Any]) -> NDArray[np.float64]:
 def plot_runs(
     runs: Sequence[str], out: str | None = None, kind: str = "png", mistakes: int = 24
 ) -> tuple[list[str], list[str]]:
-    """Draws curves, and of every run that has answers the confusion matrix and the worst mistakes.
+    """Draws the curves, and for every run that was evaluated the confusion matrix and the worst mistakes.
 
     Args:
-        runs: folders; their last parts name them, the whole paths where two are the same.
+        runs: folders, named in figures by their last part, or by their path where two are the same.
         out: folder to write to; default: the run, or the current folder for several.
         kind: "png" or "svg".
 
     Returns:
-        the files that were written; notes on what there was not.
+        The files written; notes on what could not be drawn.
     """
     names = [Path(run).resolve().name for run in runs]
     if len(set(names)) < len(names):
@@ -359,7 +359,7 @@ def plot_runs(
 
 
 def _draw(path: Path, written: list[str], plot: Callable[[Path], None]) -> None:
-    """Draws one of several pictures; an error says which of them there are."""
+    """Draws one of several figures; an error names those already written."""
     try:
         plot(path)
     except (OSError, RuntimeError, ValueError) as error:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands do, without the command line."""
+"""The work of the commands demo, predict, plan, doctor and bench, without the command line."""

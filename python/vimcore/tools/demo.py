@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vimcore demo`: trains a small Vim on real handwritten digits, saves it, reloads it and shows what it sees.
+"""`vimcore demo`: trains a small Vim on real handwritten digits, saves, reloads and explains it.
 
 The digits are 8 x 8 images; they are written as 32 x 32 pictures, and both training and prediction read those
 pictures through the same decoder and preprocessing.
@@ -23,6 +23,7 @@ from ..data import pictures as images
 from ..data.digits import MEAN, SIDE, STD, encode_png, jiggle, load_digits, picture, split_digits
 from ..io import save_model
 from ..nn.vision_mamba import VisionMamba
+from ..plots.demo import plot_curve, plot_maps, plot_predictions
 from ..runtime import Runtime
 from ..train.in_memory import evaluate, fit
 from ..train.presets import DIGITS
@@ -82,8 +83,6 @@ def run_demo(
     Returns:
         What metrics.json holds.
     """
-    from ..plots.style import plot_curve, plot_maps, plot_predictions
-
     epochs = EPOCHS if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"[demo] epochs: expected at least 1, got {epochs}")
@@ -179,7 +178,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _silent(*_: object) -> None:
-    """Says nothing."""
+    """Takes the place of `print`."""
 
 
 def _new_model(seed: int) -> VisionMamba:
@@ -191,7 +190,7 @@ def _new_model(seed: int) -> VisionMamba:
 def _write_digits(
     folder: Path, index: NDArray[np.int64], labels: NDArray[np.int64], files: list[bytes]
 ) -> list[Path]:
-    """One picture per held-out digit, named by number and true digit; replaces those of an earlier run."""
+    """Writes a PNG per held-out digit, named by number and true digit; replaces those of an earlier run."""
     folder.mkdir(exist_ok=True)
     names = []
     for i in index:
@@ -202,7 +201,7 @@ def _write_digits(
 
 
 def _interesting(results: list[Prediction], truth: NDArray[np.int64], rows: int) -> list[int]:
-    """Indices to show, one column for each digit: wrong answers, the least sure right one, ordinary ones."""
+    """Indices to show, one column per digit: mistakes, the least certain correct one, then others."""
     columns = []
     for digit in range(10):
         mine = [i for i in range(len(truth)) if truth[i] == digit]
@@ -215,7 +214,7 @@ def _interesting(results: list[Prediction], truth: NDArray[np.int64], rows: int)
 
 
 def _one_of_each(results: list[Prediction], truth: NDArray[np.int64]) -> list[int]:
-    """For each digit the surest right answer, or the first of them where none is right."""
+    """Per digit the most certain correct image, or the first image if none is correct."""
     chosen = []
     for digit in range(10):
         of_digit = [i for i in range(len(truth)) if truth[i] == digit]

@@ -1,78 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vimcore plan`: how much memory a network needs, and which batches fit, before any of it is taken.
+"""`vimcore plan`: an upper estimate of the memory that a network needs, and the largest batch that fits.
 
-Counted are weights and their packed or cast forms, images, scratch memory and, for training, what backward
-keeps, gradients, and the two moments of AdamW, as float32; an upper estimate. Not counted: the interpreter
-and torch, on a GPU the driver's own, and what the loss takes.
+Counted are weights and their packed or cast copies, images, scratch memory and, for training, activations
+saved for backward, gradients and the two moments of AdamW in float32. Not counted are the interpreter, torch,
+the memory of a GPU's driver and the loss.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from .. import _core
-from ..utils import options
+from ..config import WIDTHS
 from ..weights.metadata import unpack
-from .bench.cpu import WIDTHS
 
 MODES = {"inference": "", "training, least": "least", "training, lean": "lean", "training, fast": "fast"}
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16", "float16")}
 BATCHES = (1, 8, 32, 128)
-MOST = 1 << 20  # images of the largest batch that is looked for
-
-
-def parse_bytes(text: str) -> int:
-    """Type of an option: "80G", "512M", "1.5T" or plain bytes, by powers of 1024."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    value = float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected bytes such as 80G or 512M, got {text!r}")
-    return int(value)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Type of an option: "224", or height x width as "512x1024"."""
-    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text.strip().lower())
-    if not found:
-        raise argparse.ArgumentTypeError(f"expected pixels such as 224 or 512x1024, got {text!r}")
-    return int(found[1]), int(found[2] or found[1])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=sorted(WIDTHS), default="vim_tiny", help="default: %(default)s")
-    parser.add_argument("--weights", metavar="FILE", help="the architecture of this vimcore file instead")
-    parser.add_argument(
-        "--size", type=parse_size, metavar="PIXELS", help="224, or 512x1024 (default: 224 or the file's)"
-    )
-    parser.add_argument(
-        "--batch",
-        type=options.positive,
-        nargs="+",
-        metavar="N",
-        help=f"default: {' '.join(map(str, BATCHES))}",
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), nargs="+", default=["cpu", "cuda"], help="default: both"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES["cuda"],
-        default="bfloat16",
-        help="of activations on cuda (default: %(default)s)",
-    )
-    parser.add_argument("--threads", type=options.threads, help="on the cpu (default: all cores)")
-    parser.add_argument(
-        "--device-memory",
-        type=parse_bytes,
-        metavar="BYTES",
-        help="80G, 512M, ...: say what fits (cpu: this machine's)",
-    )
-    parser.add_argument("--json", action="store_true", help="as JSON, with the parts of every sum")
+MOST = 1 << 20  # the search for the largest batch ends here
 
 
 def needed(
@@ -116,7 +64,7 @@ def largest_batch(
     dtype: str = "float32",
     threads: int = 1,
 ) -> int:
-    """The most images that fit into so many bytes; 0 if not one does."""
+    """The largest batch that fits into `memory` bytes; 0 if not even one image does."""
 
     def fits(batch: int) -> bool:
         return sum(needed(config, batch, mode, device, dtype, threads).values()) <= memory
@@ -130,8 +78,8 @@ def largest_batch(
     return low
 
 
-def shown(count: float) -> str:
-    """Bytes for people."""
+def readable(count: float) -> str:
+    """Bytes with a unit, as "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
@@ -139,48 +87,67 @@ def shown(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def report(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole plan: a row for each device, mode and batch, and what fits."""
-    if args.weights:
-        config = unpack(_core.safetensors_header(args.weights)[1], args.weights)[0]
+def report(
+    model: str = "vim_tiny",
+    weights: str | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    batches: Sequence[int] = BATCHES,
+    devices: Sequence[str] = ("cpu", "cuda"),
+    dtype: str = "bfloat16",
+    threads: int | None = None,
+    memory: int | None = None,
+) -> dict[str, Any]:
+    """The memory needed by device, mode and batch size, and the largest batch that fits.
+
+    Args:
+        model: a key of `config.WIDTHS`.
+        weights: a vimcore file, whose architecture is taken instead.
+        size: (height, width) in pixels; default: 224 x 224, or the file's.
+        dtype: of activations on cuda.
+        threads: on the cpu; default: all cores.
+        memory: bytes to fit into; default on the cpu: this machine's.
+    """
+    if weights:
+        config = unpack(_core.safetensors_header(weights)[1], weights)[0]
     else:
-        config = {"embed_dim": WIDTHS[args.model], "img_size": [224, 224]}
-    if args.size:
-        config["img_size"] = list(args.size)
+        config = {"embed_dim": WIDTHS[model], "img_size": [224, 224]}
+    if size:
+        config["img_size"] = list(size)
     config = json.loads(_core.config_normalize(json.dumps(config)))
     facts = _core.config_facts(json.dumps(config))
-    threads = args.threads or len(os.sched_getaffinity(0))
+    threads = threads or len(os.sched_getaffinity(0))
     rows, largest = [], []
-    for device in dict.fromkeys(args.device):
-        dtype = args.dtype if device == "cuda" else "float32"
-        memory = args.device_memory or (_core.machine_bytes() if device == "cpu" else None)
+    for device in dict.fromkeys(devices):
+        of_device = dtype if device == "cuda" else "float32"
+        limit = memory or (_core.machine_bytes() if device == "cpu" else None)
         for mode in MODES:
-            where = {"device": device, "dtype": dtype, "mode": mode}
-            for batch in dict.fromkeys(args.batch or BATCHES):
-                parts = needed(config, batch, mode, device, dtype, threads)
+            case = {"device": device, "dtype": of_device, "mode": mode}
+            for batch in dict.fromkeys(batches):
+                parts = needed(config, batch, mode, device, of_device, threads)
                 total = sum(parts.values())
-                fits = None if memory is None else total <= memory
-                rows.append({**where, "batch": batch, "bytes": total, "fits": fits, "parts": parts})
-            if memory is not None:
-                batch = largest_batch(memory, config, mode, device, dtype, threads)
-                largest.append({**where, "memory": memory, "batch": batch})
+                fits = None if limit is None else total <= limit
+                rows.append({**case, "batch": batch, "bytes": total, "fits": fits, "parts": parts})
+            if limit is not None:
+                batch = largest_batch(limit, config, mode, device, of_device, threads)
+                largest.append({**case, "memory": limit, "batch": batch})
     return {"config": config, "tokens": facts["tokens"], "threads": threads, "rows": rows, "largest": largest}
 
 
 def table(found: dict[str, Any]) -> Sequence[Sequence[str]]:
-    """The plan as rows of cells: a line for each device and mode."""
+    """The rows of a printed table: a header, then one row per device and mode."""
     batches = list(dict.fromkeys(row["batch"] for row in found["rows"]))
     limits = {(row["device"], row["mode"]): row for row in found["largest"]}
     lines = [["device", "dtype", "mode", *(f"batch {b}" for b in batches), "largest batch that fits"]]
     for device, mode in dict.fromkeys((row["device"], row["mode"]) for row in found["rows"]):
         own = {row["batch"]: row for row in found["rows"] if (row["device"], row["mode"]) == (device, mode)}
         cells = [
-            shown(own[b]["bytes"]) + ("" if own[b]["fits"] in (True, None) else " (no)") for b in batches
+            readable(own[b]["bytes"]) + ("" if own[b]["fits"] in (True, None) else " (no)") for b in batches
         ]
         last = "-"
         if limit := limits.get((device, mode)):
             count = limit["batch"]
             last = "none" if count == 0 else f"{count}{'+' if count >= MOST else ''}"
-            last += f" in {shown(limit['memory'])}"
+            last += f" in {readable(limit['memory'])}"
         lines.append([device, own[batches[0]]["dtype"], mode, *cells, last])
     return lines

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classification of picture files, without torch."""
+"""`vimcore predict`: classification of image files, without torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one image, or the reason why there is none.
+    """The prediction for one image, or the error that prevented it.
 
     Attributes:
         top: (class index, label or None, probability), most probable first.
@@ -36,10 +36,10 @@ class Prediction:
     error: str | None = None
 
     def to_json(self, with_logits: bool = False, passed_over: Mapping[str, int] | None = None) -> str:
-        """One line: probabilities with 6 significant digits, logits with 9, all that float32 holds.
+        """One line of JSON: probabilities with 6 significant digits, logits with 9, which float32 needs.
 
         Args:
-            passed_over: files of other kinds by suffix, told with the last image.
+            passed_over: number of skipped files by suffix, added to the line of the last image.
         """
         line = f'{{"image": {json_text(self.image)}'
         if self.error is not None or self.logits is None:
@@ -58,7 +58,7 @@ class Prediction:
 
 
 def json_text(value: Any) -> str:
-    """JSON as UTF-8 holds it: bytes that are no UTF-8, which file names may hold, as \\udc80 to \\udcff."""
+    """JSON in UTF-8; bytes of file names that are not UTF-8 are written as \\udc80 to \\udcff."""
     text = json.dumps(value, ensure_ascii=False)
     return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
@@ -75,7 +75,7 @@ def predict(
     """Predictions for images and folders of images, in order; a bad image becomes a Prediction with an error.
 
     Args:
-        passed_over: counts the files of folders that are no pictures, by suffix.
+        passed_over: counts files in folders that are not images, by suffix.
 
     Raises:
         ValueError: ``topk`` is not positive, or the network has no classes to predict.
@@ -109,7 +109,7 @@ def predict(
 
 
 def _load(path: str, options: str) -> NDArray[np.float32] | str:
-    """The network's input, or what is wrong with the file."""
+    """The network's input (C, H, W), or the reason why the file cannot be read."""
     try:
         return network_input(read_file(path), "", options)
     except (_core.Error, OSError, ValueError, MemoryError) as error:

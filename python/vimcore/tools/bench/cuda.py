@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vimcore bench --device cuda`: speed against peers on one GPU, in interleaved pairs in one process: of the
-forward, or with `--train` of forward and backward.
+"""`vimcore bench --device cuda`: speed against peers on one GPU, in interleaved pairs in one process.
 
-A sample is as many calls back to back as fill `--sample` seconds, between two CUDA events; figures are
+A sample is as many calls back to back as fill `Options.sample` seconds, between two CUDA events; figures are
 medians over pairs (ours, peer, ours, peer, ...). Everything is measured twice: called from Python, and
 replayed from a CUDA graph. The latency is the time on the host's clock from the call until the GPU is done,
 median over single calls. Weights and images of a peer are in the type that ours computes in.
@@ -10,10 +9,7 @@ median over single calls. Weights and images of a peer are in the type that ours
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,10 +17,10 @@ from typing import Any
 import torch
 
 from ... import _core
+from ...config import WIDTHS
 from ...nn.vision_mamba import VisionMamba
-from .cpu import WIDTHS, load_module, training_call
-
-Call = Callable[[], Any]
+from .common import Call, Options, table_line, training_call
+from .peers import load_module
 
 LATENCY_CALLS = 50
 PEERS = {"torch": "deit", "vim-torch": "vim_torch"}
@@ -53,14 +49,14 @@ def event_seconds(call: Call, count: int) -> float:
 
 
 def calls_for(call: Call, seconds: float) -> int:
-    """How many calls fill so many seconds; warms up on the way."""
+    """The number of calls that fill `seconds`; warms up on the way."""
     for _ in range(3):
         call()
     return max(1, round(seconds / max(event_seconds(call, 3), 1e-7)))
 
 
 def latency(call: Call) -> float:
-    """Seconds from the call until the GPU is done with it."""
+    """Seconds from the call until the GPU has finished it: the median of single calls."""
     found = []
     for _ in range(LATENCY_CALLS):
         torch.cuda.synchronize()
@@ -72,7 +68,7 @@ def latency(call: Call) -> float:
 
 
 def graphed(call: Call) -> Call:
-    """The call as a CUDA graph: its replay."""
+    """Records the call as a CUDA graph; returns its replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -98,29 +94,29 @@ def _forward(model: Any, images: torch.Tensor) -> Call:
     return forward
 
 
-def _call(args: argparse.Namespace, model: Any, images: torch.Tensor) -> Call:
-    """What is measured of a model."""
-    if not args.train:
+def _call(options: Options, model: Any, images: torch.Tensor) -> Call:
+    """The call that is timed: forward, or forward and backward."""
+    if not options.train:
         return _forward(model.eval(), images)
     return training_call(model, images, torch.randint(1000, (len(images),), device=images.device))
 
 
-def _interleave(ours: Call, peer: Call | None, args: argparse.Namespace) -> dict[str, list[float]]:
+def _interleave(ours: Call, peer: Call | None, options: Options) -> dict[str, list[float]]:
     calls = {"ours": ours} if peer is None else {"ours": ours, "peer": peer}
-    counts = {name: calls_for(call, args.sample) for name, call in calls.items()}
+    counts = {name: calls_for(call, options.sample) for name, call in calls.items()}
     found: dict[str, list[float]] = {"ours": [], "peer": []}
     begin = time.perf_counter()
-    while len(found["ours"]) < args.pairs and (
-        not found["ours"] or time.perf_counter() - begin < args.seconds
+    while len(found["ours"]) < options.pairs and (
+        not found["ours"] or time.perf_counter() - begin < options.seconds
     ):
         for name, call in calls.items():
             found[name].append(event_seconds(call, counts[name]))
     return found
 
 
-def prepare(args: argparse.Namespace) -> str:
+def prepare(options: Options) -> str:
     """Description of the device; an error that says why nothing can be measured."""
-    device = torch.device(args.device)
+    device = torch.device(options.device)
     description = _core.cuda_description(device.index or 0)
     if not torch.cuda.is_available():
         raise RuntimeError(f"torch {torch.__version__} sees no CUDA device")
@@ -129,20 +125,21 @@ def prepare(args: argparse.Namespace) -> str:
     return description
 
 
-def case(
-    args: argparse.Namespace, side: int, batch: int, folder: Path | None, skipped: dict[str, str]
+def measure(
+    options: Options, side: int, batch: int, folder: Path | None, skipped: dict[str, str]
 ) -> list[dict[str, Any]]:
     """All rows of one image size and batch: with and without graph, one for each peer or one without any."""
-    size, peers = args.model.removeprefix("vim_"), [None]
-    skipped.update({name: "runs on the CPU" for name in args.peers if name not in PEERS})
-    if folder is not None and any(name in PEERS for name in args.peers):
-        peers = [name for name in args.peers if name in PEERS]
-    dtype = getattr(torch, args.dtype)
+    size = options.model.removeprefix("vim_")
+    peers: list[str | None] = [None]
+    skipped.update({name: "runs on the CPU" for name in options.peers if name not in PEERS})
+    if folder is not None and any(name in PEERS for name in options.peers):
+        peers = [name for name in options.peers if name in PEERS]
+    dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
-    model = VisionMamba(img_size=side, embed_dim=WIDTHS[args.model], memory=args.memory).to(args.device)
-    images = torch.randn(batch, 3, side, side, device=args.device).to(dtype)
-    eager = _call(args, model, images)
-    table = sys.stderr if args.json == "-" else sys.stdout
+    model = VisionMamba(img_size=side, embed_dim=WIDTHS[options.model], memory=options.memory)
+    model.to(options.device)
+    images = torch.randn(batch, 3, side, side, device=options.device).to(dtype)
+    eager = _call(options, model, images)
     rows = []
     for graph in (False, True):
         ours = graphed(eager) if graph else eager
@@ -150,15 +147,15 @@ def case(
         for name in peers:
             peer: Call | None = None
             if name is not None and folder is not None:
-                other = load_module(folder, PEERS[name]).build(size, side).to(args.device, dtype)
-                peer = graphed(_call(args, other, images)) if graph else _call(args, other, images)
-            found = _interleave(ours, peer, args)
+                other = load_module(folder, PEERS[name]).build(size, side).to(options.device, dtype)
+                peer = graphed(_call(options, other, images)) if graph else _call(options, other, images)
+            found = _interleave(ours, peer, options)
             row: dict[str, Any] = {
-                "model": args.model,
+                "model": options.model,
                 "size": side,
                 "batch": batch,
-                "mode": "train" if args.train else "forward",
-                "dtype": args.dtype,
+                "mode": "train" if options.train else "forward",
+                "dtype": options.dtype,
                 "graph": graph,
                 "peer": name,
                 "pairs": len(found["ours"]),
@@ -171,7 +168,7 @@ def case(
                 row["peer_images_per_s"] = batch / median(found["peer"])
                 row["ratio"] = median(a / b for a, b in zip(found["ours"], found["peer"], strict=True))
             rows.append(row)
-            print(_line(row), file=table, flush=True)
+            print(_line(row), file=options.table, flush=True)
     return rows
 
 
@@ -187,4 +184,4 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['latency_ms']:.3f}",
         str(row["pairs"]),
     )
-    return "  ".join(cell.rjust(len(title)) for cell, title in zip(cells, HEADER, strict=True))
+    return table_line(cells, HEADER)

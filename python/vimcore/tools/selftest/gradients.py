@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradients in `vimcore doctor`: of sum(logits * probe), by every parameter and by the images.
+"""The backward pass in `vimcore doctor`: gradients of sum(logits * probe) by parameters and images.
 
-On the CPU those of float64 are compared with central differences of the loss, those of float32 with float64;
-a GPU is compared with float64 on the CPU. All of it goes the way that training goes, through `VisionMamba`
-and autograd, so it needs torch: without it these rows are skipped.
+On the CPU, gradients in float64 are compared with central differences of the loss, and those in float32 with
+float64; a GPU is compared with float64 on the CPU. They are computed as in training, by `VisionMamba` and
+autograd, so torch is needed: without it these rows are skipped.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Loss:
         return (self.model(self.images.to(self.dtype)).to(self.probe.dtype) * self.probe).sum()
 
     def gradients(self) -> dict[str, Array]:
-        """By parameter, and of "images"; float64. One that is missing is zero."""
+        """By parameter name, and of "images"; float64. Zeros for what the loss does not depend on."""
         import torch
 
         with torch.enable_grad():
@@ -75,7 +75,7 @@ class Loss:
         }
 
     def slope(self, name: str, direction: Array) -> float:
-        """The derivative along `direction` of a parameter, or of "images", by a central difference."""
+        """Derivative of the loss along `direction` of a parameter or of "images", by a central difference."""
         import torch
 
         leaf, ends = self.leaves[name], []
@@ -89,7 +89,7 @@ class Loss:
 
 
 def _row(check: str, errors: Mapping[str, float], tolerance: float, against: str) -> Row:
-    """From the errors by parameter, the worst of which counts."""
+    """The row of a check; the worst of the errors by parameter counts."""
     name = max(errors, key=lambda key: (np.isnan(errors[key]), errors[key]))
     error = errors[name]
     row: Row = {"check": check, "error": error, "tolerance": tolerance}
@@ -107,20 +107,20 @@ def _distances(found: Mapping[str, Array], truth: Mapping[str, Array]) -> dict[s
 
 
 def _slopes(loss: Loss, gradients: Mapping[str, Array], rng: np.random.Generator) -> dict[str, float]:
-    """By parameter, the error of gradient . direction for a random direction, against its ordinary size."""
+    """By parameter, the relative error of gradient . direction for a random direction."""
     errors = {}
     for name, gradient in gradients.items():
         value = loss.leaves[name].detach().numpy()
         direction = rng.normal(size=value.shape) * np.sqrt((value * value).mean())
-        ordinary = np.linalg.norm(gradient) * np.sqrt((direction * direction).mean())
+        usual = np.linalg.norm(gradient) * np.sqrt((direction * direction).mean())
         difference = abs(loss.slope(name, direction) - float((gradient * direction).sum()))
         # A gradient of zeros has no size: whatever it missed is then a failure.
-        errors[name] = float(difference / ordinary) if ordinary > 0 else float("inf")
+        errors[name] = float(difference / usual) if usual > 0 else float("inf")
     return errors
 
 
 def _skipped(check: str, cuda: bool) -> list[Row]:
-    """The row that says why nothing can be checked; empty where it can."""
+    """One row with the reason why nothing can be checked; empty if it can."""
     try:
         import torch
     except ImportError:

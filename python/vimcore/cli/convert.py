@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vimcore convert`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from .output import print_json, print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        help="checkpoint of the authors, timm, Lightning ...: .pth (needs torch) or .safetensors",
+    )
+    parser.add_argument("destination", help="vimcore safetensors file to write")
+    parser.add_argument(
+        "--weights",
+        choices=("model", "ema"),
+        default="model",
+        help="which weights of a training checkpoint: trained or averaged (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set an option of VisionMamba that the tensors do not determine; may be repeated",
+    )
+    parser.add_argument("--labels", metavar="FILE", help="class names, one per line or a JSON list")
+    parser.add_argument("--json", action="store_true", help="print configuration and assumptions as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..weights.convert import convert, parse_setting, read_labels
+
+    settings = dict(parse_setting(text) for text in args.set)
+    labels = read_labels(args.labels) if args.labels else None
+    config, assumptions = convert(
+        args.source, args.destination, weights=args.weights, settings=settings, labels=labels
+    )
+    if args.json:
+        print_json({"config": config, "assumptions": assumptions, "written": args.destination})
+        return 0
+    print("architecture:")
+    print_table([[key, json.dumps(value)] for key, value in config.items()], indent="  ")
+    print("assumed (change with --set):" if assumptions else "nothing had to be assumed")
+    for text in assumptions:
+        print(f"  {text}")
+    print(f"written: {args.destination}")
+    return 0

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vimcore demo`."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..utils import options
+from ..utils.extras import required
+from .output import print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", default="vimcore-demo", metavar="FOLDER", help="output folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--epochs", type=options.positive, help="passes over the training digits (default: 20)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed; the same seed gives the same weights (default: 0)"
+    )
+    parser.add_argument(
+        "--threads", type=options.threads, help="CPU threads (default: 1); do not change the result"
+    )
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    with required("the demo", "demo"):  # matplotlib, too, is missed before the training, not after
+        from ..tools.demo import run_demo
+    metrics = run_demo(args.out, args.epochs, args.seed, args.threads, show=not args.json)
+    if args.json:
+        print_json(metrics)
+    return 0

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vimcore info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ..weights.info import describe_file
+from .output import print_json, print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("weights", metavar="FILE", help="vimcore safetensors file")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = describe_file(args.weights)
+    if args.json:
+        print_json(facts, ascii_only=False)
+        return 0
+    labels = facts["labels"]
+    shown = (
+        "none"
+        if labels is None
+        else ", ".join(labels[:10]) + (f", ... ({len(labels)})" if len(labels) > 10 else "")
+    )
+    tokens, (rows, columns) = facts["tokens"], facts["grid"]
+    print_table(
+        [
+            ["file", f"{facts['file']} ({facts['bytes'] / 1e6:.2f} MB, {', '.join(facts['types'])})"],
+            ["parameters", f"{facts['parameters']:,}"],
+            ["flops", f"{facts['flops'] / 1e9:.4g} G multiply-adds per image, scans included"],
+            [
+                "tokens",
+                f"{tokens}: {rows} x {columns} patches, class tokens: {tokens - rows * columns}",
+            ],
+            ["labels", shown],
+            ["preprocess", "none" if facts["preprocess"] is None else json.dumps(facts["preprocess"])],
+        ]
+    )
+    print("architecture")
+    print_table([[key, json.dumps(value)] for key, value in facts["config"].items()], indent="  ")
+    return 0
