@@ -55,13 +55,13 @@ EXPLAINED = (
 def digits(limit: int) -> tuple[Any, Any]:
     """((images, labels) to learn from, those held out), as `vimcore demo` has them."""
     import torch
-    from vimcore.data.digits import encode_png, load_digits, split_digits
+    from vimcore.data.digits import encode_png, load_digits, picture, split_digits
     from vimcore.tools import demo
 
     pictures, labels = load_digits()
     train, held_out = split_digits(labels)
     train = train[:limit]
-    images = demo.network_input([encode_png(demo.picture(digit)) for digit in pictures])
+    images = demo.network_input([encode_png(picture(digit)) for digit in pictures])
     targets = torch.from_numpy(labels)
     return (images[train], targets[train]), (images[held_out], targets[held_out])
 
@@ -70,6 +70,7 @@ def run(task: tuple[str, dict[str, Any], int, int, int]) -> dict[str, Any]:
     """Trains one network from one seed on one thread."""
     import torch
     import vimcore
+    from vimcore.data.digits import jiggle
     from vimcore.tools import demo
     from vimcore.train.in_memory import evaluate, fit
 
@@ -80,7 +81,7 @@ def run(task: tuple[str, dict[str, Any], int, int, int]) -> dict[str, Any]:
     patches = {"patch_size": PATCH, "stride": PATCH}
     model = vimcore.VisionMamba(**{**demo.MODEL, **patches, **options}, memory="fast")
     recipe = {**demo.RECIPE, "warmup": min(demo.RECIPE["warmup"], epochs / 5)}
-    history = fit(model, train, epochs=epochs, seed=seed, augment=demo.jiggle, progress=False, **recipe)
+    history = fit(model, train, epochs=epochs, seed=seed, augment=jiggle, progress=False, **recipe)
     result = evaluate(model, held_out)
     return {
         "name": name,

@@ -29,10 +29,13 @@ import numpy as np
 import torch
 import vimcore
 from PIL import Image, ImageFilter
-from vimcore.data.sampling import mix, seed_all
-from vimcore.tasks.settings import Settings
+from vimcore.data.sampling import derive_seed, seed_all
+from vimcore.tasks.classification.settings import ClassificationSettings
+from vimcore.tasks.classification.task import Classification
+from vimcore.train.lock import Lock
 from vimcore.train.presets import PRESETS
-from vimcore.train.run import Run
+from vimcore.train.setup import Setup
+from vimcore.train.signals import Signals
 
 
 def pictures(folder: Path, count: int) -> Path:
@@ -69,25 +72,26 @@ class Clock:
         return timed
 
 
-def overhead(run: Run, updates: int) -> dict[str, float]:
+def overhead(task: Classification, run: Setup, updates: int) -> dict[str, float]:
     """Medians of an update, and of what it must do, over `updates` of them after two."""
     clock = Clock()
-    run.model.forward = clock.wrap(run.model.forward)  # type: ignore[method-assign]
-    run.optimizer.step = clock.wrap(run.optimizer.step)  # type: ignore[method-assign]
+    model, optimizer, loop = run.state.model, run.state.optimizer, run.state.loop
+    model.forward = clock.wrap(model.forward)  # type: ignore[method-assign]
+    optimizer.step = clock.wrap(optimizer.step)  # type: ignore[method-assign]
     backward = torch.Tensor.backward
     torch.Tensor.backward = clock.wrap(backward)  # type: ignore[method-assign]
     whole, needed = [], []
     try:
-        run.model.train()
-        run.order.begin(0, 0)
+        model.train()
+        run.sampler.set_epoch(0)
         batches = iter(run.batches)
         for i in range(updates + 2):
             clock.seconds, begin = np.zeros(2), now()
             sample = next(batches)
-            seed_all(mix("update", 0, i, 0))
-            update = run.loop.update([run._batch(sample)])
-            run.watch.step(1, 1, update.loss, update.lr, 0.0, 0)
-            run.watch.record("step", step=i, loss=update.loss, lr=update.lr)
+            seed_all(derive_seed("update", 0, i, 0))
+            update = loop.update([task.prepare(sample, run.device)])
+            run.log.step(1, 1, update.loss, update.lr, 0.0, 0)
+            run.log.record("step", step=i, loss=update.loss, lr=update.lr)
             if i >= 2:
                 whole.append(now() - begin)
                 needed.append(clock.seconds)
@@ -102,9 +106,9 @@ def overhead(run: Run, updates: int) -> dict[str, float]:
     return found
 
 
-def data_path(run: Run, batches: int) -> float:
+def data_path(run: Setup, batches: int) -> float:
     """Images a second of the loading processes, the first batch not counted."""
-    run.order.begin(1, 0)
+    run.sampler.set_epoch(1)
     loading = iter(run.batches)
     images, begin = 0, 0.0
     for i in range(batches):
@@ -130,8 +134,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         data = pictures(Path(name) / "data", max(600, args.batch * (args.updates + 4)))
         changes = {"data": str(data), "batch_size": args.batch, "workers": args.workers, "memory": "fast"}
-        settings = Settings().merged({**PRESETS["tiny-released"], **changes})
-        run = Run(settings, Path(name) / "run", torch.device("cpu"), resume=False)
+        task = Classification(ClassificationSettings().merged({**PRESETS["tiny-released"], **changes}))
+        folder = Path(name) / "run"
+        run = Setup(task, folder, torch.device("cpu"), False, [], Lock(folder), Signals())
         try:
             found: dict[str, Any] = {
                 "machine": platform.processor() or platform.machine(),
@@ -141,11 +146,11 @@ def main() -> None:
                 "date": time.strftime("%Y-%m-%d"),
                 "load": os.getloadavg()[0],
                 **{name: value for name, value in vars(args).items() if name != "json"},
-                **overhead(run, args.updates),
+                **overhead(task, run, args.updates),
                 "data_images_per_second": data_path(run, 12),
             }
         finally:
-            run.watch.close()
+            run.log.close()
     found["step_images_per_second"] = round(1e3 * args.batch / found["needed_wall_ms"], 1)
     text = json.dumps(found, indent=1)
     print(text)

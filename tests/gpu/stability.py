@@ -30,7 +30,9 @@ import vimcore
 from bench import ROOT, describe, save
 from timing import Device
 from torch import Tensor
-from vimcore.train.loop import Loop, NonFiniteError, parameter_groups
+from vimcore.tasks.classification.evaluation import cross_entropy
+from vimcore.train import parameter_groups
+from vimcore.train.loop import Loop, NonFiniteError
 
 CLASSES = 10
 WINDOW = 20
@@ -102,6 +104,12 @@ def rate(steps: int) -> Callable[[int], float]:
     return lambda i: 5e-4 * min((i + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * i / steps))
 
 
+def loss_of(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """With label smoothing."""
+    images, labels = batch
+    return cross_entropy(model(images), labels, 0.1), {}
+
+
 def train(case: Case, kind: str, device: torch.device) -> dict[str, Any]:
     """One curve: losses, the scaler's scale after every step, what stopped it early, health at the end."""
     model = build(case, device)
@@ -110,7 +118,7 @@ def train(case: Case, kind: str, device: torch.device) -> dict[str, Any]:
         model.double()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1))
     precision = torch.float32 if wide else TYPES[kind]
-    loop = Loop(model, optimizer, rate(case.steps), label_smoothing=0.1, precision=precision)
+    loop = Loop(model, optimizer, rate(case.steps), loss_of, precision=precision)
     result: dict[str, Any] = {"losses": [], "scale": [], "skipped": 0, "stopped": None, "health": None}
     begin = time.monotonic()
     for step in range(case.steps):

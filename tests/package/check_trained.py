@@ -22,7 +22,7 @@ def main(weights: str, held_out: str, picture: str) -> None:
     images, labels, logits = arrays["images"], arrays["labels"], arrays["logits"]
     digits, truth = data.load_digits()
     _, indices = data.split_digits(truth)
-    files = [data.encode_png(demo.picture(digits[i])) for i in indices]
+    files = [data.encode_png(data.picture(digits[i])) for i in indices]
     assert np.array_equal(labels, truth[indices])
     assert np.array_equal(images, demo.network_input(files).numpy())
 

@@ -15,9 +15,9 @@ import vimcore
 from torch import nn
 from vimcore import _core
 from vimcore.cli import main
-from vimcore.data.digits import encode_png, load_digits, split_digits
+from vimcore.data.digits import encode_png, jiggle, load_digits, picture, split_digits
 from vimcore.tools import demo
-from vimcore.train.in_memory import cosine_lr, evaluate, fit, parameter_groups
+from vimcore.train import cosine_lr, evaluate, fit, parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def test_threads_change_no_bit() -> None:
         torch.manual_seed(0)
         model = vimcore.VisionMamba(**demo.MODEL)
         digits, labels = load_digits()
-        images = demo.network_input([encode_png(demo.picture(digit)) for digit in digits[:96]])
+        images = demo.network_input([encode_png(picture(digit)) for digit in digits[:96]])
         data = (images, torch.from_numpy(labels[:96]))
-        fit(model, data, data, epochs=1, augment=demo.jiggle, progress=False, **demo.RECIPE)
+        fit(model, data, data, epochs=1, augment=jiggle, progress=False, **demo.RECIPE)
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1]))
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[2]))

@@ -202,7 +202,7 @@ def test_a_log_without_anything_yet(tmp_path: Path) -> None:
 def test_what_the_matrix_shows(run: Path, figures: dict[str, Figure]) -> None:
     run_plots.plot_runs([str(run)])
     axes = figures["confusion"].axes[0]
-    answers = run_plots.read_answers(run / "eval.npz")
+    answers = run_plots.read_predictions(run / "eval.npz")
     wanted = np.zeros((10, 10))
     for is_, said in zip(answers.labels, answers.predictions):
         wanted[is_, said] += 1
@@ -293,7 +293,7 @@ def test_many_classes(tmp_path: Path, figures: dict[str, Figure]) -> None:
 def test_answers_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_answers(tmp_path / "eval.npz", **changes)
     with pytest.raises(ValueError, match=message):
-        run_plots.read_answers(tmp_path / "eval.npz")
+        run_plots.read_predictions(tmp_path / "eval.npz")
 
 
 @pytest.mark.parametrize(

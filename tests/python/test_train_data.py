@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,8 @@ from vimcore import _core
 from vimcore.cli import main
 from vimcore.data import transforms
 from vimcore.data.classes import Images, Training, Validation, collate, open_images, training_and_validation
-from vimcore.data.sampling import Order, mix
-from vimcore.data.transforms import Input
-from vimcore.tasks.settings import Settings
+from vimcore.data.sampling import EpochSampler, derive_seed
+from vimcore.data.transforms import Augment, Input
 
 GREY = Input(1, (16, 16), (0.5,), (0.5,), 18)
 COLOUR = Input(3, (16, 16), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 18)
@@ -122,27 +122,27 @@ def test_wrong_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_order() -> None:
-    order = Order(103, 8, 0, 1, seed=1, repeats=1)
-    order.begin(0, 0)
+    order = EpochSampler(103, 8, 0, 1, seed=1, repeats=1)
+    order.set_epoch(0, 0)
     first = list(order)
     assert len(first) == len(order) == 12
     keys = [key for batch in first for key in batch]
     assert len({index for index, _ in keys}) == len({seed for _, seed in keys}) == 96
-    order.begin(0, 5)
+    order.set_epoch(0, 5)
     assert list(order) == first[5:]
-    order.begin(1, 0)
+    order.set_epoch(1, 0)
     assert list(order) != first
-    other = Order(103, 8, 0, 1, seed=2, repeats=1)
-    other.begin(0, 0)
+    other = EpochSampler(103, 8, 0, 1, seed=2, repeats=1)
+    other.set_epoch(0, 0)
     assert list(other) != first
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_two_processes_see_what_one_with_double_batches_sees(repeats: int) -> None:
-    one = Order(301, 8, 0, 1, 5, repeats)
-    two = [Order(301, 4, rank, 2, 5, repeats) for rank in (0, 1)]
+    one = EpochSampler(301, 8, 0, 1, 5, repeats)
+    two = [EpochSampler(301, 4, rank, 2, 5, repeats) for rank in (0, 1)]
     for order in (one, *two):
-        order.begin(3, 1)
+        order.set_epoch(3, 1)
     batches = list(zip(*two))
     assert [sorted(a + b) for a, b in batches] == [sorted(batch) for batch in one]
     if repeats == 3:
@@ -153,15 +153,15 @@ def test_two_processes_see_what_one_with_double_batches_sees(repeats: int) -> No
 
 
 def test_seeds_differ() -> None:
-    assert len({mix("sample", 0, epoch, place) for epoch in range(20) for place in range(50)}) == 1000
-    assert mix("sample", 1, 2) != mix("sample", 12)
-    assert mix("a", 1) == mix("a", 1) < 2**63
+    assert len({derive_seed("sample", 0, epoch, place) for epoch in range(20) for place in range(50)}) == 1000
+    assert derive_seed("sample", 1, 2) != derive_seed("sample", 12)
+    assert derive_seed("a", 1) == derive_seed("a", 1) < 2**63
 
 
 @pytest.mark.parametrize("of", [GREY, COLOUR])
 def test_a_sample_depends_on_its_seed_alone(of: Input, tmp_path: Path) -> None:
     images = open_images(str(folder(tmp_path / "x", each=2)))
-    training = Training(images, transforms.picture_train(of, Settings()))
+    training = Training(images, transforms.picture_train(of, Augment()))
     once = training[(3, 17)].images
     torch.manual_seed(9)
     np.random.seed(9)  # noqa: NPY002
@@ -191,23 +191,23 @@ def test_training_pictures_are_crops_flips_and_erasures() -> None:
     """Of a picture whose left half is black and right half is white, without colour changes."""
     pixels = np.zeros((40, 40, 3), np.uint8)
     pixels[:, 20:] = 255
-    plain = Settings(rand_augment="", color_jitter=0.0, random_erase=0.0, crop_scale=(1.0, 1.0))
+    plain = Augment(rand_augment="", color_jitter=0.0, random_erase=0.0, crop_scale=(1.0, 1.0))
     black, white = -COLOUR.mean[0] / COLOUR.std[0], (1 - COLOUR.mean[0]) / COLOUR.std[0]
 
-    def drawn(settings: Settings) -> torch.Tensor:
+    def drawn(augment: Augment) -> torch.Tensor:
         images = Images(["x"], np.zeros(1, np.int64), ["a"], pixels[None])
-        training = Training(images, transforms.picture_train(COLOUR, settings))
+        training = Training(images, transforms.picture_train(COLOUR, augment))
         return torch.stack([training[(0, seed)].images for seed in range(60)])
 
     left = drawn(plain)[:, 0, :, 2].mean(1)
     flipped = (left - white).abs() < 0.05
     assert 15 < int(flipped.sum()) < 45
     assert int(((left - black).abs() < 0.05).sum()) == 60 - int(flipped.sum())
-    assert int((drawn(plain.merged({"hflip": 0.0}))[:, 0, :, 2] > 0).sum()) == 0
-    erased = drawn(plain.merged({"random_erase": 1.0, "hflip": 0.0})) != drawn(plain.merged({"hflip": 0.0}))
+    assert int((drawn(replace(plain, hflip=0.0))[:, 0, :, 2] > 0).sum()) == 0
+    erased = drawn(replace(plain, random_erase=1.0, hflip=0.0)) != drawn(replace(plain, hflip=0.0))
     assert bool(erased.any(1).flatten(1).any(1).all())  # a box in each
     assert 0.02 < float(erased.any(1).float().mean()) < 0.33
-    strong = drawn(plain.merged({"rand_augment": "rand-m9-mstd0.5-inc1"}))
+    strong = drawn(replace(plain, rand_augment="rand-m9-mstd0.5-inc1"))
     assert len({tuple(image.flatten().tolist()) for image in strong}) > 30
 
 
@@ -218,11 +218,11 @@ def test_every_strength_of_posterize() -> None:
         levels = np.unique(np.asarray(transforms._posterize(ramp, bits)))
         assert len(levels) == 2**bits
     images = Images(["x"], np.zeros(1, np.int64), ["a"], np.asarray(ramp)[None])
-    strongest = Settings(rand_augment="rand-m10-mstd0.5-inc1")
+    strongest = Augment(rand_augment="rand-m10-mstd0.5-inc1")
     training = Training(images, transforms.picture_train(COLOUR, strongest))
-    assert all(not training[(0, seed)].faults for seed in range(300))
+    assert all(not training[(0, seed)].errors for seed in range(300))
     with pytest.raises(ValueError, match="rand_augment: timm does not take 'strong'"):
-        transforms.picture_train(COLOUR, Settings(rand_augment="strong"))
+        transforms.picture_train(COLOUR, Augment(rand_augment="strong"))
 
 
 def test_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,12 +294,12 @@ def test_corrupt_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     out, error = capsys.readouterr()
     summary = json.loads(out)
     assert summary["skipped"] == 4
-    faults = {line["file"]: line["error"] for line in log(run) if line["kind"] == "fault"}
-    assert set(faults) == {str(root / name) for name in (*bad, "digit 7/006.png")}
+    errors = {line["file"]: line["error"] for line in log(run) if line["kind"] == "fault"}
+    assert set(errors) == {str(root / name) for name in (*bad, "digit 7/006.png")}
     assert error.count("vimcore: skipped ") == 4  # each once
     saved = np.load(run / "eval.npz")
     assert len(saved["files"]) == 32
-    assert not set(saved["files"].tolist()) & set(faults)
+    assert not set(saved["files"].tolist()) & set(errors)
     assert main(["eval", str(run), "--workers", "0"]) == 0
     out, error = capsys.readouterr()
     assert "4 images could not be read" in out
@@ -317,6 +317,6 @@ def test_the_next_image_takes_the_place() -> None:
 
     batch = collate([Training(images, transform)[(i, 0)] for i in range(3)])
     assert batch.labels.tolist() == batch.indices.tolist() == [0, 2, 2]
-    assert batch.faults == {"image 1": "broken"}
+    assert batch.errors == {"image 1": "broken"}
     with pytest.raises(RuntimeError, match=r"1 images in a row cannot be read, the last: image 0: broken"):
-        Training(images.part(np.array([1])), transform)[(0, 0)]
+        Training(images.subset(np.array([1])), transform)[(0, 0)]

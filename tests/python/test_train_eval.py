@@ -15,7 +15,8 @@ from train_helpers import ONCE, SMALL, folder
 from vimcore import _core
 from vimcore.cli import main
 from vimcore.io import load_model, save_model
-from vimcore.tasks.classification import Answers, _ranks, per_class
+from vimcore.tasks.classification.evaluation import Outputs, ranks_of
+from vimcore.tasks.classification.predictions import Predictions
 from vimcore.tools.predict import softmax
 
 
@@ -148,12 +149,13 @@ def test_figures() -> None:
         [[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.4, 0.4, 0.2], [0.4, 0.4, 0.2], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1]]
     )
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
-    assert _ranks(scores, labels).tolist() == [0, 2, 0, 1, 1, 1]
-    assert _ranks(torch.full((1, 3), torch.nan), torch.tensor([0])).tolist() == [3]
-    found = Answers(labels.numpy(), np.arange(6), scores.numpy(), np.ones(6), 1.0, {})
-    assert found.scores().top1 == pytest.approx(2 / 6)
+    assert ranks_of(scores, labels).tolist() == [0, 2, 0, 1, 1, 1]
+    assert ranks_of(torch.full((1, 3), torch.nan), torch.tensor([0])).tolist() == [3]
+    outputs = Outputs(labels.numpy(), np.arange(6), scores.numpy(), np.ones(6), 1.0, {})
+    assert outputs.accuracy().top1 == pytest.approx(2 / 6)
+    found = Predictions(labels.numpy(), scores.argmax(1).numpy(), scores.numpy(), ["a", "b", "c"], [""] * 6)
     assert found.confusion().tolist() == [[2, 1, 0], [2, 0, 1], [0, 0, 0]]
-    rows = per_class(found, ["a", "b", "c"])
+    rows = found.per_class()
     assert rows[0] == ("a", 3, pytest.approx(2 / 3), "b (1)")
     assert rows[1] == ("b", 3, 0.0, "a (2)")
     assert rows[2][:2] == ("c", 0)

@@ -153,7 +153,7 @@ def test_checkpoints_that_do_not_fit(
 ) -> None:
     seen: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr("vimcore.train.run.check", lambda *given: seen.extend(copy.deepcopy(given)))
+        patch.setattr("vimcore.train.state.check", lambda *given: seen.extend(copy.deepcopy(given)))
         assert main(["train", "--resume", str(run)]) == 0
     path, saved, expected = seen
     assert path == run / "checkpoint.pt"
@@ -176,19 +176,19 @@ def test_checkpoints_that_do_not_fit(
 
 def test_nothing_of_such_a_checkpoint_is_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run / "checkpoint.pt"
-    whole = torch.load(path, weights_only=True)
+    original = torch.load(path, weights_only=True)
     not_ours = "not a checkpoint that this version of vimcore can continue"
     for content, message in (
-        ({**whole, "epoch": -5}, "epoch: expected a whole number from 0 to 2, got -5"),
-        ({**whole, "average": whole["average"][:3]}, "average: expected a list of 41, got one of 3"),
-        ({**whole, "model": whole["model"]["head.bias"].to_sparse()}, "model: expected a dictionary"),
-        ({**whole, "format": 2}, not_ours),
+        ({**original, "epoch": -5}, "epoch: expected a whole number from 0 to 2, got -5"),
+        ({**original, "average": original["average"][:3]}, "average: expected a list of 41, got one of 3"),
+        ({**original, "model": original["model"]["head.bias"].to_sparse()}, "model: expected a dictionary"),
+        ({**original, "format": 2}, not_ours),
         ([], not_ours),
         (torch.zeros(2), not_ours),
     ):
         torch.save(content, path)
         assert refusal(run, capsys).startswith(f"{path}: {message}")
-    torch.save(whole, path)
+    torch.save(original, path)
     (run / "best.safetensors").unlink()
     assert refusal(run, capsys).startswith(f"{run / 'best.safetensors'}: not there")
     path.unlink()
@@ -293,7 +293,7 @@ def test_wrong_flags(
 
 def test_settings_of_a_run_that_do_not_fit(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run / "config.toml"
-    whole = path.read_text()
+    original = path.read_text()
     for old, new, message in (
         ("lr = 0.0005 ", "# lr ", "not there, though the run began with them: lr"),
         ("lr = 0.0005 ", "lr = nan ", "lr: expected more than 0, got nan"),
@@ -302,8 +302,8 @@ def test_settings_of_a_run_that_do_not_fit(run: Path, capsys: pytest.CaptureFixt
         ("[data]", "[date]", "[date]: expected one of the sections model"),
         ("[data]", "[data", "not a TOML file"),
     ):
-        assert whole.count(f"\n{old}") == 1
-        path.write_text(whole.replace(f"\n{old}", f"\n{new}"))
+        assert original.count(f"\n{old}") == 1
+        path.write_text(original.replace(f"\n{old}", f"\n{new}"))
         assert refusal(run, capsys).startswith(f"{path}: {message}")
 
 

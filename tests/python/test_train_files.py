@@ -81,9 +81,9 @@ def test_pipes_sockets_and_names_that_are_no_text(tmp_path: Path, capsys: pytest
     arguments = ["--data", str(root), "--val", str(root), "--out", str(run), *SMALL, *ONCE, "--epochs", "2"]
     assert main(["train", *arguments, "--batch-size", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["skipped"] == 3
-    faults = {os.fsencode(line["file"]): line["error"] for line in log(run) if line["kind"] == "fault"}
+    errors = {os.fsencode(line["file"]): line["error"] for line in log(run) if line["kind"] == "fault"}
     names = (b"pipe.png", b"\xffpipe.png", b"socket.png")
-    assert faults == {one + b"/" + name: "not a regular file" for name in names}
+    assert errors == {one + b"/" + name: "not a regular file" for name in names}
     saved = np.load(run / "eval.npz")
     assert one + b"/\xff\xe9.png" in set(map(os.fsencode, saved["files"].tolist()))
     os.rename(one, one[:-1] + b"\xff")

@@ -62,14 +62,14 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbs."""
-    run = tmp_path_factory.mktemp("whole") / "run"
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert main(["train", *WILD, "--out", str(run)]) == 0
     return run
 
 
-def test_killed_and_resumed(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_and_resumed(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL between two checkpoints, then SIGTERM, then to the end by other loaders: not a bit differs."""
     run = tmp_path / "run"
 
@@ -89,20 +89,20 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path, capsys: pytest.CaptureF
         error = process.stderr.read() if process.stderr else ""
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
     stopped = state(run)["step"]
-    assert killed < stopped < state(whole)["step"]
+    assert killed < stopped < state(uninterrupted)["step"]
     assert f"stopped by SIGTERM after update {stopped}; go on with: vimcore train --resume" in error
     assert main(["train", "--resume", str(run), "--workers", "1"]) == 0
     assert f"continued after update {stopped} of 80" in capsys.readouterr().err
-    assert same(state(run), state(whole))
-    assert log(run) == log(whole)
+    assert same(state(run), state(uninterrupted))
+    assert log(run) == log(uninterrupted)
     for name in ("best.safetensors", "last.safetensors", "last_ema.safetensors"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
-    first, second = np.load(run / "eval.npz"), np.load(whole / "eval.npz")
+        assert (run / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+    first, second = np.load(run / "eval.npz"), np.load(uninterrupted / "eval.npz")
     assert all(np.array_equal(first[name], second[name]) for name in second)
 
 
-def test_files_of_a_run(whole: Path) -> None:
-    lines = log(whole)
+def test_files_of_a_run(uninterrupted: Path) -> None:
+    lines = log(uninterrupted)
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["step"] for line in steps] == list(range(1, 81))
     assert steps[39]["epoch"] == 1.0
@@ -114,7 +114,7 @@ def test_files_of_a_run(whole: Path) -> None:
         (2, "raw"),
         (2, "ema"),
     ]
-    saved = np.load(whole / "eval.npz")
+    saved = np.load(uninterrupted / "eval.npz")
     assert saved["probabilities"].dtype == np.float32
     assert saved["probabilities"].shape == (359, 10)
     assert np.allclose(saved["probabilities"].sum(1), 1, atol=1e-5)
@@ -122,28 +122,28 @@ def test_files_of_a_run(whole: Path) -> None:
     assert saved["names"].tolist() == [str(digit) for digit in range(10)]
     best = max(line["top1"] for line in scores)
     assert (saved["labels"] == saved["predictions"]).mean() == best
-    model = vimcore.VisionMamba.load(whole / "best.safetensors")
+    model = vimcore.VisionMamba.load(uninterrupted / "best.safetensors")
     assert (model.config["directions"], model.config["class_token"]) == ("sequence", "random")
 
 
 def test_resume_refuses_what_would_be_another_run(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, message in (
-        (["--resume", str(whole), "--lr", "1"], "lr: cannot change when a run goes on"),
-        (["--resume", str(whole), "--out", "x"], "--resume: the run has its settings"),
+        (["--resume", str(uninterrupted), "--lr", "1"], "lr: cannot change when a run goes on"),
+        (["--resume", str(uninterrupted), "--out", "x"], "--resume: the run has its settings"),
         (["--resume", str(tmp_path / "absent")], "config.toml: No such file"),
-        ([*WILD, "--out", str(whole)], "holds a run; go on with --resume"),
+        ([*WILD, "--out", str(uninterrupted)], "holds a run; go on with --resume"),
     ):
         assert main(["train", *arguments]) == 1
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-    assert main(["train", "--resume", str(whole)]) == 0  # finished: nothing to do, same files
+    assert main(["train", "--resume", str(uninterrupted)]) == 0  # finished: nothing to do, same files
     run = tmp_path / "damaged"
     run.mkdir()
-    (run / "config.toml").write_bytes((whole / "config.toml").read_bytes())
-    content = (whole / "checkpoint.pt").read_bytes()
+    (run / "config.toml").write_bytes((uninterrupted / "config.toml").read_bytes())
+    content = (uninterrupted / "checkpoint.pt").read_bytes()
     for data in (content[: len(content) // 2], b"", b"hello"):
         (run / "checkpoint.pt").write_bytes(data)
         capsys.readouterr()
@@ -206,8 +206,8 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path: Path) -> None:
         a, b = (_core.read_safetensors(str(run / name))[0] for run in (one, two))
         for key, value in a.items():
             assert np.allclose(b[key], value, rtol=1e-4, atol=2e-6), key
-    faults = [{line["file"] for line in log(run) if line["kind"] == "fault"} for run in (one, two)]
-    assert faults[0] == faults[1]
+    errors = [{line["file"] for line in log(run) if line["kind"] == "fault"} for run in (one, two)]
+    assert errors[0] == errors[1]
     lines = [[line for line in log(run) if line["kind"] in ("step", "eval")] for run in (one, two)]
     assert len(lines[0]) == len(lines[1]) == 3 * 5 + 3 * 2
     for a, b in zip(*lines):

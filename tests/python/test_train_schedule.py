@@ -11,11 +11,11 @@ import torch
 import vimcore
 from train_helpers import ONCE, SMALL, folder, log, stopped
 from vimcore.cli import main
-from vimcore.tasks.settings import Settings, read_toml
+from vimcore.tasks.classification.settings import ClassificationSettings as Settings
+from vimcore.tasks.settings import read_toml
 from vimcore.train.in_memory import fit
 from vimcore.train.presets import PRESETS, recipe
-from vimcore.train.schedule import Schedule, described, peak_lr, warnings
-from vimcore.train.warmup import bounded
+from vimcore.train.schedule import Schedule, bounded_warmup, described, peak_lr, warnings
 
 PUBLISHED = [name for name in PRESETS if name.endswith(("-paper", "-released"))]
 
@@ -24,7 +24,7 @@ PUBLISHED = [name for name in PRESETS if name.endswith(("-paper", "-released"))]
 def test_a_recipe_at_its_own_length_is_what_it_says(name: str) -> None:
     own = Settings().merged(PRESETS[name])
     for epochs in ({}, {"epochs": own.epochs}, {"epochs": 2 * own.epochs}):
-        assert recipe(name, epochs) == (own.merged(epochs), [])
+        assert recipe(Settings, name, epochs) == (own.merged(epochs), [])
     assert own.schedule_steps == "update" or name in PUBLISHED
 
 
@@ -44,7 +44,7 @@ def test_a_recipe_at_its_own_length_is_what_it_says(name: str) -> None:
 )
 def test_a_tenth_of_a_run(steps: str, epochs: int, wanted: float) -> None:
     """As a number, and as the share of the updates before the peak."""
-    assert bounded(5, epochs, steps) == wanted
+    assert bounded_warmup(5, epochs, steps) == wanted
     s = Settings(epochs=epochs, warmup_epochs=wanted, schedule_steps=steps, warmup_lr=0.0)
     lr = Schedule(s, 1.0, 20)
     rates = [lr(update) for update in range(20 * epochs)]
@@ -82,7 +82,7 @@ def test_what_was_typed_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_short_recipe_comes_to_its_peak(name: str) -> None:
     for epochs in (1, 2, 3, 5, 8, 12, 29):
-        s, _ = recipe(name, {"epochs": epochs})
+        s, _ = recipe(Settings, name, {"epochs": epochs})
         peak = peak_lr(s, 8)
         assert Schedule(s, peak, 4).highest(4 * epochs) >= 0.9 * peak
         assert warnings(s.merged({"ema": 0.0}), Schedule(s, peak, 4), 4 * epochs) == []
@@ -150,21 +150,29 @@ def test_a_run_tells_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_an_old_run_goes_on_as_it_began(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its file says 5 of 2 epochs, its log has no first line: resumed like that, bit for bit, and told."""
-    data, whole, old = folder(tmp_path / "data"), tmp_path / "whole", tmp_path / "old"
+    """Resumed like that, bit for bit, and told.
+
+    Its file says 5 of 2 epochs and lacks the settings that came later, its log has no first line.
+    """
+    data, uninterrupted, old = folder(tmp_path / "data"), tmp_path / "uninterrupted", tmp_path / "old"
     arguments = ["--data", str(data), *SMALL, *ONCE, "--epochs", "2", "--val-fraction", "0.3"]
     arguments += ["--warmup-epochs", "5", "--schedule-steps", "update", "--log-every", "1"]
-    assert main(["train", *arguments, "--out", str(whole)]) == 0
+    assert main(["train", *arguments, "--out", str(uninterrupted)]) == 0
     stopped(old, 4, *arguments)
     lines = (old / "log.jsonl").read_bytes().splitlines(True)
     (old / "log.jsonl").write_bytes(b"".join(lines[1:]))
+    config = (old / "config.toml").read_text()
+    later = ("opt = ", "# layer_decay ", "# track ", "[task]", "task = ")
+    assert all(f"\n{start}" in config for start in later)
+    kept = [line for line in config.splitlines(keepends=True) if not line.startswith(later)]
+    (old / "config.toml").write_text("".join(kept))
     capsys.readouterr()
     assert main(["train", "--resume", str(old)]) == 0
     error = capsys.readouterr().err
     assert "the learning rate never reaches its peak of 7.81e-06: the highest in 6 updates is 3.2" in error
     assert "shortened" not in error
-    assert log(old) == log(whole)[1:]
-    assert (old / "last.safetensors").read_bytes() == (whole / "last.safetensors").read_bytes()
+    assert log(old) == log(uninterrupted)[1:]
+    assert (old / "last.safetensors").read_bytes() == (uninterrupted / "last.safetensors").read_bytes()
 
 
 # ---- vimcore.train.fit -------------------------------------------------------------------------------------

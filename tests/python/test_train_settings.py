@@ -11,9 +11,10 @@ import pytest
 import torch
 import vimcore
 from vimcore.cli import main
-from vimcore.tasks.settings import Settings, read_toml
-from vimcore.train.loop import parameter_groups
-from vimcore.train.network import build
+from vimcore.tasks.classification.settings import ClassificationSettings as Settings
+from vimcore.tasks.classification.task import build
+from vimcore.tasks.settings import read_toml
+from vimcore.train.optimizer import parameter_groups
 from vimcore.train.presets import PRESETS
 from vimcore.train.schedule import Schedule, peak_lr
 

@@ -32,9 +32,9 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbs."""
-    run = tmp_path_factory.mktemp("whole") / "run"
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert main(["train", *arguments, "--out", str(run)]) == 0
     return run
 
@@ -87,7 +87,7 @@ def test_a_read_that_does_not_end(
     numbers: list[int],
     patience: float,
     arguments: list[str],
-    whole: Path,
+    uninterrupted: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -112,16 +112,16 @@ def test_a_read_that_does_not_end(
     )
     assert 3 <= step <= 4  # a loader process reads ahead
     assert main(["train", "--resume", str(run), "--workers", "0"]) == 0
-    assert log(run) == log(whole)
+    assert log(run) == log(uninterrupted)
     for weights in ("last", "last_ema", "best"):
         assert (run / f"{weights}.safetensors").read_bytes() == (
-            whole / f"{weights}.safetensors"
+            uninterrupted / f"{weights}.safetensors"
         ).read_bytes()
 
 
 @pytest.mark.parametrize("at", [5, 30, 52])
 def test_a_read_that_does_not_end_in_validation(
-    at: int, arguments: list[str], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    at: int, arguments: list[str], uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Raw weights, averaged ones, and after the last epoch: the epoch is in the checkpoint."""
     run, marker = tmp_path / "run", tmp_path / "marker"
@@ -132,8 +132,8 @@ def test_a_read_that_does_not_end_in_validation(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == f"vimcore: stopped by SIGTERM while it waited for images that did not come; {RESUME}{run}"
     assert main(["train", "--resume", str(run)]) == 0
-    assert log(run) == log(whole)
-    assert (run / "best.safetensors").read_bytes() == (whole / "best.safetensors").read_bytes()
+    assert log(run) == log(uninterrupted)
+    assert (run / "best.safetensors").read_bytes() == (uninterrupted / "best.safetensors").read_bytes()
     assert (run / "eval.npz").exists()
 
 
@@ -146,7 +146,7 @@ def test_a_set_up_that_does_not_end(
         marker.touch()
         time.sleep(60)
 
-    monkeypatch.setattr("vimcore.train.run.training_and_validation", stuck)
+    monkeypatch.setattr("vimcore.tasks.classification.task.training_and_validation", stuck)
     signalling(marker, signal.SIGTERM, apart=0)
     assert main(["train", *arguments, "--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
     assert (
@@ -203,7 +203,7 @@ def test_the_values_come_through() -> None:
     assert list(Signals().waited(iter("abc"))) == ["a", "b", "c"]
 
 
-def test_killed_at_any_moment(whole: Path, arguments: list[str], tmp_path: Path) -> None:
+def test_killed_at_any_moment(uninterrupted: Path, arguments: list[str], tmp_path: Path) -> None:
     """SIGKILL again and again, a checkpoint after each update: resumed to the end, not a bit differs."""
     run, draw, killed, longest = tmp_path / "run", random.Random(1), 0, 0.4
     for _ in range(12):
@@ -222,7 +222,7 @@ def test_killed_at_any_moment(whole: Path, arguments: list[str], tmp_path: Path)
     assert killed >= 3
     assert (run / "checkpoint.pt").exists()
     assert main(["train", "--resume", str(run)]) == 0
-    assert log(run) == log(whole)
+    assert log(run) == log(uninterrupted)
     for name in ("last.safetensors", "last_ema.safetensors", "best.safetensors"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+        assert (run / name).read_bytes() == (uninterrupted / name).read_bytes(), name
     assert not list(run.glob(".*.tmp"))

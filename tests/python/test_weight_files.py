@@ -352,8 +352,8 @@ def test_whole_networks_are_no_weights(tmp_path: Path) -> None:
 
 def test_training_starts_from_wrapped_weights(tmp_path: Path) -> None:
     pytest.importorskip("timm")
+    from vimcore.tasks.classification.task import build
     from vimcore.tasks.settings import Settings
-    from vimcore.train.network import build
 
     source = small()
     torch.save({"state_dict": state_of(source, "module.")}, tmp_path / "a.pth")

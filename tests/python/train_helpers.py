@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from vimcore.cli import main
-from vimcore.data.digits import encode_png, load_digits
-from vimcore.tools.demo import picture
+from vimcore.data.digits import encode_png, load_digits, picture
 from vimcore.train.loop import Loop
 
 SMALL = ["--img-size", "16", "--patch-size", "8", "--embed-dim", "16", "--depth", "2", "--batch-size", "8"]

@@ -8,8 +8,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .. import tasks
 from ..data.picture_files import passed_over_text
+from ..tasks.classification.settings import ClassificationSettings
 from ..tasks.settings import MOST_PROCESSES
+from ..train.folder import weights_of
 from ..utils.extras import required
 from ..utils.files import literal, shortened
 from .output import print_json, print_table
@@ -54,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
         import torch
         import torchvision  # noqa: F401
         import tqdm  # noqa: F401
-    from ..train.evaluation import evaluate, images_of, weights_of
-    from ..train.network import choose_device
+    from ..tasks.classification.files import evaluate, images_of
+    from ..train.device import choose_device
 
     for name in ("threads", "workers"):
         if (getattr(args, name) or 0) > MOST_PROCESSES:
@@ -75,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     results = []
     for path in args.weights:
-        files, settings = weights_of(path)
+        files, config = weights_of(path)
+        settings = _classification(str(config)) if config else None
         images = images_of(args.data, settings)
         for file in files:
             found = evaluate(
@@ -93,45 +97,50 @@ def run(args: argparse.Namespace) -> int:
             results.append(found)
             if args.json:
                 print_json(_facts(found), ascii_only=False)
-    for name, reason in results[-1].answers.faults.items():
+    for name, reason in results[-1].outputs.errors.items():
         complain(f"skipped {name}: {reason}")
     if images.passed_over:
         complain(passed_over_text(images.passed_over))
-    best = max(results, key=lambda found: found.answers.scores().top1)
+    best = max(results, key=lambda found: found.outputs.accuracy().top1)
     if args.out:
-        best.answers.save(Path(args.out), best.images)
+        best.predictions().save(Path(args.out))
     if not args.json:
         _print(results, best)
     return 0
 
 
+def _classification(config: str) -> ClassificationSettings:
+    settings = tasks.read_settings(config)
+    if not isinstance(settings, ClassificationSettings):
+        raise ValueError(f"{config}: eval knows classification, got task {settings.task}")
+    return settings
+
+
 def _facts(found: Any) -> dict[str, Any]:
     from ..data.classes import passed_over
-    from ..tasks.classification import per_class
 
-    scores = found.answers.scores()
-    rows = per_class(found.answers, found.images.classes)
+    scores, predictions = found.outputs.accuracy(), found.predictions()
     return {
         "weights": found.weights,
         "images": scores.images,
-        "skipped": len(found.answers.faults),
+        "skipped": len(found.outputs.errors),
         "loss": scores.loss,
         "top1": scores.top1,
         "top5": scores.top5,
-        "images_per_second": round(scores.images / found.answers.seconds, 2),
-        "per_class": {name: None if math.isnan(share) else share for name, _, share, _ in rows},
-        "confusion": found.answers.confusion().tolist(),
+        "images_per_second": round(scores.images / found.outputs.seconds, 2),
+        "per_class": {
+            name: None if math.isnan(share) else share for name, _, share, _ in predictions.per_class()
+        },
+        "confusion": predictions.confusion().tolist(),
         **({"passed_over": passed_over(found.images)} if found.images.passed_over else {}),
     }
 
 
 def _print(results: list[Any], best: Any) -> None:
-    from ..tasks.classification import per_class
-
     rows: list[list[str]] = [["weights", "images", "top-1", "top-5", "loss", "images/s"]]
     for found in results:
-        scores = found.answers.scores()
-        rate = scores.images / found.answers.seconds
+        scores = found.outputs.accuracy()
+        rate = scores.images / found.outputs.seconds
         rows.append(
             [
                 found.weights,
@@ -143,16 +152,16 @@ def _print(results: list[Any], best: Any) -> None:
             ]
         )
     print_table(rows)
-    if best.answers.faults:
-        print(f"{len(best.answers.faults)} images could not be read and do not count")
+    if best.outputs.errors:
+        print(f"{len(best.outputs.errors)} images could not be read and do not count")
     print(f"\n{best.weights}")
     table = [["class", "images", "right", "most taken for"]]
-    for name, count, share, taken in per_class(best.answers, best.images.classes):
+    for name, count, share, taken in best.predictions().per_class():
         table.append(
             [literal(name), str(count), "" if math.isnan(share) else f"{100 * share:.1f} %", literal(taken)]
         )
     print_table(table, indent="  ")
-    confusion = best.answers.confusion()
+    confusion = best.predictions().confusion()
     if len(confusion) <= 20:
         print("\nconfusion: rows true, columns predicted")
         names = [shortened(name, 10) for name in best.images.classes]

@@ -9,7 +9,9 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from ..tasks.settings import SECTIONS, Settings, read_toml
+from .. import tasks
+from ..tasks.settings import Settings, read_toml
+from ..train.folder import CONFIG, resumed
 from ..train.presets import DEFAULT, PRESETS, recipe
 from ..utils.extras import required
 from .output import print_json
@@ -41,22 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings, such as RUN/config.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    types = typing.get_type_hints(Settings)
-    groups = {section: parser.add_argument_group(section) for section in SECTIONS}
-    for field in dataclasses.fields(Settings):
+    kind = tasks.settings_type({})
+    types = typing.get_type_hints(kind)
+    groups = {section: parser.add_argument_group(section) for section in kind.SECTIONS}
+    for field in dataclasses.fields(kind):
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
-        kind = types[field.name]
-        if type(None) in typing.get_args(kind):
-            kind = typing.get_args(kind)[0]
+        wanted = types[field.name]
+        if type(None) in typing.get_args(wanted):
+            wanted = typing.get_args(wanted)[0]
         text = field.metadata["help"].replace("%", "%%")
         if field.default not in (None, ()):
             text += f" (default: {_shown(field.default)})"
-        if kind is bool:
+        if wanted is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is tuple:
-            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "X"}
+        elif typing.get_origin(wanted) is tuple:
+            options |= {"nargs": "+", "type": typing.get_args(wanted)[0], "metavar": "X"}
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            options |= {"type": wanted, "metavar": wanted.__name__.upper()}
             if field.metadata["choices"]:
                 options |= {"choices": field.metadata["choices"], "metavar": None}
         flag = "--" + field.name.replace("_", "-")
@@ -69,21 +72,31 @@ def _shown(value: Any) -> str:
 
 def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     """The settings of the run, and notes on what was changed without being asked for."""
-    names = {field.name for field in dataclasses.fields(Settings)}
+    names = {field.name for field in dataclasses.fields(tasks.settings_type(vars(args)))}
     flags = {name: value for name, value in vars(args).items() if name in names}
     if args.resume is not None:
         if args.out or args.preset or args.config:
             raise ValueError(
                 "--resume: the run has its settings; --out, --preset, --config do not go with it"
             )
-        from ..train.run import resumed
-
-        return resumed(Path(args.resume), flags), []
+        kind = tasks.settings_type(read_toml(str(Path(args.resume) / CONFIG)))
+        return resumed(kind, Path(args.resume), flags), []
     of_file = read_toml(args.config) if args.config else {}
-    settings, notes = recipe(args.preset or DEFAULT, {**of_file, **flags})
+    kind = tasks.settings_type({**of_file, **flags})
+    if args.config:
+        of_file = read_toml(args.config, kind)
+    settings, notes = recipe(kind, args.preset or DEFAULT, {**of_file, **flags})
     if "-long-" in (args.preset or "") and settings.init is None:
         raise ValueError(f"init: {args.preset} fine-tunes; name the weights to start from with --init")
     return settings, notes
+
+
+def _diagnose(model: Any, batch: Any) -> str:
+    """The health of a network at the images that broke it."""
+    from ..analysis.health import health
+
+    images, _ = batch
+    return str(health(model, images[:8]))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
 
     folder = Path(args.resume or args.out or "vimcore-train")
     try:
-        summary = train(settings, folder, args.resume is not None, notes)
+        task = tasks.create(settings)
+        summary = train(task, folder, args.resume is not None, notes, _diagnose)
     except Stopped as stopped:
         complain(str(stopped))
         return stopped.status
@@ -114,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     best = summary["best"]
     rows = [
-        ("best", f"{100 * best['top1']:.2f} % top-1, {100 * best['top5']:.2f} % top-5"),
+        ("best", ", ".join(metric.text(best[metric.name]) for metric in task.metrics)),
         ("", f"{best['weights']} weights after epoch {best['epoch']}"),
         ("time", f"{summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s"),
         ("skipped", f"{summary['skipped']} images that could not be read"),

@@ -19,10 +19,12 @@ from torch.utils.data import Dataset
 
 from .._core import Error
 from ..utils.files import listed, printable
+from .digits import load_digits, picture, split_digits
 from .lists import LISTS, read_list
 from .picture_files import SUFFIXES, is_hidden, kind_of, passed_over_text, read_file, reason, walk
 from .pictures import decode
 from .sampling import Key, seed_all
+from .sources import Source, is_source
 from .transforms import Transform, UnreadableError
 
 ARRAY = ".npy"
@@ -32,7 +34,7 @@ GIVE_UP = 100  # images in a row that cannot be read
 
 @dataclass(frozen=True)
 class Images:
-    """Files, or pictures in memory (N, H, W, 3), with their classes.
+    """Files, or pictures in memory (N, H, W, 3), or places in a source, with their classes.
 
     Attributes:
         labels: index into `classes` of each image.
@@ -44,6 +46,8 @@ class Images:
     classes: list[str]
     pixels: NDArray[np.uint8] | None = None
     passed_over: Mapping[str, int] = field(default_factory=dict)
+    source: Source | None = None
+    places: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,7 +55,7 @@ class Images:
     @property
     def arrays(self) -> bool:
         """Whether these are numpy files and not pictures."""
-        return bool(self.files) and _is_array(self.files[0])
+        return self.source is None and bool(self.files) and _is_array(self.files[0])
 
     def read(self, index: int) -> NDArray[Any]:
         """(H, W, 3) uint8 of a picture, (C, H, W) of a numpy file.
@@ -63,6 +67,8 @@ class Images:
             return self.pixels[index]
         name = self.files[index]
         try:
+            if self.source is not None and self.places is not None:
+                return self.source.read(int(self.places[index]))
             if not _is_array(name):
                 return decode(read_file(name), "")
             array = np.load(io.BytesIO(read_file(name, None)), allow_pickle=False)
@@ -75,11 +81,12 @@ class Images:
             raise UnreadableError("it holds values that are not finite")
         return array
 
-    def part(self, index: NDArray[np.int64]) -> Images:
-        """Some of them."""
+    def subset(self, index: NDArray[np.int64]) -> Images:
+        """Those with these indices, in this order."""
         files = [self.files[i] for i in index] if self.files else []
         pixels = None if self.pixels is None else self.pixels[index]
-        return replace(self, files=files, labels=self.labels[index], pixels=pixels)
+        places = None if self.places is None else self.places[index]
+        return replace(self, files=files, labels=self.labels[index], pixels=pixels, places=places)
 
     def relabelled(self, classes: Sequence[str]) -> Images:
         """The same images under a longer or reordered list of classes; ValueError names what is not in it."""
@@ -107,7 +114,7 @@ class Sample:
     images: Tensor
     labels: Tensor
     indices: Tensor
-    faults: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
 
 
 class Training(Dataset[Sample]):
@@ -116,17 +123,20 @@ class Training(Dataset[Sample]):
     def __init__(self, images: Images, transform: Transform) -> None:
         self.images, self.transform = images, transform
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def __getitem__(self, key: Key) -> Sample:
         index, seed = key
-        faults: dict[str, str] = {}
+        errors: dict[str, str] = {}
         for i in range(min(GIVE_UP, len(self.images))):
             at = (index + i) % len(self.images)
             seed_all(seed)
-            image = _attempt(self.images, at, self.transform, faults)
+            image = _attempt(self.images, at, self.transform, errors)
             if image is not None:
-                return Sample(image, torch.tensor(int(self.images.labels[at])), torch.tensor(at), faults)
-        name, reason = next(reversed(faults.items()))
-        raise RuntimeError(f"{len(faults)} images in a row cannot be read, the last: {name}: {reason}")
+                return Sample(image, torch.tensor(int(self.images.labels[at])), torch.tensor(at), errors)
+        name, reason = next(reversed(errors.items()))
+        raise RuntimeError(f"{len(errors)} images in a row cannot be read, the last: {name}: {reason}")
 
 
 class Validation(Dataset[Sample]):
@@ -135,32 +145,35 @@ class Validation(Dataset[Sample]):
     def __init__(self, images: Images, transform: Transform, shape: tuple[int, int, int]) -> None:
         self.images, self.transform, self.shape = images, transform, shape
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def __getitem__(self, index: int) -> Sample:
-        faults: dict[str, str] = {}
-        image = _attempt(self.images, index, self.transform, faults)
+        errors: dict[str, str] = {}
+        image = _attempt(self.images, index, self.transform, errors)
         label = torch.tensor(int(self.images.labels[index]))
         if image is None:
-            return Sample(torch.zeros(self.shape), label, torch.tensor(-1), faults)
-        return Sample(image, label, torch.tensor(index), faults)
+            return Sample(torch.zeros(self.shape), label, torch.tensor(-1), errors)
+        return Sample(image, label, torch.tensor(index), errors)
 
 
-def _attempt(images: Images, index: int, transform: Transform, faults: dict[str, str]) -> Tensor | None:
-    """The image, or None and the reason among the faults."""
+def _attempt(images: Images, index: int, transform: Transform, errors: dict[str, str]) -> Tensor | None:
+    """The image, or None and the reason among the errors."""
     try:
         return transform(images.read(index))
     except UnreadableError as error:
-        faults[images.files[index] if images.files else f"image {index}"] = str(error)
+        errors[images.files[index] if images.files else f"image {index}"] = str(error)
         return None
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
     """One batch of samples."""
-    faults = {name: reason for sample in samples for name, reason in sample.faults.items()}
+    errors = {name: reason for sample in samples for name, reason in sample.errors.items()}
     return Sample(
         torch.stack([sample.images for sample in samples]),
         torch.stack([sample.labels for sample in samples]),
         torch.stack([sample.indices for sample in samples]),
-        faults,
+        errors,
     )
 
 
@@ -171,14 +184,21 @@ def _is_array(name: str) -> bool:
     return name.lower().endswith(ARRAY)
 
 
-def open_images(path: str) -> Images:
-    """The images of a folder of class folders, a CSV or TSV list of paths and labels, or "digits".
+def open_images(path: str, split: str = "train") -> Images:
+    """The images of a folder of class folders, a list of paths and labels, "digits", or a source of timm's.
+
+    Args:
+        split: of a source that has several and whose name says none.
 
     Raises:
         ValueError, OSError: there are none, or kinds are mixed.
     """
     if path == "digits":
         return _digits()
+    if is_source(path):
+        source = Source(path, split)
+        files, labels, classes = source.contents()
+        return Images(files, labels, classes, source=source, places=np.arange(len(files)))
     is_list = path.lower().endswith(LISTS)
     found = _of_list(path) if is_list else _folder(path)
     if not len(found):
@@ -204,16 +224,14 @@ def training_and_validation(data: str, val: str | None, fraction: float) -> tupl
         data = os.path.join(data, "train")
     train = open_images(data)
     if val is not None:
-        valid = open_images(val)
+        valid = open_images(val, "validation")
         try:
             return train, valid.relabelled(train.classes), f"validated on {val}"
         except ValueError as error:
             raise ValueError(f"{val}: {error}") from None
     if data == "digits":
-        from .digits import split_digits
-
         learn, held_out = split_digits(train.labels)
-        return train.part(learn), train.part(held_out), "validated on the held-out fifth"
+        return train.subset(learn), train.subset(held_out), "validated on the held-out fifth"
     held = np.zeros(len(train), bool)
     for label in range(len(train.classes)):  # spread evenly over the files of each class: no draw is needed
         of_class = np.flatnonzero(train.labels == label)
@@ -224,7 +242,7 @@ def training_and_validation(data: str, val: str | None, fraction: float) -> tupl
             f"{data}: val_fraction={fraction} holds out {int(held.sum())} of {len(train)} images"
         )
     text = f"validated on every {round(1 / fraction)}th image of each class, held out of {data}"
-    return train.part(np.flatnonzero(~held)), train.part(np.flatnonzero(held)), text
+    return train.subset(np.flatnonzero(~held)), train.subset(np.flatnonzero(held)), text
 
 
 def passed_over(*images: Images) -> dict[str, int]:
@@ -266,9 +284,6 @@ def _of_list(path: str) -> Images:
 
 def _digits() -> Images:
     """The embedded digits as pictures of 32 x 32."""
-    from ..tools.demo import picture
-    from .digits import load_digits
-
     digits, labels = load_digits()
     pixels = np.stack([np.repeat(picture(digit)[:, :, None], 3, 2) for digit in digits])
     return Images([], labels, [str(digit) for digit in range(10)], pixels)

@@ -1,16 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handwritten digits of the demo: 1,797 real images, their fixed held-out fifth, and PNG writing."""
+"""The handwritten digits of the demo: 1,797 real images, their fixed held-out fifth, and PNG writing.
+
+Needs no torch, but for `jiggle`.
+"""
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from importlib import resources
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _core
+
+if TYPE_CHECKING:
+    import torch
+
 HELD_OUT_EVERY = 5
+SIDE = 32  # pixels of a picture
+MEAN, STD = 0.3, 0.38  # of the pictures, values 0 to 1
 
 
 def load_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -34,6 +46,40 @@ def split_digits(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[
         of_class = np.flatnonzero(labels == digit)
         held_out[of_class[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def picture(digit: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """An 8 x 8 digit with values 0 .. 16 as a grey picture (32, 32) uint8, enlarged bicubically."""
+    grey = np.round(digit * (255 / 16)).astype(np.uint8)
+    rgb = np.repeat(grey[:, :, None], 3, axis=2)
+    return np.ascontiguousarray(_core.resize_bicubic(rgb, SIDE, SIDE)[:, :, 0])
+
+
+def jiggle(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random turns, shears, zooms, shifts: up to 10 degrees, 10 %, 10 % and 2 pixels; paper stays paper.
+
+    Args:
+        images: (B, 1 or 3, 32, 32), normalised by MEAN and STD.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    count = len(images)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator) * 2 - 1
+
+    angle = uniform(count) * math.radians(10)
+    zoom = 1 + 0.1 * uniform(count, 2)
+    matrix = torch.zeros(count, 2, 3)
+    matrix[:, 0, 0] = angle.cos() * zoom[:, 0]
+    matrix[:, 0, 1] = 0.1 * uniform(count) - angle.sin() * zoom[:, 0]
+    matrix[:, 1, 0] = angle.sin() * zoom[:, 1]
+    matrix[:, 1, 1] = angle.cos() * zoom[:, 1]
+    matrix[:, :, 2] = uniform(count, 2) * 2 * 2 / SIDE
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    paper = -MEAN / STD
+    return F.grid_sample(images - paper, grid, align_corners=False) + paper
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:

@@ -20,7 +20,7 @@ from torch.utils.data import DistributedSampler, Sampler
 Key = tuple[int, int]  # index of an image, seed of its augmentation
 
 
-def mix(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that follows from the parts."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
@@ -33,7 +33,7 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-class Order(Sampler[list[Key]]):
+class EpochSampler(Sampler[list[Key]]):
     """Batches of one process and epoch, full ones only; a new order for each epoch.
 
     Args:
@@ -53,10 +53,10 @@ class Order(Sampler[list[Key]]):
             self.indices = DistributedSampler(range(images), world, rank, drop_last=True)  # type: ignore[arg-type]
         self.epoch = self.start = 0
 
-    def begin(self, epoch: int, start: int) -> None:
-        """The next iteration is over this epoch, from this batch on."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The next iteration is over this epoch, from batch `start` on."""
         self.epoch, self.start = epoch, start
-        self.indices.set_epoch(mix("order", self.seed, epoch))
+        self.indices.set_epoch(derive_seed("order", self.seed, epoch))
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
@@ -69,4 +69,4 @@ class Order(Sampler[list[Key]]):
             yield [(order[i], self._sample_seed(i * self.world + self.rank)) for i in places]
 
     def _sample_seed(self, place: int) -> int:
-        return mix("sample", self.seed, self.epoch, place)
+        return derive_seed("sample", self.seed, self.epoch, place)

@@ -20,7 +20,6 @@ from torchvision.transforms import v2
 
 from .. import _core
 from .._core import Config, Preprocess
-from ..tasks.settings import Settings
 
 Transform = Callable[[NDArray[Any]], Tensor]
 _FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0}
@@ -52,6 +51,24 @@ class Input:
         }
 
 
+@dataclass(frozen=True)
+class Augment:
+    """What chance does to training images. The defaults are the authors' recipe.
+
+    Attributes:
+        crop_scale, crop_ratio: area and width over height of the random crop, from and to.
+        hflip, random_erase: probabilities.
+        rand_augment: timm's notation; empty: none, colour jitter instead.
+    """
+
+    crop_scale: tuple[float, ...] = (0.08, 1.0)
+    crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.3
+    random_erase: float = 0.25
+
+
 def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and deviation of pictures; None for images that are none."""
     steps = Preprocess.default(Config(in_chans=channels))
@@ -75,32 +92,32 @@ def _core_input(steps: Preprocess, pixels: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(_core.preprocess_pixels(np.ascontiguousarray(pixels), steps))
 
 
-def picture_train(of: Input, settings: Settings) -> Transform:
+def picture_train(of: Input, augment: Augment) -> Transform:
     """(H, W, 3) uint8 to (C, h, w): random crop, flip, RandAugment or colour jitter, erasing."""
     crop, _, final = transforms_imagenet_train(
         img_size=of.size,
-        scale=(settings.crop_scale[0], settings.crop_scale[1]),
-        ratio=(settings.crop_ratio[0], settings.crop_ratio[1]),
-        hflip=settings.hflip,
+        scale=(augment.crop_scale[0], augment.crop_scale[1]),
+        ratio=(augment.crop_ratio[0], augment.crop_ratio[1]),
+        hflip=augment.hflip,
         interpolation="bicubic",
         mean=tuple(of.mean) * (3 // of.channels),
         std=tuple(of.std) * (3 // of.channels),
-        re_prob=settings.random_erase if of.channels == 3 else 0.0,
+        re_prob=augment.random_erase if of.channels == 3 else 0.0,
         re_mode="pixel",
         separate=True,
     )
-    colours = _colours(of, settings)
+    colours = _colours(of, augment)
     if of.channels == 3:
         return partial(_through, Image.fromarray, v2.Compose([crop, colours, final]))
     grey = [v2.Grayscale(1), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    last = [v2.Normalize(list(of.mean), list(of.std)), v2.ToPureTensor(), *_erasing(settings)]
+    last = [v2.Normalize(list(of.mean), list(of.std)), v2.ToPureTensor(), *_erasing(augment)]
     return partial(_through, Image.fromarray, v2.Compose([crop, colours, *grey, *last]))
 
 
-def _colours(of: Input, settings: Settings) -> Any:
+def _colours(of: Input, augment: Augment) -> Any:
     """RandAugment, or colour jitter where there is none of it."""
-    if not settings.rand_augment:
-        strength = settings.color_jitter
+    if not augment.rand_augment:
+        strength = augment.color_jitter
         return v2.ColorJitter(strength, strength, strength)
     fill = tuple(min(255, round(255 * value)) for value in of.mean) * (3 // of.channels)
     hints = {
@@ -109,13 +126,13 @@ def _colours(of: Input, settings: Settings) -> Any:
         "interpolation": Image.Resampling.BICUBIC,
     }
     try:
-        augment = auto_augment.rand_augment_transform(settings.rand_augment, hints)
+        found = auto_augment.rand_augment_transform(augment.rand_augment, hints)
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"rand_augment: timm does not take {settings.rand_augment!r}: {error}") from None
-    for operation in augment.ops:
+        raise ValueError(f"rand_augment: timm does not take {augment.rand_augment!r}: {error}") from None
+    for operation in found.ops:
         if operation.aug_fn is auto_augment.posterize:
             operation.aug_fn = _posterize
-    return augment
+    return found
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -141,20 +158,20 @@ def array_eval(of: Input) -> Transform:
     return partial(_through, partial(_of_channels, of.channels), steps)
 
 
-def array_train(of: Input, settings: Settings) -> Transform:
+def array_train(of: Input, augment: Augment) -> Transform:
     """(C, H, W) of any type to (C, h, w): random crop, flip, erasing; colours mean nothing here."""
     steps = v2.Compose(
         [
             v2.RandomResizedCrop(
                 list(of.size),
-                (settings.crop_scale[0], settings.crop_scale[1]),
-                (settings.crop_ratio[0], settings.crop_ratio[1]),
+                (augment.crop_scale[0], augment.crop_scale[1]),
+                (augment.crop_ratio[0], augment.crop_ratio[1]),
                 v2.InterpolationMode.BICUBIC,
                 antialias=True,
             ),
-            v2.RandomHorizontalFlip(settings.hflip),
+            v2.RandomHorizontalFlip(augment.hflip),
             v2.Normalize(list(of.mean), list(of.std)),
-            *_erasing(settings),
+            *_erasing(augment),
         ]
     )
     return partial(_through, partial(_of_channels, of.channels), steps)
@@ -166,5 +183,5 @@ def _of_channels(channels: int, array: NDArray[Any]) -> Tensor:
     return scaled(array)
 
 
-def _erasing(settings: Settings) -> list[Any]:
-    return [RandomErasing(settings.random_erase, mode="pixel", device="cpu")] if settings.random_erase else []
+def _erasing(augment: Augment) -> list[Any]:
+    return [RandomErasing(augment.random_erase, mode="pixel", device="cpu")] if augment.random_erase else []

@@ -25,7 +25,8 @@ from .. import _core
 from ..data.digits import load_digits, split_digits
 from ..data.picture_files import read_file
 from ..data.pictures import decode
-from ..train.run_files import Answers, Log, read_answers, read_log
+from ..tasks.classification.predictions import Predictions, read_predictions
+from ..train.log import Log, read_log
 from ..utils.files import shortened
 from .style import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, new_figure, plain_text, save_figure, tidy
 
@@ -152,7 +153,7 @@ def _accuracy_legend(logs: Mapping[str, Log]) -> list[Line2D]:
 
 
 @plain_text
-def plot_confusion(answers: Answers, path: Path, title: str = "") -> None:
+def plot_confusion(answers: Predictions, path: Path, title: str = "") -> None:
     """Confusion matrix: rows are true classes, columns predictions; the most frequent confusions as text."""
     classes = len(answers.names)
     matrix = np.zeros((classes, classes), np.int64)
@@ -209,7 +210,7 @@ def _confusions(matrix: NDArray[np.int64], names: Sequence[str], most: int = 12)
 
 
 @plain_text
-def plot_mistakes(answers: Answers, path: Path, count: int = 24, title: str = "") -> None:
+def plot_mistakes(answers: Predictions, path: Path, count: int = 24, title: str = "") -> None:
     """The mistakes that gave the true class least probability; without any, the least certain images."""
     truth = answers.probabilities[np.arange(len(answers.labels)), answers.labels]
     wrong = np.flatnonzero(answers.labels != answers.predictions)
@@ -237,7 +238,7 @@ def plot_mistakes(answers: Answers, path: Path, count: int = 24, title: str = ""
     save_figure(figure, path)
 
 
-def _tile(axes: Axes, answers: Answers, i: int, pictures: Callable[[int], NDArray[Any] | str]) -> None:
+def _tile(axes: Axes, answers: Predictions, i: int, pictures: Callable[[int], NDArray[Any] | str]) -> None:
     picture = pictures(i)
     axes.axis("on")
     axes.set_xticks([])
@@ -262,7 +263,7 @@ def _tile(axes: Axes, answers: Answers, i: int, pictures: Callable[[int], NDArra
     axes.text(0.0, -0.15, second, color=INK, **below)
 
 
-def _pictures(answers: Answers) -> Callable[[int], NDArray[Any] | str]:
+def _pictures(answers: Predictions) -> Callable[[int], NDArray[Any] | str]:
     """A function that returns the pixels of image i, grey or RGB, or a text that says why there are none."""
     if not any(answers.files):
         digits, labels = load_digits()
@@ -333,7 +334,7 @@ def plot_runs(
         raise ValueError(f"a run is named twice among {', '.join(runs)}")
     folder = Path(out) if out is not None else Path(runs[0] if len(runs) == 1 else ".")
     logs: dict[str, Log] = {}
-    answers: dict[str, Answers] = {}
+    answers: dict[str, Predictions] = {}
     notes = []
     for run, name in zip(runs, names):
         log, evaluated = Path(run) / "log.jsonl", Path(run) / "eval.npz"
@@ -342,7 +343,7 @@ def plot_runs(
         if log.is_file():
             logs[name] = read_log(log)
         if evaluated.is_file():
-            answers[name] = read_answers(evaluated)
+            answers[name] = read_predictions(evaluated)
         else:
             notes.append(f"{run}: no eval.npz yet, so no confusion matrix and no mistakes")
     folder.mkdir(parents=True, exist_ok=True)

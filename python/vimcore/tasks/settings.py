@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that a run can be told, once: keys of the TOML file, flags of the command line, defaults."""
+"""What every run can be told, once: keys of the TOML file, flags of the command line, defaults.
+
+A task adds its own by a subclass. Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,12 +24,20 @@ else:
 from ..utils.files import literal
 from ..utils.options import MOST_THREADS
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 MOST_PROCESSES = MOST_THREADS  # that load images
-SECTIONS = ("model", "data", "augmentation", "optimizer", "schedule", "run")
 
 
-def _key(section: str, default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    metadata = {"section": section, "help": text, "choices": choices}
+def key(section: str, default: Any, text: str, choices: tuple[str, ...] = (), later: bool = False) -> Any:
+    """A field of settings.
+
+    Args:
+        section: of the TOML file.
+        later: not in the files of the first runs; its default is what they did.
+    """
+    metadata = {"section": section, "help": text, "choices": choices, "later": later}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -38,92 +49,99 @@ class Settings:
         ValueError: names the key, what was expected and what was given.
     """
 
-    model: str = _key("model", "vim_tiny_patch16_224", "size by name, see vimcore.list_models()")
-    init: str | None = _key("model", None, "weights to start from: .safetensors, or the authors' .pth")
-    init_weights: str = _key("model", "model", "which weights of a .pth", ("model", "ema"))
-    pos_embed: str = _key("model", "correct", "how init's position table is resized", ("correct", "authors"))
-    img_size: tuple[int, ...] | None = _key("model", None, "pixels: side, or height and width")
-    patch_size: int | None = _key("model", None, "pixels")
-    stride: int | None = _key("model", None, "pixels from patch to patch; 8: long sequences")
-    in_chans: int | None = _key(
+    SECTIONS: ClassVar[tuple[str, ...]] = (
+        "model",
+        "data",
+        "augmentation",
+        "optimizer",
+        "schedule",
+        "run",
+        "task",
+    )
+
+    model: str = key("model", "vim_tiny_patch16_224", "size by name, see vimcore.list_models()")
+    init: str | None = key("model", None, "weights to start from: .safetensors, or the authors' .pth")
+    init_weights: str = key("model", "model", "which weights of a .pth", ("model", "ema"))
+    pos_embed: str = key("model", "correct", "how init's position table is resized", ("correct", "authors"))
+    img_size: tuple[int, ...] | None = key("model", None, "pixels: side, or height and width")
+    patch_size: int | None = key("model", None, "pixels")
+    stride: int | None = key("model", None, "pixels from patch to patch; 8: long sequences")
+    in_chans: int | None = key(
         "model", None, "channels: 3 for pictures, 1 reads them grey, .npy as they have"
     )
-    embed_dim: int | None = _key("model", None, "width D")
-    depth: int | None = _key("model", None, "blocks")
-    directions: str | None = _key("model", None, "none, sequence, block, ssm, ssm_conv")
-    class_token: str | None = _key("model", None, "none, head, double, middle, random")
-    pool: str | None = _key("model", None, "without class token: mean, max, last")
-    drop_rate: float = _key("model", 0.0, "dropout of the tokens")
-    drop_path_rate: float = _key("model", 0.0, "of the last block, growing from 0 at the first")
-    set: tuple[str, ...] = _key("model", (), "further arguments of VisionMamba, KEY=VALUE each")
-    memory: str = _key("model", "lean", "what backward keeps", ("least", "lean", "fast"))
+    embed_dim: int | None = key("model", None, "width D")
+    depth: int | None = key("model", None, "blocks")
+    directions: str | None = key("model", None, "none, sequence, block, ssm, ssm_conv")
+    class_token: str | None = key("model", None, "none, head, double, middle, random")
+    pool: str | None = key("model", None, "without class token: mean, max, last")
+    drop_rate: float = key("model", 0.0, "dropout of the tokens")
+    drop_path_rate: float = key("model", 0.0, "of the last block, growing from 0 at the first")
+    set: tuple[str, ...] = key("model", (), "further arguments of VisionMamba, KEY=VALUE each")
+    memory: str = key("model", "lean", "what backward keeps", ("least", "lean", "fast"))
 
-    data: str | None = _key(
-        "data", None, "folder of class folders (or of train/ and val/), CSV or TSV list, or digits"
+    data: str | None = key(
+        "data",
+        None,
+        "folder of class folders (or of train/ and val/), CSV or TSV list, digits, or a data set by timm: "
+        "tar:FILE, hfds/NAME[#SPLIT], torch/NAME:FOLDER[#SPLIT]",
     )
-    val: str | None = _key("data", None, "the same for validation")
-    val_fraction: float = _key("data", 0.1, "held out of each class where there is no validation data")
-    mean: tuple[float, ...] | None = _key(
+    val: str | None = key("data", None, "the same for validation")
+    val_fraction: float = key("data", 0.1, "held out of each class where there is no validation data")
+    mean: tuple[float, ...] | None = key(
         "data", None, "of each channel, values 0 to 1; default ImageNet's, grey 0.5"
     )
-    std: tuple[float, ...] | None = _key("data", None, "likewise; for .npy both are measured")
-    crop_pct: float = _key("data", 0.875, "validation: image size over short side before the crop")
-    workers: int = _key("data", 2, "processes that load images; 0: none, changes no result")
+    std: tuple[float, ...] | None = key("data", None, "likewise; for .npy both are measured")
+    workers: int = key("data", 2, "processes that load images; 0: none, changes no result")
 
-    augment: str = _key(
-        "augmentation",
-        "imagenet",
-        "crop, flip, colours; or turns and shifts",
-        ("imagenet", "jiggle", "none"),
-    )
-    crop_scale: tuple[float, ...] = _key("augmentation", (0.08, 1.0), "area of the random crop, from and to")
-    crop_ratio: tuple[float, ...] = _key("augmentation", (3 / 4, 4 / 3), "its width over height, from and to")
-    hflip: float = _key("augmentation", 0.5, "probability")
-    rand_augment: str = _key("augmentation", "rand-m9-mstd0.5-inc1", "timm's notation; empty: none")
-    color_jitter: float = _key("augmentation", 0.3, "acts only without rand_augment")
-    random_erase: float = _key("augmentation", 0.25, "probability")
-    mixup: float = _key("augmentation", 0.8, "alpha; 0: off")
-    cutmix: float = _key("augmentation", 1.0, "alpha; 0: off")
-    mix_switch: float = _key("augmentation", 0.5, "probability of cutmix where both are on")
-    label_smoothing: float = _key("augmentation", 0.1, "share of the target spread over all classes")
-    repeats: int = _key(
-        "augmentation", 3, "repeated augmentation: times an image stands in the order; 1: off"
-    )
+    repeats: int = key("augmentation", 3, "repeated augmentation: times an image stands in the order; 1: off")
 
-    batch_size: int = _key("optimizer", 128, "images of one process and forward pass")
-    accumulate: int = _key("optimizer", 1, "forward passes to one update")
-    lr: float = _key("optimizer", 5e-4, "peak learning rate, for lr_batch images an update if scale_lr")
-    scale_lr: bool = _key("optimizer", True, "multiply lr by images of an update / lr_batch")
-    lr_batch: int = _key("optimizer", 512, "see scale_lr")
-    weight_decay: float = _key("optimizer", 0.1, "of AdamW")
-    decay: str = _key("optimizer", "authors", "mamba exempts A_log too", ("authors", "mamba"))
-    clip_grad: float | None = _key("optimizer", None, "largest norm of the gradient")
-    ema: float = _key("optimizer", 0.99996, "decay of the averaged weights; 0: none")
-    ema_ramp: bool = _key("optimizer", False, "let a young average forget faster")
-    precision: str = _key(
+    batch_size: int = key("optimizer", 128, "images of one process and forward pass")
+    accumulate: int = key("optimizer", 1, "forward passes to one update")
+    lr: float = key("optimizer", 5e-4, "peak learning rate, for lr_batch images an update if scale_lr")
+    scale_lr: bool = key("optimizer", True, "multiply lr by images of an update / lr_batch")
+    lr_batch: int = key("optimizer", 512, "see scale_lr")
+    opt: str = key("optimizer", "adamw", "any optimizer that timm knows by name", later=True)
+    weight_decay: float = key("optimizer", 0.1, "of the optimizer")
+    decay: str = key("optimizer", "authors", "mamba exempts A_log too", ("authors", "mamba"))
+    layer_decay: float | None = key(
+        "optimizer", None, "learning rate of a block over that of the next one; not set: the same for all"
+    )
+    clip_grad: float | None = key("optimizer", None, "largest norm of the gradient")
+    ema: float = key("optimizer", 0.99996, "decay of the averaged weights; 0: none")
+    ema_ramp: bool = key(
+        "optimizer", False, "let a young average forget faster; on where ema is given without it"
+    )
+    precision: str = key(
         "optimizer", "float32", "of activations; 16 bits on CUDA", ("float32", "bfloat16", "float16")
     )
 
-    epochs: int = _key("schedule", 300, "passes over the training images")
-    schedule: str = _key("schedule", "cosine", "of the learning rate", ("cosine", "constant"))
-    schedule_steps: str = _key(
+    epochs: int = key("schedule", 300, "passes over the training images")
+    schedule: str = key("schedule", "cosine", "of the learning rate", ("cosine", "constant"))
+    schedule_steps: str = key(
         "schedule", "authors", "when it moves: authors' is one epoch late", ("authors", "epoch", "update")
     )
-    warmup_epochs: float = _key(
+    warmup_epochs: float = key(
         "schedule", 5, "of growth from warmup_lr; not set: at most a tenth of a run shorter than its preset"
     )
-    warmup_lr: float = _key("schedule", 1e-6, "where warm-up starts, never scaled")
-    min_lr: float = _key("schedule", 1e-5, "where the cosine ends, never scaled")
+    warmup_lr: float = key("schedule", 1e-6, "where warm-up starts, never scaled")
+    min_lr: float = key("schedule", 1e-5, "where the cosine ends, never scaled")
 
-    device: str = _key("run", "auto", "cpu, cuda, cuda:N; auto: cuda where this build can use it")
-    threads: int | None = _key("run", None, "of the CPU; default: torch's choice, changes no result")
-    seed: int = _key("run", 0, "same seed, same run")
-    eval_every: int = _key("run", 1, "epochs")
-    checkpoint_every: int = _key("run", 500, "updates")
-    log_every: int = _key("run", 10, "updates")
+    device: str = key("run", "auto", "cpu, cuda, cuda:N; auto: cuda where this build can use it")
+    threads: int | None = key("run", None, "of the CPU; default: torch's choice, changes no result")
+    seed: int = key("run", 0, "same seed, same run")
+    eval_every: int = key("run", 1, "epochs")
+    checkpoint_every: int = key("run", 500, "updates")
+    log_every: int = key("run", 10, "updates")
+    track: tuple[str, ...] | None = key(
+        "run",
+        None,
+        "also log to tensorboard, wandb, mlflow, ...; none; default: tensorboard where it is installed",
+    )
+
+    task: str = key("task", "classification", "what is learnt", later=True)
 
     def __post_init__(self) -> None:
-        types = typing.get_type_hints(Settings)
+        types = typing.get_type_hints(type(self))
         for field in fields(self):
             value = _converted(field.name, getattr(self, field.name), types[field.name])
             choices = field.metadata["choices"]
@@ -137,32 +155,24 @@ class Settings:
         for name in (*positive, "log_every", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("lr", "crop_pct"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        for name in ("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "mixup", "cutmix", "workers"):
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected more than 0, got {self.lr}")
+        for name in ("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        for name in ("hflip", "random_erase", "mix_switch"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a probability, got {getattr(self, name)}")
-        for name in ("ema", "val_fraction", "label_smoothing"):
+        for name in ("ema", "val_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 0 or more and less than 1, got {getattr(self, name)}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay: expected more than 0 and at most 1, got {self.layer_decay}")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad: expected more than 0, got {self.clip_grad}")
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise ValueError(f"threads: expected 1 to {MOST_THREADS}, got {self.threads}")
         if self.workers > MOST_PROCESSES:
             raise ValueError(f"workers: expected 0 to {MOST_PROCESSES}, got {self.workers}")
-        for name, lengths in (("img_size", (1, 2)), ("crop_scale", (2,)), ("crop_ratio", (2,))):
-            value = getattr(self, name)
-            if value is not None and len(value) not in lengths:
-                raise ValueError(f"{name}: expected {' or '.join(map(str, lengths))} numbers, got {value}")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise ValueError(
-                f"batch_size: expected an even number with mixup or cutmix, got {self.batch_size}"
-            )
+        if self.img_size is not None and len(self.img_size) not in (1, 2):
+            raise ValueError(f"img_size: expected 1 or 2 numbers, got {self.img_size}")
         for field in fields(self):
             for value in _items(getattr(self, field.name)):
                 if isinstance(value, float) and not math.isfinite(value):
@@ -170,7 +180,7 @@ class Settings:
                 if isinstance(value, str) and not _is_utf8(value):
                     raise ValueError(f"{field.name}: expected text in UTF-8, got {literal(value)}")
 
-    def merged(self, changes: Mapping[str, Any]) -> Settings:
+    def merged(self, changes: Mapping[str, Any]) -> Self:
         """These settings with other values of some keys; ValueError names a key that does not exist."""
         known = {field.name for field in fields(self)}
         for name in changes:
@@ -183,7 +193,7 @@ class Settings:
     def to_toml(self) -> str:
         """The settings as a TOML file; what is None stands there as a comment."""
         lines = []
-        for section in SECTIONS:
+        for section in self.SECTIONS:
             lines.append(f"[{section}]")
             for field in fields(self):
                 if field.metadata["section"] == section:
@@ -194,20 +204,27 @@ class Settings:
         return "\n".join(lines)
 
 
-def read_toml(path: str) -> dict[str, Any]:
-    """Keys and values of a TOML file, in their section or in none; ValueError says what is wrong with it."""
+def read_toml(path: str, kind: type[Settings] = Settings) -> dict[str, Any]:
+    """Keys and values of a TOML file, in their section or in none.
+
+    Args:
+        kind: whose sections there may be.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
     with open(path, "rb") as file:
         try:
             content = tomllib.load(file)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a TOML file: {error}") from None
-    section_of = {field.name: field.metadata["section"] for field in fields(Settings)}
+    section_of = {field.name: field.metadata["section"] for field in fields(kind)}
     found: dict[str, Any] = {}
     for name, value in content.items():
         if not isinstance(value, dict):
             found[name] = value
-        elif name not in SECTIONS:
-            raise ValueError(f"{path}: [{name}]: expected one of the sections {', '.join(SECTIONS)}")
+        elif name not in kind.SECTIONS:
+            raise ValueError(f"{path}: [{name}]: expected one of the sections {', '.join(kind.SECTIONS)}")
         else:
             for key, inner in value.items():
                 if section_of.get(key, name) != name:

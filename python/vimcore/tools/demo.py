@@ -8,7 +8,6 @@ pictures through the same decoder and preprocessing.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -16,23 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from .. import _core
 from ..analysis.saliency import saliency
 from ..data import pictures as images
-from ..data.digits import encode_png, load_digits, split_digits
+from ..data.digits import MEAN, SIDE, STD, encode_png, jiggle, load_digits, picture, split_digits
 from ..io import save_model
 from ..nn.vision_mamba import VisionMamba
 from ..plots.demo import plot_curve, plot_maps, plot_predictions
 from ..runtime import Runtime
 from ..train.in_memory import evaluate, fit
+from ..train.presets import DIGITS
 from ..utils.files import write_text
 from .predict import Prediction, predict
 
-SIDE = 32  # pixels
-MEAN, STD = 0.3, 0.38  # of the digits
 LABELS = [str(digit) for digit in range(10)]
 PREPROCESS: dict[str, Any] = {
     "resize": SIDE,
@@ -43,58 +40,25 @@ PREPROCESS: dict[str, Any] = {
 }
 MODEL: dict[str, Any] = {
     "img_size": SIDE,
-    "patch_size": 8,
-    "stride": 8,  # 4 x 4 patches and the class token in the middle: 17 tokens
-    "in_chans": 1,
     "num_classes": 10,
-    "embed_dim": 64,
-    "depth": 4,
+    "stride": DIGITS["patch_size"],  # 4 x 4 patches and the class token in the middle: 17 tokens
     "directions": "ssm_conv",
     "class_token": "middle",
+    **{name: DIGITS[name] for name in ("patch_size", "in_chans", "embed_dim", "depth")},
 }
 RECIPE: dict[str, Any] = {
-    "batch_size": 32,
-    "lr": 2e-3,
-    "weight_decay": 0.05,
-    "warmup": 3,
+    "warmup": DIGITS["warmup_epochs"],
     "label_smoothing": 0.1,
-    "ema": 0.99,
+    **{name: DIGITS[name] for name in ("batch_size", "lr", "weight_decay", "ema")},
 }
-EPOCHS = 20
-THREADS = 1  # the network is so small that more threads mostly wait for each other
-
-
-def picture(digit: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """An 8 x 8 digit with values 0 .. 16 as a grey picture (32, 32) uint8, enlarged bicubically."""
-    grey = np.round(digit * (255 / 16)).astype(np.uint8)
-    rgb = np.repeat(grey[:, :, None], 3, axis=2)
-    return np.ascontiguousarray(_core.resize_bicubic(rgb, SIDE, SIDE)[:, :, 0])
+EPOCHS: int = DIGITS["epochs"]
+THREADS: int = DIGITS["threads"]
 
 
 def network_input(pictures: list[bytes]) -> torch.Tensor:
     """PNG files to (B, 1, 32, 32) float32, as `vimcore predict` does it."""
     steps = _core.Preprocess(**PREPROCESS)
     return torch.from_numpy(np.stack([images.network_input(data, "digit", steps) for data in pictures]))
-
-
-def jiggle(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random turns, shears, zooms, shifts: up to 10 degrees, 10 %, 10 % and 2 pixels; paper stays paper."""
-    count = len(images)
-
-    def uniform(*shape: int) -> torch.Tensor:
-        return torch.rand(*shape, generator=generator) * 2 - 1
-
-    angle = uniform(count) * math.radians(10)
-    zoom = 1 + 0.1 * uniform(count, 2)
-    matrix = torch.zeros(count, 2, 3)
-    matrix[:, 0, 0] = angle.cos() * zoom[:, 0]
-    matrix[:, 0, 1] = 0.1 * uniform(count) - angle.sin() * zoom[:, 0]
-    matrix[:, 1, 0] = angle.sin() * zoom[:, 1]
-    matrix[:, 1, 1] = angle.cos() * zoom[:, 1]
-    matrix[:, :, 2] = uniform(count, 2) * 2 * 2 / SIDE
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
-    paper = -MEAN / STD
-    return F.grid_sample(images - paper, grid, align_corners=False) + paper
 
 
 def run_demo(

@@ -10,19 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .in_memory import Augment, Data, Evaluation, History, cosine_lr, evaluate, fit
-    from .loop import NonFiniteError, parameter_groups
+    from .in_memory import Augment, Data, Evaluation, History, evaluate, fit
+    from .loop import NonFiniteError
+    from .optimizer import parameter_groups
+    from .schedule import cosine_lr
 
 _LAZY = {  # so that the settings of a run need no torch
     "Augment": "in_memory",
     "Data": "in_memory",
     "Evaluation": "in_memory",
     "History": "in_memory",
-    "cosine_lr": "in_memory",
+    "cosine_lr": "schedule",
     "evaluate": "in_memory",
     "fit": "in_memory",
     "NonFiniteError": "loop",
-    "parameter_groups": "loop",
+    "parameter_groups": "optimizer",
 }
 __all__ = [
     "Augment",

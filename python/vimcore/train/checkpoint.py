@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a run, each written whole or not at all."""
+"""Checkpoints: written atomically, read without executing anything."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,3 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint that this version of vimcore can continue")
     return content
-
-
-def rewrite_lines(path: Path, keep: Callable[[int, bytes], bool]) -> None:
-    """Drops the lines of a file that `keep(number, line)` refuses, and a last one without an end."""
-    if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
-        with atomic(path) as file:
-            file.writelines(
-                line for number, line in enumerate(lines, 1) if line.endswith(b"\n") and keep(number, line)
-            )

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small training loop for classification: AdamW, cosine with warm-up, averaged weights, progress bar."""
+"""`fit`, the engine's loop for a classifier and images in memory: AdamW, cosine, averages, progress bar."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 import warnings
@@ -14,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .loop import Average, Loop, NonFiniteError, parameter_groups
-from .warmup import bounded
+from ..tasks.classification.evaluation import cross_entropy, logits_of
+from .ema import Ema
+from .loop import Loop, NonFiniteError
+from .optimizer import parameter_groups
+from .schedule import bounded_warmup, cosine_lr
 
 Data = tuple[torch.Tensor, torch.Tensor]  # images (N, C, H, W) float32 and labels (N,) int64
 Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -42,15 +44,6 @@ class Evaluation:
     logits: torch.Tensor
 
 
-def cosine_lr(step: int, steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
-    """Learning rate of step 0 .. steps - 1: linear warm-up to ``lr``, then a cosine down to ``min_lr``."""
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
-    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
-
-
-@torch.no_grad()
 def evaluate(model: nn.Module, data: Data, batch_size: int = 128) -> Evaluation:
     """Loss and accuracy of ``model`` in eval mode on ``data``; its mode is restored afterwards."""
     images, labels = data
@@ -58,12 +51,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 128) -> Evaluation:
         raise ValueError(
             f"[evaluate] data: expected as many labels as images, got {len(images)} and {len(labels)}"
         )
-    was_training = model.training
-    model.eval()
-    try:
-        logits = torch.cat([model(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])
-    finally:
-        model.train(was_training)
+    logits = torch.cat(list(logits_of(model, images.split(batch_size))))
     loss = F.cross_entropy(logits.double(), labels).item()
     return Evaluation(loss, (logits.argmax(1) == labels).double().mean().item(), logits)
 
@@ -116,7 +104,7 @@ def fit(
     if ema is not None and not 0.0 <= ema < 1.0:
         raise ValueError(f"[fit] ema: expected 0 <= ema < 1 or None, got {ema}")
     if warmup is None:
-        warmup = bounded(5, epochs)
+        warmup = bounded_warmup(5, epochs)
     if not 0 <= warmup < math.inf:
         raise ValueError(f"[fit] warmup: expected 0 or more epochs, got {warmup}")
     if warmup > epochs:
@@ -129,14 +117,18 @@ def fit(
     steps = epochs * steps_per_epoch
     warmup_steps = min(round(warmup * steps_per_epoch), steps)
     generator = torch.Generator().manual_seed(seed)
-    average = None if ema is None else Average(model, ema, ramp=True)
-    loop = Loop(
-        model,
-        optimizer,
-        lambda step: cosine_lr(step, steps, warmup_steps, lr, min_lr),
-        label_smoothing=label_smoothing,
-        average=average,
-    )
+    average = None if ema is None else Ema(model, ema, ramp=True)
+
+    def loss(model: nn.Module, batch: Data) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        images, target = batch
+        logits = model(images)
+        right = (logits.detach().argmax(1) == target).sum()
+        return cross_entropy(logits, target, label_smoothing), {"right": right}
+
+    def rate(step: int) -> float:
+        return cosine_lr(step, steps, warmup_steps, lr, min_lr)
+
+    loop = Loop(model, optimizer, rate, loss, ema=average)
     history = History()
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), _progress_bar(steps, progress) as bar:
@@ -159,14 +151,13 @@ def fit(
                         "a lower one or a longer warm-up usually helps"
                     ) from None
                 total += update.loss * len(index)
-                right += update.right
+                right += round(update.logged["right"])
                 bar.update(epoch + 1, epochs, update.loss, None)
             history.loss.append(total / len(images))
             history.accuracy.append(right / len(images))
             history.lr.append(update.lr)
             if valid is not None:
-                with contextlib.nullcontext() if average is None else average.swapped():
-                    result = evaluate(model, valid)
+                result = evaluate(model if average is None else average.model, valid)
                 history.valid_loss.append(result.loss)
                 history.valid_accuracy.append(result.accuracy)
             bar.update(

@@ -10,10 +10,13 @@ batch_size is that of one process, of the authors' eight: fewer scale the learni
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+from ..data.digits import MEAN, SIDE, STD
 from ..tasks.settings import Settings
-from .warmup import bounded
+from .schedule import bounded_warmup
+
+S = TypeVar("S", bound=Settings)
 
 _PAPER: dict[str, Any] = {
     "batch_size": 128,
@@ -48,6 +51,36 @@ _LONG_PAPER: dict[str, Any] = {
     "warmup_lr": 1e-5,
 }
 
+# The network and recipe of `vimcore demo`.
+DIGITS: dict[str, Any] = {
+    "data": "digits",
+    "img_size": (SIDE,),
+    "patch_size": 8,
+    "in_chans": 1,
+    "embed_dim": 64,
+    "depth": 4,
+    "memory": "fast",
+    "mean": (MEAN,),
+    "std": (STD,),
+    "crop_pct": 1.0,
+    "workers": 0,
+    "augment": "jiggle",
+    "random_erase": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "repeats": 1,
+    "batch_size": 32,
+    "lr": 2e-3,
+    "scale_lr": False,
+    "weight_decay": 0.05,
+    "ema": 0.99,
+    "ema_ramp": True,
+    "epochs": 20,
+    "schedule_steps": "update",
+    "warmup_epochs": 3.0,
+    "threads": 1,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny-released": {"model": "vim_tiny_patch16_224"},
     "tiny-paper": {**_PAPER, "model": "vim_tiny_patch16_224"},
@@ -59,55 +92,33 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small-long-released": {**_LONG_RELEASED, "model": "vim_small_patch16_stride8_224"},
     "small-long-paper": {**_LONG_PAPER, "model": "vim_small_patch16_stride8_224"},
     "base-long-paper": {**_LONG_PAPER, "model": "vim_base_patch16_stride8_224"},
-    # The network and recipe of `vimcore demo`.
-    "digits": {
-        "data": "digits",
-        "img_size": (32,),
-        "patch_size": 8,
-        "in_chans": 1,
-        "embed_dim": 64,
-        "depth": 4,
-        "memory": "fast",
-        "mean": (0.3,),
-        "std": (0.38,),
-        "crop_pct": 1.0,
-        "workers": 0,
-        "augment": "jiggle",
-        "random_erase": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "repeats": 1,
-        "batch_size": 32,
-        "lr": 2e-3,
-        "scale_lr": False,
-        "weight_decay": 0.05,
-        "ema": 0.99,
-        "ema_ramp": True,
-        "epochs": 20,
-        "schedule_steps": "update",
-        "warmup_epochs": 3.0,
-        "threads": 1,
-    },
+    "digits": DIGITS,
 }
 
 DEFAULT = "tiny-released"  # where no preset is named
 
 
-def recipe(name: str, typed: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+def recipe(kind: type[S], name: str, typed: Mapping[str, Any]) -> tuple[S, list[str]]:
     """The settings of a preset with those that were typed, and what else was changed, in words.
 
-    A run that is shorter than the recipe gets at most a tenth of itself as warm-up, unless that was typed.
+    A run that is shorter than the recipe gets at most a tenth of itself as warm-up, unless that was typed;
+    averaged weights whose decay was typed forget faster while they are young, unless something is said of it.
+
+    Args:
+        kind: of the preset's task.
 
     Raises:
         ValueError: a setting does not exist or is out of range.
     """
-    own = Settings().merged(PRESETS[name])
+    own = kind().merged(PRESETS[name])
     settings = own.merged(typed)
+    if "ema" in typed and "ema_ramp" not in {*typed, *PRESETS[name]}:
+        settings = settings.merged({"ema_ramp": True})
     if "warmup_epochs" in typed or settings.epochs >= own.epochs:
         return settings, []
-    warmup = bounded(settings.warmup_epochs, settings.epochs, settings.schedule_steps)
+    warmup = bounded_warmup(settings.warmup_epochs, settings.epochs, settings.schedule_steps)
     if warmup == settings.warmup_epochs:
         return settings, []
-    whole = "" if settings.schedule_steps == "update" else "the whole epochs in "
-    what = f"warm-up {settings.warmup_epochs:g} epochs shortened to {warmup:g}, {whole}a tenth of the run"
+    which = "" if settings.schedule_steps == "update" else "the whole epochs in "
+    what = f"warm-up {settings.warmup_epochs:g} epochs shortened to {warmup:g}, {which}a tenth of the run"
     return settings.merged({"warmup_epochs": warmup}), [f"{what}; --warmup-epochs sets it"]

@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..tasks.task import Metric
 from ..utils.files import listed, shortened
 
 _KEYS = ("format", "model", "average", "optimizer", "scaler", "step", "epoch", "done", "best", "identity")
-_GROUP = ("params", "lr", "betas", "eps", "weight_decay")
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-_BEST = ("top1", "top5", "epoch", "weights")
+_GROUP = ("params", "lr", "lr_scale", "betas", "eps", "weight_decay")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of torch's AdamW
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Expected:
     epochs: int
     updates_per_epoch: int
     identity: Mapping[str, Any]
+    metrics: Sequence[Metric]
+    adamw: bool = True  # torch's own, whose state is known in detail
 
 
 def check(path: Path, saved: Mapping[str, Any], expected: Expected) -> None:
@@ -40,14 +42,14 @@ def check(path: Path, saved: Mapping[str, Any], expected: Expected) -> None:
     Raises:
         ValueError: names file, field, what was expected and what is there.
     """
-    _Checker(path).whole(saved, expected)
+    _Checker(path).run(saved, expected)
 
 
 class _Checker:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def whole(self, saved: Mapping[str, Any], expected: Expected) -> None:
+    def run(self, saved: Mapping[str, Any], expected: Expected) -> None:
         self._keys("checkpoint", saved, _KEYS)
         self._identity(saved["identity"], expected.identity)
         self._place(saved, expected.epochs, expected.updates_per_epoch)
@@ -61,7 +63,7 @@ class _Checker:
             self._tensors("average", dict(enumerate(average)), dict(enumerate(expected.average)))
         self._optimizer(saved["optimizer"], expected, saved["step"])
         self._scaler(saved["scaler"], expected.scaler)
-        self._best(saved["best"], saved["epoch"])
+        self._best(saved["best"], saved["epoch"], expected.metrics)
 
     # ---- parts ---------------------------------------------------------------------------------------------
 
@@ -87,7 +89,7 @@ class _Checker:
             )
 
     def _optimizer(self, value: Any, expected: Expected, step: int) -> None:
-        self._keys("optimizer", value, ("state", "param_groups"))
+        self._keys("optimizer", value, tuple(expected.optimizer))
         own_groups = expected.optimizer["param_groups"]
         groups = self._list("optimizer.param_groups", value["param_groups"], len(own_groups))
         for i, (group, own) in enumerate(zip(groups, own_groups)):
@@ -100,11 +102,16 @@ class _Checker:
                     continue
                 if name == "lr":
                     self._number(f"{field}.lr", group[name], 0, math.inf)
+                elif not expected.adamw and name not in _GROUP:
+                    continue  # other optimizers count there
                 elif type(group[name]) is not type(wanted) or group[name] != wanted:
                     self._wrong(f"{field}.{name}", _shown(wanted), _shown(group[name]))
         state, count = value["state"], len(expected.parameters)
         skips = bool(expected.scaler)  # updates of float16 that overflowed
         begun = step > 0 and not (skips and state == {})
+        if not expected.adamw:
+            self._state(state, count)
+            return
         self._keys("optimizer.state", state, tuple(range(count)) if begun else ())
         for i, moments in state.items():
             field = f"optimizer.state[{i}]"
@@ -119,6 +126,18 @@ class _Checker:
                     f"{field}.exp_avg_sq", "no value below 0", _shown(moments["exp_avg_sq"].min().item())
                 )
 
+    def _state(self, state: Any, count: int) -> None:
+        """Of an optimizer that is not known in detail."""
+        if not isinstance(state, dict):
+            self._wrong("optimizer.state", "a dictionary", _shown(state))
+        for i, values in state.items():
+            field = f"optimizer.state[{i}]"
+            if type(i) is not int or not 0 <= i < count or not isinstance(values, dict):
+                self._wrong(field, f"a dictionary, of one of {count} parameters", _shown(values))
+            for name, value in values.items():
+                if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                    self._wrong(f"{field}.{name}", "finite numbers", f"{_shown(value)} with others")
+
     def _scaler(self, value: Any, own: Mapping[str, Any]) -> None:
         self._keys("scaler", value, tuple(own))
         for name, wanted in own.items():
@@ -127,12 +146,12 @@ class _Checker:
             elif value[name] != wanted:
                 self._wrong(f"scaler.{name}", _shown(wanted), _shown(value[name]))
 
-    def _best(self, value: Any, epoch: int) -> None:
+    def _best(self, value: Any, epoch: int, metrics: Sequence[Metric]) -> None:
         if value == {}:
             return
-        self._keys("best", value, _BEST)
-        for name in ("top1", "top5"):
-            self._number(f"best.{name}", value[name], 0, 1)
+        self._keys("best", value, (*(metric.name for metric in metrics), "epoch", "weights"))
+        for metric in metrics:
+            self._number(f"best.{metric.name}", value[metric.name], metric.low, metric.high)
         self._integer("best.epoch", value["epoch"], 1, epoch)
         if value["weights"] not in ("raw", "ema"):
             self._wrong("best.weights", "raw or ema", _shown(value["weights"]))

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning rate of each update, by timm's scheduler."""
+"""Learning rate of each update: `Schedule` of recipes, by timm's scheduler, and `cosine_lr` of `fit`.
+
+Needs neither torch nor timm until a `Schedule` is made.
+"""
 
 from __future__ import annotations
 
-import torch
-from timm.scheduler import CosineLRScheduler
+import math
 
 from ..tasks.settings import Settings
 
@@ -17,6 +19,25 @@ def peak_lr(settings: Settings, world: int) -> float:
     return settings.lr * images / settings.lr_batch if settings.scale_lr else settings.lr
 
 
+def bounded_warmup(warmup: float, epochs: int, steps: str = "update") -> float:
+    """Epochs of warm-up: `warmup`, or a tenth of the run where that is shorter.
+
+    Args:
+        steps: when the learning rate moves, see Settings.schedule_steps. By epochs, only whole ones fit; and
+            the authors' clock stands still for one of them.
+    """
+    tenth = {"update": epochs / 10, "epoch": epochs // 10, "authors": max(epochs // 10 - 1, 0)}[steps]
+    return min(warmup, float(tenth))
+
+
+def cosine_lr(step: int, steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
+    """Learning rate of step 0 .. steps - 1: linear warm-up to ``lr``, then a cosine down to ``min_lr``."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
+
+
 class Schedule:
     """lr(update): linear warm-up, then a cosine whose clock began with the warm-up, or the peak.
 
@@ -25,6 +46,9 @@ class Schedule:
     """
 
     def __init__(self, settings: Settings, peak: float, updates_per_epoch: int) -> None:
+        import torch
+        from timm.scheduler import CosineLRScheduler
+
         self.when, self.per_epoch = settings.schedule_steps, updates_per_epoch
         units = updates_per_epoch if self.when == "update" else 1
         self.peak, self.constant = peak, settings.schedule == "constant"

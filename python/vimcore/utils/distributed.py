@@ -6,19 +6,22 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
+
 
 def rank() -> int:
     """Number of this process, 0 for the one that writes."""
-    return dist.get_rank() if _together() else 0
+    return dist.get_rank() if _initialized() else 0
 
 
 def world() -> int:
     """Number of processes."""
-    return dist.get_world_size() if _together() else 1
+    return dist.get_world_size() if _initialized() else 1
 
 
 def local_rank() -> int:
@@ -40,9 +43,9 @@ def process_group(cuda: bool) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def leave() -> None:
-    """What follows is done by this process alone."""
-    if _together():
+def destroy_process_group() -> None:
+    """Ends the group: what follows is done by this process alone."""
+    if _initialized():
         dist.destroy_process_group()
 
 
@@ -53,23 +56,28 @@ def mean(value: float) -> float:
 
 def sums(values: list[float]) -> list[float]:
     """The sums of all processes, in float64."""
-    if not _together():
+    if not _initialized():
         return values
     tensor = torch.tensor(values, dtype=torch.float64, device=_device())
     dist.all_reduce(tensor)
     return list(map(float, tensor.tolist()))
 
 
+def gather(value: T) -> list[T]:
+    """The values of all processes, by rank; what pickle can send."""
+    if not _initialized():
+        return [value]
+    values: list[T] = [value] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def union(found: dict[str, str]) -> dict[str, str]:
-    """What the processes found, together."""
-    if not _together():
-        return found
-    parts: list[dict[str, str]] = [{} for _ in range(world())]
-    dist.all_gather_object(parts, found)
-    return {name: text for part in parts for name, text in part.items()}
+    """What any of the processes found."""
+    return {name: text for part in gather(found) for name, text in part.items()}
 
 
-def _together() -> bool:
+def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 

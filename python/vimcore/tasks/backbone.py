@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network of a run: its size from the settings, its weights drawn or from a file."""
+"""The backbone of a run: its size from the settings, its weights drawn or from a file."""
 
 from __future__ import annotations
 
@@ -8,47 +8,19 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from timm.models import adapt_input_conv
 
-from .. import cuda_is_available
-from ..config import patch_grid
+from ..config import image_size, model_options, patch_grid
 from ..nn.models import create_model
 from ..nn.saving import fill
 from ..nn.vision_mamba import VisionMamba
-from ..tasks.settings import Settings
 from ..weights.checkpoints import read_checkpoint
 from ..weights.convert import parse_setting
 from ..weights.metadata import CONFIG_KEY, unpack
+from .settings import Settings
 
 _OPTIONS = ("patch_size", "stride", "embed_dim", "depth", "directions", "class_token", "pool")
 _PATCHES = "patch_embed.proj.weight"
-
-
-def choose_device(name: str, precision: str = "float32", local_rank: int = 0) -> torch.device:
-    """Where to compute.
-
-    Args:
-        name: "auto", "cpu", "cuda" (that of this process) or "cuda:N".
-
-    Raises:
-        ValueError: there is no such device, or 16 bits are wanted of a CPU.
-    """
-    found = cuda_is_available() and torch.cuda.is_available()
-    kind, _, number = name.partition(":")
-    if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    if name == "cpu" or (name == "auto" and not found):
-        if precision != "float32":
-            raise ValueError(f"precision: {precision} needs a CUDA device; the CPU computes in float32")
-        return torch.device("cpu")
-    if not found:
-        reason = "torch finds no GPU" if cuda_is_available() else "this build of vimcore finds no GPU"
-        raise ValueError(f"device: {name}: {reason}; see vimcore doctor")
-    index = int(number) if number else local_rank
-    if index >= torch.cuda.device_count():
-        raise ValueError(f"device: cuda:{index}: there are {torch.cuda.device_count()}")
-    return torch.device("cuda", index)
 
 
 def further_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -77,37 +49,48 @@ def further_options(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def build(settings: Settings, channels: int, classes: Sequence[str]) -> tuple[VisionMamba, list[str]]:
-    """The network, and what a reader should know about how its weights came about.
+def size_of(settings: Settings) -> tuple[int, int]:
+    """(height, width) in pixels of the network's input."""
+    return image_size(model_options(settings.model, _options(settings)))
+
+
+def create(settings: Settings, channels: int, classes: int) -> VisionMamba:
+    """The network with weights that are drawn.
 
     Raises:
-        ValueError: an option is out of range, or `init` does not fit.
+        ValueError: an option is out of range.
     """
-    options: dict[str, Any] = {n: getattr(settings, n) for n in _OPTIONS if getattr(settings, n) is not None}
-    if settings.img_size is not None:
-        options["img_size"] = (settings.img_size[0], settings.img_size[-1])
     further = further_options(settings.set)
     try:
-        model = create_model(
+        return create_model(
             settings.model,
             in_chans=channels,
-            num_classes=len(classes),
+            num_classes=classes,
             drop_rate=settings.drop_rate,
             drop_path_rate=settings.drop_path_rate,
             memory=settings.memory,
-            **options,
+            **_options(settings),
             **further,
         )
     except TypeError as error:
         raise ValueError(f"set: {' '.join(settings.set)}: {str(error).splitlines()[0]}") from None
-    if len(model._config.logits_shape(1)) == 3:
-        raise ValueError("pool: all gives logits for every patch; one label for an image cannot teach them")
-    if settings.init is None:
-        return model, []
-    return model, _start_from(model, settings, classes)
 
 
-def _start_from(model: VisionMamba, settings: Settings, classes: Sequence[str]) -> list[str]:
+def _options(settings: Settings) -> dict[str, Any]:
+    options: dict[str, Any] = {n: getattr(settings, n) for n in _OPTIONS if getattr(settings, n) is not None}
+    if settings.img_size is not None:
+        options["img_size"] = (settings.img_size[0], settings.img_size[-1])
+    return options
+
+
+def start_from(model: VisionMamba, settings: Settings, classes: Sequence[str]) -> list[str]:
+    """Gives the model the weights of `init`, fitted where that is possible; the notes on it.
+
+    A head for other classes than these is not taken.
+
+    Raises:
+        OSError, ValueError: they cannot be read, or do not fit.
+    """
     path = str(settings.init)
     state, metadata, notes = read_checkpoint(path, settings.init_weights)
     grid = labels = None

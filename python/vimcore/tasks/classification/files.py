@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vimcore eval`: files of weights against images with labels, also at another image size or stride."""
+"""`vimcore eval` of classifiers: weights against images with labels, also at another size or stride."""
 
 from __future__ import annotations
 
@@ -9,47 +9,40 @@ from pathlib import Path
 
 import torch
 
-from .. import _core
-from .._core import Config, Preprocess
-from ..data import transforms
-from ..data.classes import Images, Validation, open_images, training_and_validation
-from ..io import load_model
-from ..tasks.classification import Answers, answers, loader
-from ..tasks.settings import Settings, read_toml
-from ..weights.metadata import unpack
-from .run import BEST, CONFIG, LAST, LAST_EMA
+from ... import _core
+from ..._core import Config, Preprocess
+from ...data import transforms
+from ...data.batches import evaluation_loader
+from ...data.classes import Images, Validation, collate, open_images, training_and_validation
+from ...data.inputs import eval_transform
+from ...io import load_model
+from ...weights.metadata import unpack
+from .evaluation import Outputs, outputs
+from .predictions import Predictions
+from .settings import ClassificationSettings
+from .task import predictions_of
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One file of weights, its answers and the images that they are about."""
+    """One file of weights, its outputs and the images that they are about."""
 
     weights: str
-    answers: Answers
+    outputs: Outputs
     images: Images
 
-
-def weights_of(path: str) -> tuple[list[Path], Settings | None]:
-    """Files to evaluate and the settings of their run: those of a run folder, or one file."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return [folder], _settings(folder.parent)
-    found = [folder / name for name in (LAST, LAST_EMA, BEST) if (folder / name).exists()]
-    if not found:
-        raise ValueError(f"{path}: no weights of a run ({BEST}, {LAST}, {LAST_EMA})")
-    return found, _settings(folder)
+    def predictions(self) -> Predictions:
+        """With the names of classes and files."""
+        found = self.outputs
+        return predictions_of(self.images, found.labels, found.indices, found.probabilities)
 
 
-def _settings(folder: Path) -> Settings | None:
-    return Settings().merged(read_toml(str(folder / CONFIG))) if (folder / CONFIG).exists() else None
-
-
-def images_of(data: str | None, settings: Settings | None) -> Images:
+def images_of(data: str | None, settings: ClassificationSettings | None) -> Images:
     """The images named, or those that the run was validated on."""
     if data is not None:
         if data == "digits" or (Path(data) / "train").is_dir():
             return training_and_validation(data, None, 0.1)[1]
-        return open_images(data)
+        return open_images(data, "validation")
     if settings is None or settings.data is None:
         raise ValueError(
             "data: name a folder of class folders, a CSV or TSV list, or digits; there is no run to ask"
@@ -60,7 +53,7 @@ def images_of(data: str | None, settings: Settings | None) -> Images:
 def evaluate(
     path: Path,
     images: Images,
-    settings: Settings | None,
+    settings: ClassificationSettings | None,
     *,
     img_size: Sequence[int] | None = None,
     stride: int | None = None,
@@ -70,7 +63,7 @@ def evaluate(
     workers: int = 2,
     device: torch.device | str = "cpu",
 ) -> Evaluated:
-    """The answers of one file of weights.
+    """The outputs of one file of weights.
 
     Args:
         img_size, stride: pixels, other than stored; the position table is resized.
@@ -89,16 +82,16 @@ def evaluate(
     elif len(images.classes) != classes:
         raise ValueError(f"{path}: {classes} classes without names, the images have {len(images.classes)}")
     of = _input(model._config, stored, images, settings, mean, std)
-    transform = transforms.array_eval(of) if images.arrays else transforms.picture_eval(of)
-    batches = loader(Validation(images, transform, (of.channels, *of.size)), batch_size, workers)
-    return Evaluated(str(path), answers(model, batches, torch.device(device)), images)
+    valid = Validation(images, eval_transform(of, images), (of.channels, *of.size))
+    batches = evaluation_loader(valid, batch_size, collate, workers)
+    return Evaluated(str(path), outputs(model, batches, torch.device(device)), images)
 
 
 def _input(
     config: Config,
     stored: Preprocess | None,
     images: Images,
-    settings: Settings | None,
+    settings: ClassificationSettings | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> transforms.Input:
