@@ -346,7 +346,7 @@ def test_claims_of_a_pickle_are_not_believed(tmp_path: Path) -> None:
 def test_whole_networks_are_no_weights(tmp_path: Path) -> None:
     torch.save(small(), tmp_path / "a.pth")
     text = one_line(lambda: load_checkpoint(small(), tmp_path / "a.pth"))
-    assert "holds an unsupported object, vimcore.nn.VisionMamba" in text
+    assert "holds an unsupported object, vimcore.nn.vision_mamba.VisionMamba" in text
     assert "save the state_dict() alone" in text
 
 
