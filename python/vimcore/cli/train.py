@@ -92,7 +92,7 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
 
 
 def _diagnose(model: Any, batch: Any) -> str:
-    """The health of a network at the images that broke it."""
+    """The health report of a network on the images whose loss is not finite."""
     from ..analysis.health import health
 
     images, _ = batch
