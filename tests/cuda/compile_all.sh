@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds library and Python extension with CUDA for every architecture, warnings being errors, and fails where a tuned
-# kernel spills registers; compares cuda/cublaslt.h with NVIDIA's header; loads the extension, here without a driver.
+# kernel spills registers or a scan's inner loop has more instructions than it may (sass_budget.py); compares
+# cuda/cublaslt.h with NVIDIA's header; loads the extension, here without a driver.
 # Needs python3 with pip, CMake, Ninja, and no GPU. nvcc is the system's, or comes from a package registry.
 #   tests/cuda/compile_all.sh [folder]      default: build/cuda; what is fetched for it lies in [folder]-tools
 set -euo pipefail
@@ -45,6 +46,9 @@ if ! cmake --build "$folder" --target vimcore _core >"$tools/build.log" 2>&1; th
 fi
 architectures=$(sed -n 's/.*VIMCORE_CUDA=ON: .* for //p' "$tools/configure.log" | tr ';' '\n' | wc -l)
 "$python" tests/cuda/registers.py "$tools/build.log" "$architectures"
+command -v cuobjdump >/dev/null || "$python" -c 'import triton' 2>/dev/null ||
+    "$python" -m pip install --quiet --target "$tools" --no-deps triton # it has cuobjdump
+"$python" tests/cuda/sass_budget.py "$folder"/CMakeFiles/vimcore.dir/cuda/scan/{forward,backward}_tuned.cu.o
 
 wait $fetching
 nvcc=$(sed -n 's/.*VIMCORE_CUDA=ON: \([^ ]*\) .*/\1/p' "$tools/configure.log")

@@ -19,6 +19,8 @@ import vimcore
 from vimcore.cli import bench
 from vimcore.tools.bench import cpu, peers
 
+pytestmark = pytest.mark.slow
+
 PEERS = Path(__file__).resolve().parents[1] / "bench"
 
 

@@ -19,6 +19,8 @@ from vimcore.data.digits import encode_png, jiggle, load_digits, picture, split_
 from vimcore.tools import demo
 from vimcore.train import cosine_lr, evaluate, fit, parameter_groups
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:

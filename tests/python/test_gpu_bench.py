@@ -17,6 +17,8 @@ import torch
 import vimcore
 from golden import relative
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).resolve().parents[1]
 RATES = {  # of a fictional device with round numbers
     "device": "none",

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 GPU = Path(__file__).resolve().parents[1] / "gpu"
 
 

@@ -16,6 +16,8 @@ from helpers import SMALL, build, images_for, run, small
 from torch import Tensor, nn
 from vimcore import _core
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.filterwarnings("ignore")
 def test_compile() -> None:

@@ -12,7 +12,7 @@ import torch
 import vimcore
 from golden import relative
 from helpers import SMALL, build, images_for, small
-from shim import GRADIENTS, TOLERANCE, array, autocast, ops, place, vimcore_shim
+from shim import GRADIENTS, TOLERANCE, array, autocast, ops, tensors, vimcore_shim
 from torch import Tensor
 
 
@@ -192,11 +192,11 @@ def test_other_producers_of_dlpack(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative(out, vimcore.ops.rms_norm(x, weight)) < 1e-6
     producer, taken = Producer(x), []
     monkeypatch.setattr(torch, "from_dlpack", taken.append)
-    place.from_device(producer)
+    tensors.from_device(producer)
     assert taken == [producer]
-    assert place.from_device(x) is x
+    assert tensors.from_device(x) is x
     host = x.numpy()
-    assert place.from_device(host) is host  # the type of images is still checked
+    assert tensors.from_device(host) is host  # the type of images is still checked
     assert taken == [producer]
 
 

@@ -24,6 +24,8 @@ from vimcore.cli import main
 from vimcore.train.checkpoint import read_checkpoint
 from vimcore.train.loop import Loop
 
+pytestmark = pytest.mark.slow
+
 # Everything that draws at random, and everything that has a state.
 WILD = [
     *("--data", "digits", "--img-size", "16", "--patch-size", "8", "--embed-dim", "16", "--depth", "2"),

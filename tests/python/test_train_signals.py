@@ -21,6 +21,8 @@ from vimcore.data.classes import Training, Validation
 from vimcore.train import signals as stopping
 from vimcore.train.signals import Signals, Stuck, signals
 
+pytestmark = pytest.mark.slow
+
 RESUME = "go on with: vimcore train --resume "
 
 

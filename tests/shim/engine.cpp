@@ -59,7 +59,6 @@ struct Warp {
 struct Engine {
     const Launch* launch = nullptr;
     std::uint64_t seed = 1, random = 0, launches = 0;
-    bool race_checks = true;
 
     Fiber main;
     std::vector<std::unique_ptr<Fiber>> fibers;
@@ -79,7 +78,6 @@ struct Engine {
     Engine()
     {
         if (const char* text = std::getenv("VIMCORE_SHIM_SEED")) seed = std::strtoull(text, nullptr, 10);
-        if (const char* text = std::getenv("VIMCORE_SHIM_RACE")) race_checks = std::atoi(text) != 0;
     }
 };
 Engine engine;
@@ -288,7 +286,11 @@ std::size_t offset_of(const void* address)
 }  // namespace
 
 void set_seed(std::uint64_t seed) { engine.seed = seed; }
-void set_race_checks(bool on) { engine.race_checks = on; }
+bool race_checks = [] {
+    const char* text = std::getenv("VIMCORE_SHIM_RACE");
+    return !text || std::atoi(text) != 0;
+}();
+void set_race_checks(bool on) { race_checks = on; }
 
 std::string at(const Where& where)
 {
@@ -454,16 +456,14 @@ std::byte* shared_memory(int offset, std::int64_t bytes, const Where& where)
     return engine.memory.get() + offset;
 }
 
-void read_shared(const void* address, std::size_t bytes)
+void check_read(const void* address, std::size_t bytes)
 {
-    if (!engine.race_checks) return;
     const std::size_t offset = offset_of(address);
     check_access(engine.races.read(engine.current, offset, bytes), offset, bytes, "read");
 }
 
-void write_shared(const void* address, std::size_t bytes)
+void check_write(const void* address, std::size_t bytes)
 {
-    if (!engine.race_checks) return;
     const std::size_t offset = offset_of(address);
     check_access(engine.races.write(engine.current, offset, bytes), offset, bytes, "write");
 }
@@ -473,7 +473,7 @@ void start_copy(void* to, const void* from, std::size_t bytes)
     Thread& thread = engine.threads[engine.current];
     write_shared(to, bytes);
     fill_poison(to, bytes);
-    if (engine.race_checks) engine.races.start_copy(offset_of(to), bytes);
+    if (race_checks) engine.races.start_copy(offset_of(to), bytes);
     thread.copies.push_back({to, from, bytes});
     thread.open++;
 }
@@ -498,7 +498,7 @@ void wait_copies(std::size_t pending)
             std::memcpy(copy.to, copy.from, copy.bytes);
         else
             std::memset(copy.to, 0, copy.bytes);
-        if (engine.race_checks) engine.races.finish_copy(engine.current, offset_of(copy.to), copy.bytes);
+        if (race_checks) engine.races.finish_copy(engine.current, offset_of(copy.to), copy.bytes);
     }
     thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<std::ptrdiff_t>(copies));
     thread.groups.erase(thread.groups.begin(), thread.groups.begin() + done);
@@ -509,10 +509,9 @@ void fail_index(int index, int elements, int count)
     fail(join("shared memory: index ", index, " (", elements, " elements) of ", count));
 }
 
-void check_alignment(const void* address, std::size_t bytes, const char* what, const Where& where)
+void fail_alignment(std::size_t bytes, const char* what, const Where& where)
 {
-    if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0)
-        fail(join(what, ": address is not a multiple of ", bytes, " (", at(where), ")"));
+    fail(join(what, ": address is not a multiple of ", bytes, " (", at(where), ")"));
 }
 
 }  // namespace vimcore::shim

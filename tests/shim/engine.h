@@ -58,8 +58,17 @@ float shuffle_xor(float value, int mask, const Where& where);
 
 // Shared memory of the block; what was never written is made of signalling NaNs.
 std::byte* shared_memory(int offset, std::int64_t bytes, const Where& where);
-void read_shared(const void* address, std::size_t bytes);  // an access is about to happen
-void write_shared(const void* address, std::size_t bytes);
+extern bool race_checks;
+void check_read(const void* address, std::size_t bytes);
+void check_write(const void* address, std::size_t bytes);
+inline void read_shared(const void* address, std::size_t bytes)  // an access is about to happen
+{
+    if (race_checks) check_read(address, bytes);
+}
+inline void write_shared(const void* address, std::size_t bytes)
+{
+    if (race_checks) check_write(address, bytes);
+}
 
 // A copy to shared memory that happens when its group is waited for. from null: zeros.
 void start_copy(void* to, const void* from, std::size_t bytes);
@@ -67,7 +76,12 @@ void commit_copies();
 void wait_copies(std::size_t pending);
 
 [[noreturn]] void fail_index(int index, int elements, int count);
-void check_alignment(const void* address, std::size_t bytes, const char* what, const Where& where);
+[[noreturn]] void fail_alignment(std::size_t bytes, const char* what, const Where& where);
+inline void check_alignment(const void* address, std::size_t bytes, const char* what, const Where& where)
+{
+    if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) [[unlikely]]
+        fail_alignment(bytes, what, where);
+}
 
 inline constexpr unsigned char poison[4] = {0xa0, 0x7f, 0xa0, 0x7f};  // a signalling NaN in float and in bfloat16
 void fill_poison(void* memory, std::size_t bytes);
