@@ -5,9 +5,9 @@
     python3 .ci/lanes.py                    which are due, and why
     python3 .ci/lanes.py run NAME...        runs those that are due and records what passed; --force: all
 
-A record, .ci/passed/NAME.json, holds a hash of the inputs (files of the tree, compiler, distribution) and how
-many changes (commits along first parents) the history had. Whoever runs a check commits its record. No record, a
-damaged one, another hash, ten changes, or a history that cannot be counted: the check runs.
+A record, .ci/passed/NAME.json, holds a hash of the inputs (files of the tree, compiler, distribution) and
+how many changes (commits along first parents) the history had. Whoever runs a check commits its record. No
+record, a damaged one, another hash, ten changes, or a history that cannot be counted: the check runs.
 """
 
 from __future__ import annotations
