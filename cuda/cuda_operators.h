@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operators on the device: each launches its kernels on the context's stream and returns. The arguments were
-// checked. Activations are T (float, __half, __nv_bfloat16); parameters, residual stream, states and
-// statistics are float. A function lies in the
-// file of its name: norm_forward in norm.cu, norm_backward in norm_backward.cu; patches, tokens and rope in embed.cu,
-// add, copy and what scales rows in elementwise.cu.
+// checked. Activations are T (float, __half, __nv_bfloat16); parameters, residual stream, states and statistics are
+// float. A function lies in the file of its name: norm_forward in norm.cu, norm_backward in norm_backward.cu; patches,
+// tokens and rope in embed.cu, both of positions in positions.cu, add, copy and what scales rows in elementwise.cu.
 #pragma once
 
 #include <span>

@@ -28,7 +28,7 @@ FLOORS = {
     "core": ["tensor", "context", "error", "option", "ops", "config", "checksum", "build_info", "version"],
     "files": ["safetensors"],
     "images": ["image", "preprocess"],
-    "network": ["params", "model", "model_file", "plan", "weights", "optimizer"],
+    "network": ["params", "model", "model_file", "plan", "weights", "optimizer", "positions"],
     "": ["c_api"],  # cpp/src/c_api.cpp
 }
 # Kernel translation units may not include the standard library: see cpp/cpu/kernels.h.

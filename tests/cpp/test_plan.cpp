@@ -124,6 +124,9 @@ int main()
     test_training({1024, 1, 1, Memory::least});
     test_training({1024, 2, 2});
     test_training({1024, 1, 1, Memory::lean, [](Config& c) { c.directions = Directions::ssm; }});
+    test_forward({512, 2, 2, {}, [](Config& c) { c.table_height = c.table_width = 224; }});
+    test_training({512, 2, 2, Memory::lean, [](Config& c) { c.table_height = c.table_width = 224; }});
+    test_training({32, 1, 1, Memory::lean, [](Config& c) { c.table_height = 512, c.table_width = 1024; }});
     test_training({512, 3, 2, Memory::lean, [](Config& c) { c.directions = Directions::block; }});
     test_training({1024, 1, 1, Memory::lean, [](Config& c) { c.directions = Directions::none; }});
     test_training({224, 4, 1, Memory::fast,

@@ -21,6 +21,13 @@ const char* name_of(ClassToken value);
 const char* name_of(Pool value);
 const char* name_of(Norm value);
 
+// Patches of an image, row by row.
+struct Grid {
+    std::int64_t rows = 0, columns = 0;
+    std::int64_t count() const { return rows * columns; }
+    bool operator==(const Grid&) const = default;
+};
+
 // Sizes and options of one block.
 struct BlockConfig {
     std::int64_t embed_dim = 192;
@@ -44,6 +51,8 @@ struct BlockConfig {
 // Functions that take one rely on it.
 struct Config : BlockConfig {
     std::int64_t img_height = 224, img_width = 224;
+    // Pixels that the position table was made for; 0: those of the images. No option by name, see at_size.
+    std::int64_t table_height = 0, table_width = 0;
     std::int64_t patch_size = 16, stride = 16;
     std::int64_t in_chans = 3, num_classes = 1000;  // num_classes 0: no head
     std::int64_t depth = 24;
@@ -55,10 +64,13 @@ struct Config : BlockConfig {
 
     std::int64_t grid_height() const { return (img_height - patch_size) / stride + 1; }
     std::int64_t grid_width() const { return (img_width - patch_size) / stride + 1; }
+    Grid grid() const { return {grid_height(), grid_width()}; }
     std::int64_t patches() const { return grid_height() * grid_width(); }
     std::int64_t class_tokens() const;  // 0, 1 or 2
     std::int64_t tokens() const { return patches() + class_tokens(); }
     std::int64_t class_position() const;  // index of the (first) class token in eval, -1 without
+    Grid table_grid() const;              // of the position table
+    bool resizes_table() const { return pos_embed && !(table_grid() == grid()); }
 
     // Whether the head is applied to every token: Pool::max takes the largest of the results, Pool::all all of them.
     bool head_per_token() const { return class_token == ClassToken::none && (pool == Pool::max || pool == Pool::all); }
@@ -66,6 +78,10 @@ struct Config : BlockConfig {
     Shape logits_shape(std::int64_t batch) const;  // (batch, outputs()), or (batch, tokens(), outputs()) for Pool::all
     Shape images_shape(std::int64_t batch) const { return {batch, in_chans, img_height, img_width}; }
     Shape tokens_shape(std::int64_t batch) const { return {batch, tokens(), embed_dim}; }
+
+    // The same weights for images of another size. forward and backward resize the position table, and add gradients
+    // to it as it is; for_each_param and options() go on describing the weights.
+    Config at_size(std::int64_t height, std::int64_t width) const;
 
     void validate() const;       // std::invalid_argument names the option and its value
     std::int64_t flops() const;  // multiply-adds of one image, scan included

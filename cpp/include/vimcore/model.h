@@ -88,7 +88,10 @@ struct Outputs {
     std::vector<Tensor> intermediates;  // (B, L, D) each: h + r after that layer, class tokens included
 };
 
-// images: (B, C, H, W). saved == nullptr is inference and gives the same numbers.
+// images: (B, C, H, W) of the configuration's size. saved == nullptr is inference and gives the same numbers.
+// Another size than the weights were made for: forward(ctx, config.at_size(H, W), ...), and backward with the same. The
+// position table is resized, on the CPU once for each of the sizes used last until Params::changed(); dparams.pos_embed
+// has the shape of the table itself.
 void forward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Outputs& out,
              Saved* saved = nullptr, const Draws& draws = {});
 

@@ -199,6 +199,26 @@ struct TokensBackward {
 };
 void tokens_backward(Context& ctx, const TokensBackward& args);
 
+// A position table for another grid of patches: the rows of patches are resized (bicubic as torch's, no antialiasing),
+// those of class tokens carried over. Of wide types. See table_resize in positions.h.
+struct TableResize {
+    Grid from, to;
+    std::int64_t from_class[2] = {-1, -1}, to_class[2] = {-1, -1};  // rows of class tokens, ascending; -1: none
+};
+struct PositionsForward {
+    Tensor table;  // (1, patches + class tokens, D) of `from`
+    Tensor out;    // of `to`
+    TableResize resize;
+};
+void positions_forward(Context& ctx, const PositionsForward& args);
+
+struct PositionsBackward {
+    Tensor dout;    // as the forward's out
+    Tensor dtable;  // as its table, added to
+    TableResize resize;
+};
+void positions_backward(Context& ctx, const PositionsBackward& args);
+
 // Adjacent pairs (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin); inverse: the transpose. In place. skip leading tokens
 // pass.
 struct Rope {

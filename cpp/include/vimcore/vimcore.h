@@ -15,6 +15,7 @@
 #include "vimcore/option.h"
 #include "vimcore/params.h"
 #include "vimcore/plan.h"
+#include "vimcore/positions.h"
 #include "vimcore/preprocess.h"
 #include "vimcore/safetensors.h"
 #include "vimcore/tensor.h"

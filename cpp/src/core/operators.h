@@ -23,6 +23,8 @@
     OPERATOR(patches_backward, Patches)                            \
     OPERATOR(tokens_forward, TokensForward)                        \
     OPERATOR(tokens_backward, TokensBackward)                      \
+    OPERATOR(positions_forward, PositionsForward)                  \
+    OPERATOR(positions_backward, PositionsBackward)                \
     OPERATOR(rope, Rope)                                           \
     OPERATOR(readout_forward, ReadoutForward)                      \
     OPERATOR(readout_backward, ReadoutBackward)                    \

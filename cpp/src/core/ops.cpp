@@ -241,6 +241,26 @@ Shape check_positions(const Check& check, const std::array<std::int64_t, 2>& pos
     return {x[0], x[1] - count, x[2]};
 }
 
+void check_table_resize(Context& ctx, const Tensor& table, const Tensor& out, const TableResize& r)
+{
+    Check check(ctx, "positions", "table", table);
+    if (wide(table.dtype) != table.dtype) check.fail("table", "expected a wide type, got " + describe(table));
+    check.rank("table", table, 3);
+    std::int64_t classes = 0;
+    for (const std::int64_t side : {r.from.rows, r.from.columns, r.to.rows, r.to.columns}) check.positive("grid", side);
+    for (int k = 0; k < 2; k++) {
+        if ((r.from_class[k] < 0) != (r.to_class[k] < 0)) check.fail("class tokens", "expected as many in both tables");
+        classes += r.from_class[k] >= 0;
+    }
+    auto fits = [&](const char* name, const Tensor& t, const Grid& grid, const std::int64_t (&rows)[2]) {
+        check.required(name, t, {1, grid.count() + classes, table.size(2)});
+        if (rows[0] >= t.size(1) || rows[1] >= t.size(1) || (rows[1] >= 0 && rows[1] <= rows[0]))
+            check.fail("class tokens", "their rows do not fit " + describe(t));
+    };
+    fits("table", table, r.from, r.from_class);
+    fits("out", out, r.to, r.to_class);
+}
+
 void check_readout(const Check& check, Reduce reduce, const std::array<std::int64_t, 2>& index, const Tensor& row,
                    const Tensor& x)
 {
@@ -352,6 +372,18 @@ void tokens_backward(Context& ctx, const TokensBackward& a)
     check.required("dpatches", a.dpatches, patches).required("dout", a.dout, x);
     check.optional_wide("dropout", a.dropout, x).optional_wide("dpos_embed", a.dpos_embed, {1, x[1], x[2]});
     backend_of(ctx).tokens_backward(ctx, a);
+}
+
+void positions_forward(Context& ctx, const PositionsForward& args)
+{
+    check_table_resize(ctx, args.table, args.out, args.resize);
+    backend_of(ctx).positions_forward(ctx, args);
+}
+
+void positions_backward(Context& ctx, const PositionsBackward& args)
+{
+    check_table_resize(ctx, args.dtable, args.dout, args.resize);
+    backend_of(ctx).positions_backward(ctx, args);
 }
 
 void rope(Context& ctx, const Rope& args)

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/table_cache.h"
 #include "vimcore/error.h"
 
 namespace vimcore {
@@ -27,36 +28,30 @@ enum class WeightForm : std::uint8_t {
     decay,              // of A_log: -exp(A_log) log2(e), transposed
     cast,               // as it is, in another type
     cast_pair,          // two casts side by side, named by the first
-    rotations,          // no weight: a table of RoPE
 };
 
 struct WeightKey {
     const void* weight;
     WeightForm form;
-    DType format;              // of the packed elements
-    std::int64_t variant = 0;  // of tables that share an address
+    DType format;  // of the packed elements
     auto operator<=>(const WeightKey&) const = default;
 };
 
 class WeightCache {
 public:
-    // The packed form of a weight; fill writes it when it is missing or stale. A table is filled once. On a device with
-    // streams, `fill` queues its work on the context's stream; other streams wait for it.
-    const void* get(Context& ctx, const WeightKey& key, std::size_t bytes, const std::function<void(void*)>& fill,
-                    bool table = false)
+    // The packed form of a weight; fill writes it when it is missing or stale. On a device with streams, `fill` queues
+    // its work on the context's stream; other streams wait for it.
+    const void* get(Context& ctx, const WeightKey& key, std::size_t bytes, const std::function<void(void*)>& fill)
     {
-        auto current = [&](const Entry& entry) {
-            return entry.bytes == bytes && (entry.version == version_ || (table && entry.version >= 0));
-        };
         {
             std::shared_lock lock(mutex_);
             auto found = entries_.find(key);
-            if (found != entries_.end() && current(found->second)) return found->second.use(ctx);
+            if (found != entries_.end() && found->second.current(bytes, version_)) return found->second.use(ctx);
         }
         if (backend_of(ctx).recording(ctx)) not_prepared();
         std::unique_lock lock(mutex_);
         Entry& entry = entries_[key];
-        if (!current(entry)) {
+        if (!entry.current(bytes, version_)) {
             place(ctx, entry, bytes);
             fill(entry.data);
             entry.filled_now(ctx, version_, backend_of(ctx).mark(ctx));
@@ -98,8 +93,11 @@ public:
         return entry.use(ctx);
     }
 
+    TableCache tables;  // for image sizes
+
     void invalidate()  // contents change, places stay
     {
+        tables.weights_changed();
         std::unique_lock lock(mutex_);
         version_++;
     }

@@ -4,6 +4,7 @@
 
 #include "network/group_gradients.h"
 #include "network/pass.h"
+#include "network/positions.h"
 
 namespace vimcore {
 
@@ -58,12 +59,17 @@ void embed_backward(const Pass& pass, const Tensor& images, const Tensor& dh, Pa
     Arena::Scope scope(arena_of(pass.ctx));
     const Config& c = pass.config;
     const Tensor dpatches = pass.take({pass.batch, c.patches(), pass.dim}), weight = pass.patch_weight();
+    const bool resizes = dparams.pos_embed && c.resizes_table();  // then its gradient takes the resize backwards
+    const Tensor dpositions = resizes ? pass.take_wide({1, pass.len, pass.dim}) : dparams.pos_embed;
+    if (resizes) backend_of(pass.ctx).fill_zero(pass.ctx, dpositions);
     tokens_backward(pass.ctx, {.position = pass.class_positions(),
                                .dropout = pass.draws.dropout,
                                .dout = dh,
                                .dpatches = dpatches,
                                .dclass_token = {dparams.class_token, dparams.class_token_tail},
-                               .dpos_embed = dparams.pos_embed});
+                               .dpos_embed = dpositions});
+    if (resizes)
+        positions_backward(pass.ctx, {.dout = dpositions, .dtable = dparams.pos_embed, .resize = table_resize(c)});
     if (!dparams.patch_weight && !dparams.patch_bias && !dimages) return;
     if (dimages) backend_of(pass.ctx).fill_zero(pass.ctx, dimages);
     pass.for_each_patch_block([&](std::int64_t b, std::int64_t n, std::int64_t begin, std::int64_t count) {
@@ -136,6 +142,7 @@ void run(const Pass& pass, const Tensor& images, const Saved& saved, const Outpu
     Arena::Scope scope(arena_of(ctx));
     const std::int64_t step = pass.layers_per_step();
     const Tensor dh = pass.take(pass.sequence()), dresidual = pass.take_wide(pass.sequence());
+    const Rotation rotation(pass);
     {
         Arena::Scope inner(arena_of(ctx));
         const Tensor dtokens = pass.take(pass.sequence());
@@ -195,8 +202,8 @@ void run(const Pass& pass, const Tensor& images, const Saved& saved, const Outpu
             add(ctx, {.a = dresidual, .b = pair_dresidual, .out = dresidual});
         }
         if (config.rope) {
-            pass.rotate(dh, true);
-            if (config.rope_residual && layer > 0) pass.rotate(dresidual, true);
+            rotation.apply(dh, true);
+            if (config.rope_residual && layer > 0) rotation.apply(dresidual, true);
         }
     }
     embed_backward(pass, images, dh, dparams, dimages);

@@ -200,6 +200,26 @@ Shape Config::logits_shape(std::int64_t batch) const
     return {batch, outputs()};
 }
 
+Grid Config::table_grid() const
+{
+    if (table_height == 0 && table_width == 0) return grid();
+    return {(table_height - patch_size) / stride + 1, (table_width - patch_size) / stride + 1};
+}
+
+Config Config::at_size(std::int64_t height, std::int64_t width) const
+{
+    Config other = *this;
+    if (table_height == 0 && table_width == 0) {
+        other.table_height = img_height;
+        other.table_width = img_width;
+    }
+    other.img_height = height;
+    other.img_width = width;
+    if (height == other.table_height && width == other.table_width) other.table_height = other.table_width = 0;
+    other.validate();
+    return other;
+}
+
 // The limits are far above any use; they keep every product of sizes within 64 bits.
 void Config::validate() const
 {
@@ -233,6 +253,10 @@ void Config::validate() const
     if (img_height < patch_size || img_width < patch_size)
         fail("img_size", "image of " + std::to_string(img_height) + " x " + std::to_string(img_width) +
                              " is smaller than a patch of " + std::to_string(patch_size));
+    if (table_height != 0 || table_width != 0) {
+        check_range("table height", table_height, patch_size, side);
+        check_range("table width", table_width, patch_size, side);
+    }
     if (tokens() > std::numeric_limits<std::int32_t>::max())
         fail("img_size", "gives " + std::to_string(tokens()) + " tokens; at most 2147483647 are supported");
     if (directions == Directions::block && depth % 2 != 0)
@@ -255,8 +279,9 @@ std::int64_t Config::flops() const { return static_cast<std::int64_t>(count_flop
 Options Config::options() const
 {
     const auto real = [](const std::optional<double>& value) { return value ? Option(*value) : Option(); };
+    const bool table = table_height != 0;  // what the weights were made for
     return {
-        {"img_size", std::vector<Option>{img_height, img_width}},
+        {"img_size", std::vector<Option>{table ? table_height : img_height, table ? table_width : img_width}},
         {"patch_size", patch_size},
         {"stride", stride},
         {"in_chans", in_chans},

@@ -5,6 +5,7 @@
 
 #include "core/weight_cache.h"
 #include "network/pass.h"
+#include "network/positions.h"
 
 namespace vimcore {
 
@@ -30,10 +31,11 @@ void embed(const Pass& pass, const Tensor& images, const Tensor& h)
                                  .y = pass.patch_rows(patches, b, n, begin, count)};
         linear_forward(pass.ctx, {&args, 1});
     });
+    const PositionTable positions(pass);
     tokens_forward(pass.ctx, {.patches = patches,
                               .class_token = {pass.params.class_token, pass.params.class_token_tail},
                               .position = pass.class_positions(),
-                              .pos_embed = pass.params.pos_embed,
+                              .pos_embed = positions.tensor(),
                               .dropout = pass.draws.dropout,
                               .out = h});
 }
@@ -117,6 +119,7 @@ void run(const Pass& pass, const Tensor& images, const Outputs& out, Saved* save
     const std::int64_t step = pass.layers_per_step();
     Stream stream{pass.take(pass.sequence()), {}};
     embed(pass, images, stream.h);
+    const Rotation rotation(pass);
 
     // A single layer writes its output over its input; a pair needs both outputs until they are added.
     const Tensor outs[2] = {step == 2 ? pass.take(pass.sequence()) : stream.h,
@@ -131,13 +134,13 @@ void run(const Pass& pass, const Tensor& images, const Outputs& out, Saved* save
     if (only >= 0) last = pass.take({pass.batch, 1, pass.dim}), row = pass.take_wide({pass.batch, pass.dim});
     for (std::int64_t layer = 0; layer < config.depth; layer += step) {
         if (config.rope) {
-            pass.rotate(stream.h, false);
+            rotation.apply(stream.h, false);
             if (config.rope_residual && stream.residual) {
                 if (saved && step == 1) {  // what was saved stays as it is
                     backend_of(ctx).copy(ctx, stream.residual, residuals[0]);
                     stream.residual = residuals[0];
                 }
-                pass.rotate(stream.residual, false);
+                rotation.apply(stream.residual, false);
             }
         }
         if (only >= 0 && layer == config.depth - 1) {

@@ -55,7 +55,7 @@ void for_each_param(const Config& c, Params& p, const Visit& visit)
     } else if (c.class_token != ClassToken::none) {
         visit("cls_token", p.class_token, {1, 1, D});
     }
-    if (c.pos_embed) visit("pos_embed", p.pos_embed, {1, c.tokens(), D});
+    if (c.pos_embed) visit("pos_embed", p.pos_embed, {1, c.table_grid().count() + c.class_tokens(), D});
     visit("patch_embed.proj.weight", p.patch_weight, {D, c.in_chans, P, P});
     visit("patch_embed.proj.bias", p.patch_bias, {D});
     if (c.num_classes > 0) {

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "network/pass.h"
 
-#include <cmath>
 #include <stdexcept>
-#include <vector>
 
 #include "core/weight_cache.h"
 
@@ -24,7 +22,7 @@ Pass::Pass(Context& ctx, const Config& config, const Params& params, const Tenso
     if (!(images.shape == expected))
         throw std::invalid_argument("[forward] images: expected (B, " + std::to_string(config.in_chans) + ", " +
                                     std::to_string(config.img_height) + ", " + std::to_string(config.img_width) +
-                                    "), got " + describe(images));
+                                    "), got " + describe(images) + "; Config::at_size is for images of other sizes");
     if (static_cast<std::int64_t>(params.blocks.size()) != config.depth)
         throw std::invalid_argument("[forward] params: expected " + std::to_string(config.depth) + " blocks, got " +
                                     std::to_string(params.blocks.size()));
@@ -81,53 +79,6 @@ Selection Pass::selection() const
 Tensor Pass::patch_weight() const
 {
     return params.patch_weight.view({dim, config.in_chans * config.patch_size * config.patch_size});
-}
-
-namespace {
-
-// Angles of the grid, coordinates rescaled to the pre-training grid: cos in the first half of the rows, sin in the
-// second.
-template <class T>
-void fill_rope(const Config& c, T* table)
-{
-    const std::int64_t D = c.embed_dim, half = D / 2, height = c.grid_height(), width = c.grid_width();
-    for (std::int64_t y = 0; y < height; y++)
-        for (std::int64_t x = 0; x < width; x++)
-            for (std::int64_t d = 0; d < D; d++) {
-                const double at = d < half ? static_cast<double>(y) / static_cast<double>(height)
-                                           : static_cast<double>(x) / static_cast<double>(width);
-                const double frequency =
-                    std::pow(10000.0, -2.0 * static_cast<double>(d % half / 2) / static_cast<double>(half));
-                const double angle = at * static_cast<double>(c.rope_grid) * frequency;
-                const std::int64_t i = (y * width + x) * D + d;
-                table[i] = static_cast<T>(std::cos(angle));
-                table[height * width * D + i] = static_cast<T>(std::sin(angle));
-            }
-}
-
-}  // namespace
-
-void Pass::rotate(const Tensor& x, bool inverse) const
-{
-    const std::int64_t count = 2 * config.patches() * dim;
-    Arena::Scope scope(arena_of(ctx));
-    Tensor both{nullptr, {2, config.patches(), dim}, wide(dtype), ctx.device()};
-    auto fill = [&](void* out) {
-        both.data = out;
-        auto upload = [&](auto zero) {
-            std::vector<decltype(zero)> host(static_cast<std::size_t>(count));
-            fill_rope(config, host.data());
-            backend_of(ctx).upload(ctx, host.data(), both);
-        };
-        both.dtype == DType::f32 ? upload(float{}) : upload(double{});
-    };
-    const WeightKey key{&config.rope_grid, WeightForm::rotations, both.dtype,
-                        (config.rope_grid << 12) + config.grid_height()};  // tables of one size differ
-    if (internals(ctx).cache)
-        both.data = const_cast<void*>(internals(ctx).cache->get(ctx, key, both.bytes(), fill, true));
-    else
-        fill(take_wide({count}).data);
-    vimcore::rope(ctx, {.x = x, .cos = both[0], .sin = both[1], .skip = len - config.patches(), .inverse = inverse});
 }
 
 }  // namespace vimcore

@@ -77,7 +77,6 @@ struct Pass {
 
     std::array<std::int64_t, 2> class_positions() const;  // where the class tokens stand, -1 for none
     Selection selection() const;                          // of normalised tokens, or of logits for Pool::max
-    void rotate(const Tensor& x, bool inverse) const;     // RoPE
     Tensor patch_weight() const;                          // (D, C P P)
     // Rows of (B, J, D), whole images or a part of one, as a matrix.
     Tensor patch_rows(const Tensor& patches, std::int64_t b, std::int64_t images, std::int64_t begin,

@@ -153,6 +153,15 @@ Elements block_backward_elements(const Config& c, double images, Memory memory, 
     return e;
 }
 
+// Sums of float64 that positions_backward takes.
+double resize_backward_bytes(const Config& c, bool cuda)
+{
+    const Grid from = c.table_grid(), to = c.grid();
+    const double along = static_cast<double>(to.rows) * static_cast<double>(from.columns);
+    const double sums = cuda ? 0 : static_cast<double>(from.rows) * static_cast<double>(from.columns);
+    return (along + sums) * static_cast<double>(c.embed_dim) * 8;
+}
+
 }  // namespace
 
 std::int64_t saved_bytes(const Config& c, Memory memory, std::int64_t batch, DType dtype)
@@ -189,7 +198,8 @@ std::int64_t training_bytes(const Config& c, Memory memory, std::int64_t batch, 
     const double stream = (pairs ? 2 : 1) * rows * s.D * (narrow + wide_size);  // dh, dresidual
     const double head = (2 * rows * s.D + 2 * s.B * (c.head_per_token() ? s.L : 1) * std::max(outputs, s.D)) * narrow;
     const double patches = std::min(s.B * s.J, static_cast<double>(std::min<std::int64_t>(tile, 1 << 17)));
-    const double embed = (s.B * s.J * s.D + 2 * patches * s.patch) * narrow;
+    double embed = (s.B * s.J * s.D + 2 * patches * s.patch) * narrow;
+    if (c.resizes_table()) embed += s.L * s.D * wide_size + resize_backward_bytes(c, cuda);
     double block_weights = 3 * s.D * s.E + s.directions * s.E * (2 * s.R + 3 * s.N + static_cast<double>(c.d_conv) + 3);
     if (groups == 1) block_weights = 0;  // groups sum their gradients apart
     const double weights = (static_cast<double>(slots) * block_weights + (c.rope ? 4 * s.J * s.D : 0)) * wide_size;
@@ -223,6 +233,8 @@ std::int64_t forward_bytes(const Config& c, std::int64_t batch, DType dtype, int
         B * J * D + std::min(B * J, static_cast<double>(std::min<std::int64_t>(tile, 1 << 17))) * patch;
     const double narrow_size = static_cast<double>(size_of(dtype)),
                  wide_size = static_cast<double>(size_of(wide(dtype)));
+    const bool resizes = c.resizes_table() && device.type == Device::Type::cuda;  // the CPU keeps the table elsewhere
+    const double table = resizes ? L * D * wide_size : 0;
     // Workers keep their memory, and so do tokens and residual stream; embedding, blocks and head follow one another.
     const double tokens = (pairs ? 3 : 1) * B * L * D * narrow_size, residual = (pairs ? 3 : 1) * B * L * D * wide_size;
     const double block = group.narrow * narrow_size + group.wide * wide_size, own_block = apart < batch ? block : 0;
@@ -231,8 +243,8 @@ std::int64_t forward_bytes(const Config& c, std::int64_t batch, DType dtype, int
     const double rows = 3 * B * D * wide_size;  // what the head reads
     const double rope = c.rope ? 4 * J * D * wide_size : 0;
     return saturated(workers * block + tokens +
-                     std::max(embedding * narrow_size, residual + std::max(own_block, head)) + rows + logits + rope +
-                     rounding * (workers + 2) + workspace(device));
+                     std::max(embedding * narrow_size + table, residual + std::max(own_block, head)) + rows + logits +
+                     rope + rounding * (workers + 2) + workspace(device));
 }
 
 std::int64_t weight_bytes(const Config& config)
