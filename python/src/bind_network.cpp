@@ -133,11 +133,12 @@ public:
         const Tensor x = to_tensor(images, "VisionMamba", "images");
         if (x.device != weights.device())
             fail("images", "expected a tensor on " + to_string(weights.device()) + ", got " + describe(x));
-        const Outputs out = to_outputs(x, wanted);
-        const Draws draws = to_draws(x, drawn);
+        const Config config = at_size_of(x);
+        const Outputs out = to_outputs(config, x, wanted);
+        const Draws draws = to_draws(config, x, drawn);
         with_context(x.device, place, [&](Context& ctx) {
             if (!constant) weights.look(ctx);
-            vimcore::forward(ctx, config_, weights.params(), x, out, saved ? &**saved : nullptr, draws);
+            vimcore::forward(ctx, config, weights.params(), x, out, saved ? &**saved : nullptr, draws);
         });
     }
 
@@ -146,15 +147,16 @@ public:
     {
         const Tensor x = to_tensor(images, "VisionMamba", "images");
         const Tensor dx = to_tensor(gradients.dimages, "VisionMamba", "dimages");
-        const Outputs out = to_outputs(x, incoming);
+        const Config config = at_size_of(x);
+        const Outputs out = to_outputs(config, x, incoming);
         const Saved saved = kept.saved(x, "VisionMamba", [&](Saved& at, void* data, std::size_t bytes) {
-            at.attach(config_, x.size(0), x.dtype, x.device, data, bytes);
+            at.attach(config, x.size(0), x.dtype, x.device, data, bytes);
         });
-        const Draws draws = to_draws(x, drawn);
+        const Draws draws = to_draws(config, x, drawn);
         expect("dimages", dx, x.shape, x);
         Params dparams = to_gradients(weights, x, gradients);
         with_context(x.device, place, [&](Context& ctx) {
-            vimcore::backward(ctx, config_, weights.params(), x, saved, out, dparams, dx, draws);
+            vimcore::backward(ctx, config, weights.params(), x, saved, out, dparams, dx, draws);
         });
     }
 
@@ -172,18 +174,25 @@ private:
         fail(name, "expected " + describe(wanted) + ", got " + describe(tensor));
     }
 
-    Outputs to_outputs(const Tensor& x, const OutputArrays& arrays) const
+    // The weights may serve images of any size; which ones are wanted is decided in Python.
+    Config at_size_of(const Tensor& x) const
     {
         if (x.shape.rank() != 4) fail("images", "expected (B, C, H, W), got " + describe(x));
+        if (x.size(2) == config_.img_height && x.size(3) == config_.img_width) return config_;
+        return config_.at_size(x.size(2), x.size(3));
+    }
+
+    Outputs to_outputs(const Config& config, const Tensor& x, const OutputArrays& arrays) const
+    {
         Outputs out;
         out.logits = to_tensor(arrays.logits, "VisionMamba", "logits");
-        expect("logits", out.logits, config_.logits_shape(x.size(0)), x);
+        expect("logits", out.logits, config.logits_shape(x.size(0)), x);
         out.tokens = to_tensor(arrays.tokens, "VisionMamba", "tokens");
-        expect("tokens", out.tokens, config_.tokens_shape(x.size(0)), x);
+        expect("tokens", out.tokens, config.tokens_shape(x.size(0)), x);
         out.layers = arrays.layers;
         for (const Out& array : arrays.intermediates) {
             out.intermediates.push_back(to_tensor(array, "VisionMamba", "intermediates"));
-            expect("intermediates", out.intermediates.back(), config_.tokens_shape(x.size(0)), x);
+            expect("intermediates", out.intermediates.back(), config.tokens_shape(x.size(0)), x);
         }
         if (out.layers.size() != out.intermediates.size())
             fail("intermediates", "expected " + std::to_string(out.layers.size()) + " arrays, got " +
@@ -191,16 +200,16 @@ private:
         return out;
     }
 
-    Draws to_draws(const Tensor& x, const DrawArrays& arrays) const
+    Draws to_draws(const Config& config, const Tensor& x, const DrawArrays& arrays) const
     {
         Draws draws;
         draws.drop_path = to_tensor(arrays.drop_path, "VisionMamba", "drop_path");
-        expect("drop_path", draws.drop_path, {config_.depth, x.size(0)}, x, true);
+        expect("drop_path", draws.drop_path, {config.depth, x.size(0)}, x, true);
         draws.dropout = to_tensor(arrays.dropout, "VisionMamba", "dropout");
-        expect("dropout", draws.dropout, config_.tokens_shape(x.size(0)), x, true);
+        expect("dropout", draws.dropout, config.tokens_shape(x.size(0)), x, true);
         draws.flip = arrays.flip;
         draws.class_position = arrays.class_position;
-        if (draws.class_position < -1 || draws.class_position >= config_.tokens())
+        if (draws.class_position < -1 || draws.class_position >= config.tokens())
             fail("class_position", "does not fit: " + std::to_string(draws.class_position));
         return draws;
     }

@@ -10,6 +10,7 @@ void bind_config(nanobind::module_& m);
 void bind_network(nanobind::module_& m);
 void bind_engine(nanobind::module_& m);
 void bind_ops(nanobind::module_& m);
+void bind_positions(nanobind::module_& m);
 void bind_files(nanobind::module_& m);
 void bind_images(nanobind::module_& m);
 

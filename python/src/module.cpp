@@ -51,6 +51,7 @@ NB_MODULE(_core, m)
     bind_network(m);
     bind_engine(m);
     bind_ops(m);
+    bind_positions(m);
     bind_files(m);
     bind_images(m);
 }

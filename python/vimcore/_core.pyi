@@ -436,6 +436,23 @@ def block_backward(
     gradients: Sequence[Array | None],
     place: Place,
 ) -> None: ...
+def class_rows(class_token: str, patches: int) -> list[int]: ...
+def resize_positions(
+    table: Array, out: Array, class_token: str, old_grid: tuple[int, int], new_grid: tuple[int, int], way: str
+) -> None:
+    """The position table for another grid, written to `out`."""
+
+def resize_positions_backward(
+    dout: Array,
+    dtable: Array,
+    class_token: str,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    way: str,
+) -> None:
+    """The gradient of the table, added to `dtable`."""
+
+def rope_tables(grid: tuple[int, int], rope_grid: int, cos: Array, sin: Array) -> None: ...
 def read_safetensors(path: Path) -> tuple[dict[str, numpy.typing.NDArray[Any]], dict[str, str]]:
     """Arrays by name and metadata; float types that numpy lacks as float32."""
 

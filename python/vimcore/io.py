@@ -56,15 +56,17 @@ def load_model(
     img_size: int | tuple[int, int] | None = None,
     device: str | torch.device = "cpu",
     stride: int | None = None,
+    dynamic_img_size: bool = False,
 ) -> VisionMamba:
     """The network of a vimcore file, in eval mode.
 
     Args:
         img_size, stride: other image size and stride of the patches than stored, pixels; the position table
             is resized, class tokens left alone.
+        dynamic_img_size: images of any size, see `VisionMamba`.
 
     Raises:
         vimcore.Error: the file is missing or damaged.
         ValueError: it is no vimcore file, its tensors do not fit its configuration, or an option does not.
     """
-    return saving.load_as(VisionMamba, path, img_size, device, stride)
+    return saving.load_as(VisionMamba, path, img_size, device, stride, dynamic_img_size)

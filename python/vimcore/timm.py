@@ -35,7 +35,7 @@ from .config import list_models, model_options
 from .nn import saving
 from .nn.structure import does_more
 from .nn.vision_mamba import Network, VisionMamba
-from .utils.arguments import integer, native
+from .utils.arguments import integer, native, sides
 from .weights.wrappers import chosen, plain_names
 
 _IMAGENET = Preprocess()
@@ -162,6 +162,23 @@ class TimmVisionMamba(VisionMamba):
                 self._reconfigure(pool=_POOLS[global_pool]["pool"])
         super().reset_classifier(num_classes)
 
+    def set_input_size(
+        self, img_size: int | Sequence[int] | None = None, patch_size: int | Sequence[int] | None = None
+    ) -> None:
+        """See `VisionMamba.set_input_size`; None leaves the size as it is.
+
+        Raises:
+            ValueError: another patch_size, which weights of patches do not follow here.
+        """
+        same = {self._config.patch_size}
+        if patch_size is not None and {*sides("[VisionMamba] patch_size", patch_size)} != same:
+            raise ValueError(
+                f"[VisionMamba] set_input_size: patch_size stays {self._config.patch_size}, got "
+                f"{patch_size!r}; build a network with the other one"
+            )
+        if img_size is not None:
+            super().set_input_size(img_size)
+
     def _reconfigure(self, **changes: Any) -> None:
         self._config = self._config.replace(**changes)
         self._core = self._places = None
@@ -234,7 +251,7 @@ class TimmVisionMamba(VisionMamba):
         elif c.class_token == "double":
             pooled = (tokens[:, 0] + tokens[:, -1]) / 2
         elif c.class_token != "none":
-            pooled = tokens[:, c.class_position]
+            pooled = tokens[:, self._class_position(tokens)]
         else:
             pooled = tokens[:, -1] if c.pool == "last" else tokens.mean(1)
         pooled = self.head_drop(pooled)
@@ -275,7 +292,8 @@ class TimmVisionMamba(VisionMamba):
         chosen = [self._normalised(streams[i]) if norm else streams[i] for i in sorted(set(wanted))]
         maps = [self._patches(y) for y in chosen]
         if output_fmt == "NCHW":
-            maps = [y.transpose(1, 2).unflatten(2, self._config.grid).contiguous() for y in maps]
+            grid = self._config_for(x).grid
+            maps = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in maps]
         prefix = [self._class_tokens(y) for y in chosen] if self._config.class_tokens else None
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": maps}
@@ -296,7 +314,7 @@ class TimmVisionMamba(VisionMamba):
         return ops.rms_norm(stream, norm.weight, eps=c.norm_eps)  # type: ignore[return-value]
 
     def _class_tokens(self, tokens: Tensor) -> Tensor:
-        at = self._config.class_position
+        at = self._class_position(tokens)
         if self._config.class_tokens == 2:
             return tokens[:, [0, -1]]
         return tokens[:, at : at + 1]

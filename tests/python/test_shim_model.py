@@ -46,6 +46,23 @@ def test_types_of_activations(
     assert relative(tokens, cpu.forward_features(images)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("options", [{}, {"class_token": "double"}, {"class_token": "head", "rope": True}])
+def test_sizes(options: dict[str, Any], gpu: dict[str, Any]) -> None:
+    """Sizes other than the position table's, by turns; a write to the table is seen at each."""
+    cpu = build(small(**options)).eval()
+    model = twin(cpu)
+    cpu.dynamic_img_size = model.dynamic_img_size = True
+    for _ in range(2):
+        for size in ((20, 16), (8, 12), (4, 8)):
+            images = images_for(small(img_size=size), 2, torch.float32)
+            assert relative(model(images), cpu(images)) < 1e-5
+            found, wanted = (net.forward_intermediates(images, [1])[0] for net in (model, cpu))
+            assert found.shape[2:] == (size[0] // 4, size[1] // 4)
+            assert relative(found, wanted) < 1e-5
+        for net in (cpu, model):
+            net.pos_embed.data.mul_(-1.5)
+
+
 def test_training_draws_without_gradients(gpu: dict[str, Any]) -> None:
     cpu = build(small(drop_rate=0.2, drop_path_rate=0.5, directions="sequence", class_token="random")).train()
     model, images = twin(cpu), images_for(SMALL, 4, torch.float32)

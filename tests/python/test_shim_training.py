@@ -49,6 +49,19 @@ def test_gradients_golden(name: str, memory: str, training: dict[str, Any]) -> N
         assert relative(p.grad, g.grads[key]) < 1e-4, key
 
 
+@pytest.mark.parametrize("options", [{}, {"class_token": "head", "rope": True, "rope_residual": True}])
+def test_gradients_at_two_sizes(options: dict[str, Any], training: dict[str, Any]) -> None:
+    """Those of the position table come back through its resize, and add up."""
+    cpu = build(small(**options), dtype=torch.float64)
+    model = twin(build(small(**options)))
+    cpu.dynamic_img_size = model.dynamic_img_size = True
+    for size in ((20, 16), (4, 8)):
+        images = images_for(small(img_size=size), 3)
+        cpu(images).square().sum().backward()
+        model(images.float()).square().sum().backward()
+    agree(gradients(model), gradients(cpu), GRADIENTS[torch.float32])
+
+
 @pytest.mark.parametrize("dtype", list(GRADIENTS))
 def test_autocast_and_accumulation(
     dtype: torch.dtype, training: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -283,6 +283,38 @@ def test_intermediates_of_pairs_of_layers() -> None:
     assert len(wide.model.layers) == 6
 
 
+@pytest.mark.parametrize("token", ["middle", "double", "none"])
+def test_other_sizes(token: str) -> None:
+    """dynamic_img_size and set_input_size, as timm's own transformers have them."""
+    options = {**SMALL, "class_token": token}
+    model = timm.create_model(NAME, **options, dynamic_img_size=True).eval()
+    images = torch.randn(2, 3, 48, 80)
+    final, maps = model.forward_intermediates(images, norm=True)
+    assert {tuple(m.shape[2:]) for m in maps} == {(48 // 8, 80 // 8)}
+    logits = model(images)
+    assert torch.equal(model.forward_head(final), model.forward_head(model.forward_features(images)))
+    assert (model.forward_head(final) - logits).abs().max() < 1e-5
+    fixed = timm.create_model(NAME, **options).eval()
+    fixed.load_state_dict(model.state_dict())
+    fixed.set_input_size(img_size=(48, 80), patch_size=8)
+    assert fixed.config["img_size"] == [48, 80]
+    assert torch.equal(fixed(images), logits)
+    fixed.set_input_size()
+    assert torch.equal(fixed(images), logits)
+    with pytest.raises(ValueError, match=r"set_input_size: patch_size stays 8, got 16"):
+        fixed.set_input_size(patch_size=16)
+    with pytest.raises(ValueError, match=r"set_input_size\(\(32, 32\)\)"):
+        fixed(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(TypeError, match="dynamic_img_pad"):
+        timm.create_model(NAME, **options, dynamic_img_pad=True)
+
+
+def test_features_of_any_size() -> None:
+    wide = timm.create_model(NAME, **SMALL, features_only=True, dynamic_img_size=True)
+    for size in (32, 64):
+        assert {tuple(m.shape[2:]) for m in wide(torch.zeros(1, 3, size, 40))} == {(size // 8, 5)}
+
+
 @pytest.mark.parametrize("indices", [[8], [-9], 0, 9, []])
 def test_indices_out_of_range(indices: Any) -> None:
     with pytest.raises(ValueError, match=r"\[VisionMamba\] indices"):

@@ -40,12 +40,25 @@ class Core:
         self.config = config
         self.network = _core.BoundNetwork(config)
         self.names = list(config.param_shapes())
-        self.tokens: tuple[int, int] = (config.tokens, config.embed_dim)
-        self.logits = config.logits_shape(1)[1:]
+        self._sizes: dict[tuple[int, int], _core.Config] = {config.img_size: config}
         self._bound: _Bound | None = None
         self._lock = threading.Lock()
         self._parts: dict[tuple[str, tuple[int, ...]], list[bool]] = {}
         self._layouts: dict[tuple[bool, ...], tuple[int, list[int], list[int]]] = {}
+
+    def at(self, height: int, width: int) -> _core.Config:
+        """The configuration for images of this size.
+
+        Raises:
+            ValueError: they have no patch, or too many.
+        """
+        found = self._sizes.get((height, width))
+        if found is None:
+            found = self.config.replace(img_size=(height, width))
+            if len(self._sizes) > 1000:  # they are no more than looked up
+                self._sizes = {self.config.img_size: self.config}
+            self._sizes[height, width] = found
+        return found
 
     def weights(self, params: Sequence[Tensor], copy: bool = True) -> _core.BoundWeights:
         """The parameters, in the order of `names`, as the core sees them; bound again when they moved.
@@ -100,12 +113,14 @@ class Core:
             constant: what the parameters are bound to, if it is known that they did not change.
         """
         batch, at, weights = images.shape[0], place(images), constant or self.weights(params)
+        config = self.at(*images.shape[2:])
+        tokens = (batch, config.tokens, config.embed_dim)
         if request.kind == "layers":
-            outputs = [images.new_empty((batch, *self.tokens)) for _ in request.layers]
+            outputs = [images.new_empty(tokens) for _ in request.layers]
             wanted = _core.Outputs(None, None, list(request.layers), [exported(y) for y in outputs])
         else:
             features = request.kind == "tokens"
-            outputs = [images.new_empty((batch, *(self.tokens if features else self.logits)))]
+            outputs = [images.new_empty(tokens if features else config.logits_shape(batch))]
             wanted = _one_output(request.kind, exported(outputs[0]))
         if batch:
             self.network.forward(

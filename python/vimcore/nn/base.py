@@ -19,6 +19,7 @@ class NetworkBase(nn.Module):
 
     _config: Config
     head: nn.Module
+    dynamic_img_size: bool
 
     @property
     def config(self) -> dict[str, Any]:

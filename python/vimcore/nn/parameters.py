@@ -54,9 +54,13 @@ class Rope(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        cos, sin = rope_tables(config)
-        self.register_buffer("freqs_cos", cos.to(torch.get_default_dtype()))
-        self.register_buffer("freqs_sin", sin.to(torch.get_default_dtype()))
+        for name, table in zip(("freqs_cos", "freqs_sin"), rope_tables(config)):
+            self.register_buffer(name, table.to(torch.get_default_device(), torch.get_default_dtype()))
+
+    def fill(self, config: dict[str, Any]) -> None:
+        """Replaces the tables by those of another configuration."""
+        for name, table in zip(("freqs_cos", "freqs_sin"), rope_tables(config)):
+            setattr(self, name, table.to(self._buffers[name]))
 
     def faults(self, config: dict[str, Any]) -> list[str]:
         """Which tables are not those of the configuration, be they rounded to 16 bits."""

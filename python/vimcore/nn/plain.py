@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import class_rows, rope_tables
+from ..positions import class_rows, resize_pos_embed, rope_tables
 from .vision_mamba import VisionMamba
 
 Observe = Callable[[str, Tensor], None]  # name, some of the tensor of that name
@@ -35,13 +35,14 @@ class Plain:
         core, params = model._weights()
         self.weights = {n: p.detach() for n, p in zip(core.names, params)}
         self.config = model.config
-        self._patches, self._rank = model._config.patches, model._config.dt_rank
+        self._config_for, self._rank = model._config_for, model._config.dt_rank
+        self._made_for = self._here = model._config  # sizes of the position table, and of the images
         self.observe, self.store = observe, store
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
         """Normalised tokens (B, L, D) of images (B, C, H, W), as `forward_features` in eval mode."""
-        c = self.config
+        c, self._here = self.config, self._config_for(images)
         h, r = self._embed(images), None
         step = 2 if c["directions"] == "block" else 1
         for i in range(0, c["depth"], step):
@@ -82,17 +83,19 @@ class Plain:
         )
         x = x.flatten(2).transpose(1, 2)
         names = ["cls_token_head", "cls_token_tail"] if c["class_token"] == "double" else ["cls_token"]
-        for name, at in zip(names, class_rows(c["class_token"], self._patches)):
+        for name, at in zip(names, class_rows(c["class_token"], self._here.patches)):
             x = torch.cat([x[:, :at], self._weight(name).expand(len(x), 1, -1), x[:, at:]], 1)
         if c["pos_embed"]:
-            x = x + self._weight("pos_embed")
+            x = x + resize_pos_embed(
+                self._weight("pos_embed"), self._made_for.grid, self._here.grid, c["class_token"]
+            )
         self.observe("embedding", x)
         return x
 
     def _rotated(self, h: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not self.config["rope"]:
             return h, r
-        cos, sin = (table.to(h) for table in rope_tables(self.config))
+        cos, sin = (table.to(h) for table in rope_tables(self._here.to_dict()))
 
         def turn(x: Tensor) -> Tensor:  # a class token at the head passes
             skip = x.shape[1] - cos.shape[0]

@@ -12,7 +12,7 @@ import torch
 from .. import _core
 from .._core import Preprocess
 from ..positions import fit_table, rope_tables
-from ..utils.arguments import integer, sides
+from ..utils.arguments import boolean, integer, sides
 from ..utils.files import listed
 from ..weights.checkpoints import read_checkpoint, tensor
 from ..weights.metadata import CONFIG_KEY, check_labels, pack, unpack
@@ -58,13 +58,14 @@ def load_as(
     img_size: int | tuple[int, int] | None = None,
     device: str | torch.device = "cpu",
     stride: int | None = None,
+    dynamic_img_size: bool = False,
 ) -> Network:
     """As `load_model`, of `VisionMamba` or of a class derived from it, whose own tensors the file holds.
 
     Raises:
         TypeError: the constructor of `kind` takes other arguments than `VisionMamba`.
     """
-    name = os.fsdecode(path)
+    name, dynamic = os.fsdecode(path), boolean("[VisionMamba] dynamic_img_size", dynamic_img_size)
     # The header's sizes against its tensors, before anything of these sizes is made.
     metadata, _ = _core.check_file(path, not described(kind))
     stored = unpack(metadata, path).config
@@ -76,6 +77,7 @@ def load_as(
     model = kind._of_config(config)
     state = {key: tensor(value) for key, value in _core.read_safetensors(path)[0].items()}
     fill(model, state, name, old_grid=stored.grid)
+    model.dynamic_img_size = dynamic
     return model.eval().to(device)
 
 

@@ -17,7 +17,8 @@ from ..autograd.checks import refuse_layout, refuse_tracing, refuse_wrapped, tra
 from ..autograd.draws import NONE, draw, draw_position
 from ..autograd.network import Core, NetworkFunction, Request
 from ..autograd.tensors import autocast_type, describe, from_device, on_cuda
-from ..utils.arguments import integer
+from ..positions import resize_pos_embed
+from ..utils.arguments import boolean, integer
 from . import saving
 from .base import NetworkBase
 from .constant import ENTERING, ConstantWeights
@@ -25,6 +26,7 @@ from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
 from .structure import Places, does_more, made
 
 Network = TypeVar("Network", bound="VisionMamba")
+_NOT_OF_CONFIG = ("self", "memory", "dynamic_img_size", "__class__")  # among what the constructor sees
 
 
 class VisionMamba(NetworkBase):
@@ -41,7 +43,8 @@ class VisionMamba(NetworkBase):
     loss (`torch.amp.GradScaler`).
 
     Args:
-        img_size: side or (height, width) in pixels; images of another size are an error.
+        img_size: side or (height, width) in pixels; images of another size are an error, unless
+            dynamic_img_size.
         patch_size, stride: pixels; stride None is patch_size.
         in_chans, num_classes: channels; classes, 0 for no head.
         embed_dim, depth, d_state, d_conv, expand: D, blocks, N, K and E / D.
@@ -59,6 +62,10 @@ class VisionMamba(NetworkBase):
         drop_path_rate: of the last mixer output, growing linearly from 0 at the first, in training.
         memory: what backward keeps: "lean" recomputes more, "fast" keeps more; "least" does
             without in_proj's output as well: of Vim-Ti 41 % of "lean" in float32, 56 % in 16 bits.
+        dynamic_img_size: images of any size with at least one patch. The position table is resized for each
+            size (bicubic, rows of class tokens left alone), once until weights change; gradients go to the
+            table itself, rotary coordinates are scaled to the size. As `memory` this may be set later
+            (`model.dynamic_img_size = True`) and is not part of the architecture: files do not say it.
 
     Whole numbers and sides may be of numpy or torch as well.
 
@@ -67,6 +74,7 @@ class VisionMamba(NetworkBase):
     """
 
     _described = True  # by its configuration; a class derived from it may have other tensors
+    dynamic_img_size = False  # of networks that an earlier version pickled
 
     def __init__(
         self,
@@ -95,12 +103,14 @@ class VisionMamba(NetworkBase):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         memory: str = "lean",
+        dynamic_img_size: bool = False,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key not in ("self", "memory", "__class__")}
+        given = {key: value for key, value in locals().items() if key not in _NOT_OF_CONFIG}
         super().__init__()
         self._config = Config(**given)
         Saved.chunk(str(memory))  # names a wrong one
         self.memory = memory
+        self.dynamic_img_size = boolean("[VisionMamba] dynamic_img_size", dynamic_img_size)
         self._core: Core | None = None
         self._places: Places | None = None
         self._constant: tuple[ConstantWeights, ...] = ()  # entered, the last one holds
@@ -133,11 +143,13 @@ class VisionMamba(NetworkBase):
 
     def extra_repr(self) -> str:
         c = self._config
-        return f"img_size={list(c.img_size)}, tokens={c.tokens}, memory={self.memory!r}"
+        free = ", dynamic_img_size=True" if self.dynamic_img_size else ""
+        return f"img_size={list(c.img_size)}, tokens={c.tokens}, memory={self.memory!r}{free}"
 
-    def flops(self) -> int:
-        """Multiply-adds of one image, scans included."""
-        return self._config.replace(num_classes=self.num_classes).flops()
+    def flops(self, img_size: int | Sequence[int] | None = None) -> int:
+        """Multiply-adds of one image of this size (None: the network's own), scans included."""
+        size = self._config.img_size if img_size is None else img_size
+        return self._config.replace(num_classes=self.num_classes, img_size=size).flops()
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, besides vectors and biases, that the published training does not decay."""
@@ -149,6 +161,39 @@ class VisionMamba(NetworkBase):
         self._config.replace(num_classes=num_classes)  # says whether it is out of range
         like = self.norm_f.weight
         self.head = self._new_head(num_classes).to(like.device, like.dtype)
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Makes this a network for images of another size, with a resized position table; `config` follows.
+
+        Where the grid of patches changes, `pos_embed` becomes a new parameter (bicubic, rows of class tokens
+        left alone) and the rotation tables are made anew. Optimizers, averaged copies and wrappers such as
+        DistributedDataParallel go on with the old one: make them afterwards.
+
+        Args:
+            img_size: side or (height, width) in pixels.
+
+        Raises:
+            ValueError, TypeError: no size, or one without a patch.
+            RuntimeError: within `constant_weights`, or the table is parametrised or not a parameter.
+        """
+        before, config = self._config, self._config.replace(img_size=img_size)
+        if self._constant:
+            raise RuntimeError("[VisionMamba] set_input_size: not within constant_weights")
+        if config.grid != before.grid:
+            if config.pos_embed:
+                table = self._parameters.get("pos_embed")
+                if table is None:
+                    raise RuntimeError(
+                        "[VisionMamba] set_input_size: pos_embed is no parameter (parametrised?); "
+                        'torch.nn.utils.parametrize.remove_parametrizations(model, "pos_embed") makes it one'
+                    )
+                refuse_wrapped("VisionMamba", ["pos_embed"], [table])
+                resized = resize_pos_embed(table.detach(), before.grid, config.grid, config.class_token)
+                self.pos_embed = nn.Parameter(resized, requires_grad=table.requires_grad)
+            if config.rope:
+                self.rope.fill(config.to_dict())
+        self._config = config
+        self._core = self._places = None
 
     def _new_head(self, num_classes: int) -> nn.Module:
         if num_classes == 0:
@@ -184,17 +229,19 @@ class VisionMamba(NetworkBase):
         path: str | os.PathLike[str],
         img_size: int | tuple[int, int] | None = None,
         device: str | torch.device = "cpu",
+        dynamic_img_size: bool = False,
     ) -> Network:
         """The network of a file that `save` wrote, in eval mode; of a derived class with its own tensors.
 
-        Another img_size (pixels, side or (height, width)) resizes the position table.
+        Another img_size (pixels, side or (height, width)) resizes the position table; dynamic_img_size as in
+        the constructor.
 
         Raises:
             vimcore.Error: the file is missing or damaged.
             ValueError: it is no vimcore file, or its tensors are not those of architecture and class.
             TypeError: the constructor of the derived class takes other arguments than `VisionMamba`.
         """
-        return saving.load_as(cls, path, img_size, device)
+        return saving.load_as(cls, path, img_size, device, dynamic_img_size=dynamic_img_size)
 
     # ---- computing -----------------------------------------------------------------------------------------
 
@@ -202,7 +249,8 @@ class VisionMamba(NetworkBase):
         """Logits of normalised images.
 
         Args:
-            images: (B, C, H, W) in the type of the parameters, on CUDA also in a 16-bit type.
+            images: (B, C, H, W) in the type of the parameters, on CUDA also in a 16-bit type. Of `img_size`,
+                with `dynamic_img_size` of any size.
 
         Returns:
             (B, num_classes); (B, L, num_classes) with pool="all"; features (B, D) without a head.
@@ -213,7 +261,7 @@ class VisionMamba(NetworkBase):
         if self._head_is_fused():
             return self._call("logits", images)[0]
         if self._config.class_token == "random" and self.training:
-            position = draw_position(self._config)
+            position = draw_position(self._config_for(images))
             return self.head(self._call("tokens", images, position=position)[0][:, position])
         return self.forward_head(self.forward_features(images))
 
@@ -227,7 +275,7 @@ class VisionMamba(NetworkBase):
     def forward_intermediates(self, images: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
         """Feature maps (B, D, h, w) of images (B, C, H, W): the residual stream after each of these layers.
 
-        Not normalised, class tokens removed.
+        Not normalised, class tokens removed; (h, w) is the grid of patches of these images.
 
         Args:
             indices: layers, negative ones count from the last; None: the last of each quarter. With
@@ -246,9 +294,9 @@ class VisionMamba(NetworkBase):
         if not layers:
             return []
         outputs = self._call("layers", images, layers)
+        grid = self._config_for(images).grid
         maps = {
-            layer: self._patches(x).transpose(1, 2).unflatten(2, self._config.grid)
-            for layer, x in zip(layers, outputs)
+            layer: self._patches(x).transpose(1, 2).unflatten(2, grid) for layer, x in zip(layers, outputs)
         }
         return [maps[layer] for layer in wanted]
 
@@ -258,15 +306,20 @@ class VisionMamba(NetworkBase):
         if c.class_token == "double":
             return self.head((tokens[:, 0] + tokens[:, -1]) / 2)
         if c.class_token != "none":
-            return self.head(tokens[:, c.class_position])
+            return self.head(tokens[:, self._class_position(tokens)])
         if c.head_per_token:
             logits = self.head(tokens)
             return logits.amax(1) if c.pool == "max" else logits
         return self.head(tokens[:, -1] if c.pool == "last" else tokens.mean(1))
 
+    def _class_position(self, tokens: Tensor) -> int:
+        """Index of the (first) class token among tokens (B, L, D) of eval mode."""
+        c = self._config
+        return (tokens.shape[1] - 1) // 2 if c.class_token == "middle" else c.class_position
+
     def _patches(self, tokens: Tensor) -> Tensor:
         """Tokens without class tokens."""
-        count, at = self._config.class_tokens, self._config.class_position
+        count, at = self._config.class_tokens, self._class_position(tokens)
         if count == 0:
             return tokens
         if count == 2:
@@ -311,6 +364,12 @@ class VisionMamba(NetworkBase):
         if differentiated:
             return NetworkFunction.apply(core, request, constant, images, *params)
         return core.run(request, images, params, None, constant)
+
+    def _config_for(self, images: Any) -> Config:
+        """The configuration with the size of these images, where any is allowed."""
+        if not self.dynamic_img_size or not isinstance(images, Tensor) or images.ndim != 4:
+            return self._config
+        return self._network().at(*images.shape[2:])
 
     def _network(self) -> Core:
         classes = self.num_classes if self._head_is_fused() else 0
@@ -398,13 +457,24 @@ class VisionMamba(NetworkBase):
         if (
             not isinstance(images, Tensor)
             or images.ndim != 4
-            or tuple(images.shape[1:]) != (channels, height, width)
+            or images.shape[1] != channels
+            or (images.shape[2:] != (height, width) and not self.dynamic_img_size)
             or images.dtype not in types
             or images.device != like.device
         ):
             names = "f32, bf16 or f16" if cuda else describe(like).split()[-2]
-            expected = f"(B, {channels}, {height}, {width}) {names} {like.device}"
-            raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}")
+            sides = "H, W" if self.dynamic_img_size else f"{height}, {width}"
+            expected = f"(B, {channels}, {sides}) {names} {like.device}"
+            remedy = ""
+            if not self.dynamic_img_size and isinstance(images, Tensor) and images.ndim == 4:
+                size = tuple(images.shape[2:])
+                if size != (height, width):
+                    remedy = (
+                        f": other sizes by dynamic_img_size=True, set_input_size({size}), or "
+                        f"load(..., img_size={size})"
+                    )
+            raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}{remedy}")
+        self._config_for(images)  # says which size is out of range
         return images.resolve_neg().contiguous()
 
     def _draws(self, kind: str, images: Tensor, position: int) -> Draws:
@@ -412,7 +482,7 @@ class VisionMamba(NetworkBase):
         if not self.training:
             return NONE
         drawn = position < 0 and kind == "logits" and self._head_is_fused()
-        return draw(self._config, images, None if drawn else position)
+        return draw(self._config_for(images), images, None if drawn else position)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks for."""

@@ -24,6 +24,17 @@ def integer(what: str, value: Any, least: int | None = None) -> int:
     return number
 
 
+def boolean(what: str, value: Any) -> bool:
+    """True or False, of numpy too.
+
+    Raises:
+        TypeError: names `what` and the value.
+    """
+    if isinstance(found := native(what, value), bool):
+        return found
+    raise TypeError(f"{what}: expected True or False, got {value!r:.60}")
+
+
 def sides(what: str, value: Any) -> tuple[int, int]:
     """(height, width) in pixels of one number or of two.
 
