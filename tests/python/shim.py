@@ -60,7 +60,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     state = {"stream": 0, "capturing": False}
     changes: dict[str, Callable[..., Any]] = {
         "on_cuda": lambda t: True,
-        "place": lambda t: (0, state["stream"], state["capturing"]),
+        "place": lambda t: vimcore_shim._core.Place(0, state["stream"], state["capturing"]),
         "to_dlpack": lambda t: on_device(to_dlpack(t)),
         "from_dlpack": on_host,  # what the extension saved
     }
