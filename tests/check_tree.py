@@ -79,7 +79,7 @@ PYTHON_FLOORS = [
     "positions autograd weights",
     "ops runtime",
     "nn",
-    "io",
+    "io segmentation detection pretraining clip",
     "timm data",
     "tasks",
     "train",
