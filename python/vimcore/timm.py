@@ -33,6 +33,7 @@ from . import ops
 from ._core import Preprocess
 from .config import list_models, model_options
 from .nn import saving
+from .nn.readout import class_position, patches_of
 from .nn.structure import does_more
 from .nn.vision_mamba import Network, VisionMamba
 from .utils.arguments import integer, native, sides
@@ -246,12 +247,12 @@ class TimmVisionMamba(VisionMamba):
         if c.head_per_token:
             return tokens if pre_logits else super().forward_head(tokens)
         if self._pool is not None:
-            patches = self._patches(tokens)
+            patches = patches_of(tokens, self._config)
             pooled = {"avg": patches.mean(1), "max": patches.amax(1)}.get(self._pool, tokens)
         elif c.class_token == "double":
             pooled = (tokens[:, 0] + tokens[:, -1]) / 2
         elif c.class_token != "none":
-            pooled = tokens[:, self._class_position(tokens)]
+            pooled = tokens[:, class_position(tokens, self._config)]
         else:
             pooled = tokens[:, -1] if c.pool == "last" else tokens.mean(1)
         pooled = self.head_drop(pooled)
@@ -290,7 +291,7 @@ class TimmVisionMamba(VisionMamba):
         layers = tuple(sorted({*wanted} if intermediates_only else {*wanted, last}))
         streams = dict(zip(layers, self._call("layers", x, layers)))
         chosen = [self._normalised(streams[i]) if norm else streams[i] for i in sorted(set(wanted))]
-        maps = [self._patches(y) for y in chosen]
+        maps = [patches_of(y, self._config) for y in chosen]
         if output_fmt == "NCHW":
             grid = self._config_for(x).grid
             maps = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in maps]
@@ -314,7 +315,7 @@ class TimmVisionMamba(VisionMamba):
         return ops.rms_norm(stream, norm.weight, eps=c.norm_eps)  # type: ignore[return-value]
 
     def _class_tokens(self, tokens: Tensor) -> Tensor:
-        at = self._class_position(tokens)
+        at = class_position(tokens, self._config)
         if self._config.class_tokens == 2:
             return tokens[:, [0, -1]]
         return tokens[:, at : at + 1]

@@ -26,7 +26,7 @@ sys.path.insert(0, os.environ.get("VIMCORE_SHIM_PACKAGE", str(BUILD)))
 import vimcore_shim  # noqa: E402
 from vimcore_shim import ops  # noqa: E402
 from vimcore_shim.autograd import draws, network, operators, tensors  # noqa: E402
-from vimcore_shim.nn import constant, vision_mamba  # noqa: E402
+from vimcore_shim.nn import constant, inputs, vision_mamba  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # Gradients: every activation and its gradient are rounded.
@@ -64,7 +64,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "to_dlpack": lambda t: on_device(to_dlpack(t)),
         "from_dlpack": on_host,  # what the extension saved
     }
-    for module in (tensors, network, operators, draws, vision_mamba, ops, constant):
+    for module in (tensors, network, operators, draws, inputs, vision_mamba, ops, constant):
         for name, change in changes.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, change)

@@ -19,6 +19,7 @@ from ..autograd.tensors import describe
 from ..data.picture_files import find_images, read_file
 from ..data.pictures import network_input
 from ..io import load_model
+from ..nn.inputs import checked_images
 from ..nn.plain import Plain
 from ..nn.vision_mamba import VisionMamba
 from ..weights.metadata import unpack
@@ -128,7 +129,7 @@ def health(model: VisionMamba, images: Tensor) -> Health:
     like = model.norm_f.weight
     images = images.detach() if isinstance(images, Tensor) else images
     with torch.autocast(like.device.type, enabled=False):
-        images = model._checked(images, like)
+        images = checked_images(images, like, model._config, model.dynamic_img_size)
         if not len(images):
             raise ValueError(f"[health] images: expected at least one, got {describe(images)}")
         images = images.to(like.dtype)

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .._core import Config, Draws, Saved
-from ..autograd.checks import refuse_layout, refuse_tracing, refuse_wrapped, tracing_refusal
+from ..autograd.checks import refuse_tracing, refuse_wrapped, tracing_refusal
 from ..autograd.draws import NONE, draw, draw_position
 from ..autograd.network import Core, NetworkFunction, Request
-from ..autograd.tensors import autocast_type, describe, from_device, on_cuda
 from ..positions import resize_pos_embed
 from ..utils.arguments import boolean, integer
 from . import saving
 from .base import NetworkBase
 from .constant import ENTERING, ConstantWeights
+from .inputs import checked_images
 from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
+from .readout import layer_indices, patches_of, readout
 from .structure import Places, does_more, made
 
 Network = TypeVar("Network", bound="VisionMamba")
@@ -281,50 +282,21 @@ class VisionMamba(NetworkBase):
             indices: layers, negative ones count from the last; None: the last of each quarter. With
                 directions="block" a pair of layers has one output, that of its second (odd) layer.
         """
-        depth = self._config.depth
-        if indices is None:
-            step = 2 if self._config.directions == "block" else 1
-            indices = sorted({(depth * i // 4 + step - 1) // step * step - 1 for i in range(1, 5)} - {-1})
-        indices = [integer("[VisionMamba] indices", index) for index in indices]
-        for index in indices:
-            if not -depth <= index < depth:
-                raise ValueError(f"[VisionMamba] indices: expected {-depth} to {depth - 1}, got {index}")
-        wanted = [index % depth for index in indices]
+        wanted = layer_indices(self._config, indices)
         layers = tuple(sorted(set(wanted)))
         if not layers:
             return []
         outputs = self._call("layers", images, layers)
         grid = self._config_for(images).grid
         maps = {
-            layer: self._patches(x).transpose(1, 2).unflatten(2, grid) for layer, x in zip(layers, outputs)
+            layer: patches_of(x, self._config).transpose(1, 2).unflatten(2, grid)
+            for layer, x in zip(layers, outputs)
         }
         return [maps[layer] for layer in wanted]
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
-        c = self._config
-        if c.class_token == "double":
-            return self.head((tokens[:, 0] + tokens[:, -1]) / 2)
-        if c.class_token != "none":
-            return self.head(tokens[:, self._class_position(tokens)])
-        if c.head_per_token:
-            logits = self.head(tokens)
-            return logits.amax(1) if c.pool == "max" else logits
-        return self.head(tokens[:, -1] if c.pool == "last" else tokens.mean(1))
-
-    def _class_position(self, tokens: Tensor) -> int:
-        """Index of the (first) class token among tokens (B, L, D) of eval mode."""
-        c = self._config
-        return (tokens.shape[1] - 1) // 2 if c.class_token == "middle" else c.class_position
-
-    def _patches(self, tokens: Tensor) -> Tensor:
-        """Tokens without class tokens."""
-        count, at = self._config.class_tokens, self._class_position(tokens)
-        if count == 0:
-            return tokens
-        if count == 2:
-            return tokens[:, 1:-1]
-        return torch.cat([tokens[:, :at], tokens[:, at + 1 :]], dim=1) if at else tokens[:, 1:]
+        return readout(tokens, self._config, self.head)
 
     def _head_is_fused(self) -> bool:
         head = getattr(self, "head", None)
@@ -355,7 +327,8 @@ class VisionMamba(NetworkBase):
             core, params, constant = entered[-1].core, entered[-1].params, entered[-1].weights
         else:
             (core, params), constant = self._weights(), None
-        images = self._checked(images, params[0])
+        images = checked_images(images, params[0], self._config, self.dynamic_img_size)
+        self._config_for(images)  # says which size is out of range
         differentiated = False
         if torch.is_grad_enabled():
             part = core.taking_part(kind, layers)
@@ -435,47 +408,6 @@ class VisionMamba(NetworkBase):
             with ENTERING:  # not always the last one: threads and generators leave in any order
                 self._constant = tuple(other for other in self._constant if other is not constant)
         constant.check(self)
-
-    def _checked(self, images: Tensor, like: Tensor) -> Tensor:
-        """The images as the core takes them, or an error that says what does not fit."""
-        height, width = self._config.img_size
-        channels = self._config.in_chans
-        cuda = on_cuda(like)
-        if like.is_meta or like.dtype not in ((torch.float32,) if cuda else (torch.float32, torch.float64)):
-            raise ValueError(
-                "[VisionMamba] parameters: expected f32 or f64 on the cpu, or f32 on cuda, got "
-                f"{describe(like)}; for 16-bit activations leave them in f32 and use torch.autocast on cuda"
-            )
-        images = from_device(images)
-        if isinstance(images, Tensor):
-            refuse_wrapped("VisionMamba", ["images"], [images])
-            refuse_layout("VisionMamba", "images", images)
-        autocast = autocast_type(like)
-        if autocast is not None and isinstance(images, Tensor) and images.is_floating_point():
-            images = images.to(autocast)
-        types = (torch.float32, torch.bfloat16, torch.float16) if cuda else (like.dtype,)
-        if (
-            not isinstance(images, Tensor)
-            or images.ndim != 4
-            or images.shape[1] != channels
-            or (images.shape[2:] != (height, width) and not self.dynamic_img_size)
-            or images.dtype not in types
-            or images.device != like.device
-        ):
-            names = "f32, bf16 or f16" if cuda else describe(like).split()[-2]
-            sides = "H, W" if self.dynamic_img_size else f"{height}, {width}"
-            expected = f"(B, {channels}, {sides}) {names} {like.device}"
-            remedy = ""
-            if not self.dynamic_img_size and isinstance(images, Tensor) and images.ndim == 4:
-                size = tuple(images.shape[2:])
-                if size != (height, width):
-                    remedy = (
-                        f": other sizes by dynamic_img_size=True, set_input_size({size}), or "
-                        f"load(..., img_size={size})"
-                    )
-            raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}{remedy}")
-        self._config_for(images)  # says which size is out of range
-        return images.resolve_neg().contiguous()
 
     def _draws(self, kind: str, images: Tensor, position: int) -> Draws:
         """The random draws of one forward in training; a position of the class token may be given."""

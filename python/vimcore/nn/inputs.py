@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images as a network takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._core import Config
+from ..autograd.checks import refuse_layout, refuse_wrapped
+from ..autograd.tensors import autocast_type, describe, from_device, on_cuda
+
+
+def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) -> Tensor:
+    """The images as the core takes them.
+
+    Args:
+        like: a parameter of the network.
+        any_size: whether sizes other than the configuration's are taken.
+
+    Raises:
+        ValueError: type, shape or device do not fit, of the images or of the parameter.
+    """
+    height, width = config.img_size
+    channels = config.in_chans
+    cuda = on_cuda(like)
+    if like.is_meta or like.dtype not in ((torch.float32,) if cuda else (torch.float32, torch.float64)):
+        raise ValueError(
+            "[VisionMamba] parameters: expected f32 or f64 on the cpu, or f32 on cuda, got "
+            f"{describe(like)}; for 16-bit activations leave them in f32 and use torch.autocast on cuda"
+        )
+    images = from_device(images)
+    if isinstance(images, Tensor):
+        refuse_wrapped("VisionMamba", ["images"], [images])
+        refuse_layout("VisionMamba", "images", images)
+    autocast = autocast_type(like)
+    if autocast is not None and isinstance(images, Tensor) and images.is_floating_point():
+        images = images.to(autocast)
+    types = (torch.float32, torch.bfloat16, torch.float16) if cuda else (like.dtype,)
+    if (
+        not isinstance(images, Tensor)
+        or images.ndim != 4
+        or images.shape[1] != channels
+        or (images.shape[2:] != (height, width) and not any_size)
+        or images.dtype not in types
+        or images.device != like.device
+    ):
+        names = "f32, bf16 or f16" if cuda else describe(like).split()[-2]
+        sides = "H, W" if any_size else f"{height}, {width}"
+        expected = f"(B, {channels}, {sides}) {names} {like.device}"
+        remedy = ""
+        if not any_size and isinstance(images, Tensor) and images.ndim == 4:
+            size = tuple(images.shape[2:])
+            if size != (height, width):
+                remedy = (
+                    f": other sizes by dynamic_img_size=True, set_input_size({size}), or "
+                    f"load(..., img_size={size})"
+                )
+        raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}{remedy}")
+    return images.resolve_neg().contiguous()
