@@ -11,7 +11,6 @@
 #include <algorithm>
 
 #include "core/context_internals.h"
-#include "core/device_sizes.h"
 #include "cuda_operators.h"
 #include "vectors.cuh"
 
@@ -22,7 +21,6 @@ namespace {
 using device::Floats;
 
 constexpr int max_block = 128;
-constexpr Index most_parts = device_sizes::conv_parts;  // threads that share channels
 
 template <class T>
 struct Direction {
@@ -198,15 +196,11 @@ __global__ void conv_dweight(ConvParams<T> p, const float* dp)
     }
 }
 
-// Partial sums of one pass, and where they go.
-struct Parts {
-    Tensor dweight, dbias;
-};
+using device_scratch::ConvParts;
 
-// The passes: one, or a forward and a reverse one. units: what a part takes some of.
+// The passes: one, or a forward and a reverse one.
 template <class T>
-ConvParams<T> params(Context& ctx, const Conv1dBackward& a, std::span<const ConvBackwardPass> passes, Index units,
-                     Parts* parts)
+ConvParams<T> params(const Conv1dBackward& a, std::span<const ConvBackwardPass> passes, const ConvParts& parts)
 {
     const ConvBackwardPass& first = passes[0];
     ConvParams<T> p = {};
@@ -219,46 +213,37 @@ ConvParams<T> params(Context& ctx, const Conv1dBackward& a, std::span<const Conv
     p.width = static_cast<int>(first.weight.numel() / p.dim);
     p.mirrored = passes.size() == 1 && first.reverse;
     p.silu = a.silu;
-    p.items = ceil_div(units, most_parts);
-    p.parts = ceil_div(units, p.items);
+    p.items = parts.items;
+    p.parts = parts.parts;
     for (std::size_t i = 0; i < passes.size(); i++) {
         const ConvBackwardPass& pass = passes[i];
-        const Shape weight{p.parts, p.dim * p.width}, bias{p.parts, p.dim};
-        if (pass.dweight) parts[i].dweight = arena_of(ctx).take(weight, DType::f32);
-        if (pass.dbias) parts[i].dbias = arena_of(ctx).take(bias, DType::f32);
-        p.pass[i] = {pass.weight.as<float>(), pass.bias.as<float>(), pass.du.as<T>(), parts[i].dweight.as<float>(),
-                     parts[i].dbias.as<float>()};
+        p.pass[i] = {pass.weight.as<float>(), pass.bias.as<float>(), pass.du.as<T>(), parts.dweight[i].as<float>(),
+                     parts.dbias[i].as<float>()};
     }
     return p;
 }
 
-void join(Context& ctx, std::span<const ConvBackwardPass> passes, const Parts* parts)
+void join(Context& ctx, std::span<const ConvBackwardPass> passes, const ConvParts& parts)
 {
     ColumnSum sums[4];
     for (std::size_t i = 0; i < passes.size(); i++) {
         const Tensor& dweight = passes[i].dweight;
-        sums[2 * i] = {parts[i].dweight, dweight ? dweight.view({dweight.numel()}) : Tensor{}};
-        sums[2 * i + 1] = {parts[i].dbias, passes[i].dbias};
+        sums[2 * i] = {parts.dweight[i], dweight ? dweight.view({dweight.numel()}) : Tensor{}};
+        sums[2 * i + 1] = {parts.dbias[i], passes[i].dbias};
     }
     sum_columns(ctx, {sums, 2 * passes.size()});
 }
 
-// False: not for these sizes or addresses.
 template <class T, int Passes>
-bool run_window(Context& ctx, const Conv1dBackward& a, std::span<const ConvBackwardPass> passes)
+void run_window(Context& ctx, const Conv1dBackward& a)
 {
-    constexpr int C = 2;
-    const ConvBackwardPass& first = passes[0];
-    const Index dim = first.du.size(2), width = first.weight.numel() / dim, batch = a.x.size(0), len = a.x.size(1);
-    if (width < 2 || width > 4 || dim % C != 0 || a.x.size(2) % C != 0 || !aligned(C, {a.x, a.dx})) return false;
-    for (const ConvBackwardPass& pass : passes)
-        if (!aligned(C, {pass.weight, pass.bias, pass.du})) return false;
+    constexpr int C = device_scratch::window_channels;
+    const std::span<const ConvBackwardPass> passes = a.passes;
+    const Index dim = passes[0].du.size(2), width = passes[0].weight.numel() / dim;
     Arena::Scope scope(arena_of(ctx));
-    // Long chunks compute fewer values twice, short ones make more threads of a small batch.
-    const Index chunk = ceil_div(len, ceil_div(len, batch * len * dim < (1 << 22) ? 16 : 64));
-    const Index chunks = ceil_div(len, chunk);
-    Parts parts[Passes];
-    ConvParams<T> p = params<T>(ctx, a, passes, batch * chunks, parts);
+    const Index chunk = device_scratch::conv_chunk(a), chunks = ceil_div(a.x.size(1), chunk);
+    const ConvParts parts = device_scratch::conv_parts(ctx, passes, a.x.size(0) * chunks);
+    ConvParams<T> p = params<T>(a, passes, parts);
     p.chunk = static_cast<int>(chunk);
     p.chunks = chunks;
     const Index threads = dim / C, tiles = ceil_div(threads, max_block);
@@ -268,36 +253,31 @@ bool run_window(Context& ctx, const Conv1dBackward& a, std::span<const ConvBackw
         VIM_LAUNCH((conv_backward_window<T, C, k(), Passes>), grid, static_cast<unsigned>(block), 0, stream_of(ctx), p);
     });
     join(ctx, passes, parts);
-    return true;
 }
 
 template <class T>
 void run_any(Context& ctx, const Conv1dBackward& a, const ConvBackwardPass& pass, bool add)
 {
     Arena::Scope scope(arena_of(ctx));
-    Parts parts;
     const Index rows = a.x.size(0) * a.x.size(1);
-    const ConvParams<T> p = params<T>(ctx, a, {&pass, 1}, rows, &parts);
-    const Shape shape{rows, p.dim};
-    const Tensor dp = arena_of(ctx).take(shape, DType::f32);
+    const ConvParts parts = device_scratch::conv_parts(ctx, {&pass, 1}, rows);
+    const ConvParams<T> p = params<T>(a, {&pass, 1}, parts);
+    const Tensor dp = device_scratch::conv_gradient(ctx, a, pass);
     const dim3 flat = flat_grid(rows * p.dim);
     VIM_LAUNCH((conv_dp<T>), flat, flat_block, 0, stream_of(ctx), p, dp.as<float>());
     VIM_LAUNCH((conv_dx<T>), flat, flat_block, 0, stream_of(ctx), p, dp.as<float>(), add);
     if (!pass.dweight && !pass.dbias) return;
     const dim3 grid(static_cast<unsigned>(p.parts), static_cast<unsigned>(ceil_div(p.dim, max_block)));
     VIM_LAUNCH((conv_dweight<T>), grid, max_block, 0, stream_of(ctx), p, dp.as<float>());
-    join(ctx, {&pass, 1}, &parts);
+    join(ctx, {&pass, 1}, parts);
 }
 
 template <class T>
 void run(Context& ctx, const Conv1dBackward& a)
 {
     if (a.passes.empty() || a.passes[0].du.numel() == 0) return;
-    if (a.passes.size() == 1 && run_window<T, 1>(ctx, a, a.passes)) return;
-    if (a.passes.size() == 2 && !a.passes[0].reverse && a.passes[1].reverse &&
-        a.passes[0].du.shape == a.passes[1].du.shape && a.passes[0].weight.numel() == a.passes[1].weight.numel() &&
-        run_window<T, 2>(ctx, a, a.passes))
-        return;
+    if (device_scratch::conv_has_window(a))
+        return a.passes.size() == 1 ? run_window<T, 1>(ctx, a) : run_window<T, 2>(ctx, a);
     for (std::size_t i = 0; i < a.passes.size(); i++) run_any<T>(ctx, a, a.passes[i], i > 0);
 }
 

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "core/context_internals.h"
-#include "core/device_sizes.h"
+#include "core/device_scratch.h"
 #include "vimcore/error.h"
 
 namespace vimcore::cuda {
@@ -197,7 +197,7 @@ Blas blas_of(int index, const GemmArgs& args)
     if (device.handle) return device;
     int major = 0;
     VIM_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
-    device.workspace = major >= 9 ? std::uint64_t{device_sizes::blas_workspace} : 4u << 20;
+    device.workspace = major >= 9 ? std::uint64_t{device_scratch::blas_workspace} : 4u << 20;
     check_lt(library().call.create(&device.handle), "cublasLtCreate", args);
     return device;
 }
@@ -295,8 +295,8 @@ bool matmul_rows(Context& ctx, const GemmArgs& g, const void* bias)
     Arena::Scope scope(arena_of(ctx));
     void* workspace = nullptr;
     if (choice.workspace) {
-        constexpr std::size_t align_to = 256;
-        const Tensor space = arena_of(ctx).take({static_cast<Index>(choice.workspace + align_to)}, DType::u8);
+        constexpr std::uintptr_t align_to = device_scratch::blas_alignment;
+        const Tensor space = device_scratch::blas_memory(ctx, choice.workspace);
         workspace = reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(space.data) + align_to - 1) / align_to *
                                             align_to);
     }

@@ -10,7 +10,7 @@ namespace vimcore::cuda {
 class CudaBackend final : public Backend {
 public:
     int default_threads() const override { return 1; }
-    std::int64_t tile() const override { return std::int64_t{1} << 40; }  // whole sequences
+    std::int64_t tile() const override { return device_scratch::undivided_tile; }
 
     void run(Context& ctx, void (*program)(void*), void* context) override;
     void run_workers(Context& ctx, int count, void (*body)(void*, int), void* context) override;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/device_scratch.h"
 #include "launch.h"
 #include "vimcore/ops.h"
 
@@ -39,9 +40,7 @@ void cast_all(Context& ctx, const CastPiece* table, Index pieces);
 
 // out (columns) += the rows of x (rows, columns), at most four at a time, x of one type and equally many rows. Those
 // without `out` are passed over. reduce.cu
-struct ColumnSum {
-    Tensor x, out;
-};
+using device_scratch::ColumnSum;
 void sum_columns(Context& ctx, std::span<const ColumnSum> sums);
 
 // y (m, n) = x (m, k) W (n, k)^T + bias, accumulated in float, or added to y. ld: elements from row to row. `count`

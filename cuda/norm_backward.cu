@@ -10,7 +10,6 @@
 #include <algorithm>
 
 #include "core/context_internals.h"
-#include "core/device_sizes.h"
 #include "cuda_operators.h"
 #include "vectors.cuh"
 
@@ -21,7 +20,6 @@ namespace {
 using device::Floats;
 
 constexpr int warps = 4;
-constexpr Index most_parts = device_sizes::norm_parts;
 
 template <class T>
 struct NormParams {
@@ -205,22 +203,19 @@ void run(Context& ctx, const NormBackward& a)
     p.rows = a.x.size(0) * a.x.size(1);
     p.len = a.x.size(1);
     p.dim = a.x.size(2);
-    p.part = round_up(ceil_div(p.rows, most_parts), warps);
     p.eps = static_cast<float>(a.eps);
-    const Index parts = ceil_div(p.rows, p.part);
-    const Shape sums_shape{parts, p.dim}, statistics_shape{p.rows, 2};
-    Tensor dweight, dbias;
-    if (a.dweight) dweight = arena_of(ctx).take(sums_shape, DType::f32);
-    if (a.dbias) dbias = arena_of(ctx).take(sums_shape, DType::f32);
-    p.dweight = dweight.as<float>();
-    p.dbias = dbias.as<float>();
+    const device_scratch::NormSums own = device_scratch::norm_sums(ctx, a);
+    static_assert(warps == device_scratch::norm_rows);
+    const Index parts = own.parts;
+    p.part = own.part;
+    p.dweight = own.dweight.template as<float>();
+    p.dbias = own.dbias.template as<float>();
+    p.statistics = own.statistics.template as<float>();
 
     constexpr int V = full_vector<T>, vector = device::warp_size * V;
     const cudaStream_t stream = stream_of(ctx);
     const Index vectors = ceil_div(p.dim, vector);
-    const bool short_rows =
-        p.dim % V == 0 && (layer || !a.dbias) &&
-        aligned(V, {a.x, a.weight, a.dresidual_out, a.dout, a.dresidual, a.dh}) &&
+    if (own.registers) {
         select<1, 2, 3, 4, 6, 8>(vectors == 5   ? 6
                                  : vectors == 7 ? 8
                                                 : vectors,
@@ -230,17 +225,14 @@ void run(Context& ctx, const NormBackward& a)
                                                     static_cast<unsigned>(parts), warps * device::warp_size,
                                                     warps * m() * vector * sizeof(float), stream, p);
                                  });
-    if (!short_rows || vectors * V > 32) {
-        Tensor statistics;
-        if (dweight || dbias) statistics = arena_of(ctx).take(statistics_shape, DType::f32);
-        p.statistics = statistics.as<float>();
+    } else {
         VIM_LAUNCH((norm_backward_rows<T, layer>), static_cast<unsigned>(ceil_div(p.rows, warps)),
                    warps * device::warp_size, 0, stream, p);
         constexpr int columns = 128;
         const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(ceil_div(p.dim, columns)));
         if (p.statistics) VIM_LAUNCH((norm_backward_columns<T>), grid, columns, 0, stream, p);
     }
-    const ColumnSum sums[] = {{dweight, a.dweight}, {dbias, a.dbias}};
+    const ColumnSum sums[] = {{own.dweight, a.dweight}, {own.dbias, a.dbias}};
     sum_columns(ctx, sums);
 }
 

@@ -88,7 +88,7 @@ void positions_backward(Context& ctx, const PositionsBackward& args)
 {
     const Params p{args.resize, args.dtable.size(1), args.dtable.size(2)};
     Arena::Scope scope(arena_of(ctx));
-    const Tensor along = arena_of(ctx).take({p.r.to.rows, p.r.from.columns, p.dim}, DType::f64);
+    const Tensor along = device_scratch::positions_along_rows(ctx, args);
     VIM_LAUNCH((along_rows_kernel), flat_grid(along.numel()), flat_block, 0, stream_of(ctx), p, args.dout.as<float>(),
                along.as<double>());
     VIM_LAUNCH((along_columns_kernel), flat_grid(args.dtable.numel()), flat_block, 0, stream_of(ctx), p,

@@ -17,7 +17,7 @@ namespace {
 using device::Floats;
 
 constexpr int warps = 8;
-constexpr Index chunk_tokens = 256;
+constexpr Index chunk_tokens = device_scratch::pooled_tokens;
 constexpr float lowest = -std::numeric_limits<float>::infinity();
 
 template <class From, class To>
@@ -112,7 +112,7 @@ void run(Context& ctx, const ReadoutForward& a)
     const Index chunks = ceil_div(len, chunk_tokens);
     if (chunks == 1) return run_pool<T, T>(ctx, a.x, a.out, 1, divisor, max);
     Arena::Scope scope(arena_of(ctx));
-    const Tensor parts = arena_of(ctx).take({batch, chunks, dim}, DType::f32);
+    const Tensor parts = device_scratch::pool_parts(ctx, a);
     run_pool<T, float>(ctx, a.x, parts, chunks, 1.0f, max);
     run_pool<float, T>(ctx, parts, a.out, 1, divisor, max);
 }

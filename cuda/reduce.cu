@@ -14,8 +14,8 @@ namespace vimcore::cuda {
 namespace {
 
 constexpr int warps = 8;
-constexpr Index chunk_rows = 256;
-constexpr std::size_t most = 4;  // sums of a launch
+constexpr Index chunk_rows = device_scratch::chunk_rows;
+constexpr std::size_t most = device_scratch::most_sums;
 
 template <class T>
 struct SumParams {
@@ -51,21 +51,18 @@ __global__ void sum_columns_kernel(SumParams<T> p)
     *out = p.add ? *out + sum : sum;
 }
 
+// Into `rest`, or to `out` where there is one chunk.
 template <class T>
-void run(Context& ctx, std::span<const ColumnSum> sums)
+void run(Context& ctx, std::span<const ColumnSum> sums, std::span<const ColumnSum> rest, Index chunks)
 {
     SumParams<T> p{};
     p.rows = sums[0].x.size(0);
-    p.chunks = ceil_div(p.rows, chunk_rows);
+    p.chunks = chunks;
     p.add = p.chunks == 1;
     Index widest = 0;
-    Arena::Scope scope(arena_of(ctx));
-    ColumnSum rest[most];
     for (std::size_t i = 0; i < sums.size(); i++) {
         p.x[i] = sums[i].x.template as<T>();
         p.columns[i] = sums[i].x.size(1);
-        const Shape parts{p.chunks, p.columns[i]};
-        rest[i] = {p.add ? Tensor{} : arena_of(ctx).take(parts, DType::f32), sums[i].out};
         p.out[i] = (p.add ? sums[i].out : rest[i].x).template as<float>();
         widest = std::max(widest, p.columns[i]);
     }
@@ -74,18 +71,16 @@ void run(Context& ctx, std::span<const ColumnSum> sums)
                     static_cast<unsigned>(sums.size()));
     VIM_LAUNCH((sum_columns_kernel<T>), grid, warps * device::warp_size, warps * device::warp_size * sizeof(float),
                stream_of(ctx), p);
-    if (!p.add) sum_columns(ctx, {rest, sums.size()});
 }
 
 }  // namespace
 
 void sum_columns(Context& ctx, std::span<const ColumnSum> sums)
 {
-    ColumnSum wanted[most];
-    std::size_t count = 0;
-    for (const ColumnSum& sum : sums)
-        if (sum.out && sum.x.size(0) > 0) wanted[count++] = sum;
-    if (count > 0) dispatch(wanted[0].x.dtype, [&](auto t) { run<decltype(t)>(ctx, {wanted, count}); });
+    device_scratch::sum_columns(
+        ctx, sums, [&](std::span<const ColumnSum> wanted, std::span<const ColumnSum> rest, Index chunks) {
+            dispatch(wanted[0].x.dtype, [&](auto t) { run<decltype(t)>(ctx, wanted, rest, chunks); });
+        });
 }
 
 }  // namespace vimcore::cuda

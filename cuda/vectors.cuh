@@ -14,15 +14,7 @@ namespace vimcore::cuda {
 template <class T>
 inline constexpr int full_vector = 16 / static_cast<int>(sizeof(T));
 
-// Whether every tensor (or none) may be accessed `count` elements at a time, in vectors of 16 bytes at most.
-inline bool aligned(int count, std::initializer_list<Tensor> tensors)
-{
-    for (const Tensor& t : tensors) {
-        const std::size_t bytes = static_cast<std::size_t>(count) * size_of(t.dtype);
-        if (reinterpret_cast<std::uintptr_t>(t.data) % (bytes < 16 ? bytes : 16) != 0) return false;
-    }
-    return true;
-}
+using device_scratch::aligned;
 
 // Threads of a block and blocks for `count` threads in a row.
 inline constexpr int flat_block = 128;

@@ -65,7 +65,7 @@ void CpuBackend::square(Context& ctx, const Square& args)
     dispatch(args.out.dtype, [&](auto t) {
         using T = decltype(t);
         const Index count = args.out.numel(), rows = 64, tasks = ceil_div(count, rows);
-        parallel_for(ctx.threads(), tasks, [&](Index task) {
+        parallel_for(ctx, tasks, [&](Index task) {
             const Index begin = task * rows, length = std::min(rows, count - begin);
             kernels<T>().square({args.x.as<T>() + begin, args.out.as<T>() + begin, length});
         });

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/counting.h"
 #include "vimcore/error.h"
 
 namespace vimcore {
@@ -16,6 +17,8 @@ Backend& cpu_backend()
     static auto& backend = *new cpu::CpuBackend;  // never destroyed: memory may be given back at any time
     return backend;
 }
+
+std::unique_ptr<Backend> counting_cpu() { return std::make_unique<Counting<cpu::CpuBackend>>(); }
 
 namespace cpu {
 

@@ -46,7 +46,7 @@ void conv_forward(Context& ctx, const Conv1dForward& a)
                     .begin = pass.begin,
                     .len = pass.u.size(1)};
     }
-    parallel_for(ctx.threads(), passes * batch * blocks, [&](Index task) {
+    parallel_for(ctx, passes * batch * blocks, [&](Index task) {
         const Index p = task % passes, b = task / passes % batch, begin = task / passes / batch * conv_tokens;
         ConvForwardArgs<T> args = first[p];
         if (begin >= args.len) return;
@@ -70,11 +70,11 @@ void conv_backward(Context& ctx, const Conv1dBackward& a)
     T* sums[2];
     for (Index p = 0; p < passes; p++) {
         first[p] = conv_of<T>(ctx, a.x, a.passes[static_cast<std::size_t>(p)], dim, a.silu);
-        const Index count = batch * (first[p].width + 1) * dim;
-        sums[p] = scratch<T>(ctx, count).template as<T>();
-        std::fill_n(sums[p], count, T(0));
+        sums[p] = scratch<T>(ctx, batch * (first[p].width + 1) * dim).template as<T>();
     }
-    parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
+    if (counts(ctx)) return;
+    for (Index p = 0; p < passes; p++) std::fill_n(sums[p], batch * (first[p].width + 1) * dim, T(0));
+    parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, e0 = task % blocks * conv_channels;
         for (Index p = 0; p < passes; p++) {
             Conv<T> f = first[p];

@@ -27,6 +27,13 @@ void dispatch(DType dtype, F&& f)
         f(double{});
 }
 
+// The tasks of an operator. Where memory is counted none runs, and operators end before what they do by themselves.
+template <class F>
+void parallel_for(Context& ctx, Index count, F&& f)
+{
+    if (!counts(ctx)) parallel_for(ctx.threads(), count, f);
+}
+
 template <class T>
 Tensor scratch(Context& ctx, Index count)
 {
@@ -42,7 +49,7 @@ const T* packed(Context& ctx, const Tensor& weight, WeightForm form, Index count
                                                 sizeof(T) * static_cast<std::size_t>(count),
                                                 [&](void* out) { fill(static_cast<T*>(out)); }));
     T* out = scratch<T>(ctx, count).template as<T>();
-    fill(out);
+    if (!counts(ctx)) fill(out);
     return out;
 }
 
@@ -80,7 +87,7 @@ const T* packed_linear(Context& ctx, const Tensor& w, Index n, Index k, bool tra
 template <class T>
 const T* packed_transpose(Context& ctx, const Tensor& w, Index rows, Index columns);
 
-class CpuBackend final : public Backend {
+class CpuBackend : public Backend {
 public:
     int default_threads() const override { return core_count(); }
     std::int64_t tile() const override { return 512; }  // keeps the activations of a block in the second-level cache

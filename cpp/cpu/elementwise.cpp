@@ -13,7 +13,7 @@ void add(Context& ctx, const Add& args)
 {
     const auto& [a, b, out, row_scale] = args;
     const Index len = out.size(1), dim = out.size(2), blocks = ceil_div(len, add_rows);
-    parallel_for(ctx.threads(), out.size(0) * blocks, [&](Index task) {
+    parallel_for(ctx, out.size(0) * blocks, [&](Index task) {
         const Index image = task / blocks, row = task % blocks * add_rows, offset = (image * len + row) * dim;
         const Index count = std::min(add_rows, len - row) * dim;
         const T scale = row_scale ? row_scale.as<T>()[image] : T(1);
@@ -30,8 +30,9 @@ void CpuBackend::add(Context& ctx, const Add& args)
     dispatch(args.out.dtype, [&](auto t) { cpu::add<decltype(t)>(ctx, args); });
 }
 
-void CpuBackend::scale_rows(Context&, const ScaleRows& args)
+void CpuBackend::scale_rows(Context& ctx, const ScaleRows& args)
 {
+    if (counts(ctx)) return;
     const auto& [matrix, factor, out] = args;
     dispatch(out.dtype, [&](auto zero) {
         using T = decltype(zero);
@@ -40,8 +41,9 @@ void CpuBackend::scale_rows(Context&, const ScaleRows& args)
     });
 }
 
-void CpuBackend::scale_rows_backward(Context&, const ScaleRowsBackward& args)
+void CpuBackend::scale_rows_backward(Context& ctx, const ScaleRowsBackward& args)
 {
+    if (counts(ctx)) return;
     const auto& [matrix, factor, dout, dmatrix, dfactor] = args;
     dispatch(matrix.dtype, [&](auto zero) {
         using T = decltype(zero);
@@ -63,7 +65,7 @@ void CpuBackend::accumulate(Context& ctx, const Accumulate& args)
 {
     const auto& [to, from] = args;
     const Index workers = ctx.threads();
-    parallel_for(ctx.threads(), workers, [&](Index worker) {
+    parallel_for(ctx, workers, [&](Index worker) {
         for (std::size_t i = 0; i < to.size(); i++) {
             if (!to[i]) continue;
             const Index n = to[i].numel(), begin = n * worker / workers, end = n * (worker + 1) / workers;

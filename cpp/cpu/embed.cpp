@@ -29,7 +29,7 @@ template <class T>
 void patches_forward(Context& ctx, const Patches& a)
 {
     const Index batch = a.images.size(0), rows = a.cols.size(1), blocks = ceil_div(rows, patch_rows);
-    parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
+    parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, begin = task % blocks * patch_rows;
         for (Index j = begin; j < std::min(rows, begin + patch_rows); j++)
             for_each_run<T>(a, b, a.begin + j, [&](const T* pixels, T* patch) {
@@ -41,7 +41,7 @@ void patches_forward(Context& ctx, const Patches& a)
 template <class T>
 void patches_backward(Context& ctx, const Patches& a)  // patches may overlap: one task per image
 {
-    parallel_for(ctx.threads(), a.images.size(0), [&](Index b) {
+    parallel_for(ctx, a.images.size(0), [&](Index b) {
         for (Index j = a.begin; j < a.begin + a.cols.size(1); j++)
             for_each_run<T>(a, b, j, [&](T* pixels, const T* patch) {
                 for (Index i = 0; i < a.patch; i++) pixels[i] += patch[i];
@@ -61,7 +61,7 @@ void tokens_forward(Context& ctx, const TokensForward& a)
 {
     const Index batch = a.out.size(0), len = a.out.size(1), dim = a.out.size(2), blocks = ceil_div(len, token_rows);
     const Positions& at = a.position;
-    parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
+    parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, begin = task % blocks * token_rows;
         for (Index t = begin; t < std::min(len, begin + token_rows); t++) {
             const int token = class_token_at(at, t);
@@ -80,7 +80,7 @@ void tokens_backward(Context& ctx, const TokensBackward& a)
 {
     const Index batch = a.dout.size(0), len = a.dout.size(1), dim = a.dout.size(2);
     const Positions& at = a.position;
-    parallel_for(ctx.threads(), len, [&](Index t) {  // one task per token: sums over images stay in order
+    parallel_for(ctx, len, [&](Index t) {  // one task per token: sums over images stay in order
         const int token = class_token_at(at, t);
         T* dpos = a.dpos_embed ? a.dpos_embed.as<T>() + t * dim : nullptr;
         T* dclass = token >= 0 && a.dclass_token[token] ? a.dclass_token[token].as<T>() : nullptr;
@@ -103,7 +103,7 @@ void rope(Context& ctx, const Rope& a)
 {
     const Index batch = a.x.size(0), len = a.x.size(1), dim = a.x.size(2);
     const T sign = a.inverse ? T(-1) : T(1);
-    parallel_for(ctx.threads(), batch * (len - a.skip), [&](Index task) {
+    parallel_for(ctx, batch * (len - a.skip), [&](Index task) {
         const Index b = task / (len - a.skip), t = task % (len - a.skip);
         T* x = a.x.as<T>() + (b * len + a.skip + t) * dim;
         const T *cosine = a.cos.as<T>() + t * dim, *sine = a.sin.as<T>() + t * dim;

@@ -42,7 +42,7 @@ void run_gemms(Context& ctx, std::span<const Gemm<T>> problems)
             if (group[i].m > 0 && group[i].n > 0) cuts[i] = cut_gemm(group[i], ctx.threads(), kernel);
             total += cuts[i].tasks();
         }
-        parallel_for(ctx.threads(), total, [&](Index task) {
+        parallel_for(ctx, total, [&](Index task) {
             std::size_t i = 0;
             while (task >= cuts[i].tasks()) task -= cuts[i++].tasks();
             const Gemm<T>& g = group[i];
@@ -86,7 +86,7 @@ void run_gemms_tn(Context& ctx, std::span<const GemmTn<T>> problems)
         }
         Arena::Scope scope(arena_of(ctx));
         T* memory = scratch<T>(ctx, space * total).template as<T>();
-        parallel_for(ctx.threads(), total, [&](Index task) {
+        parallel_for(ctx, total, [&](Index task) {
             T* own = memory + task * space;
             std::size_t i = 0;
             while (task >= tasks[i]) task -= tasks[i++];
@@ -200,7 +200,7 @@ void backward(Context& ctx, std::span<const LinearBackward> args)
                                        .n = n,
                                        .k = k};
         }
-        if (a.dbias) add_column_sums(a.dy.as<T>(), m, n, a.dbias.as<T>());
+        if (a.dbias && !counts(ctx)) add_column_sums(a.dy.as<T>(), m, n, a.dbias.as<T>());
     }
     run_gemms<T>(ctx, std::span(inputs.data(), input_count));
     run_gemms_tn<T>(ctx, std::span(weights.data(), weight_count));

@@ -20,7 +20,7 @@ void norm_forward(Context& ctx, const NormForward& a)
 {
     const Index batch = a.out.size(0), len = a.out.size(1), dim = a.out.size(2), blocks = ceil_div(len, norm_rows);
     const Kernels<T>& kernel = kernels<T>();
-    parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
+    parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, row = task % blocks * norm_rows, offset = (b * len + row) * dim;
         kernel.norm_forward({.h = at<T>(a.h, offset),
                              .residual = at<T>(a.residual, offset),
@@ -44,8 +44,9 @@ void norm_backward(Context& ctx, const NormBackward& a)
     const Kernels<T>& kernel = kernels<T>();
     Arena::Scope scope(arena_of(ctx));
     T* sums = scratch<T>(ctx, batch * blocks * 2 * dim).template as<T>();
+    if (counts(ctx)) return;
     std::fill_n(sums, batch * blocks * 2 * dim, T(0));
-    parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
+    parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, row = task % blocks * sum_rows, offset = (b * len + row) * dim;
         T* own = sums + task * 2 * dim;
         kernel.norm_backward({.x = at<T>(a.x, offset),

@@ -30,7 +30,7 @@ void positions_forward(Context& ctx, const PositionsForward& a)
 {
     const TableResize& r = a.resize;
     const Index dim = a.out.size(2);
-    parallel_for(ctx.threads(), r.to.rows, [&](Index y) {
+    parallel_for(ctx, r.to.rows, [&](Index y) {
         const Taps rows = taps(y, r.from.rows, r.to.rows);
         for (Index x = 0; x < r.to.columns; x++) {
             const Taps columns = taps(x, r.from.columns, r.to.columns);
@@ -52,7 +52,7 @@ void positions_forward(Context& ctx, const PositionsForward& a)
             }
         }
     });
-    for (int k = 0; k < 2; k++)
+    for (int k = 0; k < 2 && !counts(ctx); k++)
         if (r.to_class[k] >= 0)
             std::copy_n(table_row<T>(a.table, r.from_class[k]), dim, a.out.as<T>() + r.to_class[k] * dim);
 }
@@ -66,7 +66,7 @@ void positions_backward(Context& ctx, const PositionsBackward& a)
     Arena::Scope scope(arena_of(ctx));
     double* const along = scratch<double>(ctx, r.to.rows * r.from.columns * dim).template as<double>();
     double* const sums = scratch<double>(ctx, r.from.count() * dim).template as<double>();
-    parallel_for(ctx.threads(), r.to.rows, [&](Index y) {
+    parallel_for(ctx, r.to.rows, [&](Index y) {
         double* const row = along + y * r.from.columns * dim;
         std::fill_n(row, r.from.columns * dim, 0.0);
         for (Index x = 0; x < r.to.columns; x++) {
@@ -78,7 +78,7 @@ void positions_backward(Context& ctx, const PositionsBackward& a)
             }
         }
     });
-    parallel_for(ctx.threads(), r.from.columns, [&](Index c) {
+    parallel_for(ctx, r.from.columns, [&](Index c) {
         auto sum = [&](Index row) { return sums + (row * r.from.columns + c) * dim; };
         for (Index row = 0; row < r.from.rows; row++) std::fill_n(sum(row), dim, 0.0);
         for (Index y = 0; y < r.to.rows; y++) {
@@ -94,7 +94,7 @@ void positions_backward(Context& ctx, const PositionsBackward& a)
             for (Index d = 0; d < dim; d++) dtable[d] += static_cast<T>(sum(row)[d]);
         }
     });
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < 2 && !counts(ctx); k++) {
         if (r.to_class[k] < 0) continue;
         const T* const dout = table_row<T>(a.dout, r.to_class[k]);
         T* const dtable = a.dtable.as<T>() + r.from_class[k] * dim;

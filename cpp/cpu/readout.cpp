@@ -10,7 +10,7 @@ template <class T>
 void readout_forward(Context& ctx, const ReadoutForward& a)
 {
     const Index len = a.x.size(1), dim = a.x.size(2);
-    parallel_for(ctx.threads(), a.x.size(0), [&](Index b) {
+    parallel_for(ctx, a.x.size(0), [&](Index b) {
         const T* x = a.x.as<T>() + b * len * dim;
         T* out = a.out.as<T>() + b * dim;
         if (a.reduce == Reduce::select) {
@@ -37,7 +37,7 @@ template <class T>
 void readout_backward(Context& ctx, const ReadoutBackward& a)
 {
     const Index len = a.dx.size(1), dim = a.dx.size(2);
-    parallel_for(ctx.threads(), a.dx.size(0), [&](Index b) {
+    parallel_for(ctx, a.dx.size(0), [&](Index b) {
         T* dx = a.dx.as<T>() + b * len * dim;
         const T* dout = a.dout.as<T>() + b * dim;
         if (a.reduce == Reduce::mean) {

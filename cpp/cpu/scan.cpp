@@ -109,7 +109,7 @@ void forward(Context& ctx, const ScanForward& a)
     const bool together =
         passes == 2 && pass[0].begin < pass[1].begin + pass[1].tokens && pass[1].begin < pass[0].begin + pass[0].tokens;
     const Index groups = together ? 1 : passes;
-    parallel_for(ctx.threads(), batch * blocks * groups, [&](Index task) {
+    parallel_for(ctx, batch * blocks * groups, [&](Index task) {
         const Index b = task / groups / blocks, e0 = task / groups % blocks * forward_channels;
         const Index e1 = std::min(inner, e0 + forward_channels);
         for (Index p = together ? 0 : task % groups; p < (together ? passes : task % groups + 1); p++)
@@ -194,7 +194,7 @@ void backward(Context& ctx, const ScanBackward& a)
                                          16));
     }
     T* memory = scratch<T>(ctx, space * batch * blocks).template as<T>();
-    parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
+    parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, e0 = task % blocks * backward_channels;
         const Index e1 = std::min(inner, e0 + backward_channels);
         const T* dout = a.dout.as<T>() + b * len * inner;
@@ -222,7 +222,7 @@ void backward(Context& ctx, const ScanBackward& a)
     });
 
     const Index token_blocks = ceil_div(len, reduce_tokens);
-    parallel_for(ctx.threads(), passes * batch * token_blocks, [&](Index task) {
+    parallel_for(ctx, passes * batch * token_blocks, [&](Index task) {
         const Index p = task % passes, b = task / passes % batch, t0 = task / passes / batch * reduce_tokens;
         const ScanArgs<T>& f = pass[p].args;
         const Index row = pass[p].q_row;
@@ -258,6 +258,7 @@ void backward(Context& ctx, const ScanBackward& a)
                                        .m = batch * len,
                                        .n = inner,
                                        .k = rank};
+        if (counts(ctx)) continue;
         add_over_images(part[p].dD, batch, inner, sp.dD.as<T>());
         add_over_images(part[p].dbias, batch, inner, sp.ddt_bias.as<T>());
         if (!sp.dA_log) continue;
@@ -278,7 +279,7 @@ Pass<T> textbook_pass(Context& ctx, const Scan& a)
 {
     const Index dim = a.u.size(2), state = a.A.size(1);
     T* A = scratch<T>(ctx, dim * state).template as<T>();
-    for (Index e = 0; e < dim; e++)
+    for (Index e = 0; e < dim && !counts(ctx); e++)
         for (Index n = 0; n < state; n++)  // finite, as the packed one
             A[n * dim + e] = std::max(a.A.template as<T>()[e * state + n] * std::numbers::log2e_v<T>,
                                       std::numeric_limits<T>::lowest());
@@ -314,7 +315,7 @@ template <class T>
 void textbook_run(Context& ctx, const Pass<T>& pass, Index batch)
 {
     const Index dim = pass.args.dim, blocks = ceil_div(dim, forward_channels);
-    parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
+    parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index e0 = task % blocks * forward_channels;
         kernels<T>().scan_forward(for_task(pass, pass.tokens, task / blocks, e0, std::min(dim, e0 + forward_channels)));
     });
@@ -344,7 +345,7 @@ void textbook_backward(Context& ctx, const SelectiveScanBackward& a)
     Partials<T> part = make_partials<T>(ctx, batch, len, dim, state, blocks);
     const Index space = round_up(kernel.scan_backward_scratch(state, chunk, std::min(dim, backward_channels)), 16);
     T* memory = scratch<T>(ctx, space * batch * blocks).template as<T>();
-    parallel_for(ctx.threads(), batch * blocks, [&](Index task) {
+    parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, e0 = task % blocks * backward_channels, offset = b * len * dim;
         const Index e1 = std::min(dim, e0 + backward_channels);
         ScanBackwardArgs<T> s =
@@ -368,6 +369,7 @@ void textbook_backward(Context& ctx, const SelectiveScanBackward& a)
                                   .lddz = dim,
                                   .scale = T(1)});
     });
+    if (counts(ctx)) return;
     for (Index b = 0; b < batch; b++)
         reduce_BC(part, len, state, blocks, b, 0, len, a.dB.as<T>() + b * len * state, a.dC.as<T>() + b * len * state,
                   state);

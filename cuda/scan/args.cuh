@@ -20,9 +20,8 @@ void run_generic(Context& ctx, GenericScan<T> a)
         VIM_LAUNCH((scan_generic<T, generic_states>), grid, generic_threads, 0, stream_of(ctx), a);
         return;
     }
-    const Shape shape{a.batch, a.state, a.dim};
-    const Tensor memory = a.state_inout ? Tensor{} : arena_of(ctx).take(shape, DType::f32);
-    a.memory = memory ? static_cast<float*>(memory.data) : a.state_inout;
+    a.memory = a.state_inout ? a.state_inout
+                             : static_cast<float*>(device_scratch::generic_memory(ctx, a.batch, a.state, a.dim).data);
     VIM_LAUNCH((scan_generic<T, 0>), grid, generic_threads, 0, stream_of(ctx), a);
 }
 

@@ -14,10 +14,7 @@ namespace vimcore::cuda {
 
 namespace {
 
-float* floats(Context& ctx, const Shape& shape)
-{
-    return static_cast<float*>(arena_of(ctx).take(shape, DType::f32).data);
-}
+float* floats(Context& ctx, const Shape& shape) { return static_cast<float*>(device_scratch::floats(ctx, shape).data); }
 
 // Runs `a`, which has everything but scratch memory and the states' share of launches; add, finish: of the pass.
 template <class T>
@@ -25,15 +22,14 @@ void run_generic(Context& ctx, GenericScanBackward<T> a)
 {
     const bool add = a.f.add, finish = a.f.finish;
     const T *const B = a.f.B.data, *const C = a.f.C.data;
-    const Shape sequence{a.f.batch, a.f.tokens, a.f.dim};
-    const Index blocks = a.f.batch * a.f.groups, tiles = ceil_div(a.f.chunk, generic_tile);
+    const Index blocks = a.f.batch * a.f.groups;
     if (blocks == 0) return;
     Arena::Scope scope(arena_of(ctx));
-    a.starts = floats(ctx, {blocks, tiles, generic_states, generic_threads});
-    if (a.f.state > generic_states) {
-        a.lambda_B = floats(ctx, sequence);
-        a.lambda_A = floats(ctx, sequence);
-    }
+    const device_scratch::GenericStates own =
+        device_scratch::generic_backward_states(ctx, a.f.batch, a.f.tokens, a.f.state, a.f.dim, a.f.chunk);
+    a.starts = static_cast<float*>(own.starts.data);
+    a.lambda_B = static_cast<float*>(own.lambda_B.data);
+    a.lambda_A = static_cast<float*>(own.lambda_A.data);
     for (Index n = 0; n < a.f.state; n += generic_states) {
         a.first_state = n;
         a.first = n == 0;
@@ -51,9 +47,11 @@ void run_generic(Context& ctx, GenericScanBackward<T> a)
 template <class T>
 void take_partials(Context& ctx, GenericScanBackward<T>& a)
 {
-    a.f.groups = ceil_div(a.f.dim, generic_threads);
-    a.part = floats(ctx, {a.f.batch, a.f.groups, a.f.tokens, 2 * a.f.state});
-    a.parameters = floats(ctx, {a.f.batch, a.f.state + 2, a.f.dim});
+    const device_scratch::GenericPartials own =
+        device_scratch::generic_partials(ctx, a.f.batch, a.f.tokens, a.f.state, a.f.dim);
+    a.f.groups = own.groups;
+    a.part = static_cast<float*>(own.part.data);
+    a.parameters = static_cast<float*>(own.parameters.data);
 }
 
 // Adds up dA, dD and dbias, or overwrites them with their sums.
@@ -102,11 +100,7 @@ template <class T>
 void run_passes(Context& ctx, const ScanBackward& a)
 {
     Arena::Scope scope(arena_of(ctx));
-    bool several = a.passes.size() > 1;
-    for (const ScanBackwardPass& p : a.passes) several = several || p.A_log.size(1) > generic_states;
-    // y of the launches so far, never rounded to 16 bits
-    float* y = nullptr;
-    if (several) y = std::is_same_v<T, float> ? a.out.as<float>() : floats(ctx, a.out.shape);
+    float* const y = static_cast<float*>(device_scratch::launches_sum(ctx, a).data);
     for (std::size_t i = 0; i < a.passes.size(); i++)
         run_pass<T>(ctx, a, a.passes[i], y, i > 0, i + 1 == a.passes.size());
 }
@@ -114,7 +108,7 @@ void run_passes(Context& ctx, const ScanBackward& a)
 template <class T>
 void run_textbook(Context& ctx, const SelectiveScanBackward& a)
 {
-    constexpr Index chunk = 64;
+    constexpr Index chunk = device_scratch::textbook_chunk;
     Arena::Scope scope(arena_of(ctx));
     const Index batch = a.u.size(0), len = a.u.size(1), dim = a.u.size(2), state = a.A.size(1);
     GenericScanBackward<T> s{};

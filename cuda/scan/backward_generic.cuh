@@ -32,7 +32,7 @@ struct GenericScanBackward {
     float* parameters;           // (B, N + 2, E): dA, dD, dbias
 };
 
-inline constexpr int generic_tile = device_sizes::generic_tile, generic_pitch = generic_threads + 1;
+inline constexpr int generic_tile = device_scratch::generic_tile, generic_pitch = generic_threads + 1;
 inline constexpr int generic_shared = 2 * generic_states * generic_pitch * static_cast<int>(sizeof(float));
 
 // One token of a channel.

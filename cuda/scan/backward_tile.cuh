@@ -4,13 +4,13 @@
 // projection. Outside the recurrence a thread has two neighbouring channels and `deep` tokens in the order of the scan.
 #pragma once
 
-#include "core/device_sizes.h"
+#include "core/device_scratch.h"
 #include "device.cuh"
 #include "launch.h"
 
 namespace vimcore::cuda {
 
-inline constexpr int back_threads = device_sizes::back_threads;  // of a direction
+inline constexpr int back_threads = device_scratch::back_threads;  // of a direction
 inline constexpr int back_warps = back_threads / device::warp_size;
 
 // Byte offsets of one direction's arrays in shared memory; those that depend on the rank come last.

@@ -12,8 +12,7 @@ namespace vimcore::cuda {
 
 namespace {
 
-constexpr int most_shared = 99 * 1024;  // bytes of shared memory that every device since sm_80 grants a block
-constexpr Index large = Index{1} << 30;
+using device_scratch::most_shared;
 
 // Least work per token, for launches that fill the device; fewer blocks gain from spreading channels over more lanes,
 // in longer tiles, as there is less of each.
@@ -30,15 +29,6 @@ int narrow(Index size) { return static_cast<int>(size); }
 bool is_aligned(const void* p, Index bytes)
 {
     return reinterpret_cast<std::uintptr_t>(p) % static_cast<std::uintptr_t>(bytes) == 0;
-}
-
-// Two passes that one launch can run: opposite ways over the same tokens, the second on top of the first.
-bool meet(const ScanForward& a)
-{
-    if (a.passes.size() != 2) return false;
-    const ScanForwardPass &p = a.passes[0], &q = a.passes[1];
-    return p.reverse != q.reverse && p.begin == q.begin && p.u.size(1) == q.u.size(1) && !p.add && !p.finish && q.add &&
-           p.A_log.size(1) == q.A_log.size(1) && p.dt_weight.size(1) == q.dt_weight.size(1);
 }
 
 template <class T>
@@ -58,11 +48,7 @@ TunedScan<T> tuned_args(Context& ctx, const ScanForward& a, std::span<const Scan
     s.scale = static_cast<float>(a.scale);
     s.z = a.xz.as<T>() + first.begin * 2 * inner + inner;
     s.out = a.out.as<T>() + first.begin * inner;
-    if (passes.size() == 2) {
-        const bool in_place = sizeof(T) == 4 && s.tokens == s.len;
-        const Tensor sum = in_place ? a.out : arena_of(ctx).take(first.u.shape, DType::f32);
-        s.sum = static_cast<float*>(sum.data);
-    }
+    s.sum = static_cast<float*>(device_scratch::direction_sum(ctx, a).data);
     s.aligned = inner * size % 16 == 0 && is_aligned(s.z, 16) && is_aligned(s.out, 16);
     s.q_bytes = 16;
     for (std::size_t i = 0; i < passes.size(); i++) {
@@ -111,12 +97,15 @@ void run_shape(Context& ctx, const ScanForward& a, std::span<const ScanForwardPa
 template <class T, int N>
 bool run_tuned(Context& ctx, const ScanForward& a, std::span<const ScanForwardPass> passes)
 {
+    using Widest = Wide<T, N>;
+    static_assert(Widest::channels == device_scratch::wide_channels(N) && Widest::tile == device_scratch::wide_tile);
+    static_assert(Widest::layout(1).bytes == device_scratch::wide_shared(sizeof(T), N, 1) &&
+                  Widest::layout(100).bytes == device_scratch::wide_shared(sizeof(T), N, 100));
     const ScanKernel forced = forced_scan();
     auto all = [&]<class Shape>(Shape) {
         return std::all_of(passes.begin(), passes.end(),
                            [&](const ScanForwardPass& p) { return applies<Shape>(a, p); });
     };
-    if (!all(Wide<T, N>{})) return false;  // also for the others, so that this does not depend on the batch
     if constexpr (N == 16) {
         auto few = [&](int channels, Index enough) {
             return a.xz.size(0) * ceil_div(a.xz.size(2) / 2, channels) < enough;
@@ -133,7 +122,7 @@ bool run_tuned(Context& ctx, const ScanForward& a, std::span<const ScanForwardPa
         }
     }
     if (forced == ScanKernel::narrow || forced == ScanKernel::middle) return false;
-    run_shape<Wide<T, N>>(ctx, a, passes);
+    run_shape<Widest>(ctx, a, passes);
     return true;
 }
 
@@ -141,8 +130,8 @@ bool run_tuned(Context& ctx, const ScanForward& a, std::span<const ScanForwardPa
 
 bool scan_forward_tuned(Context& ctx, const ScanForward& args)
 {
-    if (std::max({args.xz.size(1), args.xz.size(2), args.chunk}) >= large) return false;
-    if (args.passes.size() != 1 && !meet(args)) return false;
+    // That the widest shape applies is asked of the others, too, so that this does not depend on the batch.
+    if (!device_scratch::is_tuned(args)) return false;
     const ScanForwardPass& first = args.passes[0];
     bool done = args.out.numel() == 0 || first.u.numel() == 0;
     if (done) return true;

@@ -7,7 +7,7 @@
 // A thread walks one channel of one image through time; its states are in registers, or in memory where there are many.
 #pragma once
 
-#include "core/device_sizes.h"
+#include "core/device_scratch.h"
 #include "device.cuh"
 #include "launch.h"
 
@@ -34,8 +34,8 @@ struct GenericScan {
     float scale;
 };
 
-inline constexpr int generic_threads = device_sizes::generic_channels;
-inline constexpr int generic_states = device_sizes::generic_states;  // that fit in registers
+inline constexpr int generic_threads = device_scratch::generic_channels;
+inline constexpr int generic_states = device_scratch::generic_states;  // that fit in registers
 
 // What is multiplied with delta to give the exponent of 2.
 __device__ __forceinline__ float scan_decay(float stored, bool log_A)

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "core/context_internals.h"
-#include "core/device_sizes.h"
+#include "core/device_scratch.h"
 #include "vectors.cuh"
 
 namespace vimcore::cuda {
@@ -13,7 +13,6 @@ namespace vimcore::cuda {
 namespace {
 
 constexpr std::size_t most_partials = 8, most_rows = 2;
-constexpr Index dt_parts = device_sizes::dt_parts;  // sums over tokens that add up to dweight
 
 struct PartialTable {
     PartialSum sum[most_partials];
@@ -109,9 +108,9 @@ void dt_backward(Context& ctx, const DtBackward<T>& a)
     VIM_LAUNCH((dt_inputs<T>), flat_grid(a.tokens * a.rank), flat_block, 0, stream_of(ctx), a);
     if (!a.dweight || a.dim == 0) return;
     Arena::Scope scope(arena_of(ctx));
-    const Index length = ceil_div(a.tokens, dt_parts), parts = ceil_div(a.tokens, length), size = a.rank * a.dim;
-    const Shape shape{parts, a.rank, a.dim};
-    float* const part = static_cast<float*>(arena_of(ctx).take(shape, DType::f32).data);
+    const auto [length, parts, memory] = device_scratch::dt_parts(ctx, a.tokens, a.rank, a.dim);
+    const Index size = a.rank * a.dim;
+    float* const part = static_cast<float*>(memory.data);
     const dim3 grid(flat_grid(size).x, static_cast<unsigned>(parts));
     VIM_LAUNCH((dt_weights<T>), grid, flat_block, 0, stream_of(ctx), a, part, length);
     const PartialSum sum{part, parts, size, a.rank, a.dim, nullptr, a.dweight, false};

@@ -32,6 +32,7 @@ public:
 
 private:
     friend struct ContextInternals;  // the library's part: scratch memory, backend, the running call
+    Context(Device device, int threads, std::unique_ptr<ContextInternals> internals);
 
     Device device_;
     int threads_;

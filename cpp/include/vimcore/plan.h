@@ -11,16 +11,33 @@
 
 namespace [[gnu::visibility("default")]] vimcore {
 
-// Bytes of scratch memory and logits of one inference forward: an upper estimate, at most half as much again as is
-// used, or 4 MiB more. Without weights and images. Saturates at the largest number. The device need not be there.
+// Bytes of scratch memory of one context that does nothing else. They are counted: forward and backward run with what
+// takes memory in them and without what computes. The device need not be there. Sizes that no machine has (beyond
+// 2^60 bytes for what a step touches, roughly) give the largest number.
+struct ScratchBytes {
+    // What stays reserved from the second call on, to the byte. On CUDA with cuBLASLt not more than that: which memory
+    // a product of matrices asks for is the library's choice, at most the 32 MiB that are counted (4 MiB are used
+    // before sm_90). For an inference for logits, or a training step with gradients of all parameters and none of
+    // images.
+    std::int64_t held = 0;
+    // What is reserved at the most, while memory grows in pieces in the first call: to the byte for one thread, an
+    // upper bound where several grow side by side.
+    std::int64_t most = 0;
+};
+ScratchBytes forward_scratch(const Config& config, std::int64_t batch, DType dtype = DType::f32, int threads = 1,
+                             Device device = Device::cpu());
+ScratchBytes training_scratch(const Config& config, Memory memory, std::int64_t batch, DType dtype = DType::f32,
+                              int threads = 1, Device device = Device::cpu());
+
+// Bytes that one inference forward needs: scratch memory (`most`) and logits. Without weights and images. Saturates.
 std::int64_t forward_bytes(const Config& config, std::int64_t batch, DType dtype = DType::f32, int threads = 1,
                            Device device = Device::cpu());
 
 // Bytes that a training forward keeps for its backward, as many as Saved takes.
 std::int64_t saved_bytes(const Config& config, Memory memory, std::int64_t batch, DType dtype = DType::f32);
 
-// Bytes of scratch memory of a training step, a forward and a backward in one context: an upper estimate as above.
-// Without weights, images, what is saved, gradients of parameters and the optimiser's state.
+// Bytes of scratch memory (`most`) that a training step needs, a forward and a backward in one context. Without
+// weights, images, what is saved, gradients of parameters and the optimiser's state.
 std::int64_t training_bytes(const Config& config, Memory memory, std::int64_t batch, DType dtype = DType::f32,
                             int threads = 1, Device device = Device::cpu());
 

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "vimcore/context.h"
 
+#include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "core/backend.h"
 #include "core/context_internals.h"
@@ -14,9 +16,12 @@ constexpr int max_threads = 1024;  // more than that is a slip, and would take t
 }  // namespace
 
 Context::Context(Device device, int threads)
-    : device_(device),
-      threads_(1),
-      internals_(new ContextInternals{.backend = &backend_of(device), .arena = Arena(device), .workers = {}})
+    : Context(device, threads, std::make_unique<ContextInternals>(backend_of(device), device, Arena::Mode::memory))
+{
+}
+
+Context::Context(Device device, int threads, std::unique_ptr<ContextInternals> internals)
+    : device_(device), threads_(1), internals_(std::move(internals))
 {
     set_threads(threads);
 }
@@ -28,8 +33,13 @@ Context::~Context() = default;
 Context& worker_of(Context& ctx, int index)
 {
     ContextInternals& own = internals(ctx);
+    if (counts(ctx)) {  // all but the last take the same
+        own.counted_workers = std::max(own.counted_workers, index + 1);
+        index = std::min(index, 1);
+    }
     while (static_cast<int>(own.workers.size()) <= index)
-        own.workers.push_back(std::make_unique<Context>(ctx.device(), 1));
+        own.workers.push_back(std::make_unique<Context>(ContextInternals::make(
+            *own.backend, ctx.device(), 1, counts(ctx) ? Arena::Mode::counting : Arena::Mode::memory)));
     Context& worker = *own.workers[static_cast<std::size_t>(index)];
     internals(worker).cache = own.cache;
     internals(worker).training = own.training;

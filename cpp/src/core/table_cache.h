@@ -26,6 +26,7 @@ public:
     template <class F>
     std::shared_ptr<const void> get(Context& ctx, const Key& key, bool of_weights, std::size_t bytes, F&& fill)
     {
+        if (counts(ctx)) return {std::shared_ptr<void>(), placeholder_memory(bytes)};
         const std::uint64_t recording = backend_of(ctx).recording(ctx);
         std::lock_guard lock(mutex_);
         const std::int64_t wanted = of_weights ? version_ : 0;

@@ -117,8 +117,9 @@ void for_each_group(const Pass& pass, BlockParams& dblock, F&& f)
             f(own, begin, std::min(pass.batch, begin + size), part);
         }
     } work{pass, parts, f, 0, size};
-    for (; work.first < groups; work.first += slots) {
-        const int count = static_cast<int>(std::min<std::int64_t>(slots, groups - work.first));
+    for_each_step(pass.ctx, 0, groups, slots, [&](std::int64_t first) {
+        work.first = first;
+        const int count = static_cast<int>(std::min<std::int64_t>(slots, groups - first));
         if (count == slots && slots > 1)
             backend_of(pass.ctx).run_workers(
                 pass.ctx, count,
@@ -128,9 +129,10 @@ void for_each_group(const Pass& pass, BlockParams& dblock, F&& f)
                 },
                 &work);
         else
-            for (int slot = 0; slot < count; slot++) work.run(pass.ctx, slot);
+            for_each_step(pass.ctx, 0, count, 1,
+                          [&](std::int64_t slot) { work.run(pass.ctx, static_cast<int>(slot)); });
         parts.finish(count);
-    }
+    });
 }
 
 void run(const Pass& pass, const Tensor& images, const Saved& saved, const Outputs& gradients, Params& dparams,

@@ -4,7 +4,7 @@
 // the last, and where the second of them comes to a tile, the tile's output is finished.
 #include <algorithm>
 
-#include "core/backend.h"
+#include "core/counting.h"
 #include "vimcore/model.h"
 
 namespace vimcore {
@@ -117,10 +117,10 @@ public:
             return;
         }
         const Tensor states = arena_of(ctx_).take({routes_.count, 1, s_.state, s_.inner}, wide(s_.dtype));
-        for (std::int64_t image = 0; image < s_.batch; image++) {
+        for_each_step(ctx_, 0, s_.batch, 1, [&](std::int64_t image) {
             backend_of(ctx_).fill_zero(ctx_, states);
-            for (std::int64_t i = 0; i < tiles_; i++) step(image, i, states);
-        }
+            for_each_step(ctx_, 0, tiles_, 1, [&](std::int64_t i) { step(image, i, states); });
+        });
     }
 
 private:

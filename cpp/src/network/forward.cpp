@@ -187,7 +187,7 @@ void forward(Context& ctx, const Config& config, const Params& params, const Ten
     const Pass pass(ctx, config, params, images, draws);
     internals(ctx).training = saved != nullptr;
     if (saved && internals(ctx).cache) internals(ctx).cache->begin_step();
-    if (saved) saved->prepare(config, pass.batch, pass.dtype, ctx.device());
+    if (saved && !counts(ctx)) saved->prepare(config, pass.batch, pass.dtype, ctx.device());
     if (pass.batch > 0) run_together(ctx, [&] { run(pass, images, out, saved); });
 }
 

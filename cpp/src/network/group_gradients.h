@@ -5,7 +5,7 @@
 
 #include <array>
 
-#include "core/backend.h"
+#include "core/counting.h"
 #include "vimcore/params.h"
 
 namespace vimcore {
@@ -33,11 +33,11 @@ public:
     void finish(int count) const
     {
         const auto to = values(sum_);
-        for (int slot = 0; slot < count; slot++) {
-            BlockParams own = part(slot);
+        for_each_step(ctx_, 0, count, 1, [&](std::int64_t slot) {
+            BlockParams own = part(static_cast<int>(slot));
             const auto from = values(own);
             backend_of(ctx_).accumulate(ctx_, {.to = to, .from = from});
-        }
+        });
     }
 
 private:

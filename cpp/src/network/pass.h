@@ -6,13 +6,16 @@
 #include <array>
 #include <atomic>
 
-#include "core/backend.h"
+#include "core/counting.h"
 #include "vimcore/model.h"
 
 namespace vimcore {
 
 // Whether block_forward can compute one token's output alone (Block::only).
 bool block_may_stop_early(Context& ctx, const Config& config);
+
+// Points all tensors of `saved` into memory from `base` on; how many bytes they take. saved.cpp
+std::size_t lay_out(Saved& saved, const Config& config, std::int64_t batch, DType dtype, Device device, void* base);
 
 // How the network's output is read out of its tokens.
 struct Selection {
@@ -93,16 +96,17 @@ struct Pass {
         constexpr std::int64_t most = 1 << 17;
         const std::int64_t rows = std::min(backend_of(ctx).tile(), most), patches = config.patches();
         const std::int64_t images = std::max<std::int64_t>(1, rows / std::max<std::int64_t>(patches, 1));
-        for (std::int64_t b = 0; b < batch; b += images)
-            for (std::int64_t j = 0; j < patches; j += rows)
-                f(b, std::min(images, batch - b), j, std::min(rows, patches - j));
+        for_each_step(ctx, 0, batch, images, [&](std::int64_t b) {
+            for_each_step(ctx, 0, patches, rows,
+                          [&](std::int64_t j) { f(b, std::min(images, batch - b), j, std::min(rows, patches - j)); });
+        });
     }
 
 private:
     template <class F>
     void groups_in_order(std::int64_t first, std::int64_t size, F& f) const
     {
-        for (std::int64_t b = first; b < batch; b += size) f(ctx, b, std::min(batch, b + size));
+        for_each_step(ctx, first, batch, size, [&](std::int64_t b) { f(ctx, b, std::min(batch, b + size)); });
     }
 
     // Groups [0, end) of `size` images; a worker takes the next group when it is done with one.
@@ -120,8 +124,10 @@ private:
             ctx, ctx.threads(),
             [](void* context, int index) {
                 Work& w = *static_cast<Work*>(context);
-                for (std::int64_t b; (b = w.next.fetch_add(w.size)) < w.end;)
+                for (std::int64_t b; (b = w.next.fetch_add(w.size)) < w.end;) {
                     w.f(worker_of(w.pass.ctx, index), b, b + w.size);
+                    if (counts(w.pass.ctx)) break;  // one for each
+                }
             },
             &work);
         // Whoever takes the largest group next time finds the memory for it.

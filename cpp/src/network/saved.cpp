@@ -3,7 +3,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "vimcore/model.h"
+#include "network/pass.h"
 
 namespace vimcore {
 
@@ -62,6 +62,11 @@ void attach(Saved& saved, const BlockConfig& c, std::int64_t depth, const Shape&
 }
 
 }  // namespace
+
+std::size_t lay_out(Saved& saved, const Config& config, std::int64_t batch, DType dtype, Device device, void* base)
+{
+    return lay_out(saved, config, config.depth, config.tokens_shape(batch), dtype, device, base);
+}
 
 void Saved::prepare(const Config& c, std::int64_t images, DType dtype, Device device)
 {

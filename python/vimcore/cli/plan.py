@@ -63,6 +63,6 @@ def run(args: argparse.Namespace) -> int:
         print_json(found)
         return 0
     height, width = found["config"]["img_size"]
-    print(f"{height} x {width} pixels, {found['tokens']} tokens; bytes are an upper estimate")
+    print(f"{height} x {width} pixels, {found['tokens']} tokens; copies of weights are estimated")
     print_table(plan.table(found))
     return 0

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vimcore plan`: an upper estimate of the memory that a network needs, and the largest batch that fits.
+"""`vimcore plan`: the memory that a network needs, and the largest batch that fits.
 
-Counted are weights and their packed or cast copies, images, scratch memory and, for training, activations
-saved for backward, gradients and the two moments of AdamW in float32. Not counted are the interpreter, torch,
-the memory of a GPU's driver and the loss.
+Counted are weights and their packed or cast copies (an estimate), images, scratch memory (to the byte, as it
+grows in the first call; on CUDA with 32 MiB for cuBLASLt) and, for training, activations saved for backward,
+gradients and the two moments of AdamW in float32. Not counted are the interpreter, torch, the memory of a
+GPU's driver and the loss.
 """
 
 from __future__ import annotations
