@@ -94,33 +94,26 @@ inline Floats rounded(DType dtype, Floats values)
 
 inline Bytes encode(DType dtype, const Floats& values)
 {
-    Bytes bytes(values.size() * size_of(dtype));
-    for (std::size_t i = 0; i < values.size(); i++) {
+    const std::size_t size = size_of(dtype);
+    Bytes bytes(values.size() * size);
+    if (dtype == DType::f32 && !values.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
+    for (std::size_t i = 0; i < values.size() && dtype != DType::f32; i++) {
         const double wide = values[i];
         const std::uint16_t narrow = dtype == DType::f16 ? to_f16(values[i]) : to_bf16(values[i]);
-        const void* from = &values[i];
-        if (dtype == DType::f64) from = &wide;
-        if (size_of(dtype) == 2) from = &narrow;
-        std::memcpy(bytes.data() + i * size_of(dtype), from, size_of(dtype));
+        std::memcpy(bytes.data() + i * size, size == 2 ? static_cast<const void*>(&narrow) : &wide, size);
     }
     return bytes;
 }
 inline Floats decode(DType dtype, const Bytes& bytes)
 {
-    Floats values(bytes.size() / size_of(dtype));
-    for (std::size_t i = 0; i < values.size(); i++) {
-        const unsigned char* from = bytes.data() + i * size_of(dtype);
+    const std::size_t size = size_of(dtype);
+    Floats values(bytes.size() / size);
+    if (dtype == DType::f32 && !values.empty()) std::memcpy(values.data(), bytes.data(), bytes.size());
+    for (std::size_t i = 0; i < values.size() && dtype != DType::f32; i++) {
         double wide = 0;
         std::uint16_t narrow = 0;
-        if (dtype == DType::f64) {
-            std::memcpy(&wide, from, 8);
-            values[i] = static_cast<float>(wide);
-        } else if (size_of(dtype) == 2) {
-            std::memcpy(&narrow, from, 2);
-            values[i] = dtype == DType::f16 ? from_f16(narrow) : from_bf16(narrow);
-        } else {
-            std::memcpy(&values[i], from, 4);
-        }
+        std::memcpy(size == 2 ? static_cast<void*>(&narrow) : &wide, bytes.data() + i * size, size);
+        values[i] = size == 8 ? static_cast<float>(wide) : dtype == DType::f16 ? from_f16(narrow) : from_bf16(narrow);
     }
     return values;
 }

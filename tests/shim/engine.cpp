@@ -268,9 +268,8 @@ void discard()
     engine.races = Races{};
 }
 
-void check_access(const Races::Conflict& conflict, std::size_t offset, std::size_t bytes, const char* what)
+[[noreturn]] void fail_access(const Races::Conflict& conflict, std::size_t offset, std::size_t bytes, const char* what)
 {
-    if (!conflict.found) return;
     const std::string place = join(what, " of ", bytes, " bytes at byte ", offset, " of shared memory");
     const std::string other = "thread " + text(engine.threads[conflict.thread].index);
     if (conflict.pending)
@@ -459,13 +458,17 @@ std::byte* shared_memory(int offset, std::int64_t bytes, const Where& where)
 void check_read(const void* address, std::size_t bytes)
 {
     const std::size_t offset = offset_of(address);
-    check_access(engine.races.read(engine.current, offset, bytes), offset, bytes, "read");
+    const Races::Conflict conflict = engine.races.read(engine.current, offset, bytes);
+    if (conflict.found) [[unlikely]]
+        fail_access(conflict, offset, bytes, "read");
 }
 
 void check_write(const void* address, std::size_t bytes)
 {
     const std::size_t offset = offset_of(address);
-    check_access(engine.races.write(engine.current, offset, bytes), offset, bytes, "write");
+    const Races::Conflict conflict = engine.races.write(engine.current, offset, bytes);
+    if (conflict.found) [[unlikely]]
+        fail_access(conflict, offset, bytes, "write");
 }
 
 void start_copy(void* to, const void* from, std::size_t bytes)

@@ -32,7 +32,8 @@ vimcore_shim_switch:
     pop %r12
     pop %rbx
     pop %rbp
-    ret
+    pop %rcx
+    jmp *%rcx  # not ret: it goes elsewhere than the call that the processor remembers
 .size vimcore_shim_switch, .-vimcore_shim_switch
 )");
 #elif defined(__aarch64__)

@@ -92,17 +92,6 @@ void Races::add_reader(Word& word, int warp, std::uint16_t self)
     }
 }
 
-Races::Conflict Races::read(int thread, std::size_t offset, std::size_t bytes)
-{
-    const int warp = thread / 32;
-    const std::uint16_t self = name(thread);
-    for (Word& word : words(offset, bytes)) {
-        if (conflicts(word, warp, self)) return {true, word.write_tick == never, true, thread_of(word.writer)};
-        add_reader(word, warp, self);
-    }
-    return {};
-}
-
 Races::Conflict Races::write(int thread, std::size_t offset, std::size_t bytes)
 {
     const int warp = thread / 32;

@@ -26,7 +26,19 @@ public:
     void order_all();                 // a barrier of the whole block
     void order(std::uint32_t warps);  // a barrier of these warps
 
-    Conflict read(int thread, std::size_t offset, std::size_t bytes);
+    Conflict read(int thread, std::size_t offset, std::size_t bytes)
+    {
+        const int warp = thread / 32;
+        const std::uint16_t self = name(thread);
+        for (Word& word : words(offset, bytes)) {
+            if (conflicts(word, warp, self)) return {true, word.write_tick == never, true, thread_of(word.writer)};
+            if (word.reader == self)
+                word.read_tick = seen_[warp][warp];
+            else
+                add_reader(word, warp, self);
+        }
+        return {};
+    }
     Conflict write(int thread, std::size_t offset, std::size_t bytes);
     void start_copy(std::size_t offset, std::size_t bytes);  // after write(): pending until finish_copy
     void finish_copy(int thread, std::size_t offset, std::size_t bytes);
