@@ -133,6 +133,7 @@ def test_predict_without_labels(tmp_path: Path, pictures: Path, capsys: pytest.C
     assert [entry["label"] for entry in line["top"]] == [None] * 3
 
 
+@pytest.mark.slow
 def test_training_says_what_it_needs() -> None:
     program = (
         "import sys; sys.modules[sys.argv.pop(1)] = None\n"
@@ -147,6 +148,7 @@ def test_training_says_what_it_needs() -> None:
         assert done.stderr == f"vimcore: training needs {missing}; {needs('train')}\n"
 
 
+@pytest.mark.slow
 def test_help_is_quick() -> None:
     """No command imports torch, timm or matplotlib, or the module of another command, before it runs."""
     program = (
@@ -177,6 +179,7 @@ def test_a_missing_package_is_named() -> None:
         importlib.import_module("vimcore.absent")  # our own mistake: nothing to install
 
 
+@pytest.mark.slow
 def test_predict_needs_no_torch(weights: Path, pictures: Path) -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
@@ -287,6 +290,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["machine"]["cores"] >= 1
 
 
+@pytest.mark.slow
 def test_doctor_finds_a_wrong_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +312,7 @@ def checked_gradients() -> dict[str, tuple[str, str]]:
     return {row["check"]: (row["status"], row["detail"]) for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layers.0.mixer.A_b_log", "layers.1.norm.weight", "cls_token", "images"])
 @pytest.mark.parametrize("factor", [0.0, 1 + 1e-4, np.nan])
 def test_doctor_finds_a_wrong_gradient(name: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> commands.Sandbox:
     return commands.Sandbox(tmp_path_factory.mktemp("fuzz"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "count"), [("vimcore", 40), ("vim-infer", 100)])
 def test_bad_lines(
     sandbox: commands.Sandbox, program: str, count: int, capfd: pytest.CaptureFixture[str]
@@ -47,6 +48,7 @@ READERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", READERS)
 def test_every_bad_file_of_weights(
     sandbox: commands.Sandbox,

@@ -168,6 +168,7 @@ def test_what_tensors_do_not_fit() -> None:
         _core.misfits({}, {"a": (1,) * 9})
 
 
+@pytest.mark.slow
 def test_the_stub_is_what_the_bindings_tell() -> None:
     script = Path(__file__).parents[2] / "python/src/stub.py"
     done = subprocess.run(

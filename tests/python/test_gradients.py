@@ -131,6 +131,7 @@ TINY = reference.Config(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("directions", ["none", "block", "ssm", "ssm_conv"])
 def test_gradcheck_whole_model(directions: str) -> None:
     config = reference.Config(**{**TINY.arguments(), "directions": directions})
@@ -144,6 +145,7 @@ def test_gradcheck_whole_model(directions: str) -> None:
     assert gradcheck(call, (images, *(p.detach().clone().requires_grad_() for p in model.parameters())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["least", "lean", "fast"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", BORDERS)
@@ -199,6 +201,7 @@ def configurations(draw: st.DrawFn) -> reference.Config:
     )
 
 
+@pytest.mark.slow
 @given(config=configurations(), batch=st.integers(1, 3), memory=st.sampled_from(["least", "lean", "fast"]))
 def test_random_configurations(config: reference.Config, batch: int, memory: str) -> None:
     if config.directions == "sequence":  # no draw in eval mode, where this strategy is "none"
@@ -206,6 +209,7 @@ def test_random_configurations(config: reference.Config, batch: int, memory: str
     assert_matches_reference(config, batch, torch.float64, memory)
 
 
+@pytest.mark.slow
 @given(config=configurations(), batch=st.integers(1, 3), memory=st.sampled_from(["least", "lean", "fast"]))
 def test_random_configurations_float32(config: reference.Config, batch: int, memory: str) -> None:
     if config.directions == "sequence":
@@ -233,6 +237,7 @@ def test_block_pairs(depth: int, class_token: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_realistic_width_in_float32() -> None:
     """The tuned path: Vim-Ti's width and state, two images, a length that no tile divides."""
     config = reference.Config(img_size=(48, 80), patch_size=8, num_classes=10, depth=2)
@@ -321,6 +326,7 @@ def block_case(name: str, width: int, state: int, conv: int) -> tuple[reference.
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("name", sorted(BLOCKS))
 def test_gradcheck_vim_block(name: str, residual: bool) -> None:
@@ -374,6 +380,7 @@ def test_vim_blocks_make_the_model() -> None:
     assert relative(model.forward_features(images), tokens) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", [False, True])
 def test_bidirectional_scan(average: bool) -> None:
     inner, state, rank, length = 5, 3, 2, 6

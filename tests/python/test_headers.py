@@ -70,6 +70,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_configurations(kind: str, changed: Callable[..., Path]) -> None:
     config, part = HOSTILE[kind]
@@ -144,6 +145,7 @@ def test_preprocessing_is_checked_when_it_is_read(
         assert str(path) in text
 
 
+@pytest.mark.slow
 def test_many_stray_tensors_are_refused_quickly(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     small().save(path)

@@ -103,6 +103,7 @@ def test_the_model_stays_as_it_is() -> None:
     model(images).sum().backward()  # and still trains
 
 
+@pytest.mark.slow
 def test_wrapped_models() -> None:
     model, images = build(small()), images_for(small(), 1, torch.float32)
     for wrapped in (torch.optim.swa_utils.AveragedModel(model), torch.compile(model)):

@@ -79,6 +79,7 @@ def test_threads_beside_a_training_give_the_same_bits(busy: tuple[Any, Any, list
         assert all(pool.map(call, range(400)))
 
 
+@pytest.mark.slow
 def test_forks_in_the_middle_of_calls(busy: tuple[Any, Any, list[torch.Tensor]]) -> None:
     """A child has only the thread that forked, whatever the others were at; its calls give the same bits."""
     runtime, model, images = busy
@@ -136,6 +137,7 @@ def save_again(target: Path) -> int:
     return 1
 
 
+@pytest.mark.slow
 def test_full_disk(trained: Path, tmp_path: Path) -> None:
     """The old file is whole, nothing is left beside it, and the message names the file and the reason."""
     run, weights = str(trained / "run"), str(trained / "run" / "best.safetensors")
@@ -228,6 +230,7 @@ def test_payloads_are_real(tmp_path: Path) -> None:
         (tmp_path / "ran").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["zip", "legacy", "raw"])
 def test_nothing_in_a_file_is_run(
     way: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

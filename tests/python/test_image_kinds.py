@@ -273,6 +273,7 @@ def test_png_of_16_bits_by_pillow(decode: Decode) -> None:
 # ---- cut behind the pixels ----
 
 
+@pytest.mark.slow
 @needs_png
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "1"])
 def test_png_cut_anywhere(mode: str) -> None:

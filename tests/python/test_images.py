@@ -275,6 +275,7 @@ def test_resize_random_sizes() -> None:
         equal(_core.resize_bicubic(image, h, w), expected)
 
 
+@pytest.mark.slow
 def test_resize_is_the_same_without_vector_instructions() -> None:
     code = (
         "import sys, numpy as np; from vimcore import _core; rng = np.random.default_rng(1)\n"

@@ -37,6 +37,7 @@ def test_batch_splits(config: reference.Config, dtype: torch.dtype) -> None:
             assert torch.equal(parts, whole), size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_thread_counts(name: str) -> None:
     model, images = build(CONFIGS[name]), images_for(CONFIGS[name], 3, torch.float32)
@@ -49,6 +50,7 @@ def test_thread_counts(name: str) -> None:
         assert not [k for k in first if not torch.equal(first[k], grads[k])], threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["least", "lean", "fast"])
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_two_runs(name: str, memory: str) -> None:
@@ -62,6 +64,7 @@ def test_two_runs(name: str, memory: str) -> None:
         assert not [k for k in grads if not torch.equal(found[k], grads[k])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "dtype"), CASES, ids=IDS)
 def test_inference_is_the_training_forward(config: reference.Config, dtype: torch.dtype) -> None:
     """Neither autograd, nor the memory mode and its chunks, nor the gradient of the input changes a bit."""
@@ -149,6 +152,7 @@ def in_isa(isa: str, *arguments: str, script: str = SCRIPT) -> subprocess.Comple
     )
 
 
+@pytest.mark.slow
 def test_instruction_sets_agree(tmp_path: Path) -> None:
     names = list(vimcore.build_info()["isas"])
     results: dict[str, dict[str, np.ndarray]] = {}

@@ -326,6 +326,7 @@ def test_another_grid(tmp_path: Path, way: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_tables_that_are_not_square(tmp_path: Path) -> None:
     source, target = small(img_size=(16, 40)), small(img_size=(40, 40))
     path = checkpoint(tmp_path / "best.pth", source)

@@ -143,6 +143,7 @@ def test_less_than_plain_autograd(
     assert ours <= limit * plain, (ours, plain, ours / plain)
 
 
+@pytest.mark.slow
 def test_training_steps_do_not_grow() -> None:
     """The memory of a step is reused by the next."""
     config = reference.Config(img_size=64, patch_size=8, embed_dim=64, num_classes=5, depth=2)

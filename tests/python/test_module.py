@@ -33,6 +33,7 @@ WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 VARIANTS: list[dict[str, Any]] = [{}, {"stride": 8}, {"class_token": "none"}, {"class_token": "double"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", range(4))
 @pytest.mark.parametrize("size", sorted(COUNTS))
 def test_parameter_counts(size: str, variant: int) -> None:
@@ -64,6 +65,7 @@ def test_parameter_counts_of_other_strategies(directions: str, count: int) -> No
     assert parameter_count(vimcore.VisionMamba(directions=directions, class_token="none")) == count
 
 
+@pytest.mark.slow
 def test_names_of_models() -> None:
     names = vimcore.list_models()
     assert sorted(names) == sorted(

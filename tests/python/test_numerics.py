@@ -43,6 +43,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_scan_extremes(name: str, reverse: bool) -> None:
@@ -83,6 +84,7 @@ def test_softplus_far_from_zero(value: float) -> None:
             assert relative(ours["delta"].grad, truth_delta.grad) < 10 * tolerance
 
 
+@pytest.mark.slow
 def test_model_on_a_long_sequence() -> None:
     config = reference.Config(
         img_size=(2, 2 * 2500), patch_size=2, in_chans=1, num_classes=3, embed_dim=16, depth=1

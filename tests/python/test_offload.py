@@ -71,6 +71,7 @@ def test_same_gradients(kind: str, memory: str, tmp_path: Path) -> None:
         assert max(path.stat().st_size for path in files) >= kept
 
 
+@pytest.mark.slow
 def test_what_left_is_given_back() -> None:
     """The memory of activations that a hook copied serves the next forward."""
     config = small(depth=2)

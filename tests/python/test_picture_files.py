@@ -89,6 +89,7 @@ def test_a_folder_that_cannot_be_read_stays(odd: Path, monkeypatch: pytest.Monke
     assert list(walk(str(odd), (".png",))) == [str(odd / "one.png"), str(odd / "sub")]
 
 
+@pytest.mark.slow
 def test_a_very_deep_folder(tmp_path: Path) -> None:
     here = os.getcwd()
     os.chdir(tmp_path)

@@ -87,6 +87,7 @@ def texts(figure: Figure) -> list[str]:
 # ---- one run and several -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pictures_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plot", str(run)]) == 0
     out, error = capsys.readouterr()
@@ -103,6 +104,7 @@ def test_pictures_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert sorted(p.name for p in run.iterdir()) == sorted([*names, "log.jsonl", "eval.npz"])
 
 
+@pytest.mark.slow
 def test_several_runs_as_svg(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     second, out = tmp_path / "second", tmp_path / "pictures"
     second.mkdir()
@@ -121,6 +123,7 @@ def test_several_runs_as_svg(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert (out / "curves.svg").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_runs_of_the_same_name(tmp_path: Path) -> None:
     for parent in ("a", "b"):
         (tmp_path / parent / "run").mkdir(parents=True)
@@ -132,6 +135,7 @@ def test_runs_of_the_same_name(tmp_path: Path) -> None:
         run_plots.plot_runs([str(tmp_path / "a" / "run")] * 2, str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_it_needs_no_torch(run: Path) -> None:
     program = (
         "import sys; sys.modules['torch'] = None\nfrom vimcore.cli import main\nsys.exit(main(sys.argv[1:]))"
@@ -144,6 +148,7 @@ def test_it_needs_no_torch(run: Path) -> None:
 # ---- curves ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_the_curves_show(run: Path, figures: dict[str, Figure]) -> None:
     run_plots.plot_runs([str(run)])
     loss, accuracy, rate, norm = figures["curves"].axes
@@ -161,6 +166,7 @@ def test_what_the_curves_show(run: Path, figures: dict[str, Figure]) -> None:
     assert legend == ["training", "held out", "held out, averaged weights"]
 
 
+@pytest.mark.slow
 def test_long_logs_are_averaged(tmp_path: Path, figures: dict[str, Figure]) -> None:
     (tmp_path / "run").mkdir()
     write_log(tmp_path / "run" / "log.jsonl", epochs=7, per_epoch=143, norm=False)
@@ -173,6 +179,7 @@ def test_long_logs_are_averaged(tmp_path: Path, figures: dict[str, Figure]) -> N
     assert last.get_title(loc="left") == "images per second"
 
 
+@pytest.mark.slow
 def test_a_log_that_is_being_written(run: Path) -> None:
     path = run / "log.jsonl"
     whole = run_plots.read_log(path)
@@ -189,6 +196,7 @@ def test_a_log_that_is_being_written(run: Path) -> None:
     run_plots.plot_runs([str(run)])
 
 
+@pytest.mark.slow
 def test_a_log_without_anything_yet(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text("")
     written, notes = run_plots.plot_runs([str(tmp_path)])
@@ -199,6 +207,7 @@ def test_a_log_without_anything_yet(tmp_path: Path) -> None:
 # ---- confusion matrix and mistakes -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_the_matrix_shows(run: Path, figures: dict[str, Figure]) -> None:
     run_plots.plot_runs([str(run)])
     axes = figures["confusion"].axes[0]
@@ -215,6 +224,7 @@ def test_what_the_matrix_shows(run: Path, figures: dict[str, Figure]) -> None:
     assert [t.get_text() for t in axes.get_yticklabels()] == answers.names
 
 
+@pytest.mark.slow
 def test_the_worst_mistakes_come_first(run: Path, figures: dict[str, Figure]) -> None:
     run_plots.plot_runs([str(run)], mistakes=4)
     figure = figures["mistakes"]
@@ -229,6 +239,7 @@ def test_the_worst_mistakes_come_first(run: Path, figures: dict[str, Figure]) ->
         assert is_ == f"is digit {digit}, {5 + i} %"
 
 
+@pytest.mark.slow
 def test_pictures_from_files(tmp_path: Path, figures: dict[str, Figure]) -> None:
     wide = np.zeros((30, 400, 3), np.uint8)
     wide[..., 1] = 200
@@ -253,6 +264,7 @@ def test_pictures_from_files(tmp_path: Path, figures: dict[str, Figure]) -> None
     ]
 
 
+@pytest.mark.slow
 def test_no_mistakes(tmp_path: Path, figures: dict[str, Figure]) -> None:
     write_answers(tmp_path / "eval.npz", pictures=["x.png", "y.png"], wrong=0)
     run_plots.plot_runs([str(tmp_path)])
@@ -260,6 +272,7 @@ def test_no_mistakes(tmp_path: Path, figures: dict[str, Figure]) -> None:
     assert "no mistakes" in texts(figures["confusion"])
 
 
+@pytest.mark.slow
 def test_many_classes(tmp_path: Path, figures: dict[str, Figure]) -> None:
     count = 200
     labels = np.arange(count)

@@ -65,6 +65,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_any_name_is_drawn(
     kind: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -100,6 +101,7 @@ def test_any_name_is_drawn(
     assert found["curves"].get_suptitle() == r"Training of $\run_{1}$"
 
 
+@pytest.mark.slow
 def test_the_demo_s_pictures(tmp_path: Path) -> None:
     pictures, truth = np.zeros((2, 8, 8), np.uint8), np.array([0, 1])
     answers = [(0, r"$\foo$", 0.9), (0, "a\n<b>" * 50, 0.9)]
@@ -113,6 +115,7 @@ def test_the_demo_s_pictures(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", ["curves", "mistakes"])
 def test_a_picture_that_fails(
     stem: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -9,6 +9,7 @@ import reference
 import torch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_reference_agrees_with_golden(name: str) -> None:
     g = golden.load(name)

@@ -292,6 +292,7 @@ def test_rejected(kind: str, tmp_path: Path) -> None:
     assert message.isprintable()
 
 
+@pytest.mark.slow
 def test_what_the_package_rejects_we_reject(tmp_path: Path) -> None:
     """Random damage to the header: whatever we accept, the package accepts, with the same names and bytes."""
     path = tmp_path / "a.safetensors"

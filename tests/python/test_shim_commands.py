@@ -21,6 +21,7 @@ from vimcore_shim.tools.bench import cuda as bench_cuda
 from vimcore_shim.tools.selftest import gradients, kernels
 
 
+@pytest.mark.slow
 def test_doctor_compares_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     deep = {**SMALL.arguments(), "depth": 12}
     monkeypatch.setattr(kernels, "GPU_TESTS", [kernels.SELF_TEST, deep])
@@ -61,6 +62,7 @@ def test_doctor_compares_the_gradients(training: dict[str, Any], monkeypatch: py
     assert re.search(r"^\S+ of network [01]: error .* against the CPU is above", row["detail"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 def test_bench_rows(train: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The arithmetic of the report, with a clock that ticks 2 ms for ours and 8 ms for the peer."""

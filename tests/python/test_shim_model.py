@@ -14,6 +14,7 @@ from helpers import SMALL, build, images_for, small
 from shim import TOLERANCE, autocast, twin, vimcore_shim
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["v2_middle", "v2_double", "none_pairs_middle", "v2_rope_residual_head", "v2_max"]
 )
@@ -46,6 +47,7 @@ def test_types_of_activations(
     assert relative(tokens, cpu.forward_features(images)) < TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"class_token": "double"}, {"class_token": "head", "rope": True}])
 def test_sizes(options: dict[str, Any], gpu: dict[str, Any]) -> None:
     """Sizes other than the position table's, by turns; a write to the table is seen at each."""

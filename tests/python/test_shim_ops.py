@@ -83,6 +83,7 @@ def narrowed(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_operators(name: str, dtype: torch.dtype, gpu: dict[str, Any]) -> None:

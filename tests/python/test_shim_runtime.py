@@ -24,6 +24,7 @@ def file(tmp_path: Path) -> str:
     return str(tmp_path / "small.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_runtime_golden(name: str, tmp_path: Path) -> None:
     g = golden.load(name)

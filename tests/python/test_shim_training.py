@@ -16,6 +16,7 @@ from shim import GRADIENTS, agree, autocast, gradients, twin, vimcore_shim
 from torch import Tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["least", "fast"])
 def test_activations_that_left_and_came_back(memory: str, training: dict[str, Any]) -> None:
     model = twin(build(small(depth=2), dtype=torch.float32, memory=memory))
@@ -34,6 +35,7 @@ def test_activations_that_left_and_came_back(memory: str, training: dict[str, An
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["least", "lean", "fast"])
 @pytest.mark.parametrize(
     "name", ["v2_middle", "v2_double", "none_pairs_middle", "v2_rope_residual_head", "v2_layer_scale"]
@@ -62,6 +64,7 @@ def test_gradients_at_two_sizes(options: dict[str, Any], training: dict[str, Any
     agree(gradients(model), gradients(cpu), GRADIENTS[torch.float32])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(GRADIENTS))
 def test_autocast_and_accumulation(
     dtype: torch.dtype, training: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -128,6 +131,7 @@ def test_frozen_parameters_and_other_outputs(training: dict[str, Any]) -> None:
     assert model.pos_embed.grad is None
 
 
+@pytest.mark.slow
 def test_training_follows_the_cpu(training: dict[str, Any]) -> None:
     """Steps of AdamW with dropout and drop path: the loss falls as it does on the CPU, also in 16 bits."""
     configuration = small(drop_rate=0.1, drop_path_rate=0.2)
@@ -196,6 +200,7 @@ def writes() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(GRADIENTS))
 @pytest.mark.parametrize("write", writes().values(), ids=writes())
 def test_every_write_is_seen(write: Any, dtype: torch.dtype, training: dict[str, Any]) -> None:
@@ -212,6 +217,7 @@ def test_every_write_is_seen(write: Any, dtype: torch.dtype, training: dict[str,
         assert not torch.equal(after, before)
 
 
+@pytest.mark.slow
 def test_a_fused_optimizer_learns_as_the_others(training: dict[str, Any]) -> None:
     images, labels = images_for(SMALL, 4, torch.bfloat16), torch.tensor([0, 1, 2, 1])
     losses: list[list[float]] = []

@@ -134,6 +134,7 @@ def test_gradcheck(design: str, size: tuple[int, int]) -> None:
     assert torch.autograd.gradcheck(network, (table,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("memory", ["least", "lean", "fast"])
 def test_bits_of_a_network_made_for_the_size(design: str, memory: str) -> None:

@@ -56,6 +56,7 @@ def test_vim_infer_says_the_same() -> None:
     assert shell((BINARY, "info"), "2>&-").returncode == 0
 
 
+@pytest.mark.slow
 def test_no_message_lands_between_the_results(weights: Path, tmp_path: Path) -> None:
     for i in range(3):
         picture(30, 40, i).save(tmp_path / f"{i}.png")

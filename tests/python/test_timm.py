@@ -56,6 +56,7 @@ def test_registered_models() -> None:
     assert (cfg.input_size, cfg.classifier, cfg.first_conv) == ((3, 224, 224), "head", "patch_embed.proj")
 
 
+@pytest.mark.slow
 def test_published_size() -> None:
     model = timm.create_model(NAME)
     assert sum(p.numel() for p in model.parameters()) == 7_148_008
@@ -87,6 +88,7 @@ def test_it_does_not_hide_the_real_timm() -> None:
     assert sys.modules["timm"] is timm is not vimcore.timm
 
 
+@pytest.mark.slow
 def test_without_timm_the_error_says_what_to_install() -> None:
     program = "import sys; sys.modules['timm'] = None\nimport vimcore.timm"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -360,6 +362,7 @@ def test_features_only_trains_every_parameter_that_is_left() -> None:
 # ---- weights -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_from_files(tmp_path: Path) -> None:
     torch.manual_seed(3)
     first = small().eval()
@@ -421,6 +424,7 @@ def test_parameter_groups_of_timm() -> None:
     assert sorted(name for group in groups.values() for name in group) == sorted(names.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_two_steps_with_timm(channels_last: bool) -> None:
     torch.manual_seed(4)
@@ -489,6 +493,7 @@ print(f"top1 {top1.avg:.1f} of {top1.count}")
 """
 
 
+@pytest.mark.slow
 def test_timms_loop_learns_and_its_script_validates(tmp_path: Path) -> None:
     root = _folder(tmp_path / "pictures")
     torch.manual_seed(5)

@@ -187,6 +187,7 @@ def test_validation_sees_what_predict_sees(tmp_path: Path) -> None:
             assert int(valid[i].indices) == i
 
 
+@pytest.mark.slow
 def test_training_pictures_are_crops_flips_and_erasures() -> None:
     """Of a picture whose left half is black and right half is white, without colour changes."""
     pixels = np.zeros((40, 40, 3), np.uint8)
@@ -211,6 +212,7 @@ def test_training_pictures_are_crops_flips_and_erasures() -> None:
     assert len({tuple(image.flatten().tolist()) for image in strong}) > 30
 
 
+@pytest.mark.slow
 def test_every_strength_of_posterize() -> None:
     """Noise on the magnitude may leave no bits, which Pillow refuses: the picture is black then."""
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
@@ -225,6 +227,7 @@ def test_every_strength_of_posterize() -> None:
         transforms.picture_train(COLOUR, Augment(rand_augment="strong"))
 
 
+@pytest.mark.slow
 def test_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Five channels in numpy files of two types: statistics measured, trained, evaluated."""
     rng = np.random.default_rng(0)
@@ -276,6 +279,7 @@ def test_arrays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 # ---- what cannot be read -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_corrupt_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "x")
     good = (root / "digit 1" / "003.png").read_bytes()

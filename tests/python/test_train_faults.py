@@ -148,6 +148,7 @@ CHANGES: list[tuple[Callable[[Content], object], str]] = [
 ]
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +175,7 @@ def test_checkpoints_that_do_not_fit(
         assert len(str(caught.value)) < 400
 
 
+@pytest.mark.slow
 def test_nothing_of_such_a_checkpoint_is_used(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run / "checkpoint.pt"
     original = torch.load(path, weights_only=True)
@@ -314,6 +316,7 @@ def test_settings_of_any_text(tmp_path: Path) -> None:
         assert Settings().merged(read_toml(str(tmp_path / "config.toml"))) == settings
 
 
+@pytest.mark.slow
 def test_a_folder_of_odd_name_is_resumed(arguments: list[str], tmp_path: Path) -> None:
     data = Path(shutil.copytree(arguments[1], tmp_path / "a\x7fb\nc\x01"))
     run = stopped(tmp_path / "run", 2, "--data", str(data), *arguments[2:])
@@ -348,6 +351,7 @@ def holder(run: Path) -> Iterator[int]:
             os.waitpid(number, 0)
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder(
     run: Path, holder: int, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

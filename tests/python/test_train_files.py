@@ -70,6 +70,7 @@ def test_files_passed_over_are_told(tmp_path: Path, capsys: pytest.CaptureFixtur
         training_and_validation(str(root), str(tmp_path / "none"), 0.1)
 
 
+@pytest.mark.slow
 def test_pipes_sockets_and_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, run = folder(tmp_path / "x", digits=(0, 1), each=8), tmp_path / "run"
     one = os.fsencode(root / "digit 1")

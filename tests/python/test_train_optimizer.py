@@ -86,6 +86,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--data", str(data), *SMALL, *ONCE, *flags]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opt", ["adamw", "lion", "lookahead_sgd"])
 def test_resumed_with_it(opt: str, arguments: list[str], tmp_path: Path) -> None:
     """Other optimizers count in groups of parameters or keep slow weights: all of it is in the checkpoint."""

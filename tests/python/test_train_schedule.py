@@ -120,6 +120,7 @@ def test_the_rule_of_the_learning_rate() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_tells_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On stderr and in the first line of the log; what was bounded stands in config.toml, and is resumed."""
     data, run = folder(tmp_path / "data"), tmp_path / "run"
@@ -149,6 +150,7 @@ def test_a_run_tells_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert read_toml(str(run / "config.toml"))["warmup_epochs"] == 0.2
 
 
+@pytest.mark.slow
 def test_an_old_run_goes_on_as_it_began(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Resumed like that, bit for bit, and told.
 

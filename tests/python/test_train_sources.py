@@ -38,6 +38,7 @@ def flags(name: object) -> list[str]:
     return ["--data", str(name), *SMALL, *ONCE, *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tar", "torch"])
 def test_trained_and_resumed(kind: str, data: Path, archive: Path, tmp_path: Path) -> None:
     """From these as from the folder itself, read by two processes, stopped and resumed: the same bits."""
@@ -61,6 +62,7 @@ def test_trained_and_resumed(kind: str, data: Path, archive: Path, tmp_path: Pat
     assert main(["eval", str(run), "--workers", "0", "--json"]) == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_member(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Skipped and told, as a file is; timm alone would go on to the next one in silence."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:

@@ -163,6 +163,7 @@ def settings(**changes: Any) -> DenoisingSettings:
     return DenoisingSettings().merged({**values, **changes})
 
 
+@pytest.mark.slow
 def test_a_run_of_another_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """To the end, and stopped and resumed: the same bits; its metric decides what is best."""
     uninterrupted, run = tmp_path / "uninterrupted", tmp_path / "run"

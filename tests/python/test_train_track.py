@@ -58,6 +58,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--data", str(data), *SMALL, *ONCE, *flags]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("accelerate")
 def test_numbers_reach_a_tracker(arguments: list[str], tmp_path: Path) -> None:
     """Those of the log by their names and steps, of a resumed run from where it goes on."""
@@ -78,6 +79,7 @@ def test_numbers_reach_a_tracker(arguments: list[str], tmp_path: Path) -> None:
             assert values[f"{group}/{name}"] == line[name]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("accelerate")
 def test_another_tracker_changes_no_run(arguments: list[str], tmp_path: Path) -> None:
     run = stopped(tmp_path / "run", 4, *arguments, "--track", "none")

@@ -113,6 +113,7 @@ WRITES: dict[str, Write] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_every_write_is_seen(write: Write, layout: torch.memory_format) -> None:
@@ -252,6 +253,7 @@ def test_constant_weights_that_are_computed_are_differentiated() -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.slow
 def test_a_network_is_freed_at_once() -> None:
     """Not when the collector next runs: on a GPU that would be device memory."""
     gc.collect()
@@ -330,6 +332,7 @@ def test_freed_memory_is_refused() -> None:
         model(images)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_looking(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
