@@ -82,7 +82,7 @@ void run(Context& ctx, const ScanBackward& a)
         const ScanBackwardPass& p = a.passes[static_cast<std::size_t>(i)];
         const BackPass<T>& from = s.pass[i];
         T* const dq = p.dq.as<T>();
-        rows[i] = {from.part, batch, s.groups, len, s.pitch, row, 2 * state, dq + rank, dq, row, row};
+        rows[i] = RowSum<T>{from.part, batch, s.groups, len, s.pitch, row, 2 * state, dq + rank, dq, row, row};
         const float *const weight = from.parameters + state * inner, *const bias = weight + rank * inner;
         auto sum_of = [&](const float* part, Index count, const float* A_log, const Tensor& to) {
             return PartialSum{part, units, (state + rank + 2) * inner, count, inner, A_log, to.as<float>(), false};
