@@ -74,7 +74,7 @@ def _fixed_state() -> Iterator[None]:
     """Seeds torch, numpy and Python; one thread unless a test asks for more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed also notes where it was called from, for GPUs
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  what libraries draw from
     yield

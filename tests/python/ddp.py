@@ -42,7 +42,7 @@ def alone(device: str, dtype: torch.dtype, batch: int = 4) -> dict[str, Tensor]:
     return steps(build(SMALL).to(device), images, dtype)
 
 
-def _worker(
+def worker(
     rank: int, folder: str, world: int, backend: str, device: str, dtype: torch.dtype, batch: int
 ) -> None:
     torch.set_num_threads(1)
@@ -57,6 +57,11 @@ def _worker(
         dist.destroy_process_group()
 
 
+def found(folder: Path, world: int) -> list[dict[str, Any]]:
+    """What each process left."""
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
 def together(
     folder: Path, world: int, backend: str, device: str, dtype: torch.dtype, batch: int = 4
 ) -> list[dict[str, Tensor]]:
@@ -65,8 +70,8 @@ def together(
     Several processes share the one GPU, which nccl refuses and gloo allows.
     """
     arguments = (str(folder), world, backend, device, dtype, batch)
-    torch.multiprocessing.spawn(_worker, arguments, nprocs=world)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    torch.multiprocessing.spawn(worker, arguments, nprocs=world)
+    return found(folder, world)
 
 
 def assert_agree(found: list[dict[str, Tensor]], truth: dict[str, Tensor], tolerance: float) -> None:
@@ -84,7 +89,7 @@ def assert_agree(found: list[dict[str, Tensor]], truth: dict[str, Tensor], toler
         assert error <= tolerance * max(size, 1e-3 * largest), name
 
 
-def _sharded_worker(rank: int, folder: str, world: int) -> None:
+def sharded_worker(rank: int, folder: str, world: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
@@ -115,9 +120,3 @@ def _sharded_worker(rank: int, folder: str, world: int) -> None:
             )
     finally:
         dist.destroy_process_group()
-
-
-def sharded(folder: Path, world: int) -> list[dict[str, Any]]:
-    """What each process finds: losses of a network in shards (FSDP2), logits after a broadcast of weights."""
-    torch.multiprocessing.spawn(_sharded_worker, (str(folder), world), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]

@@ -111,8 +111,24 @@ def ddp_worker(rank: int, folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_distributed_step_is_the_step_of_one_process(tmp_path: Path) -> None:
+def workers(rank: int, folder: str) -> None:
+    """What one process of two does, one thing after the other: torch is imported once."""
+    for name in ("step", "autocast", "sharded"):
+        (Path(folder) / name).mkdir(exist_ok=True)
+    ddp_worker(rank, f"{folder}/step")
+    ddp.worker(rank, f"{folder}/autocast", 2, "gloo", "cpu", torch.bfloat16, 4)
+    ddp.sharded_worker(rank, f"{folder}/sharded", 2)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what two processes found."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(workers, (str(folder),), nprocs=2)
+    return folder
+
+
+def test_distributed_step_is_the_step_of_one_process(two: Path) -> None:
     model, images = build(SMALL, dtype=torch.float64), images_for(SMALL, 4)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     start = copy.deepcopy(model.state_dict())
@@ -120,23 +136,19 @@ def test_distributed_step_is_the_step_of_one_process(tmp_path: Path) -> None:
         optimiser.zero_grad()
         model(images).square().mean().backward()
         optimiser.step()
-    torch.multiprocessing.spawn(ddp_worker, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = ddp.found(two / "step", 2)
     for key, value in model.state_dict().items():
         assert torch.equal(first[key], second[key]), key
         assert relative(first[key] - start[key], value - start[key]) < 1e-9, key
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_distributed_gradients_are_those_of_the_joined_batch(tmp_path: Path) -> None:
+def test_distributed_gradients_are_those_of_the_joined_batch(two: Path) -> None:
     """Under autocast; tests/gpu/test_cuda.py has the same on a GPU."""
     truth = ddp.alone("cpu", torch.bfloat16)
-    found = ddp.together(tmp_path, 2, "gloo", "cpu", torch.bfloat16)
-    ddp.assert_agree(found, truth, 1e-4)
+    ddp.assert_agree(ddp.found(two / "autocast", 2), truth, 1e-4)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_sharded_networks_learn_as_one_and_broadcasts_are_seen(tmp_path: Path) -> None:
+def test_sharded_networks_learn_as_one_and_broadcasts_are_seen(two: Path) -> None:
     """FSDP2 puts the gathered weights into the same modules for the time of a call."""
     model, images, losses = build(SMALL), images_for(SMALL, 4, torch.float32), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -150,7 +162,7 @@ def test_sharded_networks_learn_as_one_and_broadcasts_are_seen(tmp_path: Path) -
         for p in doubled.parameters():
             p.mul_(2)
         wanted = doubled(torch.ones_like(images[:1]))
-    for found in ddp.sharded(tmp_path, 2):
+    for found in ddp.found(two / "sharded", 2):
         assert relative(torch.stack(found["losses"]), torch.stack(losses).detach()) < 1e-5
         assert torch.equal(found["broadcast"], wanted)
 
