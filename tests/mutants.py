@@ -39,8 +39,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "mutants"
 TREE, BUILD = WORK / "tree", WORK / "build"
-EXTENSION = ("_core", "vim-infer")  # targets of the Python tests
-SHIM = "vimcore_shim_python"  # of test_shim_*.py
+FURTHER = {"test_shim_": "vimcore_shim_python", "vim_infer": "vim-infer"}  # targets of some Python tests
 OPTIONS = ("CMAKE_BUILD_TYPE=Release", "SKBUILD=ON", "VIMCORE_ISAS=native", "VIMCORE_UNITY=OFF")
 # Kernels compile longer than they are tested: in half the time with -O1.
 FASTER = ("cpp/cmake/options.cmake", ",-O2,-O3>", ",-O2,-O1>")
@@ -69,7 +68,7 @@ class Test:
     def targets(self) -> tuple[str, ...]:
         if not self.in_python:
             return self.words[:1]
-        return (*EXTENSION, SHIM) if any("test_shim_" in word for word in self.words) else EXTENSION
+        return ("_core", *(target for part, target in FURTHER.items() if part in str(self)))
 
     def __str__(self) -> str:
         return " ".join(word.removeprefix("python/") for word in self.words)
