@@ -3,7 +3,7 @@
 """Whether the tests notice what they are there for: one line is broken at a time, and one test must fail.
 
     python tests/mutants.py                    all of tests/mutants.toml
-    python tests/mutants.py --only PATTERN     those whose name, file or test holds PATTERN
+    python tests/mutants.py --only PATTERN...  those whose name, file or test holds one of them
     python tests/mutants.py --list
 
 An entry names a file, a fragment that stands there once, what takes its place, and the cheapest test that
@@ -275,7 +275,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--only", metavar="PATTERN", default="", help="part of a name, file or test")
+    parser.add_argument(
+        "--only", metavar="PATTERN", nargs="+", default=[""], help="part of name, file or test"
+    )
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
     parser.add_argument("--timeout", type=float, default=240, help="seconds after which a test hangs")
@@ -283,7 +285,7 @@ def main() -> int:
     mutants = [
         m
         for m in read(ROOT / "tests" / "mutants.toml")
-        if any(args.only in text for text in (m.name, m.file, str(m.test)))
+        if any(part in text for part in args.only for text in (m.name, m.file, str(m.test)))
     ]
     if args.list or not mutants:
         for mutant in mutants:
