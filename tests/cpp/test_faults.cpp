@@ -11,6 +11,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iterator>
@@ -26,6 +27,25 @@
 #include "vimcore/vimcore.h"
 
 using namespace vimcore;
+
+// What happens to files, in order, where a test asks for it (see CMakeLists.txt).
+static std::vector<std::string>* record = nullptr;
+extern "C" {
+int __real_fsync(int descriptor);
+int __real_rename(const char* from, const char* to);
+int __wrap_fsync(int descriptor)
+{
+    if (record)
+        record->push_back("flush " +
+                          std::filesystem::read_symlink("/proc/self/fd/" + std::to_string(descriptor)).string());
+    return __real_fsync(descriptor);
+}
+int __wrap_rename(const char* from, const char* to)
+{
+    if (record) record->push_back("rename " + std::string(from) + " " + to);
+    return __real_rename(from, to);
+}
+}
 
 namespace {
 
@@ -244,6 +264,25 @@ void test_full_disk()
     CHECK(whole_value(path) == 3);
 }
 
+// After a power cut there is the old file or the new one: it is on the disk before it takes the name, and the name
+// before save_safetensors returns.
+void test_order_of_a_save()
+{
+    const Folder folder;
+    const std::filesystem::path place = std::filesystem::canonical(folder.path);
+    const std::string path = place / "a.safetensors";
+    std::vector<std::string> steps;
+    record = &steps;
+    save_numbers(path, 1);
+    record = nullptr;
+    CHECK(steps.size() == 3);
+    if (steps.size() != 3) return;
+    const std::string temporary = steps[0].substr(std::strlen("flush "));
+    CHECK(temporary != path && steps[0].starts_with("flush "));
+    CHECK(steps[1] == "rename " + temporary + " " + path);
+    CHECK(steps[2] == "flush " + place.string());
+}
+
 // A process that saves without end is killed at random moments: the file is always whole.
 void test_killed_while_saving()
 {
@@ -351,6 +390,7 @@ int main()
 {
     test_killed_while_saving();  // forks: before there are threads
     test_full_disk();
+    test_order_of_a_save();
     test_many_threads_one_model();
     test_replaced_while_reading();
     test_model_replaced_while_loading();

@@ -100,6 +100,39 @@ Run run(const Config& c, Weights& weights, const std::vector<float>& images, std
     return r;
 }
 
+// Normalised tokens of the network. What is wrong at the end of a tile fades within some tokens, and the class token,
+// which the logits come from, is far away.
+std::vector<float> tokens_of(const Config& c, Weights& weights, const std::vector<float>& images, std::int64_t batch,
+                             std::int64_t tile)
+{
+    Context ctx(Device::cpu(), 2);
+    internals(ctx).tile = tile;
+    std::vector<float> tokens(static_cast<std::size_t>(batch * c.tokens() * c.embed_dim));
+    Outputs out;
+    out.tokens = {tokens.data(), {batch, c.tokens(), c.embed_dim}, DType::f32, {}};
+    forward(ctx, c, weights.params,
+            {const_cast<float*>(images.data()), {batch, c.in_chans, c.img_height, c.img_width}, DType::f32, {}}, out);
+    return tokens;
+}
+
+// One block over all images at once.
+std::vector<float> block_of(const Config& c, Weights& weights, std::int64_t batch, std::int64_t tile)
+{
+    Context ctx(Device::cpu(), 2);
+    internals(ctx).tile = tile;
+    const Shape shape{batch, c.tokens(), c.embed_dim};
+    std::vector<float> h(static_cast<std::size_t>(shape.numel())), residual(h.size()), out(h.size());
+    std::mt19937 rng(5);
+    std::normal_distribution<float> normal;
+    for (float& v : h) v = normal(rng);
+    block_forward(ctx, c, weights.params.blocks[0],
+                  {.h = {h.data(), shape, DType::f32, {}},
+                   .residual_out = {residual.data(), shape, DType::f32, {}},
+                   .out = {out.data(), shape, DType::f32, {}}},
+                  nullptr);
+    return out;
+}
+
 void test_invariance(Directions directions)
 {
     const Config c = small(directions);
@@ -121,9 +154,12 @@ void test_invariance(Directions directions)
     }
     for (int threads : {1, 2, 3, 7})  // logits alone: the last block stops at the class token
         CHECK(run(c, weights, images, batch, threads, 0, false).logits == base.logits);
+    const std::vector<float> tokens = tokens_of(c, weights, images, batch, 0), block = block_of(c, weights, batch, 0);
     for (std::int64_t tile : {64, 128, 512}) {
         CHECK(run(c, weights, images, batch, 2, tile, false).logits == base.logits);
         CHECK(run(c, weights, images, batch, 2, tile, true).logits == base.logits);
+        CHECK(tokens_of(c, weights, images, batch, tile) == tokens);
+        CHECK(block_of(c, weights, batch, tile) == block);
     }
     for (std::int64_t b = 0; b < batch; b++) {
         const auto at = static_cast<std::ptrdiff_t>(static_cast<std::size_t>(b) * image);

@@ -53,6 +53,7 @@ void test_safetensors_hostile()
         {"", "an empty file"},
         {"\1\0\0\0", "no header"},
         {file_of("{" + a + "}", 16, 1000000), "longer than the file"},
+        {file_of("{" + a + "}", 0, static_cast<std::int64_t>(a.size()) + 3), "longer than the file"},
         {file_of("{" + a + "}", 16, std::numeric_limits<std::int64_t>::max()), "100 MB"},
         {file_of("[]", 0), "expected an object"},
         {file_of("{" + a + "," + a + "}"), "duplicate tensor name \"a\""},

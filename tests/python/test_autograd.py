@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import vimcore
 from golden import relative
 from helpers import SMALL, build, images_for, run
 
@@ -135,6 +136,21 @@ def test_non_contiguous_images(make: Any) -> None:
     x = images.clone().requires_grad_()
     logits = model(make(x))
     assert torch.equal(logits, wanted)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: torch.stack([x, -x], -1)[..., 0],
+        lambda x: torch.complex(x, -x).conj().imag,  # torch negates it when it is read
+    ],
+)
+def test_operators_take_views(make: Any) -> None:
+    x, weight = torch.randn(2, 3, 4), torch.randn(4)
+    view = make(x)
+    assert view.is_neg() or not view.is_contiguous()
+    assert torch.equal(vimcore.ops.rms_norm(view, weight), vimcore.ops.rms_norm(x, weight))
 
 
 def test_expanded_batch_and_broadcast_gradient() -> None:

@@ -135,3 +135,14 @@ def test_wrong_arguments_of_the_scan(change: dict[str, Tensor], message: str) ->
     assert vimcore.ops.selective_scan(**good).shape == (2, 5, 4)
     with pytest.raises(ValueError, match=re.escape(f"[selective_scan] {message}")):
         vimcore.ops.selective_scan(**{**good, **change})
+
+
+def test_one_direction_of_a_block() -> None:
+    parameters = dict(build(SMALL).layers[0].named_parameters())
+    x = torch.zeros(1, 5, 16)
+    for options, message in (
+        ({"directions": "both"}, "directions: expected 'none', 'ssm' or 'ssm_conv', got 'both'"),
+        ({"reverse": True}, "reverse: only with directions='none', got directions='ssm_conv'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"[vim_block] {message}")):
+            vimcore.ops.vim_block(x, parameters, **options)

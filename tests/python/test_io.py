@@ -133,6 +133,15 @@ def test_loading_at_another_size(tmp_path: Path, class_token: str, size: int | t
     assert np.linalg.norm(runtime - logits) <= 1e-5 * np.linalg.norm(logits)
 
 
+def test_preprocessing_of_another_size(tmp_path: Path) -> None:
+    """As in the file, with the crop of the size that is asked for."""
+    save_model(small(), tmp_path / "m.safetensors")
+    stored = vimcore.Runtime(tmp_path / "m.safetensors").preprocess
+    larger = vimcore.Runtime(tmp_path / "m.safetensors", img_size=(48, 40)).preprocess
+    assert stored["crop"] == [24, 24]
+    assert larger == {**stored, "resize": 45, "crop": [48, 40]}
+
+
 # ---- position tables ---------------------------------------------------------------------------------------
 
 

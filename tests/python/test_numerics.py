@@ -137,6 +137,19 @@ def test_bad_pixels_stay_in_their_image(bad: float, dtype: torch.dtype) -> None:
     run(model, images)  # and nothing crashes on the way back
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_maximum_of_tokens_with_a_nan_is_one(dtype: torch.dtype) -> None:
+    """In one direction the last patch reaches the last token alone."""
+    options = {"directions": "none", "pool": "max", "class_token": "none"}
+    model = build(reference.Config(**{**SMALL.arguments(), **options}), dtype=dtype).eval()
+    images = images_for(SMALL, 2, dtype)
+    images[0, :, -1, -1] = math.nan
+    assert model.forward_features(images)[0].isnan().any(1).tolist() == [False] * 5 + [True]
+    logits = model(images)
+    assert bool(logits[0].isnan().all())
+    assert bool(logits[1].isfinite().all())
+
+
 @pytest.mark.parametrize("key", ["layers.0.mixer.A_log", "layers.1.mixer.dt_proj.bias", "pos_embed"])
 def test_bad_weights_reach_the_output(key: str) -> None:
     model, images = build(SMALL), images_for(SMALL, 2, torch.float32)

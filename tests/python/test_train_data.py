@@ -46,6 +46,16 @@ def test_folder(tmp_path: Path) -> None:
     assert train.fingerprint() == training_and_validation(str(root), None, 0.25)[0].fingerprint()
 
 
+def test_every_class_gives_its_share_to_validation(tmp_path: Path) -> None:
+    """Classes of other sizes: of each the fraction, from the middle of equal parts of its files."""
+    for digit, each in ((0, 12), (1, 5), (7, 8)):
+        folder(tmp_path, digits=(digit,), each=each)
+    train, valid, _ = training_and_validation(str(tmp_path), None, 0.25)
+    held = {name: [Path(f).stem for f in valid.files if name in f] for name in valid.classes}
+    assert held == {"digit 0": ["002", "006", "010"], "digit 1": ["002"], "digit 7": ["002", "006"]}
+    assert len({*train.files, *valid.files}) == len(train) + len(valid) == 25
+
+
 def test_train_and_val_folders(tmp_path: Path) -> None:
     folder(tmp_path / "train", digits=(2, 3, 4))
     folder(tmp_path / "val", digits=(3,), each=2, first=20)
@@ -225,6 +235,16 @@ def test_every_strength_of_posterize() -> None:
     assert all(not training[(0, seed)].errors for seed in range(300))
     with pytest.raises(ValueError, match="rand_augment: timm does not take 'strong'"):
         transforms.picture_train(COLOUR, Augment(rand_augment="strong"))
+
+
+def test_integers_are_shares_of_their_range() -> None:
+    for dtype in (np.uint8, np.uint16):
+        most = np.iinfo(dtype).max
+        values = transforms.scaled(np.array([[[0, most // 5, most]]], dtype))
+        assert values.tolist() == [[[0.0, pytest.approx(0.2), 1.0]]]
+    assert transforms.scaled(np.array([[[-3.0, 70000.0]]])).tolist() == [[[-3.0, 70000.0]]]
+    with pytest.raises(transforms.UnreadableError, match="got int32"):
+        transforms.scaled(np.zeros((1, 1, 1), np.int32))
 
 
 @pytest.mark.slow

@@ -454,3 +454,35 @@ def test_errors_that_are_not_the_disk_s(tmp_path: Path) -> None:
         raise OSError(errno.EIO, "other", "its own")
     assert caught.value.filename == "its own"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_new_file_is_on_the_disk_before_it_takes_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a power cut leaves the old file or the new one; and the name before `atomic` is left."""
+    steps: list[tuple[str, str, bytes]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushing(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        steps.append(("flush", str(path), path.read_bytes() if path.is_file() else b""))
+        fsync(descriptor)
+
+    def replacing(old: Path, new: Path) -> None:
+        steps.append(("replace", str(old), new.read_bytes()))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(os, "replace", replacing)
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    with atomic(path) as file:
+        file.write(b"new")
+    temporary = steps[0][1]
+    assert temporary != str(path)
+    assert steps == [
+        ("flush", temporary, b"new"),
+        ("replace", temporary, b"old"),
+        ("flush", str(tmp_path), b""),
+    ]
+    assert path.read_bytes() == b"new"
