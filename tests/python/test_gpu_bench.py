@@ -12,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import forks
 import pytest
 import torch
 import vimcore
@@ -78,7 +77,8 @@ def load(path: str) -> ModuleType:
 
 
 def run(*options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return forks.run_script(TESTS / "gpu/bench.py", *options, cwd=cwd)
+    command = [sys.executable, str(TESTS / "gpu/bench.py"), *options]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])

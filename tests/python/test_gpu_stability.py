@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import forks
 import pytest
 import torch
 
@@ -30,7 +29,8 @@ def stability() -> ModuleType:
 
 
 def run(*options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return forks.run_script(GPU / "stability.py", *options, cwd=cwd)
+    command = [sys.executable, str(GPU / "stability.py"), *options]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 def test_tiny_curves_from_start_to_end(tmp_path: Path) -> None:

@@ -11,11 +11,9 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import forks
 import numpy as np
 import pytest
 import torch
@@ -57,10 +55,10 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def wait_for(condition: Callable[[], bool], running: Callable[[], bool]) -> None:
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + 120
     while not condition():
-        assert running()
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -81,18 +79,14 @@ def test_killed_and_resumed(uninterrupted: Path, tmp_path: Path, capsys: pytest.
         return (run / "log.jsonl").read_text().count('"step",') if (run / "log.jsonl").exists() else 0
 
     options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "env": environment()}
-    child = forks.start(lambda: main(["train", *WILD, "--out", str(run)]))
-    wait_for(
-        lambda: (run / "checkpoint.pt").exists() and steps() >= 9,
-        lambda: not os.waitpid(child, os.WNOHANG)[0],
-    )
-    os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    with subprocess.Popen(command(*WILD, "--out", str(run)), **options) as process:
+        wait_for(lambda: (run / "checkpoint.pt").exists() and steps() >= 9, process)
+        process.kill()
     killed = state(run)["step"]
     assert killed >= 7
     assert not list(run.glob("*.tmp"))
     with subprocess.Popen(command("--resume", str(run)), **options) as process:
-        wait_for(lambda: steps() > killed + 2, lambda: process.poll() is None)
+        wait_for(lambda: steps() > killed + 2, process)
         process.send_signal(signal.SIGTERM)
         error = process.stderr.read() if process.stderr else ""
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
