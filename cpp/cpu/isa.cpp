@@ -8,7 +8,7 @@
 namespace vimcore::cpu {
 namespace {
 
-bool always() { return true; }
+[[maybe_unused]] bool always() { return true; }
 #if defined(VIMCORE_HAVE_AVX2)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
