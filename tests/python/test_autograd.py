@@ -144,6 +144,7 @@ def test_non_contiguous_images(make: Any) -> None:
         lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
         lambda x: torch.stack([x, -x], -1)[..., 0],
         lambda x: torch.complex(x, -x).conj().imag,  # torch negates it when it is read
+        lambda x: torch._neg_view(-x),  # likewise, and contiguous
     ],
 )
 def test_operators_take_views(make: Any) -> None:
