@@ -11,7 +11,7 @@ constexpr Index add_rows = 64;  // tokens of a task
 template <class T>
 void add(Context& ctx, const Add& args)
 {
-    const auto& [a, b, out, row_scale] = args;
+    const auto &a = args.a, &b = args.b, &out = args.out, &row_scale = args.row_scale;
     const Index len = out.size(1), dim = out.size(2), blocks = ceil_div(len, add_rows);
     parallel_for(ctx, out.size(0) * blocks, [&](Index task) {
         const Index image = task / blocks, row = task % blocks * add_rows, offset = (image * len + row) * dim;
@@ -33,7 +33,7 @@ void CpuBackend::add(Context& ctx, const Add& args)
 void CpuBackend::scale_rows(Context& ctx, const ScaleRows& args)
 {
     if (counts(ctx)) return;
-    const auto& [matrix, factor, out] = args;
+    const auto &matrix = args.matrix, &factor = args.factor, &out = args.out;
     dispatch(out.dtype, [&](auto zero) {
         using T = decltype(zero);
         const Index columns = matrix.size(1);
@@ -44,7 +44,8 @@ void CpuBackend::scale_rows(Context& ctx, const ScaleRows& args)
 void CpuBackend::scale_rows_backward(Context& ctx, const ScaleRowsBackward& args)
 {
     if (counts(ctx)) return;
-    const auto& [matrix, factor, dout, dmatrix, dfactor] = args;
+    const auto &matrix = args.matrix, &factor = args.factor, &dout = args.dout, &dmatrix = args.dmatrix,
+               &dfactor = args.dfactor;
     dispatch(matrix.dtype, [&](auto zero) {
         using T = decltype(zero);
         const T *d = dout.as<T>(), *w = matrix.as<T>(), *f = factor.as<T>();
@@ -63,7 +64,7 @@ void CpuBackend::scale_rows_backward(Context& ctx, const ScaleRowsBackward& args
 // Every thread takes its share of every tensor.
 void CpuBackend::accumulate(Context& ctx, const Accumulate& args)
 {
-    const auto& [to, from] = args;
+    const auto &to = args.to, &from = args.from;
     const Index workers = ctx.threads();
     parallel_for(ctx, workers, [&](Index worker) {
         for (std::size_t i = 0; i < to.size(); i++) {
