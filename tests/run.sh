@@ -3,7 +3,7 @@ usage="tests/run.sh [full|quick] [ARGUMENTS OF PYTEST...]
 
 full   the default: sets up a virtual environment (.venv, or \$VIMCORE_VENV) with vimcore and everything the tests need,
        builds build/release, runs all tests: C++ by CTest, Python by pytest.
-quick  about a minute, after 'full' or after 'cmake --preset release && cmake --build --preset release' and
+quick  one to two minutes, after 'full' or after 'cmake --preset release && cmake --build --preset release' and
        'pip install .[test]': brings build/release and the installed vimcore up to date with the sources, runs the C++
        tests labelled quick and the Python tests that are not marked slow. Nothing is downloaded. The Python is the one
        of the environment above, else the first on PATH."

@@ -10,25 +10,12 @@
 #include <thread>
 #include <vector>
 
+#include "allocations.h"
 #include "check.h"
 #include "core/context_internals.h"
 #include "vimcore/vimcore.h"
 
 using namespace vimcore;
-
-namespace {
-std::atomic<long> allocations{0};
-}
-
-// Not inlined: the compiler would take malloc and delete for a mismatched pair.
-[[gnu::noinline]] void* operator new(std::size_t bytes)
-{
-    allocations++;
-    if (void* memory = std::malloc(bytes ? bytes : 1)) return memory;
-    throw std::bad_alloc();
-}
-[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
-[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace {
 
