@@ -70,8 +70,8 @@ void conv1d_forward(const In& x, const In& weight, const MaybeIn& bias, bool sil
     with_context(a.x.device, place, [&](Context& ctx) { vimcore::conv1d_forward(ctx, a); });
 }
 
-void conv1d_backward(const In& x, const In& weight, const MaybeIn& bias, bool silu, bool reverse, const In&,
-                     const In& du, const Out& dx, const MaybeOut& dweight, const MaybeOut& dbias, const Place& place)
+void conv1d_backward(const In& x, const In& weight, const MaybeIn& bias, bool silu, bool reverse, const In& du,
+                     const Out& dx, const MaybeOut& dweight, const MaybeOut& dbias, const Place& place)
 {
     const char* op = "causal_conv1d";
     ConvBackwardPass pass;
@@ -268,9 +268,9 @@ void bind_ops(nb::module_& m)
           nb::arg("bias").noconvert().none(), nb::arg("silu"), nb::arg("reverse"), nb::arg("out").noconvert(),
           nb::arg("place"));
     m.def("conv1d_backward", &conv1d_backward, nb::arg("x").noconvert(), nb::arg("weight").noconvert(),
-          nb::arg("bias").noconvert().none(), nb::arg("silu"), nb::arg("reverse"), nb::arg("out").noconvert(),
-          nb::arg("dout").noconvert(), nb::arg("dx").noconvert(), nb::arg("dweight").noconvert().none(),
-          nb::arg("dbias").noconvert().none(), nb::arg("place"));
+          nb::arg("bias").noconvert().none(), nb::arg("silu"), nb::arg("reverse"), nb::arg("dout").noconvert(),
+          nb::arg("dx").noconvert(), nb::arg("dweight").noconvert().none(), nb::arg("dbias").noconvert().none(),
+          nb::arg("place"));
     m.def("selective_scan_forward", &selective_scan_forward, nb::arg("inputs").noconvert(), nb::arg("delta_softplus"),
           nb::arg("reverse"), nb::arg("out").noconvert(), nb::arg("place"));
     m.def("selective_scan_backward", &selective_scan_backward, nb::arg("inputs").noconvert(), nb::arg("delta_softplus"),

@@ -373,7 +373,6 @@ def conv1d_backward(
     bias: Array | None,
     silu: bool,
     reverse: bool,
-    out: Array,
     dout: Array,
     dx: Array,
     dweight: Array | None,

@@ -81,18 +81,18 @@ class Conv1dFunction(torch.autograd.Function):
         out = torch.empty_like(x)
         x_, weight_, bias_, out_ = _exported([x, weight, bias, out])
         _core.conv1d_forward(x_, weight_, bias_, silu, reverse, out_, place(out))
-        ctx.save_for_backward(x, weight, bias, out.detach())
+        ctx.save_for_backward(x, weight, bias)
         ctx.silu, ctx.reverse = silu, reverse
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, out = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
         dx, dweight, dbias = torch.zeros_like(x), torch.zeros_like(weight), _fresh(bias)
         dout = dout.contiguous()
         x_, weight_, bias_ = _exported([x, weight, bias])
-        arguments = [*_exported([out, dout, dx, dweight, dbias]), place(x)]
+        arguments = [*_exported([dout, dx, dweight, dbias]), place(x)]
         _core.conv1d_backward(x_, weight_, bias_, ctx.silu, ctx.reverse, *arguments)
         return None, None, dx, dweight, dbias
 
