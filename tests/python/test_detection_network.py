@@ -42,11 +42,9 @@ def test_published_sizes(name: str, parameters: int, giga: float) -> None:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
     assert sum(p.numel() for p in model.parameters()) == parameters + vim.norm_f.weight.numel()
     assert model.flops() / 1e9 == pytest.approx(giga, abs=0.05)
-    heads = model.roi_heads
     boxes = 49 * 4 * 589_824 + 12_544 * 1024 + 1024 * 85
     drawn = 196 * (4 * 589_824 + 262_144) + 784 * 256 * 80
-    assert heads.flops(1000, 100) == 3 * 1000 * boxes + 100 * drawn
-    assert model.flops() - model.flops(0, 0) == heads.flops(1000, 100)
+    assert model.flops() - model.flops(proposals=0, detections=0) == 3 * 1000 * boxes + 100 * drawn
     maps = [(1024 // s, 1024 // s) for s in model.pyramid.strides]
     sizes = model.proposal_generator.sizes
     assert len(anchors_of(maps, model.pyramid.strides, sizes, torch.zeros(1))) == 261_888
@@ -302,7 +300,7 @@ def test_whole_detector_against_a_plain_backbone(dtype: torch.dtype, tolerance: 
         torch.manual_seed(3)
         found = model([x.to(kind) for x in images], targets)
         sum(found.values()).backward()
-        losses.append({name: float(value) for name, value in found.items()})
+        losses.append({name: value.item() for name, value in found.items()})
     assert losses[0] == pytest.approx(losses[1], rel=tolerance)
     for (name, p), q in zip(ours.named_parameters(), plain.parameters()):
         assert (p.grad is None) == (q.grad is None) == (not p.requires_grad), name
@@ -441,12 +439,12 @@ def test_wrong_calls() -> None:
         ({"anchors": (8, 16, -1)}, "anchors: expected numbers above 0, got -1"),
         ({"before_nms": (5,)}, "before_nms: expected one number for training and one for inference"),
         ({"score": 1.0}, "score: expected 0 or more and less than 1, got 1.0"),
-        ({"box_convs": -1}, "box_convs: expected 0 or more"),
+        ({"box_convs": -1}, "box_convs: expected 0 to 256, got -1"),
         ({"masks": "yes"}, "masks: expected True or False"),
         ({"backbone": torch.nn.Identity()}, "backbone: expected a VisionMamba, got Identity"),
         (
             {"backbone": backbone(num_classes=5)},
-            r"no head, got one of 5 classes; backbone.reset_classifier\(0\)",
+            r"has a head for 5 classes, which would not be used; backbone.reset_classifier\(0\)",
         ),
     ],
 )

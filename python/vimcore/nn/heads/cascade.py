@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder, Matcher
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
+from ...weights.detector import BOX_SIDE, MASK_SIDE, STAGES
 from .masks import MaskHead, mask_loss, mask_targets
 from .normed import NormedConv2d
 from .roi import ScaledGradient, pool
@@ -22,9 +23,7 @@ from .rpn import wide
 
 OVERLAPS = (0.5, 0.6, 0.7)  # from which on a stage takes a box for an object
 WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))  # of its deltas
-STAGES = len(OVERLAPS)
 POSITIVE = 0.25  # largest share of positive boxes in a sample
-BOX_SIDE, MASK_SIDE = 7, 14  # of the pooled features
 SUPPRESSED = 0.5  # overlap of two detections of one class
 
 
@@ -248,16 +247,6 @@ class CascadeHeads(nn.Module):
         chosen, certain = boxes[place], scores[place, classes]
         kept = batched_nms(chosen, certain, classes, SUPPRESSED)[: self.detections]
         return Detections(chosen[kept], classes[kept], certain[kept], None)
-
-    # ---- cost ----------------------------------------------------------------------------------------------
-
-    def flops(self, proposals: int, detections: int) -> int:
-        """Multiply-adds of one image with so many proposals and detections."""
-        convs = (m for head in self.box_head for m in head.modules() if isinstance(m, NormedConv2d))
-        linear = (m for m in self.modules() if isinstance(m, nn.Linear))
-        box = BOX_SIDE**2 * sum(m.weight.numel() for m in convs) + sum(m.weight.numel() for m in linear)
-        mask = 0 if self.mask_head is None else self.mask_head.flops(MASK_SIDE)
-        return proposals * box + detections * mask
 
 
 def _nonempty(boxes: Tensor) -> Tensor:

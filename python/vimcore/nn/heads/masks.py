@@ -38,11 +38,6 @@ class MaskHead(nn.Module):
             x = self.get_submodule(f"mask_fcn{i + 1}")(x)
         return wide(self.predictor(F.relu(self.deconv(x), inplace=True)))
 
-    def flops(self, side: int) -> int:
-        """Multiply-adds for one box of `side` x `side` pooled features."""
-        convs = sum(m.weight.numel() for m in self.modules() if isinstance(m, NormedConv2d))
-        return side**2 * (convs + self.deconv.weight.numel() + 4 * self.predictor.weight.numel())
-
 
 def mask_targets(masks: Tensor, index: Tensor, boxes: Tensor, side: int) -> Tensor:
     """What of objects lies in boxes, as (R, side, side) of 0 and 1: bins that they cover by half or more.

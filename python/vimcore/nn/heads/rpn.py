@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
-RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
+from ...weights.detector import RATIOS
 
 
 def anchors_of(
@@ -65,10 +65,6 @@ class RPNHead(nn.Module):
         """Logits (B, 3, h, w) and deltas (B, 12, h, w) of each map (B, channels, h, w)."""
         hidden = [self.conv(x) for x in maps]
         return [self.objectness_logits(x) for x in hidden], [self.anchor_deltas(x) for x in hidden]
-
-    def flops(self, pixels: int) -> int:
-        """Multiply-adds for so many pixels of all levels."""
-        return pixels * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Conv2d))
 
 
 class ProposalGenerator(RegionProposalNetwork):

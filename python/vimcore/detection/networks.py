@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects, their boxes and masks: Cascade Mask R-CNN on a plain Vision Mamba, as in the paper's Table 3.
-
-Needs torchvision. Targets and results are torchvision's dictionaries: classes are numbered from 1, so that
-class i of a list of names has the label i + 1; 0 is torchvision's number for the background.
-"""
+"""Cascade Mask R-CNN on a plain Vision Mamba: from images to losses, or to boxes and masks."""
 
 from __future__ import annotations
 
@@ -12,14 +8,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .nn.heads.cascade import CascadeHeads, Detections, Objects
-from .nn.heads.masks import paste
-from .nn.heads.pyramid import SimplePyramid
-from .nn.heads.rpn import ProposalGenerator, wide
-from .nn.vision_mamba import VisionMamba
-from .utils.arguments import boolean, integer, native
+from .. import _core
+from .._core import Config, Preprocess
+from ..nn.heads.cascade import CascadeHeads, Detections, Objects
+from ..nn.heads.masks import paste
+from ..nn.heads.pyramid import SimplePyramid
+from ..nn.heads.rpn import ProposalGenerator, wide
+from ..nn.heads.saving import tensors_to_save
+from ..nn.structure import made
+from ..nn.vision_mamba import VisionMamba
+from ..utils.arguments import integer, sides
+from ..weights.detector import check_backbone, checked_options, detector_flops, detector_shapes
+from ..weights.metadata import check_labels, pack
+from ..weights.task import DetectTask, Path, pack_task
 
-__all__ = ["CascadeMaskRCNN"]
+_NOT_OPTIONS = ("self", "backbone", "num_classes", "__class__")  # among what the constructor sees
 
 
 class CascadeMaskRCNN(nn.Module):
@@ -44,6 +47,11 @@ class CascadeMaskRCNN(nn.Module):
         proposals: of an image, afterwards.
         score, detections: smallest score of a detection, and how many of an image at most.
 
+    Attributes:
+        options: the arguments besides backbone and num_classes.
+        task: what the file that it came from says of classes and sizes; None of a new network.
+        preprocess: of that file.
+
     Raises:
         TypeError, ValueError: an argument is of another type or out of range.
     """
@@ -67,97 +75,77 @@ class CascadeMaskRCNN(nn.Module):
         score: float = 0.05,
         detections: int = 100,
     ) -> None:
+        given = {key: value for key, value in locals().items() if key not in _NOT_OPTIONS}
         super().__init__()
         if not isinstance(backbone, VisionMamba):
             raise TypeError(
                 f"[CascadeMaskRCNN] backbone: expected a VisionMamba, got {type(backbone).__name__}"
             )
-        if backbone.num_classes:
-            raise ValueError(
-                f"[CascadeMaskRCNN] backbone: expected no head, got one of {backbone.num_classes} classes; "
-                "backbone.reset_classifier(0) takes it off"
-            )
-        self.num_classes = _whole("num_classes", num_classes)
+        c = backbone._config.replace(num_classes=backbone.num_classes)
+        check_backbone(c)
+        self.num_classes = integer("[CascadeMaskRCNN] num_classes", num_classes, 1)
+        self.options = o = checked_options(given, c)
+        self.task: DetectTask | None = None
+        self.preprocess: Preprocess | None = None
         self.backbone = backbone
         backbone.norm_f.requires_grad_(False)
-        c = backbone._config
-        sides = [_positive("anchors", side) for side in anchors]
-        self.pyramid = SimplePyramid(c.embed_dim, channels, scales, c.stride, top=len(sides) > len(scales))
+        top = len(o["anchors"]) > len(o["scales"])
+        self.pyramid = SimplePyramid(c.embed_dim, o["channels"], o["scales"], c.stride, top)
         strides = self.pyramid.strides
-        if len(sides) != len(strides):
-            few, many = len(scales), len(scales) + 1
-            raise ValueError(
-                f"[CascadeMaskRCNN] anchors: expected {few} or {many}, one for each level, got {len(sides)}"
-            )
-        before = tuple(_whole("before_nms", n) for n in before_nms)
-        if len(before) != 2:
-            raise ValueError(
-                f"[CascadeMaskRCNN] before_nms: expected one number for training and one for inference, "
-                f"got {before_nms!r}"
-            )
-        low = native("[CascadeMaskRCNN] score", score)
-        if not isinstance(low, (int, float)) or not 0 <= low < 1:
-            raise ValueError(f"[CascadeMaskRCNN] score: expected 0 or more and less than 1, got {score!r}")
-        self.proposals = _whole("proposals", proposals)
         self.proposal_generator = ProposalGenerator(
-            self.pyramid.out,
-            strides,
-            sides,
-            (before[0], before[1]),
-            self.proposals,
-            _whole("anchors_sampled", anchors_sampled),
+            o["channels"], strides, o["anchors"], o["before_nms"], o["proposals"], o["anchors_sampled"]
         )
         self.roi_heads = CascadeHeads(
-            self.pyramid.out,
+            o["channels"],
             self.num_classes,
-            strides[: len(scales)],
-            boolean("[CascadeMaskRCNN] masks", masks),
-            integer("[CascadeMaskRCNN] box_convs", box_convs, 0),
-            _whole("box_width", box_width),
-            integer("[CascadeMaskRCNN] mask_convs", mask_convs, 0),
-            _whole("boxes_sampled", boxes_sampled),
-            float(low),
-            _whole("detections", detections),
+            strides[: len(o["scales"])],
+            o["masks"],
+            o["box_convs"],
+            o["box_width"],
+            o["mask_convs"],
+            o["boxes_sampled"],
+            o["score"],
+            o["detections"],
         )
-        self.options: dict[str, Any] = {
-            "masks": self.roi_heads.mask_head is not None,
-            "channels": self.pyramid.out,
-            "scales": self.pyramid.scales,
-            "anchors": sides,
-            "box_convs": int(box_convs),
-            "box_width": int(box_width),
-            "mask_convs": int(mask_convs),
-            "anchors_sampled": int(anchors_sampled),
-            "boxes_sampled": int(boxes_sampled),
-            "before_nms": list(before),
-            "proposals": self.proposals,
-            "score": float(low),
-            "detections": self.roi_heads.detections,
-        }
+        for module in (self.pyramid, self.proposal_generator, self.roi_heads):
+            module.to(backbone.norm_f.weight.device, backbone.norm_f.weight.dtype)
+        self._made = made(self)
 
     # ---- description ---------------------------------------------------------------------------------------
 
-    def flops(self, proposals: int | None = None, detections: int | None = None) -> int:
-        """Multiply-adds of one image of the backbone's size, scans included.
+    @property
+    def config(self) -> dict[str, Any]:
+        """The backbone's architecture."""
+        return self.backbone.config
+
+    def flops(
+        self,
+        img_size: int | Sequence[int] | None = None,
+        proposals: int | None = None,
+        detections: int | None = None,
+    ) -> int:
+        """Multiply-adds of inference for one image of this size (None: the backbone's own), scans included.
 
         Args:
             proposals: boxes that the three stages see; None: as many as there are at most.
             detections: boxes that masks are drawn in, likewise.
         """
-        height, width = self.backbone._config.grid
-        total = self.backbone.flops() + self.pyramid.flops(height, width)
-        sides = [(int(height * scale), int(width * scale)) for scale in self.pyramid.scales]
-        if self.pyramid.top:
-            sides.append((-(-sides[-1][0] // 2), -(-sides[-1][1] // 2)))
-        total += self.proposal_generator.rpn_head.flops(sum(h * w for h, w in sides))
-        return total + self.roi_heads.flops(
-            self.proposals if proposals is None else proposals,
-            self.roi_heads.detections if detections is None else detections,
-        )
+        config = self._config(img_size)
+        o = self.options
+        boxes = o["proposals"] if proposals is None else proposals
+        drawn = o["detections"] if detections is None else detections
+        return config.flops() + detector_flops(o, self.num_classes, config, boxes, drawn)
+
+    def _config(self, img_size: int | Sequence[int] | None = None) -> Config:
+        config = self.backbone._config.replace(num_classes=0)
+        return config if img_size is None else config.replace(img_size=img_size)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters, besides vectors and biases, that the published training does not decay."""
+        """Names of parameters, besides vectors and biases, that training does not decay."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.options.items())
 
     # ---- computing -----------------------------------------------------------------------------------------
 
@@ -259,16 +247,54 @@ class CascadeMaskRCNN(nn.Module):
         masks = self.roi_heads.mask_head is not None
         return [_objects(i, *pair, self.num_classes, masks) for i, pair in enumerate(zip(images, targets))]
 
+    # ---- files ---------------------------------------------------------------------------------------------
 
-def _whole(name: str, value: Any) -> int:
-    return integer(f"[CascadeMaskRCNN] {name}", value, 1)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors of a file, by name."""
+        own = {f"backbone.{name}": shape for name, shape in self._config().param_shapes().items()}
+        return {**own, **detector_shapes(self.options, self.num_classes, self._config())}
 
+    def save(
+        self,
+        path: Path,
+        classes: Sequence[str] | None = None,
+        ids: Sequence[int] | None = None,
+        resize: Sequence[int] | None = None,
+        preprocess: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes weights, architecture and what prediction needs to one safetensors file, all or nothing.
 
-def _positive(name: str, value: Any) -> float:
-    number = native(f"[CascadeMaskRCNN] {name}", value)
-    if not isinstance(number, (int, float)) or not number > 0:
-        raise ValueError(f"[CascadeMaskRCNN] {name}: expected numbers above 0, got {value!r}")
-    return float(number)
+        What is None stays as the file said that the network was loaded from; else it has the default below.
+
+        Args:
+            classes: a name each; default: their numbers, from 1 on as in results.
+            ids: of the categories in a COCO file, one for each class; default: none.
+            resize: (short, long) that the sides of an image are fitted into before; default: the sides of
+                the backbone's image size.
+            preprocess: mean, std, resize, crop, interpolation; default: ImageNet's mean and std. Networks
+                with neither 1 nor 3 channels have none.
+
+        Raises:
+            ValueError: the file could not describe the network, or one of these does not fit.
+        """
+        old, config = self.task, self._config()
+        if classes is None:
+            classes = old.classes if old else [str(i + 1) for i in range(self.num_classes)]
+        if ids is None and old is not None:
+            ids = old.ids
+        size = old.resize if old else (min(config.img_size), max(config.img_size))
+        if resize is not None:
+            size = sides("[CascadeMaskRCNN] resize", resize)
+        if preprocess is None:
+            steps = self.preprocess or Preprocess.default(config)
+            if steps is not None and self.preprocess is None:
+                steps = steps.replace(resize=min(config.img_size))
+            preprocess = steps.to_dict() if steps else None
+        names = tuple(check_labels(classes, self.num_classes))
+        task = DetectTask("cascade", self.options, names, None if ids is None else tuple(ids), size)
+        metadata = {**pack(config, None, preprocess), **pack_task(task)}
+        arrays = tensors_to_save(self, self.backbone, self._made, self.shapes(), "CascadeMaskRCNN")
+        _core.write_safetensors(path, arrays, metadata)
 
 
 def _scaled(found: Detections, before: tuple[int, int], after: tuple[int, int]) -> Detections:
