@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists of images with labels or masks: CSV and TSV files with a column path and one of what belongs to it."""
+"""Lists of images with labels or masks: CSV and TSV files with the columns path and label, or path and mask."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..weights.task import MOST_CLASSES
 from .picture_files import read_file, reason
 from .transforms import UnreadableError
 
 IGNORE = 255  # the truth of a pixel that does not count
-MOST_CLASSES = 255
 MASKS = (".png", ".npy")  # suffixes
 Mask = NDArray[np.uint8]
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -111,18 +111,6 @@ def read_names(path: str) -> list[str]:
     return names
 
 
-def default_palette(classes: int) -> list[list[int]]:
-    """A colour [r, g, b] for each class: the bits of its index, as in the Pascal VOC challenge."""
-    colours = []
-    for index in range(classes):
-        colour = [0, 0, 0]
-        for place in range(8):
-            for channel in range(3):
-                colour[channel] |= (index >> (3 * place + channel) & 1) << (7 - place)
-        colours.append(colour)
-    return colours
-
-
 def mask_png(mask: Mask, palette: Sequence[Sequence[int]]) -> bytes:
     """An 8-bit palette PNG of class indices (H, W)."""
     image = Image.fromarray(mask)
@@ -139,9 +127,7 @@ def overlay_jpeg(image: NDArray[np.uint8], mask: Mask, palette: Sequence[Sequenc
     return memory.getvalue()
 
 
-def blended(
-    image: NDArray[np.uint8], mask: Mask, palette: Sequence[Sequence[int]]
-) -> NDArray[np.uint8]:
+def blended(image: NDArray[np.uint8], mask: Mask, palette: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
     """Half the image (H, W, 3), half the colours of its classes; the sums are halved and rounded down."""
     colours = np.zeros((256, 3), np.uint16)
     colours[: len(palette)] = palette

@@ -23,8 +23,8 @@ from .scenes import CLASSES, NAME, VALIDATION, Scenes
 from .transforms import UnreadableError
 
 LAYOUTS = (
-    "expected ADE20K's images/training and annotations/training, or train/ and val/ with images/ and masks/ in "
-    "each, or images/ and masks/"
+    "expected ADE20K's images/training and annotations/training, or train/ and val/ with images/ and masks/ "
+    "in each, or images/ and masks/"
 )
 
 
@@ -120,7 +120,11 @@ def training_and_validation(
     if data == NAME:
         _refuse_for_scenes(val, reading)
         about = "held-out scenes, always the same"
-        return _drawn(reading.scenes, held_out=False), _drawn(VALIDATION, held_out=True), f"validated on {about}"
+        return (
+            _drawn(reading.scenes, held_out=False),
+            _drawn(VALIDATION, held_out=True),
+            f"validated on {about}",
+        )
     train = _files(data, "training", reading.reduce_zero_label)
     names = _names(data, train, reading)
     train = replace(train, classes=names)
