@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .analysis.health import health
     from .analysis.saliency import saliency
     from .io import load_checkpoint
+    from .nn.heads.pyramid import SimplePyramid
     from .nn.models import create_model
     from .nn.vision_mamba import VisionMamba
 
@@ -30,6 +31,7 @@ __all__ = [
     "Config",
     "Error",
     "Runtime",
+    "SimplePyramid",
     "VisionMamba",
     "build_info",
     "create_model",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "SimplePyramid": "nn.heads.pyramid",
     "VisionMamba": "nn.vision_mamba",
     "create_model": "nn.models",
     "health": "analysis.health",
