@@ -116,12 +116,13 @@ class Scenes:
 
     def _background(self, chance: np.random.Generator) -> NDArray[np.float32]:
         """Clouds of colour with a grating across them; (S, S, 3), values from 0 to 1."""
-        clouds = Image.fromarray(chance.integers(64, 192, (5, 5, 3)).astype(np.uint8))
+        mean, spread = chance.uniform(0.2, 0.8, 3), chance.uniform(-0.15, 0.15, (5, 5, 3))
+        clouds = Image.fromarray(np.round(255 * (mean + spread)).astype(np.uint8))
         smooth = clouds.resize((self.side, self.side), Image.Resampling.BICUBIC)
         angle, phase = chance.uniform(0, math.pi), chance.uniform(0, 2 * math.pi)
         waves = 2 * math.pi * chance.uniform(2, 10)  # along the side
         wave = np.sin(waves * (math.cos(angle) * self.x + math.sin(angle) * self.y) + phase)
-        strength = chance.uniform(-0.1, 0.1, 3).astype(np.float32)
+        strength = chance.uniform(-0.08, 0.08, 3).astype(np.float32)
         paint: NDArray[np.float32] = np.asarray(smooth, np.float32) / 255 + strength * wave[:, :, None]
         return paint
 

@@ -7,6 +7,6 @@ model.save("seg.safetensors", classes=names); model = vimcore.segmentation.load(
 """
 
 from .files import load
-from .networks import FCN, Segmentation
+from .networks import FCN, Segmentation, Segmenter, UperNet
 
-__all__ = ["FCN", "Segmentation", "load"]
+__all__ = ["FCN", "Segmentation", "Segmenter", "UperNet", "load"]

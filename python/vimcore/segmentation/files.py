@@ -14,9 +14,9 @@ from ..utils.arguments import boolean, sides
 from ..weights.dense import NAMES
 from ..weights.dense_files import segment_file
 from ..weights.task import Path
-from .networks import FCN, Segmentation
+from .networks import FCN, Segmentation, Segmenter, UperNet
 
-_KINDS: dict[str, type[Segmentation]] = {kind.__name__: kind for kind in (FCN,)}
+_KINDS: dict[str, type[Segmentation]] = {kind.__name__: kind for kind in (FCN, Segmenter, UperNet)}
 
 
 def load(

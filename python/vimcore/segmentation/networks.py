@@ -13,11 +13,16 @@ from .. import _core
 from .._core import Config, Preprocess
 from ..nn.heads.fcn import FCNHead
 from ..nn.heads.layers import resized
+from ..nn.heads.neck import Neck, own_names, published, published_names
 from ..nn.heads.saving import tensors_to_save
+from ..nn.heads.segmenter import MaskTransformer
+from ..nn.heads.upernet import UPerHead
+from ..nn.readout import patches_of
 from ..nn.structure import made
 from ..nn.vision_mamba import VisionMamba
 from ..utils.arguments import integer, sides
 from ..weights.dense import (
+    AUXILIARY,
     check_backbone,
     check_classes,
     check_window,
@@ -257,3 +262,101 @@ class FCN(Segmentation):
     def maps(self, images: Tensor) -> Tensor:
         """(B, D, h, w): the stream after the last layer."""
         return self.backbone.forward_intermediates(images, [-1])[0]
+
+
+class UperNet(Segmentation):
+    """Four layers' maps at four strides, UPerNet's head, and an auxiliary head that only training uses.
+
+    As published for Vim on ADE20K, with `channels` 192 or 384. A class token stays in the network and is left
+    out of the maps. The neck is in `neck`; state dicts have its tensors where published ones do, among the
+    backbone's.
+
+    Args:
+        backbone: without a head (num_classes=0); its patches, of 4, 8 or 16 pixels, tile its images.
+        num_classes: 1 to 255.
+        channels: within the head; None: the backbone's.
+        indices: four layers, negative ones count from the last; None: the last of each quarter.
+        aux: whether there is an auxiliary head, on the third layer's map.
+        taps: "stream": the residual stream after these layers, not normalised; "mixer": what their mixers add
+            to it, as in the published configuration of Vim-Ti.
+        head_norm: "batch", or "group", which needs no second image in a batch.
+        dropout: share of whole channels set to zero before the classifiers, in training.
+
+    Raises:
+        ValueError, TypeError: an option is out of range or of another type, or does not go with the backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: VisionMamba,
+        num_classes: int,
+        channels: int | None = None,
+        indices: Sequence[int] | None = None,
+        aux: bool = True,
+        taps: str = "stream",
+        head_norm: str = "batch",
+        dropout: float = 0.1,
+    ) -> None:
+        options = {"channels": channels, "indices": indices, "aux": aux, "taps": taps}
+        super().__init__(
+            backbone, num_classes, "uper", {**options, "head_norm": head_norm, "dropout": dropout}
+        )
+        o, dim, classes = self.options, backbone.embed_dim, self.num_classes
+        norm, dropout = o["head_norm"], o["dropout"]
+        self.neck = Neck(dim, backbone._config.patch_size, norm)
+        self.decode_head = UPerHead(dim, o["channels"], classes, norm, dropout)
+        self.auxiliary_head = FCNHead(dim, AUXILIARY, 1, classes, norm, dropout) if o["aux"] else None
+        self._register_state_dict_hook(published_names)
+        self._register_load_state_dict_pre_hook(own_names)
+        self._complete(max(o["indices"]))
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Four maps (B, D, H, W) of strides 4, 8, 16 and 32 pixels."""
+        indices = self.options["indices"]
+        if self.options["taps"] == "stream":
+            return self.neck(self.backbone.forward_intermediates(images, indices))
+        pairs = [layer for index in indices for layer in (index - 1, index)]
+        streams = self.backbone.forward_intermediates(images, pairs)
+        return self.neck([after - before for before, after in zip(streams[::2], streams[1::2])])
+
+    def logits(self, maps: list[Tensor]) -> tuple[Tensor, ...]:
+        """Those of the head, and in training the auxiliary ones."""
+        if self.auxiliary_head is None or not self.training:
+            return (self.decode_head(maps),)
+        return self.decode_head(maps), self.auxiliary_head(maps[2])
+
+    _published = staticmethod(published)
+
+
+class Segmenter(Segmentation):
+    """A mask transformer on the normalised tokens of the last layer, class tokens left out.
+
+    Args:
+        backbone: without a head (num_classes=0); its patches tile its images.
+        num_classes: 1 to 255.
+        layers: of the transformer; the paper's ablation has 2.
+        dropout: within the transformer, in training.
+
+    Raises:
+        ValueError, TypeError: an option is out of range or of another type, or does not go with the backbone.
+    """
+
+    stride_share = (1, 1)
+
+    def __init__(
+        self, backbone: VisionMamba, num_classes: int, layers: int = 2, dropout: float = 0.1
+    ) -> None:
+        super().__init__(backbone, num_classes, "segmenter", {"layers": layers, "dropout": dropout})
+        o = self.options
+        self.decode_head = MaskTransformer(backbone.embed_dim, self.num_classes, o["layers"], o["dropout"])
+        self._complete(None)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """Patches (B, h, w, D), normalised."""
+        config = self.backbone._config_for(images)
+        return patches_of(self.backbone.forward_features(images), config).unflatten(1, config.grid)
+
+    def logits(self, maps: Tensor) -> tuple[Tensor, ...]:
+        """(B, num_classes, h, w)."""
+        masks = self.decode_head(maps.flatten(1, 2))
+        return (masks.transpose(1, 2).unflatten(2, maps.shape[1:3]),)
