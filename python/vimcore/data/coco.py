@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """COCO's annotations in JSON, checked: images, categories, boxes, masks as polygons or run lengths.
 
-A file may come from anywhere. What is wrong with its structure is an error that names the place; what is wrong
-with one mask is told when that mask is made.
+A file may come from anywhere. What is wrong with its structure is an error that names the place; what is
+wrong with one mask is told when that mask is made.
 """
 
 from __future__ import annotations
@@ -290,8 +290,8 @@ def run_lengths(mask: NDArray[Any]) -> dict[str, Any]:
 def folder_of(coco: CocoFile, given: str | None) -> str:
     """The folder with the images of a file of annotations.
 
-    Without one given, the first of these that holds any of the first images: for annotations/instances_NAME.json
-    the folder NAME beside annotations/, the file's folder, images/ in it.
+    Without one given, the first of these that holds any of the first images: for
+    annotations/instances_NAME.json the folder NAME beside annotations/, the file's folder, images/ in it.
 
     Raises:
         ValueError: there is none.

@@ -48,6 +48,7 @@ class CascadeMaskRCNN(nn.Module):
         score, detections: smallest score of a detection, and how many of an image at most.
 
     Attributes:
+        head: "cascade", as files call it.
         options: the arguments besides backbone and num_classes.
         task: what the file that it came from says of classes and sizes; None of a new network.
         preprocess: of that file.
@@ -55,6 +56,8 @@ class CascadeMaskRCNN(nn.Module):
     Raises:
         TypeError, ValueError: an argument is of another type or out of range.
     """
+
+    head = "cascade"
 
     def __init__(
         self,
@@ -291,7 +294,7 @@ class CascadeMaskRCNN(nn.Module):
                 steps = steps.replace(resize=min(config.img_size))
             preprocess = steps.to_dict() if steps else None
         names = tuple(check_labels(classes, self.num_classes))
-        task = DetectTask("cascade", self.options, names, None if ids is None else tuple(ids), size)
+        task = DetectTask(self.head, self.options, names, None if ids is None else tuple(ids), size)
         metadata = {**pack(config, None, preprocess), **pack_task(task)}
         arrays = tensors_to_save(self, self.backbone, self._made, self.shapes(), "CascadeMaskRCNN")
         _core.write_safetensors(path, arrays, metadata)
