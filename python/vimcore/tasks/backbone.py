@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.models import adapt_input_conv
+from torch import Tensor
 
 from ..config import image_size, model_options, patch_grid
 from ..nn.models import create_model
@@ -93,10 +94,32 @@ def start_from(model: VisionMamba, settings: Settings, classes: Sequence[str]) -
     """
     path = str(settings.init)
     state, metadata, notes = read_checkpoint(path, settings.init_weights)
-    grid = labels = None
-    if CONFIG_KEY in metadata:
-        stored, labels, _ = unpack(metadata, path)
-        grid = stored.grid
+    labels = unpack(metadata, path).labels if CONFIG_KEY in metadata else None
+    head = state.get("head.weight")
+    other = head is None or head.shape[0] != len(classes) or (labels is not None and labels != list(classes))
+    if other:
+        notes.append(f"new head for {len(classes)} classes")
+    notes += fit(model, state, metadata, settings, skip_head=other)
+    return [f"weights from {path}", *notes]
+
+
+def fit(
+    model: VisionMamba,
+    state: dict[str, Tensor],
+    metadata: Mapping[str, str],
+    settings: Settings,
+    skip_head: bool,
+) -> list[str]:
+    """Gives the model these weights of `init`, made to suit its channels and grid; the notes on it.
+
+    Args:
+        metadata: of the file, which says what grid the weights are for.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    path, notes = str(settings.init), []
+    grid = unpack(metadata, path).config.grid if CONFIG_KEY in metadata else None
     patches = state.get(_PATCHES)
     channels = model.config["in_chans"]
     if patches is not None and patches.ndim == 4 and patches.shape[1] != channels:
@@ -108,13 +131,9 @@ def start_from(model: VisionMamba, settings: Settings, classes: Sequence[str]) -
                 "only 3 channels can be adapted to others"
             ) from None
         notes.append(f"patch embedding adapted from {patches.shape[1]} to {channels} channels")
-    head = state.get("head.weight")
-    other = head is None or head.shape[0] != len(classes) or (labels is not None and labels != list(classes))
-    if other:
-        notes.append(f"new head for {len(classes)} classes")
     table = state.get("pos_embed")
     if table is not None and hasattr(model, "pos_embed") and table.shape != model.pos_embed.shape:
         rows, columns = patch_grid(model.config)
         notes.append(f"position table resized to {rows} x {columns} patches ({settings.pos_embed})")
-    fill(model, state, path, old_grid=grid, way=settings.pos_embed, skip_head=other)
-    return [f"weights from {path}", *notes]
+    fill(model, state, path, old_grid=grid, way=settings.pos_embed, skip_head=skip_head)
+    return notes
