@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import _core
 from ...data.classes import passed_over
 from ...data.inputs import channels_of, input_of
 from ...data.joint import Joint, JointAugment
@@ -19,11 +20,12 @@ from ...data.scenes import PALETTE as SCENE_COLOURS
 from ...data.segments import Segments, Training, Validation, collate
 from ...nn.heads.layers import synchronized
 from ...segmentation import Segmentation as Network
-from ...segmentation import load
+from ...segmentation import load, load_checkpoint
 from ...segmentation.files import create
 from ...utils import distributed
-from ...weights.task import default_palette
-from .. import backbone, dense
+from ...weights.task import SegmentTask, default_palette, unpack_task
+from ...weights.wrappers import format_of
+from .. import backbone
 from ..task import Data, Metric, Scores, Task
 from .answers import figures
 from .evaluation import Sight, answers, count
@@ -79,12 +81,26 @@ class Segmentation(Task):
         model = create(s.head, network, len(self.classes), s.head_options())
         self.depth = int(network.config["depth"])
         network.dynamic_img_size = needs_any_size(s)
-        notes = [] if s.init is None else dense.start_from(model, s, self.classes)
+        notes = [] if s.init is None else self._start(model)
         if s.optimizer_groups == "released":
             model.no_weight_decay = set  # type: ignore[method-assign]  # their names had a prefix too many
         if distributed.on_gpus():
             synchronized(model, torch.device("cuda"))
         return model, notes
+
+    def _start(self, model: Network) -> list[str]:
+        """Gives the model the weights of `init`: all of them of a file of this very task, else the backbone."""
+        s, path = self.settings, str(self.settings.init)
+        about = None
+        if format_of(path) == "safetensors":
+            about = unpack_task(_core.safetensors_header(path)[1], path)
+        if isinstance(about, SegmentTask) and list(about.classes) == self.classes:
+            if (about.head, dict(about.options)) == (model.head, dict(model.options)):
+                notes = load_checkpoint(model, path, weights=s.init_weights, pos_embed=s.pos_embed)
+                model.task = None  # its windows and colours are the settings'
+                return [f"weights of backbone and head from {path}", *notes]
+        notes = backbone.start_without_head(model.backbone, s)
+        return [*notes, f"new head for {len(self.classes)} classes"]
 
     def layers(self) -> Mapping[str, Any]:
         """See `Task.layers`: neck and heads follow the last block."""
