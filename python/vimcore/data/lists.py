@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists of images with labels or masks: CSV and TSV files with the columns path and label, or path and mask."""
+"""Lists of images: CSV and TSV files with the columns path and label, or path and mask."""
 
 from __future__ import annotations
 

@@ -19,6 +19,19 @@ from .digits import load_digits, split_digits
 NAME = "digits-scenes"
 DIGITS = tuple(map(str, range(10)))  # classes of instances
 CLASSES = ("background", *DIGITS)  # classes of the semantic mask
+PALETTE = (  # of CLASSES, [red, green, blue]
+    (24, 26, 40),
+    (31, 119, 220),
+    (255, 127, 14),
+    (44, 180, 84),
+    (226, 48, 60),
+    (150, 92, 214),
+    (160, 110, 70),
+    (240, 110, 190),
+    (245, 245, 245),
+    (215, 200, 30),
+    (20, 200, 215),
+)
 IGNORE = 255
 SIDE = 48  # pixels
 VALIDATION = 200  # scenes

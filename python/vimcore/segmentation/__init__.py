@@ -6,7 +6,7 @@ logits = model.eval()(images)                      # (B, 150, H, W)
 model.save("seg.safetensors", classes=names); model = vimcore.segmentation.load("seg.safetensors")
 """
 
-from .files import load
+from .files import load, load_checkpoint
 from .networks import FCN, Segmentation, Segmenter, UperNet
 
-__all__ = ["FCN", "Segmentation", "Segmenter", "UperNet", "load"]
+__all__ = ["FCN", "Segmentation", "Segmenter", "UperNet", "load", "load_checkpoint"]

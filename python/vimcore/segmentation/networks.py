@@ -43,6 +43,7 @@ class Segmentation(nn.Module):
         decode_head: makes the logits.
         num_classes: their number.
         head: "fcn", "linear", "uper" or "segmenter", as files call it.
+        normed: whether the head sees what the backbone's final norm makes.
         options: arguments of the constructor besides backbone and num_classes.
         task: what the file that it came from says of classes, colours and windows; None of a new network.
         preprocess: of that file.
@@ -50,6 +51,7 @@ class Segmentation(nn.Module):
 
     head: str
     decode_head: nn.Module
+    normed: ClassVar[bool] = False
     stride_share: ClassVar[tuple[int, int]] = (2, 3)  # of a window, from one to the next
 
     def __init__(
@@ -67,13 +69,13 @@ class Segmentation(nn.Module):
         self.task: SegmentTask | None = None
         self.preprocess: Preprocess | None = None
 
-    def _complete(self, last: int | None) -> None:
+    def _complete(self, last: int) -> None:
         """At the end of constructors: freezes what has no influence.
 
         Args:
-            last: index of the last layer whose output is looked at; None: all, and the norm after them.
+            last: index of the last layer whose output is looked at.
         """
-        if last is not None:
+        if not self.normed:
             self.backbone.norm_f.requires_grad_(False)
             for layer in self.backbone.layers[last + 1 :]:
                 layer.requires_grad_(False)
@@ -175,7 +177,7 @@ class Segmentation(nn.Module):
             ValueError: the file could not describe the network, or one of these does not fit.
         """
         name = type(self).__name__
-        task = self._described(classes, palette, window, stride, resize)
+        task = self.described(classes, palette, window, stride, resize)
         config = self._config()
         if preprocess is None:
             steps = self.preprocess or Preprocess.default(config)
@@ -191,14 +193,15 @@ class Segmentation(nn.Module):
         """The state dict's name of a parameter."""
         return name
 
-    def _described(
+    def described(
         self,
-        classes: Sequence[str] | None,
-        palette: Sequence[Sequence[int]] | None,
-        window: int | Sequence[int] | None,
-        stride: int | Sequence[int] | None,
-        resize: Sequence[int] | None,
+        classes: Sequence[str] | None = None,
+        palette: Sequence[Sequence[int]] | None = None,
+        window: int | Sequence[int] | None = None,
+        stride: int | Sequence[int] | None = None,
+        resize: Sequence[int] | None = None,
     ) -> SegmentTask:
+        """What `save` would write of the task; the arguments are its."""
         name, old = type(self).__name__, self.task
         if classes is None:
             classes = old.classes if old else list(map(str, range(self.num_classes)))
@@ -341,6 +344,7 @@ class Segmenter(Segmentation):
         ValueError, TypeError: an option is out of range or of another type, or does not go with the backbone.
     """
 
+    normed = True
     stride_share = (1, 1)
 
     def __init__(
@@ -349,7 +353,7 @@ class Segmenter(Segmentation):
         super().__init__(backbone, num_classes, "segmenter", {"layers": layers, "dropout": dropout})
         o = self.options
         self.decode_head = MaskTransformer(backbone.embed_dim, self.num_classes, o["layers"], o["dropout"])
-        self._complete(None)
+        self._complete(backbone._config.depth - 1)
 
     def maps(self, images: Tensor) -> Tensor:
         """Patches (B, h, w, D), normalised."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Name in settings and flags: folder, class.
 TASKS = {
     "classify": ("classification", "Classification"),
+    "segment": ("segmentation", "Segmentation"),
     "detect": ("detection", "Detection"),
 }
 NAMES = tuple(TASKS)

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn, TypeVar
 
 from ..utils.arguments import native
+from .metadata import TASK_KEY
 
-TASK_KEY = "vimcore.task"
 HEADS = {"segment": ("fcn", "linear", "uper", "segmenter"), "detect": ("cascade",)}
 MOST_CLASSES = 255  # of a mask of 8 bits, where 255 says "ignore"
 _MOST = 1 << 20  # pixels of a side, as of an image
@@ -88,6 +88,25 @@ def unpack_task(metadata: Mapping[str, str], path: Path) -> SegmentTask | Detect
         return _parsed(metadata[TASK_KEY])
     except ValueError as error:
         raise ValueError(f"{os.fsdecode(path)}: {TASK_KEY}: {error}") from None
+
+
+def named_classes(meta: Mapping[Any, Any], count: int) -> tuple[list[str], list[list[int]] | None] | None:
+    """Classes and colours in the "meta" of a checkpoint of mmsegmentation; None: not of `count` classes.
+
+    Up to version 0.x they are CLASSES and PALETTE, later `classes` and `palette` under `dataset_meta`.
+    """
+    later = meta.get("dataset_meta")
+    names, colours = meta.get("CLASSES"), meta.get("PALETTE")
+    if names is None and isinstance(later, dict):
+        names, colours = later.get("classes"), later.get("palette")
+    if not isinstance(names, (list, tuple)) or len(names) != count:
+        return None
+    try:
+        found = list(_classes(list(names)))
+        palette = [list(_colour(list(colour))) for colour in colours] if colours is not None else None
+    except (TypeError, ValueError):
+        return None
+    return (found, palette) if palette is None or len(palette) == count else (found, None)
 
 
 def default_palette(classes: int) -> tuple[tuple[int, int, int], ...]:

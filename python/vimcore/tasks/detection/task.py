@@ -23,7 +23,7 @@ from ...utils import distributed
 from ...utils.files import write_text
 from .. import backbone, dense
 from ..task import Data, Metric, Scores, Task
-from .answers import Answers, quality, reduced, shown_of, sure
+from .answers import Answers, Worst, quality, reduced, shown_of, sure
 from .evaluation import Found, Precision, Row, Truth, detect, gathered
 from .settings import DetectionSettings
 
@@ -41,7 +41,8 @@ class Detection(Task):
 
     def __init__(self, settings: DetectionSettings) -> None:
         super().__init__(settings)
-        self.metrics = (BOX, MASK) if settings.masks else (BOX,)  # type: ignore[misc]
+        if not settings.masks:
+            self.metrics = (BOX,)  # type: ignore[misc, assignment]
         self._truth: Truth | None = None
 
     def data(self) -> Data:
@@ -145,7 +146,7 @@ class Detection(Task):
         precision: torch.dtype,
         folder: Path,
     ) -> None:
-        """eval.npz: figures and the worst pictures; results.json: all detections as COCO's server takes them."""
+        """eval.npz: figures and the worst pictures; results.json: all detections, as COCO's server wants them."""
         found = detect(model, batches, device, precision)
         answers(self.truth(), found).save(folder / "eval.npz")
         write_results(self.valid, found.rows, folder / "results.json")
@@ -188,7 +189,7 @@ def answers(truth: Truth, found: Found, worst: int = WORST) -> Answers:
         facts.append(quality(*pairs[index]))
     qualities, missed, wrong = zip(*facts)
     shown = sorted(range(len(order)), key=lambda i: (qualities[i], -missed[i] - wrong[i]))
-    pictures = []
+    pictures: list[Worst] = []
     for place in shown:
         index = order[place]
         if len(pictures) < worst:
