@@ -4,23 +4,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from .. import _core
-from ..nn.heads.saving import TABLES, fill_from_file
-from ..nn.saving import fitted
+from ..nn.heads.saving import fill_from_file
+from ..nn.saving import prepared
 from ..nn.vision_mamba import VisionMamba
 from ..utils.arguments import boolean, sides
 from ..utils.files import listed
 from ..weights.checkpoints import read_checkpoint
 from ..weights.detector import detect_file
+from ..weights.metadata import CONFIG_KEY, unpack
 from ..weights.task import Path
 from .networks import CascadeMaskRCNN
 
 _PUBLISHED = {"backbone.simfp_": "pyramid.simfp_"}  # detectron2's prefix, and ours
+_PREFIX = "backbone."
 _OWN = ("pyramid.", "proposal_generator.", "roi_heads.")
 
 
@@ -52,36 +53,58 @@ def load(
     return model.eval().to(device)
 
 
-def load_checkpoint(model: CascadeMaskRCNN, path: Path, *, weights: str = "model") -> list[str]:
+def load_checkpoint(
+    model: CascadeMaskRCNN,
+    path: Path,
+    *,
+    weights: str = "model",
+    pos_embed: str = "correct",
+    pos_grid: tuple[int, int] | None = None,
+) -> list[str]:
     """Gives a detector the weights of a file of detectron2's layout: every key counts, all or nothing.
 
-    The published training writes {model, optimizer, ...} with the prefix backbone.net before Vim's own names
-    and backbone before the pyramid's; it has no norm_f, which nothing uses: it becomes 1. Vimcore files and
-    state dicts of ours load as well. The position table is resized where the grids differ.
+    The published training writes {model, optimizer, ...} with backbone.net before Vim's own names, backbone
+    before the pyramid's; it has no norm_f, which nothing uses: it becomes 1. Vimcore files and state dicts of
+    ours load as well, also from DistributedDataParallel or torch.compile.
 
     Args:
         weights: "model", or "ema" for averaged weights.
+        pos_embed: "correct" or "authors", see `vimcore.io.resize_pos_embed`.
+        pos_grid: (rows, columns) of the file's position table where it is not square.
 
     Returns:
         What a reader should know about what was taken off the names.
 
     Raises:
-        ValueError, vimcore.Error: names missing, unexpected and misshapen keys, or says what the file is
-            instead; the model is unchanged then.
+        ValueError, vimcore.Error: names missing, unexpected and misshapen keys (12 at most), or says what the
+            file is instead; the model is unchanged then.
     """
+    if pos_embed not in ("correct", "authors"):
+        raise ValueError(f"pos_embed: expected 'correct' or 'authors', got {pos_embed!r}")
     name = os.fsdecode(path)
-    state, _, notes = read_checkpoint(name, weights)
-    given = fitted_state(model, {published_name(key): value for key, value in state.items()})
-    own = {key: value for key, value in model.state_dict().items() if key not in TABLES}
-    faults = _core.misfits(
-        {key: tuple(value.shape) for key, value in own.items()},
-        {key: tuple(value.shape) for key, value in given.items() if key not in TABLES},
+    state, metadata, notes = read_checkpoint(name, weights, keep=_PREFIX)
+    if pos_grid is None and CONFIG_KEY in metadata:
+        pos_grid = unpack(metadata, name).config.grid
+    named = {published_name(key): value for key, value in state.items()}
+    inner = {k.removeprefix(_PREFIX): value for k, value in named.items() if k.startswith(_PREFIX)}
+    for key, value in model.backbone.norm_f.named_parameters(prefix="norm_f"):
+        if key not in inner:
+            inner[key] = torch.full_like(value, float(key.endswith("weight")))
+    given = {key: value for key, value in named.items() if not key.startswith(_PREFIX)}
+    heads = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(_PREFIX)}
+    faults, write = prepared(model.backbone, inner, old_grid=pos_grid, way=pos_embed)
+    faults = [f"of the backbone: {fault}" for fault in faults]
+    faults += _core.misfits(
+        {key: tuple(value.shape) for key, value in heads.items()},
+        {key: tuple(value.shape) for key, value in given.items()},
     )
     faults += [f"not floating point: {key}" for key, value in given.items() if not value.is_floating_point()]
     if faults:
         raise ValueError(f"{name} does not fit this detector:\n  " + listed(faults, "\n  "))
-    tables = {key: value for key, value in model.state_dict().items() if key in TABLES}
-    model.load_state_dict({**given, **tables})
+    write()
+    with torch.no_grad():
+        for key, value in heads.items():
+            value.copy_(given[key])
     return notes
 
 
@@ -90,16 +113,4 @@ def published_name(name: str) -> str:
     for theirs, ours in _PUBLISHED.items():
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
-    return name if name.startswith(("backbone.", *_OWN)) else f"backbone.{name}"
-
-
-def fitted_state(model: CascadeMaskRCNN, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with a position table of the model's grid, and a last norm that is 1 where it has none."""
-    prefix, norm = "backbone.", "backbone.norm_f."
-    vim = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    found = {key: value for key, value in state.items() if not key.startswith(prefix)}
-    found.update({prefix + key: value for key, value in fitted(model.backbone, vim).items()})
-    if not any(key.startswith(norm) for key in state):
-        like = model.backbone.norm_f.state_dict(prefix=norm)
-        found.update({k: torch.full_like(v, float(k.endswith("weight"))) for k, v in like.items()})
-    return found
+    return name if name.startswith((_PREFIX, *_OWN)) else _PREFIX + name

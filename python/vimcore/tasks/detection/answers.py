@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ def quality(truth: Shown, found: Shown) -> tuple[float, int, int]:
 def _overlaps(a: Shown, b: Shown) -> NDArray[np.float64]:
     """(n, m) intersection over union of masks, or of boxes where there are none."""
     if len(a.masks) == len(a.labels) and len(b.masks) == len(b.labels):
-        x, y = (s.masks.reshape(len(s.masks), -1).astype(np.float64) for s in (a, b))
+        x, y = (s.masks.reshape(len(s.masks), math.prod(s.masks.shape[1:])).astype(float) for s in (a, b))
         both = x @ y.T
         either = x.sum(1)[:, None] + y.sum(1)[None] - both
     else:

@@ -13,15 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ... import _core
 from ...data.detection import Detected, Framing, Jitter, Target, Training, Validation, collate
 from ...data.object_sources import Reading, training_and_validation
 from ...data.objects import Objects
 from ...data.scenes import NAME as SCENES
 from ...data.transforms import Input, UnreadableError, default_statistics
-from ...detection import CascadeMaskRCNN, load
+from ...detection import CascadeMaskRCNN, load, load_checkpoint
 from ...utils import distributed
 from ...utils.files import write_text
-from .. import backbone, dense
+from ...weights.detector import checked_options
+from ...weights.task import DetectTask, unpack_task
+from ...weights.wrappers import format_of
+from .. import backbone
 from ..task import Data, Metric, Scores, Task
 from .answers import Answers, Worst, quality, reduced, shown_of, sure
 from .evaluation import Found, Precision, Row, Truth, detect, gathered
@@ -85,8 +89,23 @@ class Detection(Task):
         network = backbone.create(s, s.in_chans, 0)
         network.dynamic_img_size = needs_any_size(s)
         model = CascadeMaskRCNN(network, len(self.valid.classes), **s.head_options())
-        notes = [] if s.init is None else dense.start_from(model, s, self.valid.classes)
-        return model, notes
+        return model, [] if s.init is None else self._start(model)
+
+    def _start(self, model: CascadeMaskRCNN) -> list[str]:
+        """Gives the model the weights of `init`: all of them of a detector like it, else the backbone's."""
+        s, path = self.settings, str(self.settings.init)
+        about = None
+        if format_of(path) == "safetensors":
+            about = unpack_task(_core.safetensors_header(path)[1], path)
+        if (
+            isinstance(about, DetectTask)
+            and list(about.classes) == self.valid.classes
+            and checked_options(about.options, model.backbone._config) == model.options
+        ):
+            notes = load_checkpoint(model, path, weights=s.init_weights, pos_embed=s.pos_embed)
+            return [f"weights of backbone, pyramid and heads from {path}", *notes]
+        notes = backbone.start_without_head(model.backbone, s)
+        return [*notes, f"new pyramid and heads for {len(self.valid.classes)} classes"]
 
     def layers(self) -> Mapping[str, Any]:
         """See `Task.layers`: pyramid and heads follow the last block."""
@@ -146,7 +165,7 @@ class Detection(Task):
         precision: torch.dtype,
         folder: Path,
     ) -> None:
-        """eval.npz: figures and the worst pictures; results.json: all detections, as COCO's server wants them."""
+        """eval.npz: figures, worst pictures; results.json: all detections, as COCO's server wants them."""
         found = detect(model, batches, device, precision)
         answers(self.truth(), found).save(folder / "eval.npz")
         write_results(self.valid, found.rows, folder / "results.json")
