@@ -18,7 +18,7 @@ from .runtime import Runtime
 from .utils.extras import needs
 
 if TYPE_CHECKING:
-    from . import io, ops, train
+    from . import io, ops, segmentation, train
     from .analysis.health import health
     from .analysis.saliency import saliency
     from .io import load_checkpoint
@@ -43,6 +43,7 @@ __all__ = [
     "ops",
     "release_memory",
     "saliency",
+    "segmentation",
     "train",
 ]
 
@@ -54,7 +55,7 @@ _LAZY = {
     "load_checkpoint": "io",
     "saliency": "analysis.saliency",
 }
-_LAZY_MODULES = {"io", "nn", "ops", "train"}
+_LAZY_MODULES = {"io", "nn", "ops", "segmentation", "train"}
 
 
 def cuda_is_available() -> bool:

@@ -33,7 +33,7 @@ def test_adamw_is_torchs() -> None:
     """Same groups in the same order, same options: the same bits as ever."""
     model = network()
     s = Settings(weight_decay=0.07, decay="mamba")
-    found = create_optimizer(model, s, 0.02, LAYERS)
+    found = create_optimizer(model, s, 0.02, LAYERS, s.layer_decay)
     wanted = torch.optim.AdamW(parameter_groups(model, 0.07, "mamba"), 0.02, (0.9, 0.999), 1e-8)
     assert type(found) is torch.optim.AdamW
     assert found.state_dict() == wanted.state_dict()
@@ -47,7 +47,7 @@ def test_layer_decay() -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     for decay in ("authors", "mamba"):
         s = Settings(weight_decay=0.07, decay=decay, layer_decay=0.5)
-        optimizer = create_optimizer(model, s, 0.02, LAYERS)
+        optimizer = create_optimizer(model, s, 0.02, LAYERS, s.layer_decay)
         scales: dict[str, float] = {}
         decayed: set[int] = set()
         for group in optimizer.param_groups:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Name in settings and flags: folder, class.
 TASKS = {
     "classify": ("classification", "Classification"),
+    "segment": ("segmentation", "Segmentation"),
 }
 NAMES = tuple(TASKS)
 _OLDER = {"classification": "classify"}  # as runs of version 0.2 have it

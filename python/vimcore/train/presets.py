@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from ..data.digits import MEAN, SIDE, STD
 from ..tasks.settings import Settings
+from .presets_segment import SEGMENT
 from .schedule import bounded_warmup
 
 S = TypeVar("S", bound=Settings)
@@ -93,10 +94,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small-long-paper": {**_LONG_PAPER, "model": "vim_small_patch16_stride8_224"},
     "base-long-paper": {**_LONG_PAPER, "model": "vim_base_patch16_stride8_224"},
     "digits": DIGITS,
+    **SEGMENT,
 }
 
 # Where no preset is named, by task.
-DEFAULTS = {"classify": "tiny-released"}
+DEFAULTS = {"classify": "tiny-released", "segment": "seg-tiny-released"}
 
 
 def task_of(preset: str) -> str:
