@@ -146,6 +146,22 @@ def test_loss_of_next_patches_by_hand() -> None:
     assert torch.allclose(model(x), (ahead + behind) / 2, rtol=1e-12)
 
 
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("norm_target", [False, True])
+def test_pictures_of_next_patches(cluster: int, norm_target: bool) -> None:
+    """Perfect predictions give the image back, from either side."""
+    size = {"cluster": cluster, "decoder_dim": 16, "decoder_depth": 1}
+    model, x = NextPatch(backbone(), norm_target, 1e-2, **size).double(), images()
+    y = patches.patches(x, 4)
+    y = patches.normalised(y, 1e-2) if norm_target else y
+    y = y if model.order is None else y[:, model.order]
+    step = cluster**2
+    model._predictions = lambda _: (y.roll(-step, 1), y.roll(step, 1))  # type: ignore[method-assign]
+    assert model(x) == 0
+    for picture in model.reconstruct(x):
+        assert torch.allclose(picture, x, atol=1e-12)
+
+
 def test_clusters_are_squares_in_rows() -> None:
     order = clusters.cluster_order("NextPatch", (4, 6), 2).tolist()
     assert order[:8] == [0, 1, 6, 7, 2, 3, 8, 9]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..nn.readout import patches_of
 from ..utils.arguments import boolean, real
-from .patches import checked_backbone, normalised, patches, unpatched
+from .patches import checked_backbone, normalised, patches, restored, unpatched
 
 
 class MaskedImages(nn.Module):
@@ -88,8 +88,7 @@ class MaskedImages(nn.Module):
         pixels = patches(images, self.backbone._config.patch_size)
         found = self._predicted(images, mask).to(pixels.dtype)
         if self.norm_target:
-            variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True, correction=0)
-            found = found * (variance + self.norm_floor).sqrt() + mean
+            found = restored(found, pixels, self.norm_floor)
         return unpatched(torch.where(mask[:, :, None], found, pixels), self.backbone._config), mask
 
     def _targets(self, images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from ..nn.inputs import checked_images
 from ..nn.readout import patches_of
 from ..utils.arguments import boolean, integer, real
 from .clusters import ClusterDecoder, cluster_order
-from .patches import checked_backbone, normalised, patches
+from .patches import checked_backbone, normalised, patches, restored, unpatched
 
 # The reverse scan's weights, under the names that a block of one direction has.
 _REVERSE = {
@@ -112,6 +113,27 @@ class NextPatch(nn.Module):
         next cluster. Without a neighbour (the last of f, the first of g) a prediction means nothing.
         """
         return self._predictions(images)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Two pictures (B, C, H, W): every patch as predicted from those before it, and from those behind it.
+
+        A patch without any stays as it is; `norm_target` as for `MaskedImages.reconstruct`.
+        """
+        config, step = self.backbone._config, self.cluster**2
+        pixels = patches(images, config.patch_size)
+        pixels = pixels if self.order is None else pixels[:, self.order]
+        following, previous = self._predictions(images)
+        ahead = torch.cat([pixels[:, :step], self._coloured(following[:, :-step], pixels[:, step:])], 1)
+        behind = torch.cat([self._coloured(previous[:, step:], pixels[:, :-step]), pixels[:, -step:]], 1)
+        if self.order is not None:
+            back = self.order.argsort()
+            ahead, behind = ahead[:, back], behind[:, back]
+        return unpatched(ahead, config), unpatched(behind, config)
+
+    def _coloured(self, found: Tensor, pixels: Tensor) -> Tensor:
+        """Predictions with mean and deviation of the true patches, where they are relative to these."""
+        return restored(found, pixels, self.norm_floor) if self.norm_target else found.to(pixels.dtype)
 
     def _predictions(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self._embedded(images)

@@ -64,3 +64,9 @@ def normalised(values: Tensor, floor: float) -> Tensor:
     """
     variance, mean = torch.var_mean(values, dim=-1, keepdim=True, correction=0)
     return (values - mean) / (variance + floor).sqrt()
+
+
+def restored(found: Tensor, values: Tensor, floor: float) -> Tensor:
+    """Predictions of `normalised(values, floor)`, given mean and deviation of the values back."""
+    variance, mean = torch.var_mean(values, dim=-1, keepdim=True, correction=0)
+    return found.to(values.dtype) * (variance + floor).sqrt() + mean
