@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from ..data.digits import MEAN, SIDE, STD
 from ..tasks.settings import Settings
+from .presets_detect import DETECT
+from .presets_pretrain import PRETRAIN
 from .presets_segment import SEGMENT
 from .schedule import bounded_warmup
 
@@ -95,10 +97,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "base-long-paper": {**_LONG_PAPER, "model": "vim_base_patch16_stride8_224"},
     "digits": DIGITS,
     **SEGMENT,
+    **DETECT,
+    **PRETRAIN,
 }
 
 # Where no preset is named, by task.
-DEFAULTS = {"classify": "tiny-released", "segment": "seg-tiny-released"}
+DEFAULTS = {
+    "classify": "tiny-released",
+    "segment": "seg-tiny-released",
+    "detect": "det-tiny-released",
+    "pretrain": "mim-base",
+}
 
 
 def task_of(preset: str) -> str:
