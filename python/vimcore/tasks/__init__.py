@@ -20,6 +20,7 @@ TASKS = {
     "classify": ("classification", "Classification"),
     "segment": ("segmentation", "Segmentation"),
     "detect": ("detection", "Detection"),
+    "pretrain": ("pretraining", "Pretraining"),
 }
 NAMES = tuple(TASKS)
 _OLDER = {"classification": "classify"}  # as runs of version 0.2 have it

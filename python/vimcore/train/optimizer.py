@@ -70,7 +70,8 @@ def create_optimizer(
             layer_decay=layer_decay,
         )
     try:
-        optimizer = create_optimizer_v2(groups, settings.opt, lr)
+        more: Any = {} if settings.betas is None else {"betas": (settings.betas[0], settings.betas[1])}
+        optimizer = create_optimizer_v2(groups, settings.opt, lr, **more)
     except (AssertionError, ImportError, TypeError, ValueError) as error:  # its package is missing, mostly
         raise ValueError(f"opt: {settings.opt}: {str(error) or type(error).__name__}") from None
     if getattr(optimizer, "is_second_order", False):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from ..data.digits import MEAN, SIDE, STD
 from ..tasks.settings import Settings
 from .presets_detect import DETECT
+from .presets_pretrain import PRETRAIN
 from .presets_segment import SEGMENT
 from .schedule import bounded_warmup
 
@@ -97,10 +98,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": DIGITS,
     **SEGMENT,
     **DETECT,
+    **PRETRAIN,
 }
 
 # Where no preset is named, by task.
-DEFAULTS = {"classify": "tiny-released", "segment": "seg-tiny-released", "detect": "det-tiny-released"}
+DEFAULTS = {
+    "classify": "tiny-released",
+    "segment": "seg-tiny-released",
+    "detect": "det-tiny-released",
+    "pretrain": "mim-base",
+}
 
 
 def task_of(preset: str) -> str:

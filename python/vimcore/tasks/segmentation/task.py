@@ -89,16 +89,20 @@ class Segmentation(Task):
         return model, notes
 
     def _start(self, model: Network) -> list[str]:
-        """Gives the model the weights of `init`: all of them of a file of this very task, else the backbone."""
+        """Gives the model the weights of `init`: all of a file of this very task, else the backbone's."""
         s, path = self.settings, str(self.settings.init)
         about = None
         if format_of(path) == "safetensors":
             about = unpack_task(_core.safetensors_header(path)[1], path)
-        if isinstance(about, SegmentTask) and list(about.classes) == self.classes:
-            if (about.head, dict(about.options)) == (model.head, dict(model.options)):
-                notes = load_checkpoint(model, path, weights=s.init_weights, pos_embed=s.pos_embed)
-                model.task = None  # its windows and colours are the settings'
-                return [f"weights of backbone and head from {path}", *notes]
+        same = isinstance(about, SegmentTask) and (list(about.classes), about.head, dict(about.options)) == (
+            self.classes,
+            model.head,
+            dict(model.options),
+        )
+        if same:
+            notes = load_checkpoint(model, path, weights=s.init_weights, pos_embed=s.pos_embed)
+            model.task = None  # windows and colours are those of the settings
+            return [f"weights of backbone and head from {path}", *notes]
         notes = backbone.start_without_head(model.backbone, s)
         return [*notes, f"new head for {len(self.classes)} classes"]
 
