@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vimcore demo --task detect`: finds handwritten digits in coloured scenes, each with its box and mask.
 
-Trains a backbone by segmentation of such scenes, then a detector on it, both by the engine of `vimcore train`;
-then uses the file as `vimcore predict` does, on scenes that were held out.
+Trains a backbone by segmentation of such scenes, then a detector on it, both by the engine of `vimcore
+train`; then uses the file as `vimcore predict` does, on scenes that were held out.
 """
 
 from __future__ import annotations
