@@ -15,7 +15,7 @@ from vimcore.tasks.classification.settings import ClassificationSettings as Sett
 from vimcore.tasks.classification.task import build
 from vimcore.tasks.settings import read_toml
 from vimcore.train.optimizer import parameter_groups
-from vimcore.train.presets import PRESETS
+from vimcore.train.presets import PRESETS, task_of
 from vimcore.train.schedule import Schedule, peak_lr
 
 
@@ -39,7 +39,8 @@ PUBLISHED = {
 
 
 def test_every_preset_is_checked_here() -> None:
-    assert {*PUBLISHED, "digits"} == set(PRESETS)
+    """Those of other tasks are in the tests of these tasks."""
+    assert {*PUBLISHED, "digits"} == {name for name in PRESETS if task_of(name) == "classify"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
