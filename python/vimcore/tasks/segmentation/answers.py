@@ -65,7 +65,7 @@ class Worst:
     """An image with its truth and what was found, reduced to fit a figure.
 
     Attributes:
-        index: place among the images.
+        index: place among the N images.
         image: (h, w, 3) uint8.
         truth, found: (h, w) class indices; 255 in the truth does not count.
     """

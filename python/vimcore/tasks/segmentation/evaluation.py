@@ -123,7 +123,7 @@ def answers(
     classes = len(pairs.classes)
     counted = Counted(np.zeros((classes, classes), np.int64))
     files, miou, right = [], [], []
-    kept: list[tuple[float, int, NDArray[np.uint8]]] = []  # a heap, the best of the worst first
+    kept: list[tuple[float, int, int, NDArray[np.uint8]]] = []  # a heap, the best of the worst first
     for index, truth, found in found_masks(model, batches, device, sight, counted):
         own = confusion(truth, found, classes)
         counted.counts += own
@@ -132,17 +132,15 @@ def answers(
         miou.append(of_image.miou)
         right.append(of_image.aacc)
         if not math.isnan(of_image.miou):
-            heapq.heappush(kept, (-of_image.miou, -index, found))
+            heapq.heappush(kept, (-of_image.miou, 1 - len(files), index, found))
             if len(kept) > worst:
                 heapq.heappop(kept)
         if watch is not None:
             watch(index, found)
     if not files:
         raise RuntimeError("none of the images could be read")
-    shown = [
-        _reduced(pairs, -index, found)
-        for _, index, found in sorted(kept, key=lambda one: one[:2], reverse=True)
-    ]
+    kept.sort(key=lambda one: one[:2], reverse=True)
+    shown = [_reduced(pairs, index, -row, found) for _, row, index, found in kept]
     colours = np.array(palette, np.uint8)
     result = Answers(
         counted.counts, np.array(miou), np.array(right), files, list(pairs.classes), colours, shown
@@ -150,12 +148,12 @@ def answers(
     return result, counted
 
 
-def _reduced(pairs: Pairs, index: int, found: NDArray[np.uint8]) -> Worst:
+def _reduced(pairs: Pairs, index: int, row: int, found: NDArray[np.uint8]) -> Worst:
     """Of every so many pixels one, so that the image fits into a figure."""
     image, truth = pairs.pair(index)
     step = -(-max(truth.shape) // LARGEST)
     picture = picture_of(image, pairs.images.arrays)
-    return Worst(index, *(array[::step, ::step] for array in (picture, truth, found)))
+    return Worst(row, *(array[::step, ::step] for array in (picture, truth, found)))
 
 
 def picture_of(image: NDArray[Any], arrays: bool) -> NDArray[np.uint8]:
