@@ -240,7 +240,13 @@ class CascadeHeads(nn.Module):
         return [x._replace(masks=mask) for x, mask in zip(found, parts)]
 
     def _best(self, boxes: Tensor, scores: Tensor) -> Detections:
-        """Boxes above the smallest score that no better one of their class covers; none without area."""
+        """Boxes above the smallest score that no better one of their class covers; none without area.
+
+        Raises:
+            ValueError: scores are not finite, which would pass for nothing found.
+        """
+        if not bool(scores.isfinite().all()):
+            raise ValueError("the network gives values that are not finite; its weights are damaged")
         place, classes = torch.nonzero(scores[:, :-1] > self.score, as_tuple=True)
         some = _nonempty(boxes)[place]
         place, classes = place[some], classes[some]

@@ -57,8 +57,7 @@ class Detection(Task):
                 "data: name a COCO file (.json), COCO's folder, a folder of train/ and val/ with images/ and "
                 f"masks/ in each, or {SCENES}"
             )
-        reading = Reading(s.images, s.val_images, s.scenes)
-        train, self.valid, about = training_and_validation(s.data, s.val, s.val_fraction, reading)
+        train, self.valid, about = training_and_validation(s.data, s.val, s.val_fraction, reading_of(s))
         channels = 3 if s.in_chans is None else s.in_chans
         statistics = default_statistics(channels)
         if statistics is None:
@@ -169,6 +168,11 @@ class Detection(Task):
         found = detect(model, batches, device, precision)
         answers(self.truth(), found).save(folder / "eval.npz")
         write_results(self.valid, found.rows, folder / "results.json")
+
+
+def reading_of(settings: DetectionSettings) -> Reading:
+    """How the data is understood."""
+    return Reading(settings.images, settings.val_images, settings.scenes)
 
 
 def resize_of(settings: DetectionSettings) -> tuple[int, int]:
