@@ -15,7 +15,6 @@ The tables go to stdout; with --out, FOLDER/segmentation-ablation.json and .md a
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import datetime
 import itertools
 import json
@@ -24,6 +23,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -207,10 +207,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ]
     args.runs.mkdir(parents=True, exist_ok=True)
     cells: dict[int, dict[str, Any]] = {}
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:  # each waits for a process
+    with ThreadPoolExecutor(args.jobs) as pool:  # each waits for a process
         waiting = {pool.submit(cell, *one): i for i, one in enumerate(wanted)}
         try:
-            for done in concurrent.futures.as_completed(waiting):
+            for done in as_completed(waiting):
                 found = cells[waiting[done]] = done.result()
                 about = name_of(found["head"], found["directions"], found["seed"])
                 print(f"[{len(cells)}/{len(wanted)}] {about}: {100 * found['miou']:.2f} %", file=sys.stderr)
