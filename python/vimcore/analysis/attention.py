@@ -6,8 +6,8 @@ The scan alone (Ali et al., The Hidden Attention of Mamba Models, arXiv 2403.015
     alpha[t, s] = delta[s] * sum_n C[t] exp(A sum_{k = s+1 .. t} delta[k]) B[s], and at s = t also the skip D
 
 The whole mixer adds convolution and gate (Zimerman et al., arXiv 2405.16504). Row t of either, for all
-channels, is a gradient: that of output t with respect to all inputs, the selectivity held. Nothing here is
-approximated, normalised or cut off at zero.
+channels, is the gradient of output t by all inputs, the selectivity held, and that is one scan the other way
+round. Nothing here is approximated, normalised or cut off at zero.
 """
 
 from __future__ import annotations
@@ -108,12 +108,15 @@ def pulled(mixer: Frozen, row: Tensor, part: str = "block") -> list[tuple[int, T
     Args:
         row: (L) or (B, L), weights of the rows.
     """
-    seen = row.reshape(-1, row.shape[-1]).ne(0).any(0).nonzero()
-    first, last = (int(seen[0]), int(seen[-1])) if len(seen) else (0, 0)
-    dy = row[..., None] * (mixer.gate if part == "block" else torch.ones_like(mixer.gate))
+    gate = mixer.gate if part == "block" else torch.ones_like(mixer.gate)
+    tokens = row.reshape(-1, row.shape[-1]).ne(0).any(0).nonzero().flatten().tolist()
     found = []
     for branch in mixer.branches:
-        du = branch.scan_transposed(dy, first, last)
+        if len(tokens) <= 2:
+            pieces = [branch.scan_row(row[..., t, None] * gate[:, t], t) for t in tokens]
+            du = sum(pieces[1:], pieces[0]) if pieces else torch.zeros_like(gate)
+        else:
+            du = branch.scan_transposed(row[..., None] * gate)
         found.append((int(branch.reverse), branch.convolved_transposed(du) if part == "block" else du))
     return found
 

@@ -115,32 +115,47 @@ class Branch:
     C: Tensor
     D: Tensor
 
-    def scan(self, u: Tensor, part: slice = slice(None)) -> Tensor:
-        """The scan of u (B, l, E), whose tokens are those of `part`."""
-        held = (t[:, part] for t in (self.delta, self.B, self.C))
-        delta, B, C = held
-        return ops.selective_scan(u, delta, self.A, B, C, self.D, reverse=self.reverse)
+    def scan(self, u: Tensor) -> Tensor:
+        """The scan of u (B, L, E) with its skip."""
+        return ops.selective_scan(u, self.delta, self.A, self.B, self.C, self.D, reverse=self.reverse)
 
     def convolved(self, x: Tensor, bias: bool = True) -> Tensor:
         """slope * (conv(x) + bias), which is silu of it for the x that the slope is of."""
         p = ops.causal_conv1d(x, self.weight, self.bias if bias else None, None, self.conv_reverse)
         return p * self.slope
 
-    def scan_transposed(self, dy: Tensor, first: int, last: int) -> Tensor:
-        """dy (B, L, E), not zero from token `first` to `last` at most, through the transposed scan."""
-        part = slice(first, None) if self.reverse else slice(0, last + 1)  # no others are read from there
-        u = torch.zeros_like(dy[:, part]).requires_grad_()
-        with torch.enable_grad():
-            (du,) = torch.autograd.grad(self.scan(u, part), u, dy[:, part])
-        ends = (first, 0) if self.reverse else (0, dy.shape[1] - 1 - last)
+    def scan_row(self, dy: Tensor, t: int) -> Tensor:
+        """dy (B, E) of token t through the transposed scan: (B, L, E).
+
+        Seen from one token that is a scan the other way: its state decays by the delta of the token last left,
+        B and C change places. No gradient is needed, and tokens that the row does not reach are left out.
+        """
+        length = self.delta.shape[1]
+        if self.reverse:
+            part, shifted, at = slice(t, None), self.delta[:, t : length - 1], 0
+            ends = (t, 0)
+        else:
+            part, shifted, at = slice(0, t + 1), self.delta[:, 1 : t + 1], -1
+            ends = (0, length - 1 - t)
+        first = torch.ones_like(self.delta[:, :1])  # in front of it there is no state
+        delta = torch.cat([first, shifted] if self.reverse else [shifted, first], 1)
+        u = torch.zeros_like(delta)
+        u[:, at] = dy
+        C, B = self.B[:, part], self.C[:, part]
+        du = ops.selective_scan(u, delta, self.A, B, C, reverse=not self.reverse) * self.delta[:, part]
+        du[:, at] += dy * self.D
         return F.pad(du, (0, 0, *ends))
 
-    def convolved_transposed(self, du: Tensor) -> Tensor:
-        """du (B, L, E) through the transpose of `convolved` without bias."""
-        x = torch.zeros_like(du).requires_grad_()
+    def scan_transposed(self, dy: Tensor) -> Tensor:
+        """dy (B, L, E) through the transposed scan."""
+        u = torch.zeros_like(dy).requires_grad_()
         with torch.enable_grad():
-            (dx,) = torch.autograd.grad(self.convolved(x, bias=False), x, du)
-        return dx
+            (du,) = torch.autograd.grad(self.scan(u), u, dy)
+        return du
+
+    def convolved_transposed(self, du: Tensor) -> Tensor:
+        """du (B, L, E) through the transpose of `convolved` without bias: a convolution the other way."""
+        return ops.causal_conv1d(du * self.slope, self.weight, None, None, not self.conv_reverse)
 
 
 @dataclass(frozen=True)

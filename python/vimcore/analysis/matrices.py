@@ -1,72 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All rows of the attention that a mixer implies, some at a time, for one image.
+"""All rows of the attention that a mixer implies, a few at a time, for one image.
 
-Between an earlier token s and row t the decay is exp(A sum of delta), a product of two factors on either side
-of the first row a of a tile, so that most of a tile is a matrix product per channel. Both factors are
-at most 1: nothing overflows. Within the tile the decays are written out.
+Rows are taken in the order of the scan. The decay from an earlier token s to row t is split at the first row of
+the tile: exp(A sum of delta) up to there, kept for all s and brought along from tile to tile, and from there to
+t. Both factors are at most 1, so that nothing overflows, and what earlier tokens give is a matrix product
+per channel. Within the tile the decays are written out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .layers import Branch, Frozen
 
-ROWS = 16  # of a tile
+ROWS = 8  # of a tile
 
 
-def scan_rows(branch: Branch, image: int, begin: int, end: int) -> Tensor:
-    """Rows begin .. end - 1 of the scan's map with its skip, without convolution: (rows, L, E)."""
-    delta, B, C = (t[image] for t in (branch.delta, branch.B, branch.C))
-    if not branch.reverse:
-        return _forward_rows(delta, branch.A, B, C, branch.D, begin, end)
-    length, turned = len(delta), [t.flip(0) for t in (delta, B, C)]
-    rows = _forward_rows(turned[0], branch.A, *turned[1:], branch.D, length - end, length - begin)
-    return rows.flip(0, 1)
+def channel_matrix(mixer: Frozen, image: int, kept: Callable[[Tensor], Tensor]) -> Tensor:
+    """(L, L): the mean over channels of `kept` of the mixer's map of x, both directions and gate included.
 
-
-def _forward_rows(
-    delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, begin: int, end: int
-) -> Tensor:
-    """delta (L, E), A (E, N), B and C (L, N), D (E)."""
-    out = delta.new_zeros(end - begin, *delta.shape)
-    here = slice(begin, end)
-    since = delta[here].cumsum(0) - delta[begin]  # of delta after `begin`, up to a row; (rows, E)
-    if begin:
-        to_begin = delta[1 : begin + 1].flip(0).cumsum(0).flip(0)  # after a token, up to `begin`; (begin, E)
-        left = C[here, None] * (since[..., None] * A).exp()  # (rows, E, N)
-        right = B[:begin, None] * (to_begin[..., None] * A).exp() * delta[:begin, :, None]
-        out[:, :begin] = torch.bmm(left.transpose(0, 1), right.permute(1, 2, 0)).permute(1, 2, 0)
-    later = torch.ones(end - begin, end - begin, dtype=torch.bool, device=delta.device).tril_()
-    between = (since[:, None] - since[None]).clamp_min_(0)  # (rows, tokens, E)
-    decay = (between[..., None] * A).exp()
-    own = torch.einsum("tsen,tn,sn->tse", decay, C[here], B[here]) * delta[here] * later[..., None]
-    out[:, here] = own
-    out[range(end - begin), range(begin, end)] += D
-    return out
-
-
-def block_rows(mixer: Frozen, image: int, begin: int, end: int) -> Tensor:
-    """Rows begin .. end - 1 of the mixer's map of x, both directions, gate included: (rows, L, E)."""
-    total = mixer.gate.new_zeros(end - begin, *mixer.gate.shape[1:])
+    Args:
+        kept: of every element: torch.abs, or the positive part.
+    """
+    length, inner = mixer.gate.shape[1:]
+    matrix = mixer.gate.new_zeros(length, length)
+    reach = mixer.branches[0].weight.shape[1] - 1
+    offsets = torch.arange(-reach, reach + 1, device=matrix.device)
+    # Forward and reverse rows have only the tokens within `reach` of their own in common: these are added
+    # before `kept`, all others belong to one direction.
+    rows = torch.arange(length, device=matrix.device)
+    columns = (rows[:, None] + offsets).clamp(0, length - 1)
+    near = mixer.gate.new_zeros(length, len(offsets), inner)
     for branch in mixer.branches:
-        scanned = scan_rows(branch, image, begin, end) * branch.slope[image]
-        for tap, weight in enumerate(branch.weight.flip(1).unbind(1)):  # of tokens 0, 1, ... before
-            if tap >= total.shape[1]:
-                break
-            kept, moved = slice(0, total.shape[1] - tap), slice(tap, None)
-            if branch.conv_reverse:
-                kept, moved = moved, kept
-            total[:, kept] += scanned[:, moved] * weight
-    return total * mixer.gate[image, begin:end, None]
+        for part, start, weights in block_rows(mixer, branch, image):
+            width = weights.shape[2]
+            here = columns[part] - start
+            seen = (here >= 0) & (here < width)
+            wide = here.clamp(0, width - 1).expand(inner, -1, -1)
+            near[part] += (weights.gather(2, wide) * seen).permute(1, 2, 0)
+            matrix[part, start : start + width] += kept(weights).mean(0)
+    inside = (rows[:, None] + offsets).eq(columns)
+    matrix[rows[:, None].expand_as(columns)[inside], columns[inside]] = kept(near).mean(-1)[inside]
+    return matrix
 
 
-def tiles(mixer: Frozen, image: int) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of the mixer's map, tile by tile: (which rows, (rows, L, E))."""
+def block_rows(mixer: Frozen, branch: Branch, image: int) -> Iterator[tuple[slice, int, Tensor]]:
+    """One direction's map of x, gate included, the tiles in the order of the scan.
+
+    Yields:
+        which rows; the first of the columns; (E, rows, columns), all other columns are zero.
+    """
     length = mixer.gate.shape[1]
+    gate, taps = mixer.gate[image].T[..., None], branch.weight.flip(1).T[..., None, None]
+    along = branch.reverse == branch.conv_reverse  # the convolution reads tokens that the scan has passed
+    for begin, scanned in scan_rows(branch, image):
+        rows, end = scanned.shape[1:]
+        width = end if along else min(end + len(taps) - 1, length)
+        weights = scanned.new_zeros(*scanned.shape[:2], width)
+        for tap, weight in enumerate(taps[:end]):  # of tokens 0, 1, ... before
+            if along:
+                weights[..., : end - tap].addcmul_(scanned[..., tap:], weight)
+            else:
+                count = min(end, width - tap)
+                weights[..., tap : tap + count].addcmul_(scanned[..., :count], weight)
+        part, start = slice(begin, begin + rows), 0
+        if branch.reverse:
+            part, start = slice(length - part.stop, length - begin), length - width
+            weights = weights.flip(1, 2)
+        yield part, start, weights.mul_(gate[:, part])
+
+
+def scan_rows(branch: Branch, image: int) -> Iterator[tuple[int, Tensor]]:
+    """(first row, (E, rows, columns up to the last row)) of the scan with its skip, times `slope`.
+
+    Rows and columns are counted in the order of the scan.
+    """
+    held = [t[image] for t in (branch.delta, branch.B, branch.C, branch.slope)]
+    delta, B, C, slope = (t.flip(0) for t in held) if branch.reverse else held
+    A, length = branch.A, len(delta)
+    source = B.T * (delta * slope).T[:, None]  # (E, N, L)
+    brought = torch.empty_like(source)  # those of the tiles before, decayed to the first row of the tile
+    before = 0
     for begin in range(0, length, ROWS):
-        end = min(begin + ROWS, length)
-        yield slice(begin, end), block_rows(mixer, image, begin, end)
+        here = slice(begin, min(begin + ROWS, length))
+        out = source.new_empty(len(A), here.stop - begin, here.stop)
+        since = delta[here].cumsum(0) - delta[begin]  # of delta after `begin`, up to a row; (rows, E)
+        if begin:
+            tile = slice(before, begin)
+            last = delta[before + 1 : begin + 1].flip(0).cumsum(0).flip(0)  # after a token, up to `begin`
+            brought[..., :before] *= (last[0, :, None] * A).exp()[..., None]
+            brought[..., tile] = source[..., tile] * (last.T[:, None] * A[..., None]).exp()
+            left = C[here] * (since.T[..., None] * A[:, None]).exp()  # (E, rows, N)
+            out[..., :begin] = torch.bmm(left, brought[..., :begin])
+        between = (since[:, None] - since).clamp_min_(0).permute(2, 0, 1)  # (E, rows, tokens)
+        decay = (between[:, :, None] * A[:, None, :, None]).exp_()  # (E, rows, N, tokens)
+        decay *= source[:, None, :, here]
+        out[..., here] = (C[here, None] @ decay).squeeze(2).tril_()
+        out.diagonal(begin, 1, 2).add_(branch.D[:, None] * slope[here].T)
+        before = begin
+        yield begin, out

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..utils.arguments import boolean, integer
 from .attention import pulled
 from .layers import Layers, State, exact
-from .matrices import tiles
+from .matrices import channel_matrix
 from .targets import Target, target_index
 
 MOST = 1024  # tokens whose matrices are computed
@@ -81,11 +81,10 @@ def attention_rollout(
                 row += before + sum(weights.mean(-1) for _, weights in pulled(mixer, before))
                 continue
             for image in range(len(row)):
-                matrix = row.new_empty(net.config.tokens, net.config.tokens)
-                for rows, weights in tiles(mixer, image):
-                    weights = weights.abs_() if strengths is None else weights.clamp_min_(0)
-                    matrix[rows] = weights.mean(-1)
-                if strengths is not None:
+                if strengths is None:
+                    matrix = channel_matrix(mixer, image, torch.abs)
+                else:
+                    matrix = channel_matrix(mixer, image, torch.relu)
                     matrix = _scaled(matrix) * _scaled(strengths[g][image])
                 matrix.diagonal().add_(1)
                 # of a pair half each, so that rows still add up to 1
