@@ -60,7 +60,7 @@ def block_rows(mixer: Frozen, branch: Branch, image: int) -> Iterator[tuple[slic
         rows, end = scanned.shape[1:]
         width = end if along else min(end + len(taps) - 1, length)
         weights = scanned.new_zeros(*scanned.shape[:2], width)
-        for tap, weight in enumerate(taps[:end]):  # of tokens 0, 1, ... before
+        for tap, weight in enumerate(taps[:width]):  # of tokens 0, 1, ... before
             if along:
                 weights[..., : end - tap].addcmul_(scanned[..., tap:], weight)
             else:
