@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .analysis.rollout import attention_rollout
     from .analysis.saliency import saliency
     from .io import load_checkpoint
+    from .nn.heads.pyramid import SimplePyramid
     from .nn.models import create_model
     from .nn.vision_mamba import VisionMamba
 
@@ -35,6 +36,7 @@ __all__ = [
     "Config",
     "Error",
     "Runtime",
+    "SimplePyramid",
     "VisionMamba",
     "attention_maps",
     "attention_rollout",
@@ -56,6 +58,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "SimplePyramid": "nn.heads.pyramid",
     "VisionMamba": "nn.vision_mamba",
     "attention_maps": "analysis.attention",
     "attention_rollout": "analysis.rollout",
