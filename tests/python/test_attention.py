@@ -11,7 +11,7 @@ import vimcore
 from helpers import build, images_for, small
 from torch import Tensor
 from vimcore.analysis.layers import Layers
-from vimcore.analysis.matrices import block_rows, channel_matrix
+from vimcore.analysis.matrices import block_rows, channel_matrices
 
 CONFIGS = {
     "middle": small(),
@@ -117,8 +117,9 @@ def test_maps_are_the_matrix_and_rebuild_the_block(name: str) -> None:
         if at:
             row = both[:, at].mean(1).transpose(1, 2)
             assert (classes[i] - row).abs().max() < 1e-12
-        for kept in (torch.abs, torch.relu):
-            assert (channel_matrix(mixer, 0, kept) - kept(whole).mean(-1)).abs().max() < 1e-12
+        kinds = [torch.abs, torch.relu]
+        for kept, matrix in zip(kinds, channel_matrices(mixer, 0, kinds), strict=True):
+            assert (matrix - kept(whole).mean(-1)).abs().max() < 1e-12
         out = ((whole * x[0]).sum(1) + biases) @ weights[m + "out_proj.weight"].T
         if config.layer_scale is not None:
             out = out * weights[m + "gamma"]

@@ -9,7 +9,7 @@ per channel. Within the tile the decays are written out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,32 +19,36 @@ from .layers import Branch, Frozen
 ROWS = 8  # of a tile
 
 
-def channel_matrix(mixer: Frozen, image: int, kept: Callable[[Tensor], Tensor]) -> Tensor:
-    """(L, L): the mean over channels of `kept` of the mixer's map of x, both directions and gate included.
+def channel_matrices(mixer: Frozen, image: int, kept: Sequence[Callable[[Tensor], Tensor]]) -> list[Tensor]:
+    """(L, L) each: means over channels of the mixer's map of x, both directions and gate included.
 
     Args:
-        kept: of every element: torch.abs, or the positive part.
+        kept: of every element, one function for each matrix: torch.abs, or the positive part.
     """
     length, inner = mixer.gate.shape[1:]
-    matrix = mixer.gate.new_zeros(length, length)
+    matrices = [mixer.gate.new_zeros(length, length) for _ in kept]
     reach = mixer.branches[0].weight.shape[1] - 1
-    offsets = torch.arange(-reach, reach + 1, device=matrix.device)
+    rows = torch.arange(length, device=mixer.gate.device)
+    wanted = rows[:, None] + torch.arange(-reach, reach + 1, device=rows.device)
+    columns = wanted.clamp(0, length - 1)
     # Forward and reverse rows have only the tokens within `reach` of their own in common: these are added
     # before `kept`, all others belong to one direction.
-    rows = torch.arange(length, device=matrix.device)
-    columns = (rows[:, None] + offsets).clamp(0, length - 1)
-    near = mixer.gate.new_zeros(length, len(offsets), inner)
+    near = mixer.gate.new_zeros(*wanted.shape, inner)
     for branch in mixer.branches:
         for part, start, weights in block_rows(mixer, branch, image):
             width = weights.shape[2]
             here = columns[part] - start
             seen = (here >= 0) & (here < width)
-            wide = here.clamp(0, width - 1).expand(inner, -1, -1)
-            near[part] += (weights.gather(2, wide) * seen).permute(1, 2, 0)
-            matrix[part, start : start + width] += kept(weights).mean(0)
-    inside = (rows[:, None] + offsets).eq(columns)
-    matrix[rows[:, None].expand_as(columns)[inside], columns[inside]] = kept(near).mean(-1)[inside]
-    return matrix
+            near[part] += (weights.gather(2, here.clamp(0, width - 1).expand(inner, -1, -1)) * seen).permute(
+                1, 2, 0
+            )
+            for matrix, keep in zip(matrices, kept):
+                matrix[part, start : start + width] += keep(weights).mean(0)
+    inside = wanted.eq(columns)
+    at = rows[:, None].expand_as(columns)[inside], columns[inside]
+    for matrix, keep in zip(matrices, kept):
+        matrix[at] = keep(near).mean(-1)[inside]
+    return matrices
 
 
 def block_rows(mixer: Frozen, branch: Branch, image: int) -> Iterator[tuple[slice, int, Tensor]]:

@@ -7,6 +7,7 @@ A_l is the map of layer l over tokens, both directions together, the mean over c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..utils.arguments import boolean, integer
 from .attention import pulled
 from .layers import Layers, State, exact
-from .matrices import channel_matrix
+from .matrices import channel_matrices
 from .targets import Target, target_index
 
 MOST = 1024  # tokens whose matrices are computed
@@ -52,44 +53,85 @@ def attention_rollout(
             too long for matrices; a target without logits of whole images.
     """
     net = Layers(_OP, model, images)
-    start = integer(f"[{_OP}] start", start)
+    start = _start(net, start)
     signed = boolean(f"[{_OP}] signed", signed)
-    depth, step = net.config.depth, len(net.groups[0]) if net.groups else 1
+    if signed and target is not None:
+        raise ValueError(f"[{_OP}] signed: only without a target, whose positive part is taken")
+    if signed:
+        return net.on_grid(_signed(net, start))
+    return net.on_grid(_products(net, start, [target])[0])
+
+
+@exact
+def rollouts(model: Any, images: Tensor, start: int, targets: Sequence[Target]) -> list[Tensor]:
+    """`attention_rollout` without signs for several targets, None among them; the matrices are made once."""
+    net = Layers(_OP, model, images)
+    return [net.on_grid(row) for row in _products(net, _start(net, start), targets)]
+
+
+def _start(net: Layers, start: int) -> int:
+    start = integer(f"[{_OP}] start", start)
+    depth, step = net.config.depth, len(net.groups[0])
     if not 0 <= start < depth or start % step:
         kind = "an even layer" if step == 2 else "a layer"
         raise ValueError(f"[{_OP}] start: expected {kind} of 0 .. {depth - 1}, got {start}")
-    if signed and target is not None:
-        raise ValueError(f"[{_OP}] signed: only without a target, whose positive part is taken")
-    if not signed and net.config.tokens > MOST:
-        remedy = "a smaller image" if target is not None else "signed=True, or a smaller image"
-        raise ValueError(
-            f"[{_OP}] images: expected at most {MOST} tokens, whose matrices are computed, got "
-            f"{net.config.tokens}; remedy: {remedy}"
-        )
+    return start
+
+
+def _pass(net: Layers) -> tuple[list[State], State]:
+    """What enters every group of layers, and what leaves the last."""
     inputs: list[State] = []
     state: State = net.embed(net.patches()), None
     for layers in net.groups:
         inputs.append(state)
         state = net.group(layers, *state)
-    strengths = None if target is None else _strengths(net, inputs, state, target)
+    return inputs, state
+
+
+def _signed(net: Layers, start: int) -> Tensor:
+    """(B, L): what the head reads, through A_l + 1 of the layers from the last to `start`."""
+    inputs, _ = _pass(net)
     row = net.class_row().repeat(len(net.images), 1)
-    for g in reversed(range(start // step, len(net.groups))):
+    for layers, entered in zip(reversed(net.groups), reversed(inputs)):
+        if layers[0] < start:
+            break
         before, row = row, torch.zeros_like(row)
+        for i in layers:
+            row += before  # the residual stream of a pair is the sum of both
+            for _, weights in pulled(net.frozen(i, *net.rotated(*entered)), before):
+                row += weights.mean(-1)
+    return row
+
+
+def _products(net: Layers, start: int, targets: Sequence[Target]) -> list[Tensor]:
+    """(B, L) for each target."""
+    if net.config.tokens > MOST:
+        remedy = "a smaller image" if targets != [None] else "signed=True, or a smaller image"
+        raise ValueError(
+            f"[{_OP}] images: expected at most {MOST} tokens, whose matrices are computed, got "
+            f"{net.config.tokens}; remedy: {remedy}"
+        )
+    inputs, state = _pass(net)
+    strengths = [None if target is None else _strengths(net, inputs, state, target) for target in targets]
+    products = [net.class_row().repeat(len(net.images), 1) for _ in targets]
+    kinds = list({torch.abs if s is None else torch.relu: None for s in strengths})
+    for g in reversed(range(start // len(net.groups[0]), len(net.groups))):
+        before = products
+        products = [torch.zeros_like(row) for row in before]
         for i in net.groups[g]:
             mixer = net.frozen(i, *net.rotated(*inputs[g]))
-            if signed:
-                row += before + sum(weights.mean(-1) for _, weights in pulled(mixer, before))
-                continue
-            for image in range(len(row)):
-                if strengths is None:
-                    matrix = channel_matrix(mixer, image, torch.abs)
-                else:
-                    matrix = channel_matrix(mixer, image, torch.relu)
-                    matrix = _scaled(matrix) * _scaled(strengths[g][image])
-                matrix.diagonal().add_(1)
-                # of a pair half each, so that rows still add up to 1
-                row[image] += before[image] @ (matrix / matrix.sum(1, keepdim=True)) / step
-    return net.on_grid(row)
+            for image in range(len(net.images)):
+                found = dict(zip(kinds, channel_matrices(mixer, image, kinds)))
+                for k, strength in enumerate(strengths):
+                    if strength is None:
+                        matrix = found[torch.abs].clone()
+                    else:
+                        matrix = _scaled(found[torch.relu]) * _scaled(strength[g][image])
+                    matrix.diagonal().add_(1)
+                    matrix /= matrix.sum(1, keepdim=True)
+                    # of a pair half each, so that rows still add up to 1
+                    products[k][image] += before[k][image] @ matrix / len(net.groups[g])
+    return products
 
 
 def _scaled(x: Tensor) -> Tensor:
