@@ -2,8 +2,8 @@
 """Vision Mamba with a C++ core: train, load, explain and run Vim on the CPU, run it on CUDA.
 
 `import vimcore` does not import torch; what needs torch (`VisionMamba`, `create_model`, `load_checkpoint`,
-`vimcore.ops`, `vimcore.train`, explanations from `attention_maps` to `token_norms`, `health`) is imported when
-it is first used. `Runtime` never needs torch.
+`health`, `saliency` and the other explanations, `vimcore.ops`, `vimcore.train`) is imported when it is first
+used. `Runtime` never needs torch.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "ops",
-    "relevance",
     "release_memory",
+    "relevance",
     "saliency",
     "token_norms",
     "train",

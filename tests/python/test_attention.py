@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import reference
 import torch
@@ -36,7 +38,7 @@ def _short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def written_out(
     config: reference.Config, w: dict[str, Tensor], m: str, s: str, a: str, x: Tensor, scan: bool, conv: bool
 ) -> tuple[Tensor, Tensor]:
-    """alpha (L, L, E) of a scan by its formula, sigmoid(p) (L, E); x (1, L, E), flags: from the last token."""
+    """alpha (L, L, E) of a scan by its formula, sigmoid(p) (L, E); flags: from the last token on."""
     x = x.flip(1) if conv else x
     p = reference.causal_conv(x, w[m + f"conv1d{s}.weight"], w[m + f"conv1d{s}.bias"])
     u, raw, B, C = (t[0] for t in reference.branch_inputs(config, w, m, s, x))
@@ -125,3 +127,67 @@ def test_maps_are_the_matrix_and_rebuild_the_block(name: str) -> None:
             out = out * weights[m + "gamma"]
         wanted, _ = net.block(i, h, r)
         assert (out - wanted[0]).abs().max() < 1e-12
+
+
+def test_reductions_are_norms_of_the_maps() -> None:
+    config = small(class_token="head", layer_scale=0.5)
+    weights = reference.random_weights(config)
+    model, images = build(config, weights, torch.float64), images_for(config, 2)
+    whole = vimcore.attention_maps(model, images, reduce=None)
+    assert whole.shape == (2, config.depth, 2, config.inner, config.tokens)
+    on_grid = whole[..., 1:].unflatten(-1, config.grid)
+    assert (vimcore.attention_maps(model, images) - on_grid.abs().mean(3)).abs().max() < 1e-14
+    found = vimcore.attention_maps(model, images, layers=[-1, 0], reduce="norm")
+    for k, i in enumerate((config.depth - 1, 0)):
+        m = f"layers.{i}.mixer."
+        into = weights[m + "in_proj.weight"][: config.inner]
+        out = weights[m + "out_proj.weight"] * weights[m + "gamma"][:, None]
+        wide = torch.einsum("de,bkehw,ef->bkhwdf", out, on_grid[:, i], into)
+        assert (found[:, k] - wide.norm(dim=(-2, -1))).abs().max() < 1e-12
+    scan = vimcore.attention_maps(model, images, part="scan", reduce=None)[..., 1:].unflatten(-1, config.grid)
+    found = vimcore.attention_maps(model, images, part="scan", reduce="norm")
+    assert (found - scan.norm(dim=3)).abs().max() < 1e-12
+
+
+def test_any_size_type_and_mode() -> None:
+    config = small(class_token="double", stride=2, rope=False)
+    weights = reference.random_weights(config)
+    wanted = vimcore.attention_maps(build(config, weights, torch.float64), images_for(config, 1))
+    model = build(config, weights).train()
+    found = vimcore.attention_maps(torch.nn.DataParallel(model), images_for(config, 1, torch.float32))
+    assert model.training
+    assert found.dtype == torch.float32
+    assert (found - wanted).abs().max() < 1e-5 * wanted.max()
+    model.dynamic_img_size = True
+    images = torch.randn(1, 3, 14, 6)
+    alone = vimcore.attention_maps(model, images, (5, 1), layers=1, reduce="norm")
+    assert alone.shape == (1, 1, 2, 6, 2)
+    assert not alone[0, 0, 0].flatten()[12:].any()  # the last patch sees all, forward; of the others ...
+    assert alone[0, 0, 1, -1, -1] > 0
+    assert not alone[0, 0, 1].flatten()[:-1].any()  # ... none is behind it
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"token": "head"}, ValueError, "token: expected 'class' or"),
+        ({"token": (2, 0)}, ValueError, r"expected a row of 0 .. 1 and a column of 0 .. 2, got \(2, 0\)"),
+        ({"token": (0, 1, 2)}, ValueError, r"token: expected 'class' or \(row, column\)"),
+        ({"token": (0.5, 0)}, TypeError, "token: expected an integer"),
+        ({"part": "mixer"}, ValueError, "part: expected 'block' or 'scan'"),
+        ({"reduce": "sum"}, ValueError, "reduce: expected 'abs', 'norm' or None"),
+        ({"layers": [2]}, ValueError, r"layers: expected -2 \.\. 1, got 2"),
+        ({"layers": []}, ValueError, "layers: expected at least one"),
+        ({"images": torch.zeros(1, 3, 8, 8)}, ValueError, "images: expected"),
+        ({"model": torch.nn.Linear(1, 1)}, TypeError, "expected a VisionMamba, got Linear"),
+    ],
+)
+def test_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        vimcore.attention_maps(**{"model": build(small()), "images": torch.zeros(1, 3, 8, 12), **options})
+
+
+def test_without_a_class_token() -> None:
+    model, images = build(small(class_token="none")), torch.zeros(1, 3, 8, 12)
+    with pytest.raises(ValueError, match="no class token; name a patch"):
+        vimcore.attention_maps(model, images)

@@ -36,10 +36,10 @@ def attention_maps(
 ) -> Tensor:
     """How much each token enters one token's output, by layer and scan direction.
 
-    The network computes as in eval mode and is not changed. Cost: O(layers * B * L * E * N) time, the memory of
-    one layer. Direction 0 is the forward scan, 1 the reverse one; zeros where a layer has no such scan: all
-    layers with directions "none" and "sequence" (which runs forward in eval mode), and with "block" the
-    reverse direction of even layers and the forward direction of odd ones.
+    The network computes as in eval mode and is not changed. It takes O(layers * B * L * E * N) time and the
+    memory of one layer. Direction 0 is the forward scan, 1 the reverse one; zeros where a layer has no such
+    scan: all layers with directions "none" and "sequence" (which runs forward in eval mode), and with
+    "block" the reverse direction of even layers and the forward direction of odd ones.
 
     Args:
         model: a `VisionMamba`, on any device.
@@ -49,13 +49,13 @@ def attention_maps(
         layers: numbers of layers, negative ones count from the last; None: all.
         part: "block" (the mixer: y = sum over directions and tokens of M x, as `W_out` gets it, gate and
             halving of the average included) or "scan" (the scan alone with its skip, per direction).
-        reduce: over the E channels: "abs" the mean of absolute values; "norm" the Frobenius norm of the linear
-            map that they make up, D x D from normalised token to output ("block", W_x and W_out included) or
-            diagonal ("scan"); None: none.
+        reduce: over the E channels: "abs" the mean of absolute values; "norm" the Frobenius norm of the
+            linear map that they make up, D x D from normalised token to output ("block", W_x and W_out
+            included) or diagonal ("scan"); None: none.
 
     Returns:
-        (B, layers, 2, h, w) of at least 0, class tokens left out; with reduce None signed (B, layers, 2, E, L)
-        over all tokens in sequence order, the class tokens where the network puts them.
+        (B, layers, 2, h, w) of at least 0, class tokens left out; with reduce None signed
+        (B, layers, 2, E, L) over all tokens in sequence order, the class tokens where the network puts them.
 
     Raises:
         TypeError, ValueError: the model is no VisionMamba; images, token, layers, part or reduce do not fit;
@@ -83,9 +83,7 @@ def _row(net: Layers, token: Token) -> Tensor:
         if token != "class":
             raise ValueError(f"[{_OP}] token: expected 'class' or (row, column), got {token!r}")
         if not net.class_at:
-            raise ValueError(
-                f"[{_OP}] token: this network has no class token (class_token='none'); name a patch: (row, column)"
-            )
+            raise ValueError(f"[{_OP}] token: this network has no class token; name a patch: (row, column)")
         return net.class_row()
     at = list(token) if isinstance(token, Sequence) else [token]
     if len(at) != 2:

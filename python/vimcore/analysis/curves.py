@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a map of evidence points at what matters: deletion and insertion (Petsiuk et al., arXiv 1806.07421)."""
+"""Whether evidence points at what matters: deletion and insertion (Petsiuk et al., arXiv 1806.07421)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def deletion_insertion(
         evidence = by_pixel(evidence, config.patch_size, config.stride, *image.shape[1:])
     if evidence.shape != image.shape[1:]:
         raise ValueError(
-            f"[{_OP}] evidence: expected {tuple(image.shape[1:])} or {config.grid}, got {tuple(evidence.shape)}"
+            f"[{_OP}] evidence: expected {tuple(image.shape[1:])} or {config.grid}, "
+            f"got {tuple(evidence.shape)}"
         )
     if steps < 1:
         raise ValueError(f"[{_OP}] steps: expected at least 1, got {steps}")

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from ..utils.arguments import boolean, integer
-from .layers import Layers, chosen_layers, evaluating, exact
+from .layers import Layers, evaluating, exact, output_layers
 
 
 @exact
 def feature_pca(model: Any, images: Tensor, layer: int = -1, foreground: bool = True) -> Tensor:
     """The features of every patch as a colour: alike in colour is alike in features.
 
-    The residual stream after the layer, normalised as the head sees it, centred over all patches of the batch.
-    With `foreground`, patches whose first principal component is above its mean are foreground, if most of the
-    images' borders are below it, and otherwise those below; the others are black. The first three
-    components of the foreground (of all patches, without) are red, green and blue, each stretched over the range of
-    98 % of its values. Colours compare within one call only.
+    The residual stream after the layer, normalised as the head sees it, centred over all patches of the
+    batch. With `foreground`, patches whose first principal component is above its mean are foreground, if
+    most of the images' borders are below it, and otherwise those below; the others are black. The first three
+    components of the foreground (of all patches, without) are red, green and blue, each stretched over the
+    range of 98 % of its values. Colours compare within one call only.
 
     Args:
         model: a `VisionMamba`, computed as in eval mode, not changed.
@@ -40,7 +40,7 @@ def feature_pca(model: Any, images: Tensor, layer: int = -1, foreground: bool = 
     foreground = boolean(f"[{op}] foreground", foreground)
     if not len(net.images):
         raise ValueError(f"[{op}] images: expected at least one, got {tuple(net.images.shape)}")
-    (layer,) = chosen_layers(op, net.config.depth, integer(f"[{op}] layer", layer))
+    (layer,) = output_layers(op, net.config, integer(f"[{op}] layer", layer))
     with evaluating(net.model):
         (stream,) = net.model.forward_intermediates(net.images, [layer])
     tokens = net.last_norm(stream.flatten(2).transpose(1, 2).contiguous())
@@ -90,7 +90,8 @@ def token_norms(model: Any, images: Tensor, layers: int | Sequence[int] | None =
     Args:
         model: a `VisionMamba`, computed as in eval mode, not changed.
         images: (B, C, H, W), normalised as for the model.
-        layers: numbers of layers, negative ones count from the last; None: all.
+        layers: numbers of layers, negative ones count from the last; None: all. With directions "block" there
+            is one stream after each pair, that of its second (odd) layer.
 
     Returns:
         (B, layers, h, w): Euclidean norms of the residual stream, as `forward_intermediates` gives it.
@@ -100,7 +101,7 @@ def token_norms(model: Any, images: Tensor, layers: int | Sequence[int] | None =
     """
     op = "token_norms"
     net = Layers(op, model, images)
-    wanted = chosen_layers(op, net.config.depth, layers)
+    wanted = output_layers(op, net.config, layers)
     found: dict[int, Tensor] = {}
     with evaluating(net.model):
         for begin in range(0, len(wanted), 8):  # bounds the memory of the maps

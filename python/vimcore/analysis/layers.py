@@ -30,7 +30,9 @@ from ..positions import class_rows, resize_pos_embed, rope_tables
 from ..utils.arguments import integer
 
 State = tuple[Tensor, Tensor | None]  # mixer output h, and residual r before it is added; (B, L, D)
-P, R = ParamSpec("P"), TypeVar("R")
+Block = Callable[[int, Tensor, Tensor | None], tuple[Tensor, Tensor]]  # a layer's number, h, r -> new h, r
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def exact(function: Callable[P, R]) -> Callable[P, R]:
@@ -93,6 +95,24 @@ def chosen_layers(op: str, depth: int, layers: int | Sequence[int] | None) -> li
     return [layer % depth for layer in found]
 
 
+def output_layers(op: str, config: Config, layers: int | Sequence[int] | None) -> list[int]:
+    """`chosen_layers` of those after which there is a stream: of a pair (directions "block") the second.
+
+    Raises:
+        ValueError, TypeError: there is no such layer or stream, or none was named.
+    """
+    step = 2 if config.directions == "block" else 1
+    if layers is None:
+        return list(range(step - 1, config.depth, step))
+    found = chosen_layers(op, config.depth, layers)
+    for layer in found:
+        if layer % step != step - 1:
+            raise ValueError(
+                f'[{op}] layers: with directions="block" there are outputs after odd layers, got {layer}'
+            )
+    return found
+
+
 @dataclass(frozen=True)
 class Branch:
     """One direction of a mixer: x (B, L, E) -> scan(slope * conv(x)).
@@ -127,8 +147,8 @@ class Branch:
     def scan_row(self, dy: Tensor, t: int) -> Tensor:
         """dy (B, E) of token t through the transposed scan: (B, L, E).
 
-        Seen from one token that is a scan the other way: its state decays by the delta of the token last left,
-        B and C change places. No gradient is needed, and tokens that the row does not reach are left out.
+        Seen from one token that is a scan the other way: its state decays by the delta of the token last
+        left, B and C change places. No gradient is needed, and tokens that the row cannot reach are left out.
         """
         length = self.delta.shape[1]
         if self.reverse:
@@ -259,7 +279,7 @@ class Layers:
 
         return turn(h), turn(r) if r is not None and self.config.rope_residual else r
 
-    def block(self, i: int, h: Tensor, r: Tensor | None) -> State:
+    def block(self, i: int, h: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor]:
         """Layer i, as the network computes it."""
         c = self.config
         paired, directions = c.directions == "block", c.directions
@@ -275,7 +295,7 @@ class Layers:
         )
 
     def group(
-        self, layers: Sequence[int], h: Tensor, r: Tensor | None, block: Callable[..., State] | None = None
+        self, layers: Sequence[int], h: Tensor, r: Tensor | None, block: Block | None = None
     ) -> tuple[Tensor, Tensor]:
         """One layer, or a pair on the same input (directions "block"): new h and r, both (B, L, D)."""
         h, r = self.rotated(h, r)
@@ -283,7 +303,6 @@ class Layers:
         (out, total), *others = outputs
         for more, residual in others:
             out, total = out + more, total + residual
-        assert total is not None
         return out, total
 
     def visit(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -302,7 +321,7 @@ class Layers:
         entered: State,
         dh: Tensor,
         dr: Tensor,
-        block: Callable[..., State] | None = None,
+        block: Block | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The gradients of what entered a group of layers, of those of its outputs; without r, twice h's."""
         held = [t.detach().requires_grad_() for t in entered if t is not None]

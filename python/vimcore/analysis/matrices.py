@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """All rows of the attention that a mixer implies, a few at a time, for one image.
 
-Rows are taken in the order of the scan. The decay from an earlier token s to row t is split at the first row of
-the tile: exp(A sum of delta) up to there, kept for all s and brought along from tile to tile, and from there to
-t. Both factors are at most 1, so that nothing overflows, and what earlier tokens give is a matrix product
-per channel. Within the tile the decays are written out.
+Rows are taken in the order of the scan. The decay from an earlier token s to row t is split at the first row
+of the tile: exp(A sum of delta) up to there, kept for all s and brought along from tile to tile, and from
+there to t. Both factors are at most 1, so that nothing overflows, and what earlier tokens give is a matrix
+product per channel. Within the tile the decays are written out.
 """
 
 from __future__ import annotations

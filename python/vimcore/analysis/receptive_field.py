@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The effective receptive field, by the protocol of RepLKNet (Ding et al., arXiv 2203.06717), as VMamba uses it."""
+"""The effective receptive field, by the protocol of RepLKNet (Ding et al., arXiv 2203.06717) and VMamba."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..utils.arguments import integer
-from .layers import chosen_layers, evaluating, exact, network_of
+from .layers import evaluating, exact, network_of, output_layers
 
 SHARES = (0.2, 0.3, 0.5, 0.99)  # those of the protocol's table
 _OP = "effective_receptive_field"
@@ -41,7 +41,7 @@ def effective_receptive_field(
         TypeError, ValueError: the model is no VisionMamba; images, layer or position do not fit.
     """
     model = network_of(_OP, model)
-    (layer,) = chosen_layers(_OP, int(model.config["depth"]), integer(f"[{_OP}] layer", layer))
+    (layer,) = output_layers(_OP, model._config, integer(f"[{_OP}] layer", layer))
     images = images.detach() if isinstance(images, Tensor) else images
     total: Tensor | None = None
     with evaluating(model), torch.enable_grad():
@@ -106,5 +106,6 @@ def erf_sides(
     found: list[tuple[float, int | None, float | None]] = []
     for share in shares:
         reach = min(int(np.searchsorted(held, share * held[-1] * (1 - 1e-12))), len(held) - 1)
-        found.append((share, 2 * reach + 1, float(pixels[reach] / field.size)))
+        side = min(2 * reach + 1, max(height, width))
+        found.append((share, side, float(pixels[reach] / field.size)))
     return found

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Relevance by MambaLRP (Jafari et al., arXiv 2406.07592): layer-wise relevance propagation through the scans.
+"""Relevance by MambaLRP (Jafari et al., arXiv 2406.07592): layer-wise propagation through the scans.
 
 Gradient times input of the same network with other derivatives, under which relevance is neither made nor
 lost: silu(x) counts as x times a constant; time steps, B and C of the scan are constants, and so is the
-deviation of a norm; of a product of two signals each factor gets half of the gradient. What patches and biases
-(positions and class tokens among them) get adds up to the logit.
+deviation of a norm; of a product of two signals each factor gets half of the gradient. What patches and
+biases (positions and class tokens among them) get adds up to the logit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def relevance(model: Any, images: Tensor, target: Target = None) -> Tensor:
     """
     net = Layers(_OP, model, images)
 
-    def block(i: int, h: Tensor, r: Tensor | None) -> State:
+    def block(i: int, h: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor]:
         return _block(net, i, h, r)
 
     patches = net.patches()
@@ -62,7 +62,7 @@ def relevance(model: Any, images: Tensor, target: Target = None) -> Tensor:
     return (patches * dh[:, net.patch_at]).sum(-1).unflatten(1, net.config.grid)
 
 
-def _block(net: Layers, i: int, h: Tensor, r: Tensor | None) -> State:
+def _block(net: Layers, i: int, h: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor]:
     """Layer i, with the derivatives of the rules."""
     mixer = net.frozen(i, h, r)
     y = sum(branch.scan(branch.convolved(mixer.x)) for branch in mixer.branches)

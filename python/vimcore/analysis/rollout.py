@@ -31,10 +31,10 @@ def attention_rollout(
 
     Three ways. Without a target, rollout (Abnar and Zuidema, arXiv 2005.00928): the product of all
     |A_l| + 1 (channel means of absolute values), rows normalised. With a target, as Mamba-Attr (Ali et al.,
-    arXiv 2403.01590): A_l is the channel mean of the positive part, scaled to 0 .. 1, times per token the largest
-    positive derivative of the logit by the layer's output, scaled to 0 .. 1. With `signed`, the product of
-    A_l + 1 with signs and without normalisation, one vector-Jacobian product a layer: the way for long
-    sequences. The first two build each layer's matrix: O(L^2 E N) a layer, up to 1024 tokens.
+    arXiv 2403.01590): A_l is the channel mean of the positive part, scaled to 0 .. 1, times per token the
+    largest positive derivative of the logit by the layer's output, scaled to 0 .. 1. With `signed`, the
+    product of A_l + 1 with signs and without normalisation, one vector-Jacobian product a layer: the way for
+    long sequences. The first two build each layer's matrix: O(L^2 E N) a layer, up to 1024 tokens.
 
     Args:
         model: a `VisionMamba`, computed as in eval mode, not changed.

@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--what",
         type=_what,
         metavar="LIST",
-        help="some of attention (weights that the scans imply), rollout (these over all layers), erf (effective "
-        "receptive field), pca (features as colours), norms (of tokens), relevance (MambaLRP), saliency "
-        "(integrated gradients), separated by commas (default: all)",
+        help="some of attention (weights that the scans imply), rollout (these over all layers), erf "
+        "(effective receptive field), pca (features as colours), norms (of tokens), relevance (MambaLRP), "
+        "saliency (integrated gradients), separated by commas (default: all)",
     )
     parser.add_argument(
         "--out", default="explained", metavar="FOLDER", help="output folder (default: %(default)s)"
@@ -162,9 +162,8 @@ def _print(found: Any, as_json: bool) -> None:
             for what in ("relevance", "saliency"):
                 if what in target:
                     areas = target[what]
-                    print(
-                        f"    {what}: area of deletion {areas['deletion']:.3f}, insertion {areas['insertion']:.3f}"
-                    )
+                    text = f"deletion {areas['deletion']:.3f}, insertion {areas['insertion']:.3f}"
+                    print(f"    {what}: area of {text}")
         for name in found.written:
             print(f"  {printable(name)}")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ FIELD = LinearSegmentedColormap.from_list(
     "vimcore_field", ["#ffffff", "#cfe3f7", "#7fb2e5", "#3366cc", "#22223b"]
 )
 FRAME = "#d9dce6"
+COARSE = 8  # patches a side
+DECADES = 3  # of the scale of attention
 SQUARES = ("#d62839", "#f28e2b", "#2a9d5c", "#8a8fa3")
 
 
@@ -102,7 +105,16 @@ def _over(axes: Axes, view: View, heat: Array, cmap: Any, low: float, high: floa
     by_pixel = heat.shape == view.pixels.shape[:2]
     height, width = view.pixels.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5) if by_pixel else view.extent
-    image = axes.imshow(heat, cmap=cmap, vmin=low, vmax=high, extent=extent, interpolation="bicubic")
+    coarse = max(heat.shape) <= COARSE  # so few patches are shown as they are
+    image = axes.imshow(
+        heat,
+        cmap=cmap,
+        vmin=low,
+        vmax=high,
+        extent=extent,
+        interpolation="nearest" if coarse else "bicubic",
+        alpha=0.8 if coarse else 1,
+    )
     _bare(axes, view)
     return image
 
@@ -128,6 +140,18 @@ def _grid(figure: Any, box: tuple[float, float, float, float], rows: int, column
     ]
 
 
+def _scale(figure: Any, box: tuple[float, float, float, float]) -> None:
+    """The scale of attention, as a bar."""
+    ((axes,),) = _grid(figure, box, 1, 1, 0)
+    axes.imshow(np.linspace(0, 1, 256)[None], cmap=HEAT, aspect="auto", extent=(-DECADES, 0, 0, 1))
+    axes.set_facecolor("#1b1b28")
+    axes.set_yticks([])
+    axes.set_xticks(range(-DECADES, 1), [f"{10.0**k:g}" for k in range(-DECADES, 1)], size=7.5, color=INK)
+    axes.tick_params(length=0, pad=2)
+    for spine in axes.spines.values():
+        spine.set_color(FRAME)
+
+
 def _shape(view: View, side: float) -> tuple[float, float]:
     """Width and height in inches of a picture whose longer side is `side`."""
     height, width = view.pixels.shape[:2]
@@ -136,7 +160,7 @@ def _shape(view: View, side: float) -> tuple[float, float]:
 
 
 def _head(figure: Any, title: str, note: str) -> None:
-    wide, high = figure.get_size_inches()
+    high = figure.get_size_inches()[1]
     figure.text(0, 1 - 0.05 / high, title, color=INK, weight="bold", size=12, va="top")
     figure.text(0, 1 - 0.34 / high, note, color=MUTED, size=9, va="top")
 
@@ -153,8 +177,10 @@ def _tag(axes: Axes, text: str) -> None:
 
 
 def columns_for(panels: int) -> int:
-    """Columns of a grid that is wider than high."""
-    return next(c for c in range(1, panels + 1) if c * max(1, round(c * 0.7)) >= panels)
+    """Columns of a grid that is a little wider than high, if possible without gaps."""
+    least = math.ceil(math.sqrt(panels))
+    full = [c for c in range(least, math.ceil(1.5 * least) + 1) if panels % c == 0]
+    return full[0] if full else math.ceil(math.sqrt(1.3 * panels))
 
 
 @plain_text
@@ -178,15 +204,16 @@ def plot_attention(
     block = columns * cell[0] + (columns - 1) * gap, rows * cell[1] + (rows - 1) * gap
     photo = _shape(view, min(2.2, max(block[1], 1.4)))
     between = 0.3
-    wide, high = photo[0] + 2 * (block[0] + between), max(block[1], photo[1]) + top
+    wide, high = photo[0] + 2 * (block[0] + between), max(block[1], photo[1] + 0.4) + top
     figure = new_figure(wide, high)
-    _head(figure, title, "share of every patch in this token's output: mean weight over channels, "
-          "both directions of a layer on one scale (square root)")  # fmt: skip
+    note = "weight of every patch in this token's output, mean over channels; a layer's largest weight is 1"
+    _head(figure, title, note)
     ((axes,),) = _grid(figure, (0, high - top - photo[1], *photo), 1, 1, 0)
     _photo(axes, view)
     if token is not None:
         axes.plot(*token, "o", ms=9, mfc="none", mec=PAPER, mew=3.2)
         axes.plot(*token, "o", ms=9, mfc="none", mec=ORANGE, mew=1.6)
+    _scale(figure, (0, high - top - photo[1] - 0.16, photo[0], 0.08))
     largest = maps.max(axis=(1, 2, 3), initial=0)
     for direction, name in enumerate(("forward scan", "reverse scan")):
         left = photo[0] + between + direction * (block[0] + between)
@@ -198,7 +225,7 @@ def plot_attention(
         for axes, layer, both, top_value in zip(flat, layers, maps, largest):
             _photo(axes, view, "dark")
             if both[direction].any():
-                _over(axes, view, np.sqrt(both[direction] / top_value), HEAT, 0, 1)
+                _over(axes, view, np.log10(both[direction] / top_value + 1e-12), HEAT, -DECADES, 0)
             _tag(axes, f"{layer}" if both[direction].any() else f"{layer}: none")
     save_figure(figure, path)
 
@@ -210,7 +237,7 @@ def plot_attention(
 def plot_maps(
     view: View, maps: Sequence[tuple[str, Array]], title: str, note: str, path: Path, side: float = 2.7
 ) -> None:
-    """The picture, and beside it maps (h, w) over it, each up to its largest value; a negative one in blue."""
+    """The picture, and beside it maps (h, w) over it, each up to its largest value; negative ones in blue."""
     cell = _shape(view, side)
     gap, top = 0.15, 0.95
     wide = (len(maps) + 1) * cell[0] + len(maps) * gap
@@ -253,7 +280,7 @@ def plot_norms(view: View, norms: Array, layers: Sequence[int], title: str, path
             values, cmap=LEVELS, vmin=low, vmax=high_value, extent=view.extent, interpolation="nearest"
         )
         _bare(axes, view)
-        _tag(axes, f"{layer}:  {low:.3g} – {high_value:.3g}")
+        _tag(axes, f"{layer}:  {low:.3g} to {high_value:.3g}")
     height = max(block[1], 2.2) - 0.35
     ((axes,),) = _grid(figure, (block[0] + 0.75, high - top - height, curve, height), 1, 1, 0)
     flat_norms = norms.reshape(len(layers), -1)
@@ -269,7 +296,7 @@ def plot_norms(view: View, norms: Array, layers: Sequence[int], title: str, path
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     tidy(axes)
     axes.tick_params(labelsize=8)
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, loc="lower right", ncols=3, columnspacing=1.2, handlelength=1.4)
     save_figure(figure, path)
 
 
@@ -277,7 +304,7 @@ def plot_norms(view: View, norms: Array, layers: Sequence[int], title: str, path
 def plot_evidence(view: View, rows: Sequence[Evidence], title: str, note: str, path: Path) -> None:
     """A row per class: the evidence over the picture, and the curves of deletion and insertion."""
     cell = _shape(view, 2.5)
-    gap, top, curve, apart = 0.15, 0.72, 2.9, 0.42
+    gap, top, curve, apart = 0.15, 0.62, 2.9, 0.36
     wide = 2 * cell[0] + gap + 0.6 + curve
     each = cell[1] + apart
     high = len(rows) * each + top

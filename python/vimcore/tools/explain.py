@@ -18,7 +18,7 @@ from .. import _core
 from ..analysis.attention import attention_maps
 from ..analysis.curves import deletion_insertion
 from ..analysis.features import feature_pca, token_norms
-from ..analysis.layers import chosen_layers
+from ..analysis.layers import chosen_layers, output_layers
 from ..analysis.receptive_field import effective_receptive_field, erf_shown, erf_sides
 from ..analysis.relevance import relevance
 from ..analysis.rollout import MOST, attention_rollout, rollouts
@@ -93,21 +93,23 @@ class Explainer:
     ) -> None:
         if (task := task_of_file(weights)) != "classify":
             raise ValueError(
-                f"{weights}: expected a classifier or a backbone, got a network for the task {task}; in Python "
-                "its .backbone can be given to vimcore.attention_maps and the others"
+                f"{weights}: expected a classifier or a backbone, got a network for the task {task}; in "
+                "Python its .backbone can be given to vimcore.attention_maps and the others"
             )
         contents = unpack(_core.safetensors_header(weights)[1], weights)
         if contents.preprocess is None:
             raise ValueError(
-                f"{weights}: no preprocessing (vimcore.preprocess), so nothing that a picture could fill; write "
-                "it with vimcore.io.save_model(..., preprocess=...), or use vimcore.attention_maps and the others on arrays"
+                f"{weights}: no preprocessing (vimcore.preprocess), so nothing that a picture could fill; "
+                "vimcore.io.save_model(..., preprocess=...) writes it, vimcore.attention_maps and the others "
+                "take tensors"
             )
         self.model = load_model(weights, img_size, device)
         self.config = self.model._config
         channels = len(contents.preprocess.mean)
         if channels != self.config.in_chans:
             raise ValueError(
-                f"{weights}: the network takes {self.config.in_chans} channels, its preprocessing gives {channels}"
+                f"{weights}: the network takes {self.config.in_chans} channels, "
+                f"its preprocessing gives {channels}"
             )
         self.preprocess = contents.preprocess.rescaled(*self.config.img_size)
         self.labels, self.device = contents.labels, device
@@ -115,7 +117,9 @@ class Explainer:
         self.classes = self.config.num_classes if len(self.config.logits_shape(1)) == 2 else 0
         self.what = self._what(weights)
         depth = self.config.depth
-        self.layers = chosen_layers("explain", depth, None if wishes.layers is None else list(wishes.layers))
+        self.layers = chosen_layers("explain", depth, wishes.layers)
+        streams = [what for what in self.what if what in ("erf", "pca", "norms")]
+        self.streams = output_layers("explain", self.config, wishes.layers) if streams else []
         self.token = wishes.token
         if self.token is None:
             rows, columns = self.config.grid
@@ -198,8 +202,8 @@ class Explainer:
             elif what == "rollout":
                 self._rollout(view, images, targets, found, name, path)
             elif what == "norms":
-                norms = token_norms(self.model, images, self.layers)[0]
-                plots.plot_norms(view, _array(norms), self.layers, f"{name}: token norms", path)
+                norms = token_norms(self.model, images, self.streams)[0]
+                plots.plot_norms(view, _array(norms), self.streams, f"{name}: token norms", path)
             elif what in OF_CLASSES:
                 self._evidence(view, images, targets, found, what, path)
             else:  # a figure of all pictures
@@ -250,7 +254,7 @@ class Explainer:
 
     def _add(self, what: str, images: Tensor) -> None:
         if what == "erf":
-            found = effective_receptive_field(self.model, images, self.layers[-1])
+            found = effective_receptive_field(self.model, images, self.streams[-1])
             self._field = found if self._field is None else self._field + found
             self._fields += 1
         elif len(self._inputs) < COLOURED:
@@ -260,15 +264,16 @@ class Explainer:
         """The figures of all pictures: what was found, and under "written" the files."""
         result: dict[str, Any] = {}
         written: list[str] = []
-        layer = self.layers[-1]
+        layer = self.streams[-1] if self.streams else -1
         if self._field is not None:
             watch("all pictures", "erf")
             shown = erf_shown(_array(self._field))
-            sides = erf_sides(shown)
             rows, columns = self.config.grid
+            half, stride = self.config.patch_size // 2, self.config.stride
+            centre = rows // 2 * stride + half, columns // 2 * stride + half
+            sides = erf_sides(shown, centre=centre)
             at = f"layer {layer}, patch ({rows // 2}, {columns // 2})"
             note = f"{at}, {_count(self._fields, 'picture')}; log10(1 + gradient), by the largest"
-            centre = shown.shape[0] // 2, shown.shape[1] // 2
             path = self.out / f"erf.{self.wishes.kind}"
             plots.plot_field(shown, sides, centre, "Effective receptive field", note, path)
             written.append(str(path))
