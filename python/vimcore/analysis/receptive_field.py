@@ -89,7 +89,7 @@ def erf_sides(
     Args:
         field: (H, W), shown values, from `erf_shown`.
         shares: from 0 to 1.
-        centre: pixel; None: the middle one. The square has an odd side and is cut off at the image's border.
+        centre: pixel; None: the middle one. The side is odd, and may reach beyond the border.
 
     Returns:
         (share, side, area of the square as a share of the image); None where the field is zero.
@@ -106,6 +106,5 @@ def erf_sides(
     found: list[tuple[float, int | None, float | None]] = []
     for share in shares:
         reach = min(int(np.searchsorted(held, share * held[-1] * (1 - 1e-12))), len(held) - 1)
-        side = min(2 * reach + 1, max(height, width))
-        found.append((share, side, float(pixels[reach] / field.size)))
+        found.append((share, 2 * reach + 1, float(pixels[reach] / field.size)))
     return found

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from ..data.picture_files import find_images, passed_over_text
 from ..utils import options
 from ..utils.extras import required
-from ..utils.files import printable
+from ..utils.files import printable, shortened
 from .output import print_json, print_table
 from .streams import complain
 
@@ -109,8 +111,6 @@ def run(args: argparse.Namespace) -> int:
 
         from ..tools.explain import Explainer, Wishes
 
-    from pathlib import Path
-
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     wishes = Wishes(args.what, args.layers, args.token, args.target, args.topk, args.start, args.format)
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
             nonlocal steps
             steps += 1
             bar.n = min(steps, bar.total)
-            bar.set_postfix_str(f"{printable(image)[-32:]} {what}")
+            bar.set_postfix_str(f"{shortened(os.path.basename(image), 32)}: {what}")
 
         for found in explainer.explain(paths, watch):
             with tqdm.external_write_mode(file=sys.stderr):

@@ -140,6 +140,11 @@ def _grid(figure: Any, box: tuple[float, float, float, float], rows: int, column
     ]
 
 
+def _decades(share: Array) -> Array:
+    """log10, cut off where the scale ends."""
+    return np.log10(np.maximum(share, 10.0**-DECADES))
+
+
 def _scale(figure: Any, box: tuple[float, float, float, float]) -> None:
     """The scale of attention, as a bar."""
     ((axes,),) = _grid(figure, box, 1, 1, 0)
@@ -148,6 +153,8 @@ def _scale(figure: Any, box: tuple[float, float, float, float]) -> None:
     axes.set_yticks([])
     axes.set_xticks(range(-DECADES, 1), [f"{10.0**k:g}" for k in range(-DECADES, 1)], size=7.5, color=INK)
     axes.tick_params(length=0, pad=2)
+    axes.get_xticklabels()[0].set_ha("left")
+    axes.get_xticklabels()[-1].set_ha("right")
     for spine in axes.spines.values():
         spine.set_color(FRAME)
 
@@ -225,7 +232,7 @@ def plot_attention(
         for axes, layer, both, top_value in zip(flat, layers, maps, largest):
             _photo(axes, view, "dark")
             if both[direction].any():
-                _over(axes, view, np.log10(both[direction] / top_value + 1e-12), HEAT, -DECADES, 0)
+                _over(axes, view, _decades(both[direction] / top_value), HEAT, -DECADES, 0)
             _tag(axes, f"{layer}" if both[direction].any() else f"{layer}: none")
     save_figure(figure, path)
 
@@ -301,7 +308,9 @@ def plot_norms(view: View, norms: Array, layers: Sequence[int], title: str, path
 
 
 @plain_text
-def plot_evidence(view: View, rows: Sequence[Evidence], title: str, note: str, path: Path) -> None:
+def plot_evidence(
+    view: View, rows: Sequence[Evidence], signed: bool, title: str, note: str, path: Path
+) -> None:
     """A row per class: the evidence over the picture, and the curves of deletion and insertion."""
     cell = _shape(view, 2.5)
     gap, top, curve, apart = 0.15, 0.62, 2.9, 0.36
@@ -315,7 +324,6 @@ def plot_evidence(view: View, rows: Sequence[Evidence], title: str, note: str, p
         ((left, right),) = _grid(figure, (0, bottom, 2 * cell[0] + gap, cell[1]), 1, 2, gap)
         _photo(left, view)
         left.set_title(shortened(row.title, 44), color=INK, weight="bold", size=9.5, loc="left", pad=4)
-        signed = bool((row.heat < 0).any())
         largest = float(abs(row.heat).max()) or 1.0
         _photo(right, view, "light" if signed else "dark")
         _over(right, view, row.heat, SIGNED if signed else HEAT, -largest if signed else 0, largest)

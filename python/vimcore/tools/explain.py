@@ -248,7 +248,7 @@ class Explainer:
         else:
             title = f"{name}: saliency (integrated gradients)"
             note = "bright: speaks for the class; right: its probability as pixels go or come"
-        plots.plot_evidence(view, rows, title, note, path)
+        plots.plot_evidence(view, rows, what == "relevance", title, note, path)
 
     # ---- all pictures --------------------------------------------------------------------------------------
 
