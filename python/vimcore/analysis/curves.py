@@ -80,21 +80,25 @@ def deletion_insertion(
     order = evidence.flatten().argsort(descending=True, stable=True)
     counts = [round(step * len(order) / steps) for step in range(steps + 1)]
     even = image.mean((1, 2), keepdim=True).expand_as(image)
-    images = []
-    for first, second in ((image, even), (even, image)):
-        for count in counts:
-            mixed = first.flatten(1).clone()
-            mixed[:, order[:count]] = second.flatten(1)[:, order[:count]]
-            images.append(mixed.view_as(image))
+    mixtures = [(one, other, n) for one, other in ((image, even), (even, image)) for n in counts]
+    found = []
     with evaluating(model):
-        logits = torch.cat(
-            [model(torch.stack(images[i : i + _BATCH])) for i in range(0, len(images), _BATCH)]
-        )
+        for begin in range(0, len(mixtures), _BATCH):
+            images = [_mixed(*mixture, order) for mixture in mixtures[begin : begin + _BATCH]]
+            found.append(model(torch.stack(images)))
+    logits = torch.cat(found)
     if logits.ndim != 2 or not model.num_classes:
         raise ValueError(f"[{_OP}] model: expected logits (B, classes), got {tuple(logits.shape)}")
     index = int(target_index(_OP, target, logits[:1])[0])
     p = logits.double().softmax(1)[:, index].cpu().numpy()
     return Curves(np.array(counts) / len(order), p[: steps + 1], p[steps + 1 :])
+
+
+def _mixed(first: Tensor, second: Tensor, count: int, order: Tensor) -> Tensor:
+    """The first image (C, H, W), but `count` pixels of the second, in this order."""
+    mixed = first.flatten(1).clone()
+    mixed[:, order[:count]] = second.flatten(1)[:, order[:count]]
+    return mixed.view_as(first)
 
 
 def by_pixel(x: Tensor, patch: int, stride: int, height: int, width: int) -> Tensor:

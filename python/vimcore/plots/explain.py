@@ -105,14 +105,14 @@ def _over(axes: Axes, view: View, heat: Array, cmap: Any, low: float, high: floa
     by_pixel = heat.shape == view.pixels.shape[:2]
     height, width = view.pixels.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5) if by_pixel else view.extent
-    coarse = max(heat.shape) <= COARSE  # so few patches are shown as they are
+    coarse = max(heat.shape) <= COARSE  # so few patches are shown as they are; hermite keeps peaks
     image = axes.imshow(
         heat,
         cmap=cmap,
         vmin=low,
         vmax=high,
         extent=extent,
-        interpolation="nearest" if coarse else "bicubic",
+        interpolation="nearest" if coarse else "hermite",
         alpha=0.8 if coarse else 1,
     )
     _bare(axes, view)
