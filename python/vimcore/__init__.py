@@ -18,7 +18,7 @@ from .runtime import Runtime
 from .utils.extras import needs
 
 if TYPE_CHECKING:
-    from . import io, ops, train
+    from . import detection, io, ops, segmentation, train
     from .analysis.attention import attention_maps
     from .analysis.features import feature_pca, token_norms
     from .analysis.health import health
@@ -43,6 +43,7 @@ __all__ = [
     "build_info",
     "create_model",
     "cuda_is_available",
+    "detection",
     "effective_receptive_field",
     "feature_pca",
     "health",
@@ -53,6 +54,7 @@ __all__ = [
     "release_memory",
     "relevance",
     "saliency",
+    "segmentation",
     "token_norms",
     "train",
 ]
@@ -71,7 +73,7 @@ _LAZY = {
     "saliency": "analysis.saliency",
     "token_norms": "analysis.features",
 }
-_LAZY_MODULES = {"io", "nn", "ops", "train"}
+_LAZY_MODULES = {"detection", "io", "nn", "ops", "segmentation", "train"}
 
 
 def cuda_is_available() -> bool:
@@ -85,9 +87,10 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f".{_LAZY.get(name, name)}", __name__)
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        if error.name not in ("torch", "torchvision"):
             raise
-        raise ImportError(f"vimcore.{name} needs torch; {needs('torch')}") from error
+        extra = "torch" if error.name == "torch" else "train"
+        raise ImportError(f"vimcore.{name} needs {error.name}; {needs(extra)}") from error
     value = module if name in _LAZY_MODULES else getattr(module, name)
     globals()[name] = value
     return value
