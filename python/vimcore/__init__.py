@@ -18,10 +18,11 @@ from .runtime import Runtime
 from .utils.extras import needs
 
 if TYPE_CHECKING:
-    from . import io, ops, train
+    from . import io, ops, segmentation, train
     from .analysis.health import health
     from .analysis.saliency import saliency
     from .io import load_checkpoint
+    from .nn.heads.pyramid import SimplePyramid
     from .nn.models import create_model
     from .nn.vision_mamba import VisionMamba
 
@@ -30,6 +31,7 @@ __all__ = [
     "Config",
     "Error",
     "Runtime",
+    "SimplePyramid",
     "VisionMamba",
     "build_info",
     "create_model",
@@ -41,17 +43,19 @@ __all__ = [
     "ops",
     "release_memory",
     "saliency",
+    "segmentation",
     "train",
 ]
 
 _LAZY = {
+    "SimplePyramid": "nn.heads.pyramid",
     "VisionMamba": "nn.vision_mamba",
     "create_model": "nn.models",
     "health": "analysis.health",
     "load_checkpoint": "io",
     "saliency": "analysis.saliency",
 }
-_LAZY_MODULES = {"io", "nn", "ops", "train"}
+_LAZY_MODULES = {"io", "nn", "ops", "segmentation", "train"}
 
 
 def cuda_is_available() -> bool:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `vimcore`: results on stdout, progress and errors on stderr; status 0, 1 (failed) or 2 (usage).
 
-A command NAME is the file NAME.py beside this one, with `add_arguments(parser)` and `run(args)`, which
-returns the exit status, and a line in COMMANDS. Only the file of the command asked for is imported.
+A command NAME is the file or folder NAME beside this one, with `add_arguments(parser)` and `run(args)`, which
+returns the exit status, and a line in COMMANDS. Only the command asked for is imported. A folder has a file
+for each task; the file of weights or the run says which one is meant.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ COMMANDS = {
 }
 
 
-def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def _parser(
+    chosen: str | None, arguments: Sequence[str]
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """The parser of all commands, and that of the chosen one."""
     from .. import __version__
 
@@ -43,7 +46,10 @@ def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, argparse.Argum
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == chosen:
             command = importlib.import_module(f".{name}", __name__)
-            command.add_arguments(sub)
+            if name == "train":  # its flags follow from the task
+                command.add_arguments(sub, arguments)
+            else:
+                command.add_arguments(sub)
             sub.set_defaults(run=command.run)
             own = sub
     return parser, own
@@ -52,7 +58,7 @@ def _parser(chosen: str | None) -> tuple[argparse.ArgumentParser, argparse.Argum
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """Like `parse_args`; unknown arguments are reported with the usage of the command they were given to."""
     chosen = next((a for a in arguments if a in COMMANDS), None)
-    parser, own = _parser(chosen)
+    parser, own = _parser(chosen, arguments)
     args, unknown = parser.parse_known_args(arguments)
     if not unknown:
         return args

@@ -4,13 +4,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 
 from ..utils import options
 from ..utils.extras import required
 from .output import print_json
 
+# The module of vimcore.tools with the demo of a task.
+SHOWN_BY = {"classify": "demo"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--task", choices=SHOWN_BY, default="classify", help="what is learnt (default: %(default)s)"
+    )
     parser.add_argument(
         "--out", default="vimcore-demo", metavar="FOLDER", help="output folder (default: %(default)s)"
     )
@@ -28,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with required("the demo", "demo"):  # matplotlib, too, is missed before the training, not after
-        from ..tools.demo import run_demo
-    metrics = run_demo(args.out, args.epochs, args.seed, args.threads, show=not args.json)
+        module = importlib.import_module(f"vimcore.tools.{SHOWN_BY[args.task]}")
+    metrics = module.run_demo(args.out, args.epochs, args.seed, args.threads, show=not args.json)
     if args.json:
         print_json(metrics)
     return 0

@@ -4,11 +4,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+from pathlib import Path
 
+from .. import tasks
+from ..train.folder import CONFIG
 from ..utils import options
 from ..utils.extras import required
 from .output import print_json
 from .streams import complain
+
+# The module of vimcore.plots that draws the runs of a task.
+DRAWN_BY = {"classify": "runs"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,15 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.positive,
         default=24,
         metavar="N",
-        help="number of misclassified images to show (default: %(default)s)",
+        help="number of the worst images to show (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the names of the files written as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     with required("plotting", "demo"):
-        from ..plots.runs import plot_runs
-    written, notes = plot_runs(args.runs, args.out, args.format, args.mistakes)
+        module = importlib.import_module(f"vimcore.plots.{DRAWN_BY[_task(args.runs)]}")
+    written, notes = module.plot_runs(args.runs, args.out, args.format, args.mistakes)
     for note in notes:
         complain(note)
     if args.json:
@@ -40,3 +47,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(written))
     return 0
+
+
+def _task(runs: list[str]) -> str:
+    """Of the runs; a folder without settings is of a classifier."""
+    configs = {run: Path(run) / CONFIG for run in runs}
+    kinds = {
+        tasks.read_settings(str(config)).task if config.exists() else "classify": run
+        for run, config in configs.items()
+    }
+    if len(kinds) > 1:
+        shown = ", ".join(f"{run} ({task})" for task, run in kinds.items())
+        raise ValueError(f"runs: of several tasks, which have no common figures: {shown}")
+    return next(iter(kinds))

@@ -6,22 +6,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import tasks
 from ..tasks.settings import Settings, read_toml
-from ..train.folder import CONFIG, resumed
-from ..train.presets import DEFAULT, PRESETS, recipe
+from ..train.folder import BEST, CHECKPOINT, CONFIG, LAST, LOG, resumed
+from ..train.presets import DEFAULTS, PRESETS, recipe, task_of
 from ..utils.extras import required
 from .output import print_json
 from .streams import complain
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One flag for each setting, named as in the TOML file."""
+def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """One flag for each setting of the task that the arguments name, named as in the TOML file."""
+    kind = _named(arguments)
+    task = next(name for name in tasks.NAMES if tasks.settings_type({"task": name}) is kind)
+    parser.set_defaults(kind=kind)
     parser.description = (
-        "Train a Vision Mamba on images. Settings are taken from --preset, then --config, then flags, and "
+        f"Train a Vision Mamba on images, here: to {task} (--task {'|'.join(tasks.NAMES)}; each has settings "
+        "of its own). Settings are taken from --preset, then --config, then flags, and "
         "are kept in the run folder. Several processes: torchrun --nproc-per-node=N -m vimcore train ...; on "
         "several machines that share the run folder: torchrun --nnodes=M --nproc-per-node=N "
         "--rdzv-backend=c10d --rdzv-endpoint=HOST:29500 -m vimcore train ... on each."
@@ -38,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=PRESETS,
         metavar="NAME",
-        help=f"published recipe: {', '.join(PRESETS)} (default: {DEFAULT})",
+        help=f"published recipe: {', '.join(name for name in PRESETS if task_of(name) == task)} "
+        f"(default: {DEFAULTS[task]})",
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings, such as RUN/config.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    kind = tasks.settings_type({})
     types = typing.get_type_hints(kind)
     groups = {section: parser.add_argument_group(section) for section in kind.SECTIONS}
     for field in dataclasses.fields(kind):
@@ -66,13 +71,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         groups[field.metadata["section"]].add_argument(flag, help=text, **options)
 
 
+def _named(arguments: Sequence[str]) -> type[Settings]:
+    """The settings of the task that these arguments speak of; what is wrong with them is told later."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--task", "--preset", "--config", "--resume"):
+        parser.add_argument(flag)
+    values: dict[str, Any] = {}
+    try:
+        args, _ = parser.parse_known_args(arguments)
+        if args.preset in PRESETS:
+            values = {"task": task_of(args.preset)}
+        file = args.config or (args.resume and str(Path(args.resume) / CONFIG))
+        if file:
+            values = {**values, **read_toml(file)}
+        if args.task:
+            values = {"task": args.task}
+        return tasks.settings_type(values)
+    except (argparse.ArgumentError, OSError, ValueError):
+        return tasks.settings_type({})
+
+
 def _shown(value: Any) -> str:
     return " ".join(f"{v:.4g}" for v in value) if isinstance(value, tuple) else str(value)
 
 
 def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     """The settings of the run, and notes on what was changed without being asked for."""
-    names = {field.name for field in dataclasses.fields(tasks.settings_type(vars(args)))}
+    names = {field.name for field in dataclasses.fields(args.kind)}
     flags = {name: value for name, value in vars(args).items() if name in names}
     if args.resume is not None:
         if args.out or args.preset or args.config:
@@ -82,10 +107,22 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         kind = tasks.settings_type(read_toml(str(Path(args.resume) / CONFIG)))
         return resumed(kind, Path(args.resume), flags), []
     of_file = read_toml(args.config) if args.config else {}
-    kind = tasks.settings_type({**of_file, **flags})
+    of_preset = {"task": task_of(args.preset)} if args.preset else {}
+    kind = tasks.settings_type({**of_preset, **of_file, **flags})
+    if args.preset and tasks.settings_type(of_preset) is not kind:
+        raise ValueError(
+            f"preset: {args.preset} is a recipe to {of_preset['task']}, got task {flags.get('task')}"
+        )
+    if kind is not args.kind:
+        raise ValueError("write --task, --preset and --config in full: the settings follow from them")
     if args.config:
         of_file = read_toml(args.config, kind)
-    settings, notes = recipe(kind, args.preset or DEFAULT, {**of_file, **flags})
+    if "epochs" in flags:
+        if "updates" in flags:
+            raise ValueError("epochs, updates: both give the length of the run; name one of them")
+        of_file.pop("updates", None)
+    task = next(name for name in tasks.NAMES if tasks.settings_type({"task": name}) is kind)
+    settings, notes = recipe(kind, args.preset or DEFAULTS[task], {"task": task, **of_file, **flags})
     if "-long-" in (args.preset or "") and settings.init is None:
         raise ValueError(f"init: {args.preset} fine-tunes; name the weights to start from with --init")
     return settings, notes
@@ -117,7 +154,8 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.resume or args.out or "vimcore-train")
     try:
         task = tasks.create(settings)
-        summary = train(task, folder, args.resume is not None, notes, _diagnose)
+        diagnose = _diagnose if settings.task == "classify" else None
+        summary = train(task, folder, args.resume is not None, notes, diagnose)
     except Stopped as stopped:
         complain(str(stopped))
         return stopped.status
@@ -132,7 +170,10 @@ def run(args: argparse.Namespace) -> int:
         ("", f"{best['weights']} weights after epoch {best['epoch']}"),
         ("time", f"{summary['seconds']:.0f} s, {summary['images_per_second']:.1f} images/s"),
         ("skipped", f"{summary['skipped']} images that could not be read"),
-        ("files", f"{folder}: best.safetensors, last.safetensors, checkpoint.pt, log.jsonl, eval.npz"),
+        (
+            "files",
+            f"{folder}: {', '.join((BEST, LAST, CHECKPOINT, LOG, *task.files))}",
+        ),
     ]
     for name, value in rows:
         print(f"{name:<8} {value}")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ from ..utils.arguments import boolean, integer, sides
 from ..utils.files import listed
 from ..weights.checkpoints import read_checkpoint, tensor
 from ..weights.metadata import CONFIG_KEY, check_labels, pack, unpack
+from ..weights.task import SegmentTask, unpack_task
 from ..weights.wrappers import ROPE_TABLES
 from .base import NetworkBase
 from .state import computed, described, parametrised, tensors_to_save
@@ -66,6 +67,7 @@ def load_as(
         TypeError: the constructor of `kind` takes other arguments than `VisionMamba`.
     """
     name, dynamic = os.fsdecode(path), boolean("[VisionMamba] dynamic_img_size", dynamic_img_size)
+    _refuse_dense(path)
     # The header's sizes against its tensors, before anything of these sizes is made.
     metadata, _ = _core.check_file(path, not described(kind))
     stored = unpack(metadata, path).config
@@ -79,6 +81,14 @@ def load_as(
     fill(model, state, name, old_grid=stored.grid)
     model.dynamic_img_size = dynamic
     return model.eval().to(device)
+
+
+def _refuse_dense(path: Path) -> None:
+    """Says which function reads the file of a network with another head than a classifier's."""
+    name = os.fsdecode(path)
+    if task := unpack_task(_core.safetensors_header(path)[1], name):
+        module = "segmentation" if isinstance(task, SegmentTask) else "detection"
+        raise ValueError(f"{name}: holds more than a backbone with a head; vimcore.{module}.load reads it")
 
 
 def load_checkpoint(
@@ -126,6 +136,21 @@ def fill(
     skip_head: bool = False,
 ) -> None:
     """Copies ``state`` into the model's parameters after every key and shape has been found right."""
+    faults, write = prepared(model, state, old_grid=old_grid, way=way, skip_head=skip_head)
+    if faults:
+        raise ValueError(f"{path} does not fit this model:\n  " + listed(faults, "\n  "))
+    write()
+
+
+def prepared(
+    model: NetworkBase,
+    state: Mapping[str, torch.Tensor],
+    *,
+    old_grid: tuple[int, int] | None = None,
+    way: str = "correct",
+    skip_head: bool = False,
+) -> tuple[list[str], Callable[[], None]]:
+    """What is wrong with ``state``, and a function that copies it into the model where nothing is."""
     config = dict(model.config)
 
     def counts(name: str) -> bool:
@@ -155,15 +180,17 @@ def fill(
         if not all(hasattr(step, "right_inverse") for step in module.parametrizations[leaf]):  # type: ignore
             faults.append(f"{name}: its parametrisation takes no plain value; remove_parametrizations() does")
     faults += _rope_faults(state, config)
-    if faults:
-        raise ValueError(f"{path} does not fit this model:\n  " + listed(faults, "\n  "))
-    with torch.no_grad():
-        for name, value in wanted.items():
-            if name in plain:
-                module, leaf, _ = plain[name]
-                setattr(module, leaf, given[name].to(value))
-            else:
-                value.copy_(given[name])
+
+    def write() -> None:
+        with torch.no_grad():
+            for name, value in wanted.items():
+                if name in plain:
+                    module, leaf, _ = plain[name]
+                    setattr(module, leaf, given[name].to(value))
+                else:
+                    value.copy_(given[name])
+
+    return faults, write
 
 
 def _destinations(

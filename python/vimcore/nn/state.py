@@ -72,7 +72,7 @@ def tensors_to_save(model: NetworkBase, wanted: Mapping[str, tuple[int, ...]]) -
     """
     state = {name: value for name, value in model.state_dict().items() if name not in ROPE_TABLES}
     complete = described(parametrize.type_before_parametrizations(model))
-    faults = _replaced(model) if complete else []
+    faults = replaced(model) if complete else []
     order = {name: i for i, name in enumerate(wanted)}
     if not complete:  # its head is its own
         wanted = {name: shape for name, shape in wanted.items() if not name.startswith("head.")}
@@ -84,16 +84,17 @@ def tensors_to_save(model: NetworkBase, wanted: Mapping[str, tuple[int, ...]]) -
     faults += [f"not described: {name}" for name in others if complete]
     shapes = {name: tuple(state[name].shape) for name in wanted if isinstance(state.get(name), Tensor)}
     faults += _core.misfits(wanted, shapes)
-    faults += [f"{name}: {why}" for name, value in state.items() if (why := _unwritable(value))]
+    faults += [f"{name}: {why}" for name, value in state.items() if (why := unwritable(value))]
     if faults:
-        lines = [listed(faults, "\n  "), *(f"to save it: {remedy}" for remedy in _remedies(faults))]
+        lines = [listed(faults, "\n  "), *(f"to save it: {remedy}" for remedy in remedies(faults))]
         raise ValueError(
             "[VisionMamba] save: the file cannot describe this network:\n  " + "\n  ".join(lines)
         )
-    return {name: _array(state[name]) for name in sorted(state, key=lambda name: order.get(name, len(order)))}
+    names = sorted(state, key=lambda name: order.get(name, len(order)))
+    return {name: plain_array(state[name]) for name in names}
 
 
-def _replaced(model: NetworkBase) -> list[str]:
+def replaced(model: NetworkBase) -> list[str]:
     """Modules that are not what the constructor put there: the file would not tell what they do."""
     found = []
     for path, module in model.named_modules():
@@ -103,7 +104,8 @@ def _replaced(model: NetworkBase) -> list[str]:
     return found
 
 
-def _unwritable(value: Any) -> str | None:
+def unwritable(value: Any) -> str | None:
+    """Why a value of a state dict is no array; None where it is one."""
     if not isinstance(value, Tensor):
         return f"no tensor but {type(value).__name__}"
     if type(value) not in (Tensor, nn.Parameter):
@@ -113,16 +115,19 @@ def _unwritable(value: Any) -> str | None:
     return None
 
 
-def _remedies(faults: Sequence[str]) -> list[str]:
+def remedies(faults: Sequence[str], derived: bool = True) -> list[str]:
+    """What helps against these faults, by what the names tell; derived: also to derive a class."""
     text = "\n".join(faults)
-    return [
-        *(remedy for mark, remedy in _REMEDIES.items() if re.search(mark, text)),
-        "a class derived from VisionMamba that makes its modules in the constructor saves and loads them",
-        "torch.save(model.state_dict(), file) writes anything",
-    ]
+    found = [remedy for mark, remedy in _REMEDIES.items() if re.search(mark, text)]
+    if derived:
+        found.append(
+            "a class derived from VisionMamba that makes its modules in the constructor saves and loads them"
+        )
+    return [*found, "torch.save(model.state_dict(), file) writes anything"]
 
 
-def _array(value: Tensor) -> Any:
+def plain_array(value: Tensor) -> Any:
+    """A tensor as numpy's array, 16-bit numbers as float32."""
     value = value.detach().to("cpu")
     if value.is_floating_point() and value.itemsize < 4:
         value = value.float()  # exact

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is learnt: one task each, by the name that `task` has in the settings of a run."""
+"""What is learnt: one task each, by the name that `task` has in the settings of a run.
+
+A task is a folder beside this file: `settings.py` with the settings {Task}Settings, which need no torch, and
+`task.py` with the class {Task} (`vimcore.tasks.task.Task`).
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +15,12 @@ if TYPE_CHECKING:
     from .settings import Settings
     from .task import Task
 
-NAMES = ("classification",)
+# Name in settings and flags: folder, class.
+TASKS = {
+    "classify": ("classification", "Classification"),
+}
+NAMES = tuple(TASKS)
+_OLDER = {"classification": "classify"}  # as runs of version 0.2 have it
 
 
 def settings_type(values: Mapping[str, Any]) -> type[Settings]:
@@ -20,11 +30,14 @@ def settings_type(values: Mapping[str, Any]) -> type[Settings]:
         ValueError: there is no such task.
     """
     name = values.get("task", NAMES[0])
+    name = _OLDER.get(name, name) if isinstance(name, str) else name
     if name not in NAMES:
         raise ValueError(f"task: expected one of {', '.join(NAMES)}, got {name!r}")
-    from .classification.settings import ClassificationSettings
-
-    return ClassificationSettings
+    folder, task = TASKS[name]
+    kind: type[Settings] = getattr(
+        importlib.import_module(f".{folder}.settings", __name__), f"{task}Settings"
+    )
+    return kind
 
 
 def read_settings(path: str) -> Settings:
@@ -41,8 +54,6 @@ def read_settings(path: str) -> Settings:
 
 def create(settings: Settings) -> Task:
     """The task of a run."""
-    from .classification.settings import ClassificationSettings
-    from .classification.task import Classification
-
-    assert isinstance(settings, ClassificationSettings)
-    return Classification(settings)
+    folder, name = TASKS[settings.task]
+    task: Task = getattr(importlib.import_module(f".{folder}.task", __name__), name)(settings)
+    return task

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.models import adapt_input_conv
+from torch import Tensor
 
 from ..config import image_size, model_options, patch_grid
+from ..nn.heads.starting import backbone_weights
 from ..nn.models import create_model
 from ..nn.saving import fill
 from ..nn.vision_mamba import VisionMamba
@@ -97,24 +99,47 @@ def start_from(model: VisionMamba, settings: Settings, classes: Sequence[str]) -
     if CONFIG_KEY in metadata:
         stored, labels, _ = unpack(metadata, path)
         grid = stored.grid
-    patches = state.get(_PATCHES)
-    channels = model.config["in_chans"]
-    if patches is not None and patches.ndim == 4 and patches.shape[1] != channels:
-        try:
-            state[_PATCHES] = adapt_input_conv(channels, patches)
-        except NotImplementedError:
-            raise ValueError(
-                f"init: {path}: {_PATCHES} takes {patches.shape[1]} channels, the images have {channels}; "
-                "only 3 channels can be adapted to others"
-            ) from None
-        notes.append(f"patch embedding adapted from {patches.shape[1]} to {channels} channels")
+    notes += _adapt_channels(model, state, path)
     head = state.get("head.weight")
     other = head is None or head.shape[0] != len(classes) or (labels is not None and labels != list(classes))
     if other:
         notes.append(f"new head for {len(classes)} classes")
-    table = state.get("pos_embed")
-    if table is not None and hasattr(model, "pos_embed") and table.shape != model.pos_embed.shape:
-        rows, columns = patch_grid(model.config)
-        notes.append(f"position table resized to {rows} x {columns} patches ({settings.pos_embed})")
+    notes += _resized(model, state, settings)
     fill(model, state, path, old_grid=grid, way=settings.pos_embed, skip_head=other)
     return [f"weights from {path}", *notes]
+
+
+def start_without_head(model: VisionMamba, settings: Settings) -> list[str]:
+    """As `start_from`, of a backbone that another head stands on, from the file of any task.
+
+    See `vimcore.nn.heads.starting.backbone_weights` for what is left aside.
+    """
+    path = str(settings.init)
+    state, grid, notes = backbone_weights(path, model._config, model.state_dict(), settings.init_weights)
+    notes += _adapt_channels(model, state, path) + _resized(model, state, settings)
+    fill(model, state, path, old_grid=grid, way=settings.pos_embed)
+    return [f"weights from {path}", *notes]
+
+
+def _adapt_channels(model: VisionMamba, state: dict[str, Tensor], path: str) -> list[str]:
+    """Fits the patch embedding to the channels of the images; the note on it."""
+    patches, channels = state.get(_PATCHES), model.config["in_chans"]
+    if patches is None or patches.ndim != 4 or patches.shape[1] == channels:
+        return []
+    try:
+        state[_PATCHES] = adapt_input_conv(channels, patches)
+    except NotImplementedError:
+        raise ValueError(
+            f"init: {path}: {_PATCHES} takes {patches.shape[1]} channels, the images have {channels}; "
+            "only 3 channels can be adapted to others"
+        ) from None
+    return [f"patch embedding adapted from {patches.shape[1]} to {channels} channels"]
+
+
+def _resized(model: VisionMamba, state: Mapping[str, Tensor], settings: Settings) -> list[str]:
+    """The note on a position table that has to be resized."""
+    table = state.get("pos_embed")
+    if table is None or not hasattr(model, "pos_embed") or table.shape == model.pos_embed.shape:
+        return []
+    rows, columns = patch_grid(model.config)
+    return [f"position table resized to {rows} x {columns} patches ({settings.pos_embed})"]

@@ -116,14 +116,35 @@ class Settings:
     )
 
     epochs: int = key("schedule", 300, "passes over the training images")
-    schedule: str = key("schedule", "cosine", "of the learning rate", ("cosine", "constant"))
+    updates: int | None = key(
+        "schedule", None, "length of the run in updates; epochs follow from it", later=True
+    )
+    schedule: str = key(
+        "schedule",
+        "cosine",
+        "of the learning rate; poly and steps move at each update",
+        ("cosine", "constant", "poly", "steps"),
+    )
+    poly_power: float = key("schedule", 1.0, "poly: of the share of the run that is left", later=True)
+    milestones: tuple[float, ...] = key(
+        "schedule", (8 / 9, 26 / 27), "steps: shares of the run after which lr is a tenth", later=True
+    )
     schedule_steps: str = key(
         "schedule", "authors", "when it moves: authors' is one epoch late", ("authors", "epoch", "update")
     )
     warmup_epochs: float = key(
         "schedule", 5, "of growth from warmup_lr; not set: at most a tenth of a run shorter than its preset"
     )
+    warmup_updates: int | None = key(
+        "schedule", None, "the same in updates, instead of warmup_epochs", later=True
+    )
     warmup_lr: float = key("schedule", 1e-6, "where warm-up starts, never scaled")
+    warmup_factor: float = key(
+        "schedule",
+        1e-6,
+        "poly, steps: warm-up starts at this share of the rate, not at warmup_lr",
+        later=True,
+    )
     min_lr: float = key("schedule", 1e-5, "where the cosine ends, never scaled")
 
     device: str = key("run", "auto", "cpu, cuda, cuda:N; auto: cuda where this build can use it")
@@ -138,9 +159,11 @@ class Settings:
         "also log to tensorboard, wandb, mlflow, ...; none; default: tensorboard where it is installed",
     )
 
-    task: str = key("task", "classification", "what is learnt", later=True)
+    task: str = key("task", "classify", "what is learnt", later=True)
 
     def __post_init__(self) -> None:
+        if self.task == "classification":  # as runs of version 0.2 have it
+            self.task = "classify"
         types = typing.get_type_hints(type(self))
         for field in fields(self):
             value = _converted(field.name, getattr(self, field.name), types[field.name])
@@ -155,6 +178,11 @@ class Settings:
         for name in (*positive, "log_every", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("updates", "warmup_updates"):
+            value = getattr(self, name)
+            if value is not None and value < (name == "updates"):
+                raise ValueError(f"{name}: expected at least {int(name == 'updates')}, got {value}")
+        self._check_schedule()
         if not self.lr > 0:
             raise ValueError(f"lr: expected more than 0, got {self.lr}")
         for name in ("warmup_epochs", "warmup_lr", "min_lr", "weight_decay", "workers"):
@@ -179,6 +207,22 @@ class Settings:
                     raise ValueError(f"{field.name}: expected a finite number, got {value}")
                 if isinstance(value, str) and not _is_utf8(value):
                     raise ValueError(f"{field.name}: expected text in UTF-8, got {literal(value)}")
+
+    def _check_schedule(self) -> None:
+        by_update = {"poly and steps move": self.schedule in ("poly", "steps")}
+        by_update["warmup_updates counts"] = self.warmup_updates is not None
+        for what, used in by_update.items():
+            if used and self.schedule_steps != "update":
+                raise ValueError(
+                    f"schedule_steps: {what} by updates, got {self.schedule_steps}; "
+                    "add --schedule-steps update"
+                )
+        if not 0 < self.warmup_factor <= 1:
+            raise ValueError(f"warmup_factor: expected more than 0 and at most 1, got {self.warmup_factor}")
+        if not self.poly_power > 0:
+            raise ValueError(f"poly_power: expected more than 0, got {self.poly_power}")
+        if not all(0 < share < 1 for share in self.milestones):
+            raise ValueError(f"milestones: expected shares between 0 and 1, got {self.milestones}")
 
     def merged(self, changes: Mapping[str, Any]) -> Self:
         """These settings with other values of some keys; ValueError names a key that does not exist."""

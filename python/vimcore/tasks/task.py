@@ -101,10 +101,12 @@ class Task(ABC):
 
     Attributes:
         metrics: kept with the best weights; the first of them decides which these are.
+        files: that `report` writes.
         settings: of the run; `data` replaces them by complete ones, where something follows from the data.
     """
 
     metrics: ClassVar[tuple[Metric, ...]]
+    files: ClassVar[tuple[str, ...]] = ("eval.npz",)
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

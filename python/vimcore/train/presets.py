@@ -95,13 +95,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": DIGITS,
 }
 
-DEFAULT = "tiny-released"  # where no preset is named
+# Where no preset is named, by task.
+DEFAULTS = {"classify": "tiny-released"}
+
+
+def task_of(preset: str) -> str:
+    """The task that a preset is for."""
+    return str(PRESETS[preset].get("task", "classify"))
 
 
 def recipe(kind: type[S], name: str, typed: Mapping[str, Any]) -> tuple[S, list[str]]:
     """The settings of a preset with those that were typed, and what else was changed, in words.
 
     A run that is shorter than the recipe gets at most a tenth of itself as warm-up, unless that was typed;
+    epochs that were typed take the place of the recipe's updates;
     averaged weights whose decay was typed forget faster while they are young, unless something is said of it.
 
     Args:
@@ -112,8 +119,12 @@ def recipe(kind: type[S], name: str, typed: Mapping[str, Any]) -> tuple[S, list[
     """
     own = kind().merged(PRESETS[name])
     settings = own.merged(typed)
+    if "epochs" in typed and "updates" not in typed:
+        settings = settings.merged({"updates": None})
     if "ema" in typed and "ema_ramp" not in {*typed, *PRESETS[name]}:
         settings = settings.merged({"ema_ramp": True})
+    if settings.updates is not None:
+        return _bounded_updates(settings, own, "warmup_updates" in typed)
     if "warmup_epochs" in typed or settings.epochs >= own.epochs:
         return settings, []
     warmup = bounded_warmup(settings.warmup_epochs, settings.epochs, settings.schedule_steps)
@@ -122,3 +133,15 @@ def recipe(kind: type[S], name: str, typed: Mapping[str, Any]) -> tuple[S, list[
     which = "" if settings.schedule_steps == "update" else "the whole epochs in "
     what = f"warm-up {settings.warmup_epochs:g} epochs shortened to {warmup:g}, {which}a tenth of the run"
     return settings.merged({"warmup_epochs": warmup}), [f"{what}; --warmup-epochs sets it"]
+
+
+def _bounded_updates(settings: S, own: S, typed: bool) -> tuple[S, list[str]]:
+    """A warm-up in updates of at most a tenth of a run that is shorter than its recipe."""
+    warmup, updates = settings.warmup_updates, settings.updates
+    assert updates is not None
+    if warmup is None or typed or updates >= (own.updates or 0) or warmup <= updates // 10:
+        return settings, []
+    note = (
+        f"warm-up {warmup} updates shortened to {updates // 10}, a tenth of the run; --warmup-updates sets it"
+    )
+    return settings.merged({"warmup_updates": updates // 10}), [note]

@@ -30,6 +30,7 @@ class Expected:
     scaler: Mapping[str, Any]
     parameters: Sequence[Tensor]  # in the order of the optimizer
     epochs: int
+    updates: int
     updates_per_epoch: int
     identity: Mapping[str, Any]
     metrics: Sequence[Metric]
@@ -52,7 +53,7 @@ class _Checker:
     def run(self, saved: Mapping[str, Any], expected: Expected) -> None:
         self._keys("checkpoint", saved, _KEYS)
         self._identity(saved["identity"], expected.identity)
-        self._place(saved, expected.epochs, expected.updates_per_epoch)
+        self._place(saved, expected)
         self._tensors("model", saved["model"], expected.model)
         if expected.average is None or saved["average"] is None:
             if saved["average"] is not expected.average:
@@ -79,11 +80,13 @@ class _Checker:
                     f"({_shown(value[name])}, now {now[name]})"
                 )
 
-    def _place(self, saved: Mapping[str, Any], epochs: int, per_epoch: int) -> None:
-        epoch = self._integer("epoch", saved["epoch"], 0, epochs)
-        done = self._integer("done", saved["done"], 0, per_epoch if epoch < epochs else 0)
-        step = epoch * per_epoch + done
-        if self._integer("step", saved["step"], 0, epochs * per_epoch) != step:
+    def _place(self, saved: Mapping[str, Any], expected: Expected) -> None:
+        per_epoch, updates = expected.updates_per_epoch, expected.updates
+        epoch = self._integer("epoch", saved["epoch"], 0, expected.epochs)
+        before = min(epoch * per_epoch, updates)
+        done = self._integer("done", saved["done"], 0, min(per_epoch, updates - before))
+        step = before + done
+        if self._integer("step", saved["step"], 0, updates) != step:
             self._wrong(
                 "step", f"{step}, of epoch {epoch} and {done} updates of {per_epoch}", _shown(saved["step"])
             )

@@ -113,7 +113,7 @@ class Run:
         self.setup.sampler.set_epoch(state.epoch, state.done * settings.accumulate)
         clock, images = time.perf_counter(), 0
         for group in grouped(self.stop.waited(self.setup.batches), settings.accumulate):
-            if state.done == state.updates_per_epoch:
+            if state.done == state.to_do:
                 break  # what is left over does not fill an update
             seed_all(derive_seed("update", settings.seed, self.loop.step, self.setup.rank))
             batches = [self._prepare(batch) for batch in group]
@@ -124,7 +124,7 @@ class Run:
             step, memory = self.loop.step, peak_memory(self.device)
             rate = images / (time.perf_counter() - clock)
             self.log.step(state.epoch + 1, settings.epochs, update.loss, update.lr, rate, memory)
-            last = state.done == state.updates_per_epoch
+            last = state.done == state.to_do
             if step % settings.log_every == 0 or last:
                 self.log.record(
                     "step",

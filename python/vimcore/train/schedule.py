@@ -43,24 +43,42 @@ class Schedule:
 
     schedule_steps "update" moves at each update, "epoch" at each epoch; "authors" as well, but epoch e has
     the value of epoch e - 1, because the published loop steps its scheduler after the epoch.
+
+    "poly" and "steps" are mmsegmentation's and detectron2's, by updates t of T: peak * (1 - t / T)^poly_power
+    down to min_lr, and a tenth of the peak after each milestone; warm-up over W updates multiplies them by
+    1 - (1 - t / W)(1 - warmup_factor).
+
+    Args:
+        updates: T; default: whole epochs.
     """
 
-    def __init__(self, settings: Settings, peak: float, updates_per_epoch: int) -> None:
+    def __init__(
+        self, settings: Settings, peak: float, updates_per_epoch: int, updates: int | None = None
+    ) -> None:
+        updates = updates or updates_per_epoch * settings.epochs
+        self.when, self.per_epoch = settings.schedule_steps, updates_per_epoch
+        units = updates_per_epoch if self.when == "update" else 1
+        self.peak, self.kind, self.updates = peak, settings.schedule, updates
+        self.warmup = round(settings.warmup_epochs * units)
+        if settings.warmup_updates is not None:
+            self.warmup = settings.warmup_updates
+        self.warmup_lr, self.min_lr, self.factor = settings.warmup_lr, settings.min_lr, settings.warmup_factor
+        self.power = settings.poly_power
+        self.milestones = [round(share * updates) for share in settings.milestones]
+        if self.kind in ("cosine", "constant"):
+            self._cosine(updates if self.when == "update" else settings.epochs)
+
+    def _cosine(self, length: int) -> None:
         import torch
         from timm.scheduler import CosineLRScheduler
 
-        self.when, self.per_epoch = settings.schedule_steps, updates_per_epoch
-        units = updates_per_epoch if self.when == "update" else 1
-        self.peak, self.constant = peak, settings.schedule == "constant"
-        self.warmup = round(settings.warmup_epochs * units)
-        self.warmup_lr = settings.warmup_lr
-        carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=peak)
+        carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=self.peak)
         self.cosine = CosineLRScheduler(
             carrier,
-            t_initial=max(settings.epochs * units, 2),  # timm warns of 1, which has one value anyway
-            lr_min=settings.min_lr,
+            t_initial=max(length, 2),  # timm warns of 1, which has one value anyway
+            lr_min=self.min_lr,
             warmup_t=self.warmup,
-            warmup_lr_init=settings.warmup_lr,
+            warmup_lr_init=self.warmup_lr,
         )
 
     def __call__(self, update: int) -> float:
@@ -69,16 +87,34 @@ class Schedule:
     def highest(self, updates: int) -> float:
         """The largest learning rate of a run of so many updates: it grows, and then falls."""
         last = self._time(updates - 1)
-        return max(self._at(min(max(time, 0), last)) for time in (0, self.warmup - 1, self.warmup, last))
+        times = (0, self.warmup - 1, self.warmup, last, last // 2)
+        return max(self._at(min(max(time, 0), last)) for time in times)
+
+    @property
+    def constant(self) -> bool:
+        """Whether it stays at its peak after the warm-up."""
+        return self.kind == "constant"
 
     def _time(self, update: int) -> int:
         epoch = update // self.per_epoch
         return {"update": update, "epoch": epoch, "authors": max(epoch - 1, 0)}[self.when]
 
     def _at(self, time: int) -> float:
+        if self.kind in ("poly", "steps"):
+            return self._by_updates(time)
         if self.constant and time >= self.warmup:
             return self.peak
         return float(self.cosine._get_lr(time)[0])
+
+    def _by_updates(self, time: int) -> float:
+        if self.kind == "poly":
+            left = (1 - time / self.updates) ** self.power
+            lr = (self.peak - self.min_lr) * left + self.min_lr
+        else:
+            lr = self.peak * 0.1 ** sum(time >= milestone for milestone in self.milestones)
+        if time < self.warmup:
+            lr *= 1 - (1 - time / self.warmup) * (1 - self.factor)
+        return lr
 
 
 def described(settings: Settings, images: int, peak: float) -> str:
@@ -91,6 +127,12 @@ def described(settings: Settings, images: int, peak: float) -> str:
     return f"learning rate: {rule}"
 
 
+def _warmup_flag(settings: Settings) -> str:
+    if settings.warmup_updates is not None:
+        return f"--warmup-updates, {settings.warmup_updates}"
+    return f"--warmup-epochs, {settings.warmup_epochs:g} of {settings.epochs} epochs"
+
+
 def warnings(settings: Settings, schedule: Schedule, updates: int) -> list[str]:
     """What of so many updates would teach little though every setting is in its range."""
     found = []
@@ -98,7 +140,7 @@ def warnings(settings: Settings, schedule: Schedule, updates: int) -> list[str]:
     if highest < NEAR * peak:
         found.append(
             f"the learning rate never reaches its peak of {peak:.3g}: the highest in {updates} updates is "
-            f"{highest:.3g}; --warmup-epochs, {settings.warmup_epochs:g} of {settings.epochs} epochs, sets it"
+            f"{highest:.3g}; {_warmup_flag(settings)}, sets it"
         )
     if not schedule.constant and settings.min_lr > peak:
         found.append(

@@ -69,6 +69,7 @@ class Setup:
         model, of_weights = task.build()
         model.to(device)
         self._build(task, self.data, model)
+        settings = self.settings  # whole: the number of epochs may have followed from the data
         if saved is not None:
             self.state.restore(folder, saved, settings, task.metrics)
 
@@ -115,9 +116,11 @@ class Setup:
         if per_epoch == 0:
             what = f"{count} images to learn from do not fill one update of {self.per_update}"
             raise ValueError(f"batch_size: {what}; lower it")
-        self.updates = per_epoch * settings.epochs
+        self.updates = settings.updates or per_epoch * settings.epochs
+        if settings.updates is not None:
+            self.settings = settings = settings.merged({"epochs": -(-self.updates // per_epoch)})
         peak = peak_lr(settings, self.world)
-        self.schedule = Schedule(settings, peak, per_epoch)
+        self.schedule = Schedule(settings, peak, per_epoch, self.updates)
         optimizer = create_optimizer(model, settings, peak, task.layers())
         ema = Ema(model, settings.ema, settings.ema_ramp) if settings.ema else None
         loop = Loop(
@@ -130,7 +133,7 @@ class Setup:
             precision=getattr(torch, settings.precision),
         )
         identity = {"images": data.fingerprint, "per_update": self.per_update}
-        self.state = State(model, optimizer, loop, ema, per_epoch, identity)
+        self.state = State(model, optimizer, loop, ema, per_epoch, self.updates, identity)
 
     def _wrap_ddp(self, model: nn.Module) -> nn.Module:
         if self.world == 1:

@@ -28,6 +28,7 @@ class State:
 
     Attributes:
         epoch, done: epochs finished; updates of the current one.
+        updates: of the whole run, whose last epoch may be a part of one.
         best: of the best weights, their metrics, epoch and kind.
         last: batch and learning rate of the last update.
     """
@@ -39,13 +40,19 @@ class State:
         loop: Loop,
         ema: Ema | None,
         updates_per_epoch: int,
+        updates: int,
         identity: Mapping[str, Any],
     ) -> None:
         self.model, self.optimizer, self.loop, self.ema = model, optimizer, loop, ema
-        self.updates_per_epoch, self.identity = updates_per_epoch, identity
+        self.updates_per_epoch, self.updates, self.identity = updates_per_epoch, updates, identity
         self.epoch, self.done = 0, 0
         self.best: dict[str, Any] = {}
         self.last: tuple[Any, float] = (None, 0.0)
+
+    @property
+    def to_do(self) -> int:
+        """Updates of the current epoch."""
+        return min(self.updates_per_epoch, self.updates - self.epoch * self.updates_per_epoch)
 
     def write(self, path: Path) -> None:
         """The checkpoint."""
@@ -73,6 +80,7 @@ class State:
             scaler=self.loop.scaler.state_dict(),
             parameters=[p for group in self.optimizer.param_groups for p in group["params"]],
             epochs=settings.epochs,
+            updates=self.updates,
             updates_per_epoch=self.updates_per_epoch,
             identity=self.identity,
             metrics=metrics,

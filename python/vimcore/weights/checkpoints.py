@@ -23,18 +23,24 @@ class Checkpoint(NamedTuple):
     notes: list[str]
 
 
-def read_checkpoint(path: str, weights: str = "model") -> Checkpoint:
+def read_checkpoint(path: str, weights: str = "model", keep: str = "") -> Checkpoint:
     """The weights of a file that `torch.save` or safetensors wrote, without what programs wrap around them.
 
     Pickles pass through torch's weights-only unpickler: nothing in them is executed.
 
     Args:
         weights: "model", or "ema" for the averaged weights of a training checkpoint.
+        keep: see `plain_names`.
 
     Raises:
         OSError: the file cannot be opened.
         ValueError, vimcore.Error: it is damaged, something else, or holds something else than tensors.
     """
+    return read_with_meta(path, weights, keep)[0]
+
+
+def read_with_meta(path: str, weights: str = "model", keep: str = "") -> tuple[Checkpoint, dict[Any, Any]]:
+    """As `read_checkpoint`, and what mmengine's and mmcv's checkpoints say about themselves under "meta"."""
     if weights not in ("model", "ema"):
         raise ValueError(f"weights: expected 'model' or 'ema', got {weights!r}")
     if format_of(path) == "safetensors":
@@ -42,8 +48,8 @@ def read_checkpoint(path: str, weights: str = "model") -> Checkpoint:
             raise ValueError(
                 f"{path}: weights='ema' asks for a training checkpoint (.pth); a safetensors file has one set"
             )
-        arrays, metadata, notes = read_safetensors(path)
-        return Checkpoint({name: tensor(array) for name, array in arrays.items()}, metadata, notes)
+        arrays, metadata, notes = read_safetensors(path, keep)
+        return Checkpoint({name: tensor(array) for name, array in arrays.items()}, metadata, notes), {}
     content = _unpickled(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dictionary of weights, got {type(content).__name__}")
@@ -53,9 +59,10 @@ def read_checkpoint(path: str, weights: str = "model") -> Checkpoint:
         raise ValueError(
             f"{path}: expected tensors under every key, but these hold something else: {listed(strange)}"
         )
-    names, notes = plain_names([str(key) for key in state], path)
+    names, notes = plain_names([str(key) for key in state], path, keep)
     tensors = {names[str(key)]: value for key, value in state.items() if str(key) in names}
-    return Checkpoint(tensors, {}, unwrapped + notes)
+    meta = content.get("meta")
+    return Checkpoint(tensors, {}, unwrapped + notes), meta if isinstance(meta, dict) else {}
 
 
 def tensor(array: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from ..utils.arguments import native
 CONFIG_KEY = "vimcore.config"
 LABELS_KEY = "vimcore.labels"
 PREPROCESS_KEY = "vimcore.preprocess"
+TASK_KEY = "vimcore.task"
 
 
 def check_labels(labels: Sequence[str], num_classes: int) -> list[str]:
@@ -59,3 +60,21 @@ def unpack(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Content
         ValueError: names the file, and what is missing, of a wrong type or out of range.
     """
     return Contents(*_core.describe(dict(metadata), path))
+
+
+def task_of_file(path: str | os.PathLike[str]) -> str:
+    """The task that a file's network does: "classify" where it says nothing of it.
+
+    Raises:
+        vimcore.Error, ValueError: it cannot be read, or names no task.
+    """
+    text = _core.safetensors_header(str(path))[1].get(TASK_KEY)
+    if text is None:
+        return "classify"
+    try:
+        name = json.loads(text)["task"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        name = None
+    if name not in ("segment", "detect"):
+        raise ValueError(f"{path}: {TASK_KEY}: expected a task, segment or detect, got {text!r:.60}")
+    return str(name)

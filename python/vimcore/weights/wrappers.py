@@ -48,12 +48,12 @@ def format_of(path: str) -> str:
     return "pickle"
 
 
-def read_safetensors(path: str) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+def read_safetensors(path: str, keep: str = "") -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Arrays by name without wrappers, metadata, what was unwrapped; the names of a vimcore file stay."""
     arrays, metadata = _core.read_safetensors(path)
     if CONFIG_KEY in metadata:
         return arrays, metadata, []
-    names, notes = plain_names(arrays, path)
+    names, notes = plain_names(arrays, path, keep)
     return {names[name]: array for name, array in arrays.items() if name in names}, metadata, notes
 
 
@@ -84,11 +84,14 @@ def chosen(content: Mapping[Any, Any], weights: str, path: str) -> tuple[Mapping
     return content, notes
 
 
-def plain_names(names: Iterable[str], path: str) -> tuple[dict[str, str], list[str]]:
+def plain_names(names: Iterable[str], path: str, keep: str = "") -> tuple[dict[str, str], list[str]]:
     """Names without wrappers by name, and what was taken off; the counter of an average is left out.
 
     A prefix is taken off where it stands before a whole network. Names besides it stay, so that nothing is
     passed over: whoever reads the tensors finds them unexpected.
+
+    Args:
+        keep: the end of a prefix that is no wrapper: of networks with heads the backbone's name.
 
     Raises:
         ValueError: there are several networks, or two names become one.
@@ -100,6 +103,7 @@ def plain_names(names: Iterable[str], path: str) -> tuple[dict[str, str], list[s
         several = listed([repr(p) for p in found])
         raise ValueError(f"{path}: several networks, under {several}; save one of them alone")
     prefix = found[0] if found else _common(short.values())
+    prefix = prefix.removesuffix(keep)
     wrapped = all(n.startswith(prefix) or n == COUNTER for n in short.values())
     if prefix and (wrapped or all(part in PREFIXES for part in prefix[:-1].split("."))):
         notes.append(f"prefix {prefix!r} taken off the names")

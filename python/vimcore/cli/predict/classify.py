@@ -7,41 +7,20 @@ import argparse
 import itertools
 from collections import Counter
 
-from ..data.picture_files import passed_over_text
-from ..utils import options
-from ..utils.files import printable
-from .output import print_table
-from .streams import complain
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
-    parser.add_argument("--weights", required=True, metavar="FILE", help="vimcore safetensors file")
-    parser.add_argument(
-        "--topk",
-        type=options.positive,
-        default=5,
-        metavar="N",
-        help="number of classes to show (default: %(default)s)",
-    )
-    parser.add_argument("--logits", action="store_true", help="also print the logits of all classes")
-    parser.add_argument(
-        "--threads", type=options.threads, help="CPU threads (default: all cores); do not change the result"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="type of activations on cuda (default: %(default)s)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per image")
+from ...data.picture_files import passed_over_text
+from ...utils.files import printable
+from ..output import print_table
+from ..streams import complain
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..runtime import Runtime
-    from ..tools.predict import predict
+    from ...runtime import Runtime
+    from ...tools.predict import predict
 
+    if args.out is not None:
+        raise ValueError(
+            f"out: {args.weights} is a classifier, whose predictions are printed, with --json by line"
+        )
     runtime = Runtime(args.weights, args.device, args.threads, dtype=args.dtype)
     total = failed = 0
     passed_over = Counter[str]()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vimcore eval`."""
+"""`vimcore eval` of classifiers."""
 
 from __future__ import annotations
 
@@ -8,73 +8,24 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .. import tasks
-from ..data.picture_files import passed_over_text
-from ..tasks.classification.settings import ClassificationSettings
-from ..tasks.settings import MOST_PROCESSES
-from ..train.folder import weights_of
-from ..utils.extras import required
-from ..utils.files import literal, shortened
-from .output import print_json, print_table
-from .streams import complain
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", nargs="+", metavar="RUN|FILE", help="run folders, or .safetensors files")
-    parser.add_argument("--data", help="images, as for train (default: the validation images of the run)")
-    parser.add_argument(
-        "--img-size",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="evaluate at this image size: side, or height and width",
-    )
-    parser.add_argument("--stride", type=int, help="evaluate with this stride of the patches, in pixels")
-    parser.add_argument(
-        "--mean",
-        type=float,
-        nargs="+",
-        metavar="M",
-        help="mean of the channels, for .npy images without a run",
-    )
-    parser.add_argument("--std", type=float, nargs="+", metavar="S", help="standard deviation, likewise")
-    parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="data loading processes (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads; do not change the result")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto (default: %(default)s)")
-    parser.add_argument(
-        "--out", metavar="FILE", help="write labels, predictions, probabilities and file names (.npz)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per file of weights")
+from ... import tasks
+from ...data.picture_files import passed_over_text
+from ...tasks.classification.settings import ClassificationSettings
+from ...train.folder import weights_of
+from ...utils.files import literal, shortened
+from ..output import print_json, print_table
+from ..streams import complain
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the scores of every file of weights; of the best one also classes and confusion matrix."""
-    with required("training", "train"):
-        import timm  # noqa: F401
-        import torch
-        import torchvision  # noqa: F401
-        import tqdm  # noqa: F401
-    from ..tasks.classification.files import evaluate, images_of
-    from ..train.device import choose_device
+    from ...tasks.classification.files import evaluate, images_of
+    from ...train.device import choose_device
 
-    for name in ("threads", "workers"):
-        if (getattr(args, name) or 0) > MOST_PROCESSES:
-            raise ValueError(f"{name}: expected at most {MOST_PROCESSES}, got {getattr(args, name)}")
-    for name in ("batch_size", "threads", "stride", *(["img_size"] if args.img_size else [])):
-        value = getattr(args, name)
-        if value is not None and (min(value) if isinstance(value, list) else value) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if args.img_size and len(args.img_size) > 2:
-        raise ValueError(f"img_size: expected one or two numbers, got {args.img_size}")
     if args.out and Path(args.out).suffix.lower() not in ("", ".npz"):
         raise ValueError(
             f"out: expected a name that ends with .npz, which is what is written, got {args.out}"
         )
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     results = []
     for path in args.weights:
@@ -117,7 +68,7 @@ def _classification(config: str) -> ClassificationSettings:
 
 
 def _facts(found: Any) -> dict[str, Any]:
-    from ..data.classes import passed_over
+    from ...data.classes import passed_over
 
     scores, predictions = found.outputs.accuracy(), found.predictions()
     return {

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands on a backbone's maps of features: for every pixel, or for objects."""

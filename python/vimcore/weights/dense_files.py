@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of dense networks: metadata and tensors against each other. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from .. import _core
+from .._core import Config, Preprocess
+from ..utils.files import listed
+from .dense import Shapes, check_backbone, check_classes, check_window, checked_options, head_shapes
+from .metadata import CONFIG_KEY, unpack
+from .task import DetectTask, Path, SegmentTask, unpack_task
+
+Tensors = list[tuple[str, str, tuple[int, ...]]]  # name, type, shape
+_COUNTER = "num_batches_tracked"
+
+
+class SegmentFile(NamedTuple):
+    """A file whose tensors are those of what it says: its options are complete and in range."""
+
+    config: Config
+    task: SegmentTask
+    preprocess: Preprocess | None
+
+
+def segment_file(path: Path) -> SegmentFile:
+    """What the file of a segmentation network holds.
+
+    Raises:
+        vimcore.Error: it is missing or damaged.
+        ValueError: it is no such file, or does not fit together.
+    """
+    name = os.fsdecode(path)
+    tensors, metadata = _core.safetensors_header(path)
+    task = unpack_task(metadata, name)
+    if task is None and CONFIG_KEY in metadata:
+        raise ValueError(f"{name}: holds a classifier or backbone; vimcore.VisionMamba.load reads it")
+    if isinstance(task, DetectTask):
+        raise ValueError(f"{name}: holds a detector; vimcore.detection.load reads it")
+    config, labels, preprocess = unpack(metadata, name)
+    assert task is not None
+    try:
+        return SegmentFile(config, _fitting(config, labels, preprocess, task, tensors), preprocess)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _fitting(
+    config: Config, labels: Any, preprocess: Preprocess | None, task: SegmentTask, tensors: Tensors
+) -> SegmentTask:
+    """The task with complete options."""
+    if labels is not None:
+        raise ValueError("has vimcore.labels, which are a classifier's; names of classes are in vimcore.task")
+    check_backbone(task.head, config)
+    classes = check_classes("segmentation", len(task.classes))
+    check_window("segmentation", task.window, config)
+    if preprocess is not None and len(preprocess.mean) != config.in_chans:
+        raise ValueError(
+            f"vimcore.preprocess: the network takes {config.in_chans} channels, got {len(preprocess.mean)}"
+        )
+    options = checked_options(task.head, task.options, config)
+    backbone: Shapes = {f"backbone.{name}": shape for name, shape in config.param_shapes().items()}
+    wanted = {**backbone, **head_shapes(task.head, options, classes, config)}
+    if faults := tensor_faults(wanted, tensors):
+        raise ValueError("the tensors do not fit the metadata:\n  " + listed(faults, "\n  "))
+    return SegmentTask(task.head, options, task.classes, task.palette, task.window, task.stride, task.resize)
+
+
+def tensor_faults(wanted: Shapes, tensors: Tensors) -> list[str]:
+    """How a file's tensors differ from the wanted ones, in name, shape or type."""
+    faults = _core.misfits(wanted, {name: shape for name, _, shape in tensors})
+    for name, kind, shape in tensors:
+        types, called = (("i64",), "i64") if name.endswith(_COUNTER) else (("f", "bf"), "a float type")
+        if wanted.get(name) == shape and not kind.startswith(types):
+            faults.append(f"{name}: expected {called}, got {kind}")
+    return faults
