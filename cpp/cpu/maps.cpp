@@ -16,7 +16,8 @@ using cpu::round_up;
 
 namespace {
 
-constexpr Index block_pixels = 128;  // that share a panel of weights while it is in the cache
+constexpr Index block_pixels = 128;   // that share a panel of weights while it is in the cache
+constexpr Index panel_floats = 6144;  // of a panel's piece, 24 KiB
 
 // Pieces of `count` rows; a few for each thread.
 template <class F>
@@ -116,51 +117,54 @@ void Convolution::operator()(Context& ctx, const Map& x, const Map& y) const
 {
     const cpu::Kernels<float>& kernel = cpu::kernels<float>();
     const bool up = kernel_ == 2;
-    const Index size = round_up(columns_, kernel.nr) * depth_, panels = ceil_div(columns_, kernel.nr);
+    const Index panels = ceil_div(columns_, kernel.nr), size = panels * kernel.nr * depth_;
     const auto* packed = static_cast<const float*>(packed_.data());
     const auto* bias = static_cast<const float*>(bias_.data());
+    // A task is a block of rows, or a part of a long one. It goes through pieces of the sums, of which a panel fits the
+    // first-level cache, and the block's part the second.
     const Index rows = std::max<Index>(1, block_pixels / std::max<Index>(x.width, 1));
-    const Index row_tasks = ceil_div(x.height, rows);
-    const Index parts = ctx.threads() > 1
-                            ? std::clamp<Index>(ceil_div(2 * ctx.threads(), std::max<Index>(row_tasks, 1)), 1, panels)
-                            : 1;
+    const Index parts = ceil_div(x.width, block_pixels), row_tasks = ceil_div(x.height, rows),
+                blocks = row_tasks * parts;
+    const Index pieces = ceil_div(depth_, std::max<Index>(panel_floats / kernel.nr, 1));
+    const Index panel_parts =
+        ctx.threads() > 1 ? std::clamp<Index>(ceil_div(2 * ctx.threads(), std::max<Index>(blocks, 1)), 1, panels) : 1;
 
-    // Panels [begin, end) of row `r`.
-    const auto multiply = [&](Index r, Index begin, Index end) {
-        for (Index p = 0; p < products_; p++) {
-            const bool first = up || p == 0;
-            kernel.gemm({.x = up ? x.at(r) : x.at(r + p - kernel_ / 2, -(kernel_ / 2)),
+    parallel_for(ctx, blocks * panel_parts, [&](Index task) {
+        const Index block = task / panel_parts, share = task % panel_parts;
+        const Index first = block / parts * rows, last = std::min<Index>(first + rows, x.height);
+        const Index left = block % parts * x.width / parts, width = (block % parts + 1) * x.width / parts - left;
+        const Index panel_begin = share * panels / panel_parts, panel_end = (share + 1) * panels / panel_parts;
+        const auto multiply = [&](Index p, Index piece, Index panel, Index r) {
+            const Index begin = piece * depth_ / pieces, depth = (piece + 1) * depth_ / pieces - begin;
+            const bool start = piece == 0 && (up || p == 0);
+            const float* in = up ? x.at(r, left) : x.at(r + p - kernel_ / 2, left - kernel_ / 2);
+            // One panel, of which gemm looks for the first row at panel * nr * depth.
+            kernel.gemm({.x = in + begin,
                          .ldx = x.pixel,
-                         .packed = packed + p * size,
-                         .bias = first ? bias : nullptr,
-                         .y = up ? y.at(2 * r + p) : y.at(r),
+                         .packed = packed + p * size + panel * kernel.nr * (depth_ - depth) + begin * kernel.nr,
+                         .bias = start ? bias : nullptr,
+                         .y = up ? y.at(2 * r + p, 2 * left) : y.at(r, left),
                          .ldy = up ? 2 * y.pixel : y.pixel,
-                         .m = x.width,
+                         .m = width,
                          .n = columns_,
-                         .k = depth_,
-                         .panel_begin = begin,
-                         .panel_end = end,
-                         .add = !first});
-        }
-    };
-    parallel_for(ctx, row_tasks * parts, [&](Index task) {
-        const Index first = task / parts * rows, last = std::min<Index>(first + rows, x.height), part = task % parts;
-        const Index begin = part * panels / parts, end = (part + 1) * panels / parts;
-        if (rows == 1) {
-            multiply(first, begin, end);
-        } else {
-            for (Index panel = begin; panel < end; panel++)
-                for (Index r = first; r < last; r++) multiply(r, panel, panel + 1);
-        }
+                         .k = depth,
+                         .panel_begin = panel,
+                         .panel_end = panel + 1,
+                         .add = !start});
+        };
+        for (Index p = 0; p < products_; p++)
+            for (Index piece = 0; piece < pieces; piece++)
+                for (Index panel = panel_begin; panel < panel_end; panel++)
+                    for (Index r = first; r < last; r++) multiply(p, piece, panel, r);
         if (activation_ == Activation::none) return;
-        const Index left = begin * kernel.nr, width = std::min<Index>(end * kernel.nr, columns_) - left;
-        const Index step = up ? 2 * y.pixel : y.pixel, from = up ? 2 * first : first, to = up ? 2 * last : last;
-        const bool whole = width == step;
-        for (Index r = from; r < to; r++) {
-            if (whole)
-                activate(activation_, y.at(r), x.width * width);
+        const Index from = panel_begin * kernel.nr, count = std::min<Index>(panel_end * kernel.nr, columns_) - from;
+        const Index step = up ? 2 * y.pixel : y.pixel;
+        for (Index r = up ? 2 * first : first; r < (up ? 2 * last : last); r++) {
+            float* out = y.at(r, up ? 2 * left : left) + from;
+            if (count == step)
+                activate(activation_, out, width * count);
             else
-                for (Index i = 0; i < x.width; i++) activate(activation_, y.at(r) + i * step + left, width);
+                for (Index i = 0; i < width; i++) activate(activation_, out + i * step, count);
         }
     });
 }
