@@ -12,6 +12,7 @@
 
 #include "vimcore/config.h"
 #include "vimcore/image.h"
+#include "vimcore/safetensors.h"
 #include "vimcore/tensor.h"
 
 namespace [[gnu::visibility("default")]] vimcore {
@@ -40,6 +41,13 @@ struct SegmentationFile {
     std::optional<Resize> resize;
     std::vector<double> mean, std;  // of pixel values in [0, 1]; 3 values, or 1: luminance only
 
+    // Multiply-adds of one image of the backbone's size, and learnt numbers of the head alone: the auxiliary head,
+    // which only training has, is in neither.
+    std::int64_t flops() const;
+    std::int64_t head_parameters() const;
+    // That the tensors are those of this network; Error names what does not fit.
+    void check_tensors(const SafetensorsFile& file, const std::string& path) const;
+
     // Of a file's metadata. Error: "[load] PATH: ..." where a part is missing or damaged, or the task is another.
     static SegmentationFile describe(const std::map<std::string, std::string>& metadata, const std::string& path);
 };
@@ -67,8 +75,8 @@ private:
     std::shared_ptr<const Network> network_;
 };
 
-// One per thread: scratch memory and threads. Does not allocate after the first runs of a size, but for results.
-// Results depend neither on the number of threads nor on how many images are given at a time.
+// One per thread: scratch memory and threads. logits() and classes() do not allocate after the first runs of a batch
+// size. Results depend neither on the number of threads nor on how many images are given at a time.
 class SegmentationSession {
 public:
     // threads 0: as many as the machine has cores.

@@ -21,10 +21,10 @@ std::shared_ptr<const SegmentationModel> SegmentationModel::load(const std::stri
     model->about_ = SegmentationFile::describe(file.metadata(), path);
     model->metadata_ = file.metadata();
     const SegmentationFile& about = model->about_;
-    const NamedShapes wanted = wanted_tensors(about);
-    require_tensors(file, wanted, is_passed_over, path);
-    std::int64_t bytes = 0;  // the file holds them, so that their sum is no matter
-    for (const auto& [name, shape] : wanted) bytes += shape.numel() * static_cast<std::int64_t>(sizeof(float));
+    about.check_tensors(file, path);
+    std::int64_t bytes = 0;
+    for (const auto& [name, tensor] : file.tensors())
+        bytes += tensor.numel() * static_cast<std::int64_t>(sizeof(float));
     require_memory("load", path, 2 * bytes);  // and packed
 
     auto network = std::make_shared<Network>(about.config);

@@ -32,12 +32,9 @@ struct Part {
     bool up = false, bias = false;
     std::int64_t kernel = 1, in = 0, out = 0;
     Activation activation = Activation::none;
+    std::int64_t pixels = 0;  // of its input where it goes up, else of its output
 };
 std::vector<Part> parts_of(const SegmentationFile& about);  // of the head, in the order it uses them
-
-// The tensors that a file must have, backbone and head; and those that it may have besides.
-NamedShapes wanted_tensors(const SegmentationFile& about);
-bool is_passed_over(const std::string& name);
 
 std::unique_ptr<SegmentationHead> make_head(const SegmentationFile& about, const Config& window,
                                             const SafetensorsFile& file, const std::string& path);

@@ -201,6 +201,7 @@ void read_task(const json::Value& root, SegmentationFile& file)
     if (file.window_height % config.patch_size || file.window_width % config.patch_size)
         wrong("window: expected multiples of the patch, " + std::to_string(config.patch_size) + " pixels, got " +
               to_string(Shape{file.window_height, file.window_width}));
+    config.at_size(file.window_height, file.window_width);  // which says what is too large
     read_options(fields.required("options"), file);
     fields.finish();
 }

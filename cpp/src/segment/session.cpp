@@ -141,31 +141,34 @@ public:
     }
 
 private:
-    using Rows = std::vector<float>;
-
     // ---- the network ---------------------------------------------------------------------------------------------
+    struct Streams {
+        Outputs outputs;                // of all windows
+        std::vector<Tensor> of_window;  // (L, D) of one
+    };
+
     // count windows (count, channels, h, w) to their coarse logits (count, rows, columns, classes).
-    void run(Context& ctx, const float* images, std::int64_t count, float* out) const
+    void run(Context& ctx, Streams& streams, const float* images, std::int64_t count, float* out) const
     {
         const Config& config = network_.window;
         Arena::Scope scope(arena_of(ctx));
-        Outputs outputs;
-        outputs.layers = network_.head->layers;
-        for (std::size_t i = 0; i < outputs.layers.size(); i++)
-            outputs.intermediates.push_back(arena_of(ctx).take(config.tokens_shape(count), DType::f32));
-        forward(ctx, config, network_.weights.params,
-                {const_cast<float*>(images), config.images_shape(count), DType::f32, {}}, outputs);
+        streams.outputs.layers = network_.head->layers;
+        streams.outputs.intermediates.clear();
+        for (std::size_t i = 0; i < streams.outputs.layers.size(); i++)
+            streams.outputs.intermediates.push_back(arena_of(ctx).take(config.tokens_shape(count), DType::f32));
+        const Tensor x{const_cast<float*>(images), config.images_shape(count), DType::f32, {}};
+        forward(ctx, config, network_.weights.params, x, streams.outputs);
         for_each_step(ctx, 0, count, 1, [&](std::int64_t b) {
-            std::vector<Tensor> streams;
-            for (const Tensor& tokens : outputs.intermediates) streams.push_back(tokens[b]);
+            streams.of_window.clear();
+            for (const Tensor& tokens : streams.outputs.intermediates) streams.of_window.push_back(tokens[b]);
             const Map logits{out + b * coarse(), rows_, columns_, classes_, classes_, columns_ * classes_};
-            run_together(ctx, [&] { network_.head->run(ctx, streams, logits); });
+            run_together(ctx, [&] { network_.head->run(ctx, streams.of_window, logits); });
         });
     }
 
     void run(const float* images, std::int64_t count, float* out)
     {
-        run(ctx_, images, count, out);
+        run(ctx_, streams_, images, count, out);
         if (!finite(out, count * coarse()))
             throw Error("[segment] the network gives values that are not finite; its weights are damaged");
     }
@@ -178,7 +181,8 @@ private:
         const std::unique_ptr<Backend> backend = counting_cpu();
         Context counted = ContextInternals::make(*backend, Device::cpu(), ctx_.threads(), Arena::Mode::counting);
         auto* nowhere = static_cast<float*>(placeholder_memory(0));
-        run(counted, nowhere, together_, nowhere);
+        Streams streams;
+        run(counted, streams, nowhere, together_, nowhere);
         const double scratch = static_cast<double>(arena_of(counted).most_bytes());
         const double results = 4.0 * static_cast<double>(together_) * static_cast<double>(coarse());
         return static_cast<std::int64_t>(std::min(scratch + results, 9e18)) + backbone;
@@ -388,6 +392,7 @@ private:
     const std::int64_t classes_, rows_, columns_;
     std::vector<float> coarse_, pixels_, table_;
     std::vector<Band> live_;
+    Streams streams_;
 };
 
 SegmentationSession::SegmentationSession(std::shared_ptr<const SegmentationModel> model, int threads)
