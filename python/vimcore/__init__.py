@@ -18,7 +18,7 @@ from .runtime import Runtime
 from .utils.extras import needs
 
 if TYPE_CHECKING:
-    from . import io, ops, segmentation, train
+    from . import detection, io, ops, segmentation, train
     from .analysis.health import health
     from .analysis.saliency import saliency
     from .io import load_checkpoint
@@ -36,6 +36,7 @@ __all__ = [
     "build_info",
     "create_model",
     "cuda_is_available",
+    "detection",
     "health",
     "io",
     "list_models",
@@ -55,7 +56,7 @@ _LAZY = {
     "load_checkpoint": "io",
     "saliency": "analysis.saliency",
 }
-_LAZY_MODULES = {"io", "nn", "ops", "segmentation", "train"}
+_LAZY_MODULES = {"detection", "io", "nn", "ops", "segmentation", "train"}
 
 
 def cuda_is_available() -> bool:
@@ -69,9 +70,10 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f".{_LAZY.get(name, name)}", __name__)
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        if error.name not in ("torch", "torchvision"):
             raise
-        raise ImportError(f"vimcore.{name} needs torch; {needs('torch')}") from error
+        extra = "torch" if error.name == "torch" else "train"
+        raise ImportError(f"vimcore.{name} needs {error.name}; {needs(extra)}") from error
     value = module if name in _LAZY_MODULES else getattr(module, name)
     globals()[name] = value
     return value

@@ -22,26 +22,30 @@ SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width, heads
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, L, D) -> (B, L, D)."""
+    """Multi-head self-attention: (B, L, D) -> (B, L, D); `materialised`: (L, L) matrices in memory."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, materialised: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.materialised = heads, materialised
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if self.materialised:
+            mixed = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(3) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     """Attention and MLP, each after a norm and around a residual."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, materialised: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, materialised)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
@@ -62,13 +66,15 @@ class DeiT(nn.Module):
         heads: int = 3,
         depth: int = 12,
         num_classes: int = 1000,
+        materialised: bool = False,
     ) -> None:
         super().__init__()
         patches = (img_size // patch_size) ** 2
+        self.patch_size = patch_size
         self.patch_embed = nn.Conv2d(3, width, patch_size, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, width))
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads, materialised) for _ in range(depth)))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -79,15 +85,22 @@ class DeiT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self._tokens(images)))[:, 0])
+
+    def features(self, images: Tensor) -> Tensor:
+        """The last map (B, width, h, w), not normalised, as ViTDet takes it."""
+        x = self.blocks(self._tokens(images))[:, 1:]
+        return x.transpose(1, 2).unflatten(2, (images.shape[2] // self.patch_size, -1))
+
+    def _tokens(self, images: Tensor) -> Tensor:
         x = self.patch_embed(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
-        return self.head(self.norm(self.blocks(x))[:, 0])
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
 
 
-def build(size: str, img_size: int) -> DeiT:
+def build(size: str, img_size: int, materialised: bool = False) -> DeiT:
     """The transformer that goes with vim_{tiny,small,base}."""
     width, heads = SIZES[size]
-    return DeiT(img_size, width=width, heads=heads)
+    return DeiT(img_size, width=width, heads=heads, materialised=materialised)
 
 
 def openvino(model: nn.Module, images: Tensor, threads: int) -> Callable[[], Any]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ..config import WIDTHS
-from ..tools.bench import PEERS, Options
+from ..tools.bench import NECKS, PEERS, USUAL_PEERS, Options
 from ..tools.bench import run as measure
 from ..utils import options
 from ..utils.arguments import gpu_number
@@ -54,8 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         type=_peer_names,
-        default=list(PEERS),
-        help=f"some of {','.join(PEERS)}; '' for none (default: all that are installed)",
+        default=list(USUAL_PEERS),
+        help=f"some of {','.join(PEERS)}; '' for none (default: {','.join(USUAL_PEERS)}, those installed)",
+    )
+    parser.add_argument(
+        "--neck",
+        choices=NECKS,
+        default="none",
+        help="simple: backbone and feature pyramid instead of a classifier, on both sides "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--peak-memory",
+        action="store_true",
+        help="also measure the peak memory, in processes of their own",
     )
     parser.add_argument(
         "--peers-dir",
@@ -98,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         place = Path(args.json)
         if place.is_dir() or not os.access(place.parent, os.W_OK):  # known now, not after minutes
             raise ValueError(f"--json {args.json}: no file can be written there")
+    if args.train and args.neck != "none":
+        raise ValueError(f"--neck {args.neck}: is measured without --train; there is nothing to learn there")
     given = {name: value for name, value in vars(args).items() if name in Options.__dataclass_fields__}
     table = sys.stderr if args.json == "-" else sys.stdout
     report = measure(Options(**{**given, "dtype": dtype, "table": table}))

@@ -15,11 +15,16 @@ from .output import print_json
 from .streams import complain
 
 # The module of vimcore.plots that draws the runs of a task.
-DRAWN_BY = {"classify": "runs"}
+DRAWN_BY = {"classify": "runs", "segment": "segments"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder written by `vimcore train`")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN|REPORT",
+        help="folders written by `vimcore train`, or files by `vimcore bench --json`",
+    )
     parser.add_argument(
         "--out",
         metavar="FOLDER",
@@ -38,8 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with required("plotting", "demo"):
-        module = importlib.import_module(f"vimcore.plots.{DRAWN_BY[_task(args.runs)]}")
-    written, notes = module.plot_runs(args.runs, args.out, args.format, args.mistakes)
+        if all(Path(run).is_file() for run in args.runs):
+            from ..plots.bench import plot_reports
+
+            written, notes = plot_reports(args.runs, args.out, args.format)
+        else:
+            module = importlib.import_module(f"vimcore.plots.{DRAWN_BY[_task(args.runs)]}")
+            written, notes = module.plot_runs(args.runs, args.out, args.format, args.mistakes)
     for note in notes:
         complain(note)
     if args.json:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists of images with labels: CSV and TSV files with the columns path and label."""
+"""Lists of images: CSV and TSV files with the columns path and label, or path and mask."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _MARKS = (  # at the start of a file; the longer ones first, as one begins like 
 )
 
 
-def read_list(path: str) -> list[tuple[str, str]]:
-    """Path and label of each row; the first row names the columns, others are allowed.
+def read_list(path: str, column: str = "label") -> list[tuple[str, str]]:
+    """Path and label (or another column) of each row; the first row names the columns, others are allowed.
 
     Raises:
         OSError: the file cannot be read.
@@ -31,11 +31,11 @@ def read_list(path: str) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     try:
         header = next((row for row in reader if row), [])
-        if header.count("path") != 1 or header.count("label") != 1:
-            raise ValueError(f"{path}: expected the columns path and label, got {header}")
+        if header.count("path") != 1 or header.count(column) != 1:
+            raise ValueError(f"{path}: expected the columns path and {column}, got {header}")
         for row in reader:
             if row:
-                rows.append(_picked(header, row))
+                rows.append(_picked(header, row, column))
     except (csv.Error, _RowError) as error:
         raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
     return rows
@@ -45,11 +45,11 @@ class _RowError(Exception):
     """What is wrong with one row."""
 
 
-def _picked(header: list[str], row: list[str]) -> tuple[str, str]:
+def _picked(header: list[str], row: list[str], column: str) -> tuple[str, str]:
     fields = dict(zip(header, row))
-    name, label = fields.get("path"), fields.get("label")
+    name, label = fields.get("path"), fields.get(column)
     if not name or not label:
-        raise _RowError(f"expected a path and a label, got {row}")
+        raise _RowError(f"expected a path and a {column}, got {row}")
     if any(row[len(header) :]):
         raise _RowError(f"expected {len(header)} fields, got {len(row)}: {row}; quote a comma within a field")
     if "\0" in name + label:

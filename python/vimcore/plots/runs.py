@@ -53,16 +53,16 @@ def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
     for i, log in enumerate(logs.values()):
         colour = COLOURS[i % len(COLOURS)]
         held_out = colour if several else ORANGE
-        loss.plot(*_curve(log.steps, "loss"), color=colour, lw=1.2, alpha=0.55 if several else 1)
+        loss.plot(*averaged(log.steps, "loss"), color=colour, lw=1.2, alpha=0.55 if several else 1)
         for weights, rows in log.evals.items():
-            style = _style(weights, rows)
+            style = line_style(weights, rows)
             loss.plot(rows["epoch"], rows["loss"], color=held_out, lw=2, **style)
             accuracy.plot(rows["epoch"], 100 * rows["top1"], color=held_out, lw=2, **style)
             if not several and np.nanmin(rows["top5"], initial=1) < 1:
                 accuracy.plot(rows["epoch"], 100 * rows["top5"], color=MUTED, lw=1.2, **style)
         _mark_best(accuracy, log, held_out, several)
-        rate.plot(*_curve(log.steps, "lr"), color=colour, lw=2)
-        last.plot(*_curve(log.steps, field), color=colour, lw=1.2)
+        rate.plot(*averaged(log.steps, "lr"), color=colour, lw=2)
+        last.plot(*averaged(log.steps, field), color=colour, lw=1.2)
     labels = ("cross-entropy", "right answers, %", "learning rate", label)
     for axes, text in zip((loss, accuracy, rate, last), labels):
         axes.set_title(text, color=INK, loc="left", fontsize=11)
@@ -76,7 +76,7 @@ def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
     rate.yaxis.set_major_locator(MaxNLocator(5))
     rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     accuracy.set_ylim(top=101)
-    loss.legend(handles=_legend(logs), frameon=False, fontsize=9)
+    loss.legend(handles=legend(logs), frameon=False, fontsize=9)
     if not several and len(accuracy.lines) > 1:
         accuracy.legend(handles=_accuracy_legend(logs), frameon=False, fontsize=9, loc="lower right")
     names = ", ".join(shortened(name, NAME) for name in logs)
@@ -86,12 +86,12 @@ def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _style(weights: str, rows: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
+def line_style(weights: str, rows: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
     marker = "o" if len(rows["epoch"]) <= 30 else None
     return {"ls": "--" if weights == "ema" else "-", "marker": marker, "ms": 3.5}
 
 
-def _curve(
+def averaged(
     steps: Mapping[str, NDArray[np.float64]], name: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(x, y) of at most POINTS points: means over neighbouring steps."""
@@ -116,7 +116,7 @@ def _mark_best(axes: Axes, log: Log, colour: str, several: bool) -> None:
         axes.annotate(f"{100 * best:.2f} %", (epoch, 100 * best), color=colour, weight="bold", **place)
 
 
-def _legend(logs: Mapping[str, Log]) -> list[Line2D]:
+def legend(logs: Mapping[str, Log]) -> list[Line2D]:
     """Runs by colour, then the kinds of lines."""
     ema = any("ema" in log.evals for log in logs.values())
     raw = any("raw" in log.evals for log in logs.values())
@@ -327,11 +327,7 @@ def plot_runs(
     Returns:
         The files written; notes on what could not be drawn.
     """
-    names = [Path(run).resolve().name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(Path(run)) for run in runs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"a run is named twice among {', '.join(runs)}")
+    names = named_runs(runs)
     folder = Path(out) if out is not None else Path(runs[0] if len(runs) == 1 else ".")
     logs: dict[str, Log] = {}
     answers: dict[str, Predictions] = {}
@@ -349,16 +345,30 @@ def plot_runs(
     folder.mkdir(parents=True, exist_ok=True)
     written: list[str] = []
     if logs:
-        _draw(folder / f"curves.{kind}", written, lambda path: plot_curves(logs, path))
+        draw(folder / f"curves.{kind}", written, lambda path: plot_curves(logs, path))
     for name, found in answers.items():
         prefix = "" if len(runs) == 1 else name.strip("/").replace("/", "-") + "-"
         confusion, worst = (folder / f"{prefix}{what}.{kind}" for what in ("confusion", "mistakes"))
-        _draw(confusion, written, partial(plot_confusion, found, title=name))
-        _draw(worst, written, partial(plot_mistakes, found, count=mistakes, title=name))
+        draw(confusion, written, partial(plot_confusion, found, title=name))
+        draw(worst, written, partial(plot_mistakes, found, count=mistakes, title=name))
     return written, notes
 
 
-def _draw(path: Path, written: list[str], plot: Callable[[Path], None]) -> None:
+def named_runs(runs: Sequence[str]) -> list[str]:
+    """Of folders, for figures: the last part, or the path where two are the same.
+
+    Raises:
+        ValueError: one is named twice.
+    """
+    names = [Path(run).resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(Path(run)) for run in runs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a run is named twice among {', '.join(runs)}")
+    return names
+
+
+def draw(path: Path, written: list[str], plot: Callable[[Path], None]) -> None:
     """Draws one of several figures; an error names those already written."""
     try:
         plot(path)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # Name in settings and flags: folder, class.
 TASKS = {
     "classify": ("classification", "Classification"),
+    "segment": ("segmentation", "Segmentation"),
+    "detect": ("detection", "Detection"),
+    "pretrain": ("pretraining", "Pretraining"),
 }
 NAMES = tuple(TASKS)
 _OLDER = {"classification": "classify"}  # as runs of version 0.2 have it

@@ -101,6 +101,9 @@ class Settings:
     scale_lr: bool = key("optimizer", True, "multiply lr by images of an update / lr_batch")
     lr_batch: int = key("optimizer", 512, "see scale_lr")
     opt: str = key("optimizer", "adamw", "any optimizer that timm knows by name", later=True)
+    betas: tuple[float, ...] | None = key(
+        "optimizer", None, "of AdamW and its kin; default: the optimizer's", later=True
+    )
     weight_decay: float = key("optimizer", 0.1, "of the optimizer")
     decay: str = key("optimizer", "authors", "mamba exempts A_log too", ("authors", "mamba"))
     layer_decay: float | None = key(
@@ -193,6 +196,8 @@ class Settings:
                 raise ValueError(f"{name}: expected 0 or more and less than 1, got {getattr(self, name)}")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay: expected more than 0 and at most 1, got {self.layer_decay}")
+        if self.betas is not None and not (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)):
+            raise ValueError(f"betas: expected 2 numbers from 0 and less than 1, got {self.betas}")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad: expected more than 0, got {self.clip_grad}")
         if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:

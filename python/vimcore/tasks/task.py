@@ -130,6 +130,10 @@ class Task(ABC):
         """
         return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": [(r"^layers\.(\d+)", None)]}
 
+    def layer_decay(self) -> float | None:
+        """Learning rate of one group of `layers` over that of the next; None: the same for all."""
+        return self.settings.layer_decay
+
     @abstractmethod
     def prepare(self, batch: Any, device: torch.device) -> Any:
         """A batch from the training loader as `loss` takes it: on the device, mixed, augmented."""

@@ -42,7 +42,11 @@ def _not_decayed(model: nn.Module, decay: str) -> set[str]:
 
 
 def create_optimizer(
-    model: nn.Module, settings: Settings, lr: float, layers: Mapping[str, Any]
+    model: nn.Module,
+    settings: Settings,
+    lr: float,
+    layers: Mapping[str, Any],
+    layer_decay: float | None,
 ) -> torch.optim.Optimizer:
     """timm's optimizer `settings.opt` over the groups of `parameter_groups`, or over these by layers.
 
@@ -50,6 +54,7 @@ def create_optimizer(
         lr: peak learning rate.
         layers: patterns of parameter names as of timm's `group_matcher`, used with layer_decay: the last
             layer has the factor 1, as has what no pattern names.
+        layer_decay: factor of a layer over that of the next one; None: all learn alike.
 
     Raises:
         ValueError: there is no such optimizer here, or it asks for second derivatives.
@@ -57,15 +62,16 @@ def create_optimizer(
     from timm.optim import create_optimizer_v2, param_groups_layer_decay  # `fit` does without timm
 
     groups: Any = parameter_groups(model, settings.weight_decay, settings.decay)
-    if settings.layer_decay is not None:
+    if layer_decay is not None:
         groups = param_groups_layer_decay(
             _Layered(model, layers),  # type: ignore[arg-type]
             settings.weight_decay,
             _not_decayed(model, settings.decay),
-            layer_decay=settings.layer_decay,
+            layer_decay=layer_decay,
         )
     try:
-        optimizer = create_optimizer_v2(groups, settings.opt, lr)
+        more: Any = {} if settings.betas is None else {"betas": (settings.betas[0], settings.betas[1])}
+        optimizer = create_optimizer_v2(groups, settings.opt, lr, **more)
     except (AssertionError, ImportError, TypeError, ValueError) as error:  # its package is missing, mostly
         raise ValueError(f"opt: {settings.opt}: {str(error) or type(error).__name__}") from None
     if getattr(optimizer, "is_second_order", False):

@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 
 from ..data.digits import MEAN, SIDE, STD
 from ..tasks.settings import Settings
+from .presets_detect import DETECT
+from .presets_pretrain import PRETRAIN
+from .presets_segment import SEGMENT
 from .schedule import bounded_warmup
 
 S = TypeVar("S", bound=Settings)
@@ -93,10 +96,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small-long-paper": {**_LONG_PAPER, "model": "vim_small_patch16_stride8_224"},
     "base-long-paper": {**_LONG_PAPER, "model": "vim_base_patch16_stride8_224"},
     "digits": DIGITS,
+    **SEGMENT,
+    **DETECT,
+    **PRETRAIN,
 }
 
 # Where no preset is named, by task.
-DEFAULTS = {"classify": "tiny-released"}
+DEFAULTS = {
+    "classify": "tiny-released",
+    "segment": "seg-tiny-released",
+    "detect": "det-tiny-released",
+    "pretrain": "mim-base",
+}
 
 
 def task_of(preset: str) -> str:

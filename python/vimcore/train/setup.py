@@ -121,7 +121,7 @@ class Setup:
             self.settings = settings = settings.merged({"epochs": -(-self.updates // per_epoch)})
         peak = peak_lr(settings, self.world)
         self.schedule = Schedule(settings, peak, per_epoch, self.updates)
-        optimizer = create_optimizer(model, settings, peak, task.layers())
+        optimizer = create_optimizer(model, settings, peak, task.layers(), task.layer_decay())
         ema = Ema(model, settings.ema, settings.ema_ramp) if settings.ema else None
         loop = Loop(
             self._wrap_ddp(model),

@@ -24,6 +24,18 @@ def integer(what: str, value: Any, least: int | None = None) -> int:
     return number
 
 
+def real(what: str, value: Any) -> float:
+    """A finite number.
+
+    Raises:
+        TypeError, ValueError: name `what` and the value.
+    """
+    number = native(what, value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{what}: expected a number, got {value!r:.60}")
+    return float(number)
+
+
 def boolean(what: str, value: Any) -> bool:
     """True or False, of numpy too.
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 T = TypeVar("T")
 
@@ -75,6 +76,19 @@ def gather(value: T) -> list[T]:
 def union(found: dict[str, str]) -> dict[str, str]:
     """What any of the processes found."""
     return {name: text for part in gather(found) for name, text in part.items()}
+
+
+def on_gpus() -> bool:
+    """Whether there are several processes, each with a GPU of its own."""
+    return world() > 1 and dist.get_backend() == "nccl"
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives every process the first one's buffers, such as the statistics of BatchNorm."""
+    if not _initialized():
+        return
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
 
 
 def _initialized() -> bool:

@@ -9,6 +9,7 @@ import re
 import warnings
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..utils.files import listed
@@ -54,6 +55,7 @@ def read_with_meta(path: str, weights: str = "model", keep: str = "") -> tuple[C
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dictionary of weights, got {type(content).__name__}")
     state, unwrapped = chosen(content, weights, path)
+    state = {key: _of_numpy(value) for key, value in state.items()}
     strange = [str(key) for key, value in state.items() if not _is_plain(value)]
     if strange:
         raise ValueError(
@@ -70,6 +72,13 @@ def tensor(array: Any) -> torch.Tensor:
     return array if isinstance(array, torch.Tensor) else torch.from_numpy(array)
 
 
+def _of_numpy(value: Any) -> Any:
+    """A tensor where detectron2 has an array of numbers; all else as it is."""
+    if type(value) is np.ndarray and value.dtype.kind in "fiub":
+        return torch.from_numpy(np.ascontiguousarray(value))
+    return value
+
+
 def _is_plain(value: Any) -> bool:
     """A tensor whose elements lie in its memory; a few bytes can claim any shape with strides of 0."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided:
@@ -83,6 +92,21 @@ def _is_plain(value: Any) -> bool:
 
 # Packages whose objects lie beside the weights in checkpoints of training programs: losses, settings, paths.
 _BESIDE = ("numpy", "mmengine", "omegaconf", "pathlib", "collections", "lightning", "pytorch_lightning")
+
+
+def _empty(*_: Any) -> Any:
+    """Takes the place of numpy's `_reconstruct`, whose arguments could ask for any amount of memory."""
+    return np.empty(0, np.uint8)
+
+
+# What arrays of numbers are pickled as. What an array may hold is in the pickle: no objects of other kinds.
+_ARRAYS: dict[str, Any] = {
+    "numpy.core.multiarray._reconstruct": _empty,
+    "numpy._core.multiarray._reconstruct": _empty,
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+}
+_TYPES = [type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
 
 
 class _Nothing:
@@ -113,10 +137,12 @@ def _unpickled(path: str) -> Any:
             beside = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         except Exception:  # not a zip archive, or damaged: loading it says so
             beside = []
-        stands_for = [_called(name) for name in beside if name.partition(".")[0] in _BESIDE]
+        others = [name for name in beside if name not in _ARRAYS]
+        stands_for = [_called(name) for name in others if name.partition(".")[0] in _BESIDE]
         file.seek(0)
         try:
             allowed: list[Any] = [argparse.Namespace, *stands_for]  # the authors store their command line
+            allowed += [(kind, name) for name, kind in _ARRAYS.items()] + _TYPES
             with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
                 warnings.simplefilter("ignore")  # an error says it all
                 return torch.load(file, map_location="cpu", weights_only=True)

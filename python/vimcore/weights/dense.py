@@ -131,6 +131,14 @@ def attention_heads(width: int) -> int:
     return next(n for n in range(max(width // 64, 1), 0, -1) if width % n == 0)
 
 
+def norm_groups(channels: int) -> int:
+    """Of a GroupNorm: as many as divide the channels, 32 at most, with four channels or more in each.
+
+    A single channel of a map that is pooled to one pixel would be normalised to nothing.
+    """
+    return next(n for n in range(max(min(32, channels // 4), 1), 0, -1) if channels % n == 0)
+
+
 def _size(name: str, option: str, value: Any, low: int = 1, high: int = _WIDEST) -> int:
     found = integer(f"[{name}] {option}", value)
     if not low <= found <= high:

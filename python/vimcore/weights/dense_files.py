@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .. import _core
 from .._core import Config, Preprocess
@@ -39,20 +39,18 @@ def segment_file(path: Path) -> SegmentFile:
         raise ValueError(f"{name}: holds a classifier or backbone; vimcore.VisionMamba.load reads it")
     if isinstance(task, DetectTask):
         raise ValueError(f"{name}: holds a detector; vimcore.detection.load reads it")
-    config, labels, preprocess = unpack(metadata, name)
+    config, _, preprocess = unpack(metadata, name)
     assert task is not None
     try:
-        return SegmentFile(config, _fitting(config, labels, preprocess, task, tensors), preprocess)
+        return SegmentFile(config, _fitting(config, preprocess, task, tensors), preprocess)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
 
 
 def _fitting(
-    config: Config, labels: Any, preprocess: Preprocess | None, task: SegmentTask, tensors: Tensors
+    config: Config, preprocess: Preprocess | None, task: SegmentTask, tensors: Tensors
 ) -> SegmentTask:
     """The task with complete options."""
-    if labels is not None:
-        raise ValueError("has vimcore.labels, which are a classifier's; names of classes are in vimcore.task")
     check_backbone(task.head, config)
     classes = check_classes("segmentation", len(task.classes))
     check_window("segmentation", task.window, config)

@@ -11,6 +11,7 @@ from .. import _core
 from .._core import Config, Preprocess
 from .dense import head_flops, head_shapes, parameters
 from .dense_files import segment_file
+from .detector import detect_file, detector_flops, detector_shapes
 from .metadata import unpack
 from .task import DetectTask, SegmentTask, unpack_task
 
@@ -29,7 +30,7 @@ def describe_file(path: str) -> dict[str, Any]:
     if isinstance(task, SegmentTask):
         return _segmenter(path)
     if isinstance(task, DetectTask):
-        return _detector(path, task)
+        return _detector(path)
     config, labels, preprocess = unpack(_core.check_file(path)[0], path)
     learnt = sum(map(math.prod, config.param_shapes().values()))
     return _facts(path, config, labels, preprocess, learnt, config.flops())
@@ -41,7 +42,7 @@ def _facts(
     labels: list[str] | None,
     preprocess: Preprocess | None,
     learnt: int,
-    flops: int | None,
+    flops: int,
 ) -> dict[str, Any]:
     tensors, _ = _core.safetensors_header(path)
     return {
@@ -77,18 +78,18 @@ def _segmenter(path: str) -> dict[str, Any]:
     }
 
 
-def _detector(path: str, task: DetectTask) -> dict[str, Any]:
-    """Multiply-adds depend on what is found: flops is None. The tensors are checked when they are loaded."""
-    tensors, metadata = _core.safetensors_header(path)
-    config, labels, preprocess = unpack(metadata, path)
-    learnt = parameters({name: shape for name, _, shape in tensors})
-    own = sum(map(math.prod, config.param_shapes().values()))
+def _detector(path: str) -> dict[str, Any]:
+    config, task, preprocess = detect_file(path)
+    classes, own = len(task.classes), sum(map(math.prod, config.param_shapes().values()))
+    head = parameters(detector_shapes(task.options, classes, config))
+    boxes, drawn = task.options["proposals"], task.options["detections"]
+    flops = config.flops() + detector_flops(task.options, classes, config, boxes, drawn)
     return {
-        **_facts(path, config, labels, preprocess, learnt, None),
+        **_facts(path, config, None, preprocess, own + head, flops),
         "task": "detect",
         "head": task.head,
         "options": dict(task.options),
-        "head_parameters": learnt - own,
+        "head_parameters": head,
         "classes": list(task.classes),
         "ids": list(task.ids) if task.ids is not None else None,
         "resize": list(task.resize),

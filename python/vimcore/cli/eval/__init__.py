@@ -34,6 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="classifiers: mean of the channels, for .npy images without a run",
     )
     parser.add_argument("--std", type=float, nargs="+", metavar="S", help="standard deviation, likewise")
+    parser.add_argument(
+        "--whole", action="store_true", help="segmentation: look at whole images, not by windows"
+    )
+    parser.add_argument(
+        "--reduce-zero-label",
+        action="store_true",
+        default=None,
+        help="segmentation: 0 of masks is no class, k is class k - 1 (default: as the run has it)",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument(
         "--workers", type=int, default=2, help="data loading processes (default: %(default)s)"

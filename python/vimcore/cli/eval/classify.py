@@ -26,6 +26,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"out: expected a name that ends with .npz, which is what is written, got {args.out}"
         )
+    for name in ("whole", "reduce_zero_label"):
+        if getattr(args, name):
+            raise ValueError(f"{name}: goes with segmentation, {args.weights[0]} classifies images")
     device = choose_device(args.device)
     results = []
     for path in args.weights:

@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...utils import distributed
-from ...weights.dense import NORMS
+from ...weights.dense import NORMS, norm_groups
 
 
 def norm_layer(kind: str, channels: int) -> nn.Module:
-    """ "batch": BatchNorm; "group": GroupNorm of up to 32 groups, which needs no other images."""
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """ "batch": BatchNorm; "group": GroupNorm, which needs no other images (`weights.dense.norm_groups`)."""
+    return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(norm_groups(channels), channels)
 
 
 class ConvNorm(nn.Module):

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ...utils.arguments import boolean, integer, native
+from ...utils.arguments import boolean, integer
+from ...weights.detector import Step, checked_scales, level_name, level_steps, pyramid_flops
 from .normed import ChannelNorm, NormedConv2d
 
 
@@ -27,9 +27,6 @@ class SimplePyramid(nn.Module):
             (simfp_2 has stride 4, simfp_3 stride 8, ...).
         top: one more level, every other pixel of the last one; has no parameters.
 
-    Attributes:
-        strides: of the results, in pixels of the image.
-
     Raises:
         ValueError, TypeError: a number is out of range or no number.
     """
@@ -47,12 +44,11 @@ class SimplePyramid(nn.Module):
         self.out = integer("[SimplePyramid] out", out, 1)
         self.stride = integer("[SimplePyramid] stride", stride, 1)
         self.top = boolean("[SimplePyramid] top", top)
-        self.scales = _checked(scales, self.dim, self.stride)
-        self._names: list[str] = []
-        for scale in self.scales:
-            level = round(math.log2(self.stride / scale))
-            self._names.append(f"simfp_{level}")
-            self.add_module(self._names[-1], _level(self.dim, self.out, scale))
+        self.scales = checked_scales(scales, self.dim, self.stride)
+        self._names = [level_name(self.stride, scale) for scale in self.scales]
+        for name, scale in zip(self._names, self.scales):
+            steps = level_steps(self.dim, self.out, scale)
+            self.add_module(name, nn.Sequential(*(_layer(step) for step in steps)))
 
     @property
     def strides(self) -> list[int]:
@@ -77,54 +73,20 @@ class SimplePyramid(nn.Module):
 
     def flops(self, height: int, width: int) -> int:
         """Multiply-adds of its convolutions for one map (dim, height, width)."""
-        total = 0
-        for name in self._names:
-            h, w = height, width
-            for module in self.get_submodule(name):  # type: ignore[attr-defined]
-                if isinstance(module, nn.MaxPool2d):
-                    side = integer("stride", module.stride)
-                    h, w = h // side, w // side
-                if isinstance(module, nn.ConvTranspose2d):
-                    total += module.weight.numel() * h * w
-                    h, w = 2 * h, 2 * w
-                if isinstance(module, NormedConv2d):
-                    total += module.weight.numel() * h * w
-        return total
+        return pyramid_flops(self.dim, self.out, self.scales, height, width)
 
     def extra_repr(self) -> str:
         return f"strides={self.strides}"
 
 
-def _checked(scales: Sequence[float], dim: int, stride: int) -> list[float]:
-    """The scales as numbers.
-
-    Raises:
-        ValueError: names the first one that cannot be.
-    """
-    found = native("[SimplePyramid] scales", scales)
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"[SimplePyramid] scales: expected at least one, got {scales!r}")
-    for scale in found:
-        if not isinstance(scale, (int, float)) or scale <= 0 or scale > 4 or math.log2(scale) % 1:
-            raise ValueError(f"[SimplePyramid] scales: expected powers of two up to 4, got {scale!r}")
-        if scale > 1 and (dim % int(scale) or stride % int(scale)):
-            raise ValueError(
-                f"[SimplePyramid] scale {scale:g}: must divide dim and stride, which are {dim} and {stride}"
-            )
-    if found != sorted(set(found), reverse=True):
-        raise ValueError(f"[SimplePyramid] scales: expected the finest first, each once, got {scales!r}")
-    return [float(scale) for scale in found]
-
-
-def _level(dim: int, out: int, scale: float) -> nn.Sequential:
-    steps: list[nn.Module] = []
-    width = dim
-    if scale == 4:
-        steps += [nn.ConvTranspose2d(dim, dim // 2, 2, 2), ChannelNorm(dim // 2), nn.GELU()]
-        width = dim // 2
-    if scale > 1:
-        steps.append(nn.ConvTranspose2d(width, width // 2, 2, 2))
-        width //= 2
-    if scale < 1:
-        steps.append(nn.MaxPool2d(round(1 / scale), round(1 / scale)))
-    return nn.Sequential(*steps, NormedConv2d(width, out, 1), NormedConv2d(out, out, 3))
+def _layer(step: Step) -> nn.Module:
+    kind, inputs, outputs = step
+    if kind == "enlarge":
+        return nn.ConvTranspose2d(inputs, outputs, 2, 2)
+    if kind == "norm":
+        return ChannelNorm(inputs)
+    if kind == "gelu":
+        return nn.GELU()
+    if kind == "shrink":
+        return nn.MaxPool2d(outputs, outputs)
+    return NormedConv2d(inputs, outputs, int(kind[-1]))

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.extras import required
-from .common import PEERS, Options, machine, versions
+from .common import NECKS, PEERS, USUAL_PEERS, Options, machine, versions
 from .peers import peers_folder
 
-__all__ = ["PEERS", "Options", "run"]
+__all__ = ["NECKS", "PEERS", "USUAL_PEERS", "Options", "run"]
 
 Measure = Callable[[Options, int, int, "Path | None", "dict[str, str]"], "list[dict[str, Any]]"]
 
@@ -45,9 +45,12 @@ def run(options: Options) -> dict[str, Any]:
         "threads": options.threads,
         "device": options.device,
         "dtype": options.dtype,
+        "neck": options.neck,
         "rows": [],
     }
     mode = f"forward and backward ({options.memory})" if options.train else "forward"
+    if options.neck != "none":
+        mode = f"backbone and {options.neck} pyramid, {mode}"
     print(f"{options.model}, {mode}, {options.dtype}, {where}", file=options.table)
     print("  ".join(header), file=options.table, flush=True)
     threads = torch.get_num_threads()

@@ -15,7 +15,9 @@ from ...utils.machine import cpu_name, version_of
 
 Call = Callable[[], Any]
 
-PEERS = ("torch", "openvino", "onnxruntime", "vim-torch")
+PEERS = ("torch", "torch-materialised", "openvino", "onnxruntime", "vim-torch")
+USUAL_PEERS = ("torch", "openvino", "onnxruntime", "vim-torch")
+NECKS = ("none", "simple")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Options:
         dtype: of activations.
         memory: what backward keeps, as for `VisionMamba`.
         threads: on the CPU, for both sides.
-        peers: some of PEERS.
+        peers: some of PEERS; "torch-materialised" is the transformer with its attention matrices in memory.
+        neck: "simple": the last map and ViTDet's feature pyramid instead of a classifier's head, for both.
+        peak_memory: also measure the peak memory of a call, in processes of their own.
         peers_dir: folder of their sources; None: tests/bench of a checkout.
         pairs: of samples (ours, peer) for each figure.
         seconds: no new pair of a figure after this long.
@@ -48,7 +52,9 @@ class Options:
     dtype: str = "float32"
     memory: str = "lean"
     threads: int = 2
-    peers: Sequence[str] = PEERS
+    peers: Sequence[str] = USUAL_PEERS
+    neck: str = "none"
+    peak_memory: bool = False
     peers_dir: Path | None = None
     pairs: int = 15
     seconds: float = 60.0

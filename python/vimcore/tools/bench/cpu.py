@@ -23,9 +23,10 @@ import torch
 
 from ... import _core
 from ...config import WIDTHS
-from ...nn.vision_mamba import VisionMamba
 from .common import Call, Options, forward_call, table_line, training_call
-from .peers import peer_call
+from .memory import peak_bytes
+from .networks import WITHOUT_NECK, build, neck_flops
+from .peers import load_module, quiet
 
 STATE_UPDATE_FLOPS = 20  # 10 slots of the FMA pipe: the exponential takes most of them
 HEADER = (
@@ -37,6 +38,8 @@ HEADER = (
     "ratio",
     "of floor",
     "peak GF/s",
+    "ours MiB",
+    "peer MiB",
     "pairs",
 )
 
@@ -95,13 +98,13 @@ def measure(
     options: Options, side: int, batch: int, folder: Path | None, skipped: dict[str, str]
 ) -> list[dict[str, Any]]:
     """All rows of one image size and batch: one per peer, or one without a peer."""
-    size, width = options.model.removeprefix("vim_"), WIDTHS[options.model]
-    torch.manual_seed(0)
-    model = VisionMamba(img_size=side, embed_dim=width, memory=options.memory)
+    width = WIDTHS[options.model]
+    model = build(options, None, side, None)
     images = torch.randn(batch, 3, side, side)
     targets = torch.randint(1000, (batch,)) if options.train else None
     ours = forward_call(model, images) if targets is None else training_call(model, images, targets)
-    floor = batch * floor_flops(Sizes(side, width, model.flops()))
+    backbone: Any = model if options.neck == "none" else model.backbone
+    floor = batch * (floor_flops(Sizes(side, width, backbone.flops())) + 2.0 * neck_flops(options, side))
 
     def peak() -> float:
         return _core.fma_peak(options.threads)
@@ -110,12 +113,15 @@ def measure(
     for name in options.peers:
         if options.train and name in ("openvino", "onnxruntime"):
             skipped[name] = "does not train"
+        elif options.neck != "none" and name in WITHOUT_NECK:
+            skipped[name] = "is measured as a classifier only"
         elif folder is not None and name not in skipped:
             try:
-                peers[name] = peer_call(name, folder, size, side, images, targets, options.threads)
+                peers[name] = _peer_call(name, folder, side, images, targets, options)
             except ImportError as error:
                 skipped[name] = f"not installed ({error})"
     rows = []
+    own_peak = _peak(options, None, side, batch, folder)
     for peer_name, peer in (peers or {None: None}).items():
         found = interleave(ours, peer, peak, options)
         row: dict[str, Any] = {
@@ -123,6 +129,7 @@ def measure(
             "size": side,
             "batch": batch,
             "mode": "train" if options.train else "forward",
+            "neck": options.neck,
             "peer": peer_name,
             "pairs": len(found["ours"]),
             "ms_per_image": 1e3 * median(found["ours"]) / batch,
@@ -135,9 +142,34 @@ def measure(
         if peer:
             row["peer_ms_per_image"] = 1e3 * median(found["peer"]) / batch
             row["ratio"] = median(a / b for a, b in zip(found["ours"], found["peer"], strict=True))
+        row |= own_peak
+        if peer and peer_name not in ("openvino", "onnxruntime"):
+            peaks = _peak(options, peer_name, side, batch, folder)
+            row |= {f"peer_{key}": value for key, value in peaks.items()}
         rows.append(row)
         print(_line(row), file=options.table, flush=True)
     return rows
+
+
+def _peer_call(
+    name: str, folder: Path, side: int, images: torch.Tensor, targets: torch.Tensor | None, options: Options
+) -> Call:
+    """The call of a peer; ImportError where something is not installed."""
+    model = build(options, name, side, folder)
+    if name in ("openvino", "onnxruntime"):
+        with quiet():
+            call: Call = getattr(load_module(folder, "deit"), name)(model, images, options.threads)
+        return call
+    return forward_call(model, images) if targets is None else training_call(model, images, targets)
+
+
+def _peak(
+    options: Options, peer: str | None, side: int, batch: int, folder: Path | None
+) -> dict[str, int | None]:
+    """{"peak_bytes": ...} of a network; None: more than there is. Nothing where it is not asked for."""
+    if not options.peak_memory:
+        return {}
+    return {"peak_bytes": peak_bytes(options, peer, side, batch, folder)}
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -153,6 +185,7 @@ def _line(row: dict[str, Any]) -> str:
         number("ratio", ".3f"),
         number("share_of_floor", ".0%"),
         number("peak_gflops", ".0f"),
+        *(f"{row[key] / 2**20:.0f}" if row.get(key) else "-" for key in ("peak_bytes", "peer_peak_bytes")),
         str(row["pairs"]),
     )
     return table_line(cells, HEADER)

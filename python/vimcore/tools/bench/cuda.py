@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from ... import _core
-from ...config import WIDTHS
-from ...nn.vision_mamba import VisionMamba
 from .common import Call, Options, table_line, training_call
-from .peers import load_module
+from .memory import peak_bytes
+from .networks import WITHOUT_NECK, build, placed
 
 LATENCY_CALLS = 50
-PEERS = {"torch": "deit", "vim-torch": "vim_torch"}
+PEERS = ("torch", "torch-materialised", "vim-torch")
 HEADER = (
     "pixels",
     "batch",
@@ -33,6 +32,8 @@ HEADER = (
     "peer img/s",
     "ratio",
     "latency ms",
+    "ours MiB",
+    "peer MiB",
     "pairs",
 )
 
@@ -129,15 +130,16 @@ def measure(
     options: Options, side: int, batch: int, folder: Path | None, skipped: dict[str, str]
 ) -> list[dict[str, Any]]:
     """All rows of one image size and batch: with and without graph, one for each peer or one without any."""
-    size = options.model.removeprefix("vim_")
     peers: list[str | None] = [None]
     skipped.update({name: "runs on the CPU" for name in options.peers if name not in PEERS})
     if folder is not None and any(name in PEERS for name in options.peers):
         peers = [name for name in options.peers if name in PEERS]
+    if options.neck != "none" and WITHOUT_NECK & set(peers):
+        skipped.update(dict.fromkeys(WITHOUT_NECK, "is measured as a classifier only"))
+        peers = [name for name in peers if name not in WITHOUT_NECK]
     dtype = getattr(torch, options.dtype)
-    torch.manual_seed(0)
-    model = VisionMamba(img_size=side, embed_dim=WIDTHS[options.model], memory=options.memory)
-    model.to(options.device)
+    device = torch.device(options.device)
+    model = placed(build(options, None, side, folder), device, dtype)
     images = torch.randn(batch, 3, side, side, device=options.device).to(dtype)
     eager = _call(options, model, images)
     rows = []
@@ -147,7 +149,7 @@ def measure(
         for name in peers:
             peer: Call | None = None
             if name is not None and folder is not None:
-                other = load_module(folder, PEERS[name]).build(size, side).to(options.device, dtype)
+                other = placed(build(options, name, side, folder), device, dtype)
                 peer = graphed(_call(options, other, images)) if graph else _call(options, other, images)
             found = _interleave(ours, peer, options)
             row: dict[str, Any] = {
@@ -155,6 +157,7 @@ def measure(
                 "size": side,
                 "batch": batch,
                 "mode": "train" if options.train else "forward",
+                "neck": options.neck,
                 "dtype": options.dtype,
                 "graph": graph,
                 "peer": name,
@@ -167,6 +170,10 @@ def measure(
             if peer is not None:
                 row["peer_images_per_s"] = batch / median(found["peer"])
                 row["ratio"] = median(a / b for a, b in zip(found["ours"], found["peer"], strict=True))
+            if options.peak_memory:
+                row["peak_bytes"] = peak_bytes(options, None, side, batch, folder)
+                if peer is not None:
+                    row["peer_peak_bytes"] = peak_bytes(options, name, side, batch, folder)
             rows.append(row)
             print(_line(row), file=options.table, flush=True)
     return rows
@@ -182,6 +189,7 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['peer_images_per_s']:.0f}" if "ratio" in row else "-",
         f"{row['ratio']:.3f}" if "ratio" in row else "-",
         f"{row['latency_ms']:.3f}",
+        *(f"{row[key] / 2**20:.0f}" if row.get(key) else "-" for key in ("peak_bytes", "peer_peak_bytes")),
         str(row["pairs"]),
     )
     return table_line(cells, HEADER)

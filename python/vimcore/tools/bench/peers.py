@@ -10,9 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-from .common import Call, forward_call, training_call
 
 
 def peers_folder(given: Path | None) -> Path | None:
@@ -47,16 +44,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def peer_call(name: str, folder: Path, size: str, side: int, images: Any, targets: Any, threads: int) -> Call:
-    """The call of a peer; ImportError where something is not installed."""
-    if name == "vim-torch":
-        model = load_module(folder, "vim_torch").build(size, side)
-    else:
-        deit = load_module(folder, "deit")
-        model = deit.build(size, side)
-        if name != "torch":
-            with quiet():
-                return getattr(deit, name)(model, images, threads)
-    return forward_call(model, images) if targets is None else training_call(model, images, targets)

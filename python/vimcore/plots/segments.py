@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vimcore plot` of segmentation: curves, confusion of pixels, and the worst images beside their truth.
+
+Reads RUN/log.jsonl and RUN/eval.npz, see `vimcore.tasks.segmentation.answers`. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from ..tasks.segmentation.answers import Answers, Worst, read_answers
+from ..train.log import Log, read_log
+from ..utils.files import shortened
+from .runs import COLOURS, COUNTED, NAME, NAMED, SHADES, averaged, draw, legend, line_style, named_runs
+from .style import INK, MUTED, ORANGE, PAPER, new_figure, plain_text, save_figure, tidy
+
+LISTED = 24  # classes beside the matrix, those of the smallest IoU
+KEYED = 24  # classes whose colours fit below the images
+WRONG = np.array([214, 40, 57], np.uint8)
+UNKNOWN = np.array([150, 155, 175], np.uint8)  # pixels that do not count
+
+
+@plain_text
+def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
+    """Loss, mIoU (and accuracy of pixels of a single run), learning rate, gradient norm, over the epochs."""
+    figure = new_figure(10.5, 7)
+    (loss, score), (rate, norm) = figure.subplots(2, 2)
+    several = len(logs) > 1
+    for i, log in enumerate(logs.values()):
+        colour = COLOURS[i % len(COLOURS)]
+        held_out = colour if several else ORANGE
+        loss.plot(*averaged(log.steps, "loss"), color=colour, lw=1.2)
+        for weights, rows in log.evals.items():
+            style = line_style(weights, rows)
+            score.plot(rows["epoch"], 100 * rows["miou"], color=held_out, lw=2, **style)
+            if not several:
+                score.plot(rows["epoch"], 100 * rows["aacc"], color=MUTED, lw=1.2, **style)
+        _mark_best(score, log, held_out, several)
+        rate.plot(*averaged(log.steps, "lr"), color=colour, lw=2)
+        norm.plot(*averaged(log.steps, "grad_norm"), color=colour, lw=1.2)
+    titles = ("cross-entropy of training", "mIoU, %", "learning rate", "gradient norm")
+    if not several:
+        titles = (titles[0], "mIoU and right pixels (grey), %", *titles[2:])
+    for axes, text in zip((loss, score, rate, norm), titles):
+        axes.set_title(text, color=INK, loc="left", fontsize=11)
+        axes.set_xlabel("epoch", color=INK)
+        if axes.get_xlim()[1] > 2:
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set_ylim(bottom=0)
+        tidy(axes)
+    rate.yaxis.set_major_locator(MaxNLocator(5))
+    rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    lines: list[Line2D] = legend(logs)
+    score.legend(
+        handles=[line for line in lines if line.get_label() != "training"], frameon=False, fontsize=9
+    )
+    names = ", ".join(shortened(name, NAME) for name in logs)
+    title = "Training of " + (names if len(logs) <= 3 else f"{len(logs)} runs")
+    figure.suptitle(title, color=INK, weight="bold", x=0.02, ha="left")
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def _mark_best(axes: Axes, log: Log, colour: str, several: bool) -> None:
+    points = [(v, e) for rows in log.evals.values() for e, v in zip(rows["epoch"], rows["miou"]) if v == v]
+    if not points:
+        return
+    best, epoch = max(points)
+    axes.plot([epoch], [100 * best], "o", color=colour, ms=7, mfc=PAPER, mew=2, zorder=3)
+    if not several:
+        place: dict[str, Any] = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{100 * best:.2f} %", (epoch, 100 * best), color=colour, weight="bold", **place)
+
+
+@plain_text
+def plot_confusion(answers: Answers, path: Path, title: str = "") -> None:
+    """Shares of the pixels of each class (row) that were taken for each class (column); IoU beside it."""
+    classes, found = len(answers.names), answers.figures()
+    share = answers.counts / np.maximum(answers.counts.sum(1, keepdims=True), 1)
+    side = min(max(0.42 * classes, 4.0), 11.0)
+    figure = new_figure(side + 1.2, side + 0.6)
+    axes = figure.subplots()
+    axes.imshow(100 * share, cmap=SHADES, norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    axes.set_xlabel("taken for", color=INK)
+    axes.set_ylabel("is", color=INK)
+    axes.tick_params(colors=INK, length=0)
+    for spine in axes.spines.values():
+        spine.set_color("#d9dce6")
+    if classes <= NAMED:
+        names = [shortened(name, 16) for name in answers.names]
+        size = 9 if classes <= COUNTED else 6
+        axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
+        axes.set_yticks(range(classes), names, fontsize=size)
+    if classes <= COUNTED:
+        for row, column in zip(*np.nonzero(share >= 0.005)):
+            colour = PAPER if share[row, column] > 0.25 else INK
+            text = f"{100 * share[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    head = f"{shortened(title, NAME)}: " if title else ""
+    text = f"{head}{_percent(found.miou)} mIoU, % of the pixels of each row"
+    axes.set_title(text, color=INK, weight="bold", loc="left", fontsize=11)
+    order = [int(i) for i in np.argsort(found.iou, kind="stable") if not np.isnan(found.iou[i])][:LISTED]
+    lines = [f"{_percent(found.iou[i])}  {shortened(answers.names[i], 28)}" for i in order]
+    beside: dict[str, Any] = {"xytext": (16, 0), "textcoords": "offset points", "va": "top"}
+    words = "\n".join(["smallest IoU", *lines])
+    axes.annotate(words, (1, 1), xycoords="axes fraction", color=INK, fontsize=9, linespacing=1.5, **beside)
+    save_figure(figure, path)
+
+
+def _percent(value: float) -> str:
+    return "-" if np.isnan(value) else f"{100 * value:.1f} %"
+
+
+@plain_text
+def plot_images(
+    shown: Sequence[Worst],
+    captions: Sequence[str],
+    names: Sequence[str],
+    palette: NDArray[np.uint8],
+    path: Path,
+    title: str,
+) -> None:
+    """Four pictures of each image: itself, its truth, what was found, and where these differ.
+
+    Args:
+        captions: a line for each image.
+        palette: (classes, 3) uint8.
+    """
+    columns = 2 if len(shown) > 1 else 1
+    rows = -(-len(shown) // columns)
+    present = sorted({int(k) for one in shown for m in (one.truth, one.found) for k in np.unique(m)} - {255})
+    keyed = present if len(present) <= KEYED else []
+    below = 0.35 * -(-len(keyed) // 11) + 0.1
+    height = rows * 1.55 + 0.75 + below
+    figure = new_figure(columns * 5.6, height)
+    bottom, top = below / height, 1 - 0.75 / height
+    layout = {"hspace": 0.24, "wspace": 0.04, "left": 0, "right": 1, "bottom": bottom, "top": top}
+    widths = [1, 1, 1, 1, 0.12, 1, 1, 1, 1][: 9 if columns == 2 else 4]
+    grid = figure.subplots(rows, len(widths), squeeze=False, gridspec_kw={**layout, "width_ratios": widths})
+    for axes in grid.flat:
+        axes.axis("off")
+    for i, (one, caption) in enumerate(zip(shown, captions)):
+        first = 5 * (i % columns)
+        panels = (one.image, _painted(one.truth, palette), _painted(one.found, palette), _differences(one))
+        for axes, picture in zip(grid[i // columns, first : first + 4], panels):
+            axes.imshow(picture, interpolation="nearest" if len(picture) < 100 else "antialiased")
+        grid[i // columns, first].set_title(caption, color=INK, size=8, loc="left", pad=3)
+    for first in range(0, len(widths), 5):
+        for offset, text in enumerate(("image", "truth", "found", "errors")):
+            box = grid[0, first + offset].get_position()
+            place = (box.x0 + box.x1) / 2
+            figure.text(place, 1 - 0.42 / height, text, color=MUTED, size=9, ha="center", va="center")
+    if keyed:
+        patches = [
+            Patch(facecolor=palette[k] / 255, edgecolor="#d9dce6", label=shortened(names[k], 16))
+            for k in keyed
+        ]
+        figure.legend(handles=patches, loc="lower left", ncols=11, frameon=False, fontsize=8, handlelength=1)
+    figure.suptitle(title, color=INK, weight="bold", x=0, ha="left", y=1)
+    save_figure(figure, path)
+
+
+def _painted(classes: NDArray[np.uint8], palette: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Class indices in their colours; 255 is grey."""
+    colours = np.full((256, 3), UNKNOWN, np.uint8)
+    colours[: len(palette)] = palette
+    return colours[classes]
+
+
+def _differences(one: Worst) -> NDArray[np.uint8]:
+    """The image pale and grey, wrong pixels red; those that do not count as in the truth."""
+    grey = 160 + one.image.mean(2, keepdims=True) * (95 / 255)
+    picture = np.repeat(grey, 3, 2).astype(np.uint8)
+    picture[one.truth != one.found] = WRONG
+    picture[one.truth == 255] = UNKNOWN
+    return picture
+
+
+def plot_worst(answers: Answers, path: Path, count: int = 24, title: str = "") -> None:
+    """The images of the smallest mIoU."""
+    shown = list(answers.worst)[:count]
+    captions = [
+        f"{_percent(answers.miou[one.index])} mIoU, {_percent(answers.right[one.index])} right  "
+        f"{shortened(os.path.basename(answers.files[one.index]) or f'scene {one.index}', 34)}"
+        for one in shown
+    ]
+    head = f"{shortened(title, NAME)}: " if title else ""
+    text = f"{head}{_percent(answers.figures().miou)} mIoU"
+    text += f"; the worst {len(shown)} of {len(answers.files)} images"
+    plot_images(shown, captions, answers.names, answers.palette, path, text)
+
+
+def plot_runs(
+    runs: Sequence[str], out: str | None = None, kind: str = "png", mistakes: int = 24
+) -> tuple[list[str], list[str]]:
+    """Draws the curves, and for every run that was evaluated the confusion matrix and the worst images.
+
+    Arguments and results as those of `vimcore.plots.runs.plot_runs`.
+    """
+    names = named_runs(runs)
+    folder = Path(out) if out is not None else Path(runs[0] if len(runs) == 1 else ".")
+    logs: dict[str, Log] = {}
+    answers: dict[str, Answers] = {}
+    notes = []
+    for run, name in zip(runs, names):
+        log, evaluated = Path(run) / "log.jsonl", Path(run) / "eval.npz"
+        if not log.is_file() and not evaluated.is_file():
+            raise ValueError(f"{run}: no run: neither log.jsonl nor eval.npz is there")
+        if log.is_file():
+            logs[name] = read_log(log)
+        if evaluated.is_file():
+            answers[name] = read_answers(evaluated)
+        else:
+            notes.append(f"{run}: no eval.npz yet, so no confusion matrix and no worst images")
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[str] = []
+    if logs:
+        draw(folder / f"curves.{kind}", written, lambda path: plot_curves(logs, path))
+    for name, found in answers.items():
+        prefix = "" if len(runs) == 1 else name.strip("/").replace("/", "-") + "-"
+        confusion, worst = (folder / f"{prefix}{what}.{kind}" for what in ("confusion", "worst"))
+        draw(confusion, written, partial(plot_confusion, found, title=name))
+        if found.worst:
+            draw(worst, written, partial(plot_worst, found, count=mistakes, title=name))
+        else:
+            notes.append(f"{name}: no image has pixels that count, so no worst images")
+    return written, notes

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vimcore predict` of detection: objects in image files, in the pictures' own pixels."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from .. import _core
+from ..data.detection import Framing, Jitter
+from ..data.drawing import colours, drawn, jpeg
+from ..data.picture_files import find_images, read_file, reason
+from ..data.pictures import decode
+from ..data.transforms import Input
+from ..detection import CascadeMaskRCNN
+from ..tasks.detection.answers import shown_of, sure
+from ..tasks.detection.evaluation import Row, rows_of
+from ..utils.files import atomic, write_text
+from .predict import json_text
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What was found in one image, best first, or the error that prevented it.
+
+    Attributes:
+        size: (height, width) of the image.
+        rows: COCO's results: category_id (index of the class + 1), bbox, score, segmentation.
+        overlay: the file that was written, None: none was wanted.
+    """
+
+    image: str
+    size: tuple[int, int] = (0, 0)
+    rows: list[Row] = field(default_factory=list)
+    classes: Sequence[str] = ()
+    overlay: str | None = None
+    error: str | None = None
+
+    def to_json(self, passed_over: Mapping[str, int] | None = None) -> str:
+        """One line of JSON: scores and coordinates with 6 significant digits; masks are in results.json.
+
+        Args:
+            passed_over: number of skipped files by suffix, added to the line of the last image.
+        """
+        line = f'{{"image": {json_text(self.image)}'
+        if self.error is not None:
+            line += f', "error": {json_text(self.error)}'
+        else:
+            found = ", ".join(self._object(row) for row in self.rows)
+            line += f', "width": {self.size[1]}, "height": {self.size[0]}, "objects": [{found}]'
+            if self.overlay is not None:
+                line += f', "overlay": {json_text(self.overlay)}'
+        if passed_over:
+            line += f', "passed_over": {json_text(dict(sorted(passed_over.items())))}'
+        return line + "}"
+
+    def _object(self, row: Row) -> str:
+        index = row["category_id"] - 1
+        box = ", ".join(f"{side:.6g}" for side in corners(row))
+        return (
+            f'{{"index": {index}, "label": {json_text(self.classes[index])}, "score": {row["score"]:.6g}, '
+            f'"box": [{box}]}}'
+        )
+
+
+def corners(row: Row) -> tuple[float, float, float, float]:
+    """x1, y1, x2, y2 of a row."""
+    x, y, w, h = row["bbox"]
+    return x, y, x + w, y + h
+
+
+class Detecting:
+    """A network with what its file says of images, ready to find objects.
+
+    Args:
+        model: of a file, on its device.
+        precision: of autocast; float32: none.
+
+    Raises:
+        ValueError: no picture file can fill its input.
+    """
+
+    def __init__(self, model: CascadeMaskRCNN, precision: torch.dtype = torch.float32) -> None:
+        task, steps, c = model.task, model.preprocess, model.backbone._config
+        if task is None or steps is None or len(steps.mean) != c.in_chans:
+            raise ValueError(
+                f"[predict] weights: the network takes {c.in_chans} channels, for which its file has no "
+                "preprocessing that a picture file could fill"
+            )
+        self.model, self.task, self.precision = model.eval(), task, precision
+        model.backbone.dynamic_img_size = task.resize[1] > min(c.img_size)
+        of = Input(c.in_chans, (c.img_size[0], c.img_size[1]), steps.mean, steps.std, min(c.img_size))
+        self.framing = Framing(of, task.resize, Jitter(None, 0.0), masks=False)
+        self.device = next(model.parameters()).device
+        self.palette = colours(len(task.classes))
+
+    def rows(self, image: NDArray[Any]) -> list[Row]:
+        """COCO's results of a picture (H, W, 3)."""
+        size = (int(image.shape[0]), int(image.shape[1]))
+        values = self.framing.evaluation(image).to(self.device)
+        kind = self.device.type
+        with torch.no_grad(), torch.autocast(kind, self.precision, self.precision != torch.float32):
+            return rows_of(self.model.detections([values], [size])[0], size)
+
+    def overlay(self, image: NDArray[Any], rows: Sequence[Row]) -> bytes:
+        """A JPEG of the picture with the objects whose score is SURE or more."""
+        found = sure(shown_of(rows, (image.shape[0], image.shape[1])))
+        texts = [f"{self.task.classes[k]} {100 * p:.0f} %" for k, p in zip(found.labels, found.scores)]
+        return jpeg(drawn(image, found.boxes, found.labels, found.masks, texts, self.palette))
+
+
+def detect(
+    network: Detecting, paths: Sequence[str], out: str | None = None, passed_over: Counter[str] | None = None
+) -> Iterator[Predicted]:
+    """Objects of images and folders of images, in order; a bad image becomes one with an error.
+
+    Args:
+        out: folder for NAME_overlay.jpg of each image, and for results.json: images, annotations and
+            categories as in a COCO file, with the category ids of the network's file, written at the end.
+        passed_over: counts files in folders that are not images, by suffix.
+
+    Raises:
+        OSError: a result cannot be written.
+    """
+    pictures = list(find_images(paths, passed_over))
+    output = _Output(out, pictures, network) if out is not None else None
+    for path in pictures:
+        try:
+            image = decode(read_file(path), "")
+            rows = network.rows(image)
+            name = output.name(path) if output is not None else None
+        except (_core.Error, OSError, ValueError, MemoryError) as error:
+            yield Predicted(path, error=reason(error))
+            continue
+        size = (image.shape[0], image.shape[1])
+        if output is not None and name is not None:
+            with atomic(Path(name)) as file:
+                file.write(network.overlay(image, rows))
+            output.add(path, size, rows)
+        yield Predicted(path, size, rows, network.task.classes, name)
+    if output is not None:
+        output.finish()
+
+
+class _Output:
+    """A folder of results, none of which replaces a picture or another result."""
+
+    def __init__(self, folder: str, pictures: Iterable[str], network: Detecting) -> None:
+        os.makedirs(folder, exist_ok=True)
+        self.folder, self.taken = folder, {os.path.realpath(picture) for picture in pictures}
+        classes = network.task.classes
+        self.ids = network.task.ids or tuple(range(1, len(classes) + 1))
+        self.images: list[dict[str, Any]] = []
+        self.annotations: list[dict[str, Any]] = []
+        self.categories = [{"id": number, "name": name} for number, name in zip(self.ids, classes)]
+
+    def name(self, picture: str) -> str:
+        """Of the overlay.
+
+        Raises:
+            ValueError: it is taken.
+        """
+        name = os.path.join(self.folder, os.path.splitext(os.path.basename(picture))[0]) + "_overlay.jpg"
+        place = os.path.realpath(name)
+        if place in self.taken:
+            raise ValueError(
+                f"{name} is another picture, or the result of one; pictures of the same name need runs of "
+                "their own with another --out"
+            )
+        self.taken.add(place)
+        return name
+
+    def add(self, picture: str, size: tuple[int, int], rows: Sequence[Row]) -> None:
+        number = len(self.images) + 1
+        self.images.append({"id": number, "file_name": picture, "width": size[1], "height": size[0]})
+        for row in rows:
+            width, height = row["bbox"][2:]
+            about = {"id": len(self.annotations) + 1, "image_id": number, "iscrowd": 0}
+            about["area"] = width * height
+            self.annotations.append({**about, **row, "category_id": self.ids[row["category_id"] - 1]})
+
+    def finish(self) -> None:
+        content = {"images": self.images, "annotations": self.annotations, "categories": self.categories}
+        write_text(Path(self.folder) / RESULTS, json.dumps(content) + "\n")
