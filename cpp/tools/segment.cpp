@@ -82,10 +82,12 @@ std::string fields_of(const vimcore::ClassMap& map, const vimcore::SegmentationF
     return line;
 }
 
-std::string table(const std::string& path, const vimcore::ClassMap& map, const vimcore::SegmentationFile& about)
+std::string table(const std::string& path, const vimcore::ClassMap& map, const vimcore::SegmentationFile& about,
+                  std::int64_t topk, const Output::Names& names)
 {
     std::string text = path + "\n";
     for (const auto& [index, pixels] : vimcore::areas_of(map)) {
+        if (topk-- == 0) break;
         char row[64];
         std::snprintf(row, sizeof row, "  %7.3f %%  %5lld",
                       100 * static_cast<double>(pixels) / static_cast<double>(map.classes.size()),
@@ -93,7 +95,15 @@ std::string table(const std::string& path, const vimcore::ClassMap& map, const v
         const std::string& label = about.classes[static_cast<std::size_t>(index)];
         text += row + (label.empty() ? "" : "  " + one_line(label)) + "\n";
     }
+    if (!names.mask.empty()) text += "  " + one_line(names.mask) + ", " + one_line(names.overlay) + "\n";
     return text;
+}
+
+// What is wrong with a picture, which is named by whoever prints this.
+std::string reason(const std::exception& error)
+{
+    const std::string text = error.what(), prefix = "[segment] ";
+    return text.starts_with(prefix) ? text.substr(prefix.size()) : text;
 }
 
 }  // namespace
@@ -102,12 +112,14 @@ int segment(const std::vector<std::string>& words)
 {
     RunOptions options;
     std::string out;
+    std::int64_t topk = 5;
     bool json = false;
     Arguments arguments("segment", "--weights FILE [options] IMAGE|FOLDER|@LIST...",
                         "Give every pixel of picture files a class.");
     options.add_network(arguments);
     options.add_pictures(arguments, false);
     arguments.text("--out", "DIR", out, "write NAME.png, class indices with a palette, and NAME_overlay.jpg");
+    arguments.positive("--topk", "N", topk, "classes to show (default: 5); JSON has all");
     arguments.flag("--json", json, "one JSON object per line and image");
     arguments.note(
         "Weights are the file of a network for segmentation with the head fcn, linear or uper, which run on the\n"
@@ -135,28 +147,28 @@ int segment(const std::vector<std::string>& words)
     Counts counts{.passed_over = found.passed_over};
     vimcore::ClassMap map;
     for (Loaded loaded; stream.next(loaded);) {
-        std::string what = loaded.error, fields;
+        std::string what = loaded.error;
+        Output::Names names;
         if (what.empty()) {
             try {
                 session.segment(loaded.picture, map);
-                const Output::Names names = output.names_for(loaded.path);
-                if (!names.mask.empty()) {
-                    vimcore::save_class_png(names.mask, map, about.palette);
-                    vimcore::save_jpeg(names.overlay, vimcore::overlay(loaded.picture, map, about.palette));
-                }
-                fields = fields_of(map, about, names);
+                names = output.names_for(loaded.path);
             } catch (const std::bad_alloc&) {
                 what = "out of memory";
             } catch (const std::exception& error) {
-                what = error.what();
+                what = reason(error);
             }
+        }
+        if (what.empty() && !names.mask.empty()) {  // a result that cannot be written ends the run
+            vimcore::save_class_png(names.mask, map, about.palette);
+            vimcore::save_jpeg(names.overlay, vimcore::overlay(loaded.picture, map, about.palette));
         }
         const std::string last = ++counts.total == stream.total() ? passed_over_json(found.passed_over) : "";
         if (json)
             print("{\"image\": " + json_text(loaded.path) + ", " +
-                  (what.empty() ? fields : "\"error\": " + json_text(what)) + last + "}\n");
+                  (what.empty() ? fields_of(map, about, names) : "\"error\": " + json_text(what)) + last + "}\n");
         else if (what.empty())
-            print(table(loaded.path, map, about));
+            print(table(loaded.path, map, about, topk, names));
         flush();
         if (!what.empty()) {
             counts.failed++;

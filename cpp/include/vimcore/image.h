@@ -39,7 +39,7 @@ Image decode_image(const void* bytes, std::size_t size, const std::string& name)
 Image upright(Image image, const void* file, std::size_t size);
 
 Image resize_bicubic(const Image& image, std::int64_t height, std::int64_t width);
-// Bilinear by half-pixel centres, without antialiasing; values are rounded to 8 bits.
+// Bilinear by half-pixel centres, without antialiasing; values are rounded to 8 bits, halves up.
 Image resize_linear(const Image& image, std::int64_t height, std::int64_t width);
 
 // Writes to a temporary name in the same folder, then renames. quality 1 to 100. Error also when built without libjpeg.

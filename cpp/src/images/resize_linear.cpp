@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bilinear resize of 8-bit pixels by half-pixel centres, without antialiasing; sums in float32, rounded to nearest.
+// Bilinear resize of 8-bit pixels by half-pixel centres, without antialiasing; sums in float32, halves rounded up.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -56,7 +56,7 @@ Image resize_linear(const Image& image, std::int64_t height, std::int64_t width)
                 const float value =
                     upper * (a * static_cast<float>(top[left + c]) + b * static_cast<float>(top[right + c])) +
                     lower * (a * static_cast<float>(bottom[left + c]) + b * static_cast<float>(bottom[right + c]));
-                *to++ = static_cast<std::uint8_t>(std::lrint(value));
+                *to++ = static_cast<std::uint8_t>(std::floor(value + 0.5f));
             }
         }
     }

@@ -133,7 +133,7 @@ public:
                                         std::to_string(image.width) + ", more than 65535 a side or 2^30 in all");
         const bool same = height == image.height && width == image.width;
         Image resized;
-        if (!same) resized = resize_linear(image, height, width);
+        if (!same) resized = resize_linear(about_.mean.size() == 1 ? grey(image) : image, height, width);
         result.height = image.height;
         result.width = image.width;
         result.classes.resize(static_cast<std::size_t>(image.height * image.width));
@@ -315,6 +315,16 @@ private:
     static int luminance(const std::uint8_t* rgb)
     {
         return (19595 * rgb[0] + 38470 * rgb[1] + 7471 * rgb[2] + 32768) >> 16;
+    }
+
+    // Rounded to 8 bits before it is resized, as a picture of one channel would have been.
+    static Image grey(Image image)
+    {
+        for (std::size_t i = 0; i < image.pixels.size(); i += 3) {
+            std::uint8_t* rgb = image.pixels.data() + i;
+            rgb[0] = rgb[1] = rgb[2] = static_cast<std::uint8_t>(luminance(rgb));
+        }
+        return image;
     }
 
     struct Stage {
