@@ -5,7 +5,6 @@
 #include <array>
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <stdexcept>
 #include <utility>
 
@@ -112,6 +111,14 @@ Shape weight_shape(const Part& part)
     return part.up ? Shape{part.in, part.out, 2, 2} : Shape{part.out, part.in, part.kernel, part.kernel};
 }
 
+// As many as divide the channels, 32 at most, with four channels or more in each.
+std::int64_t norm_groups(std::int64_t channels)
+{
+    std::int64_t groups = std::max<std::int64_t>(std::min<std::int64_t>(32, channels / 4), 1);
+    while (channels % groups) groups--;
+    return groups;
+}
+
 // A part with its weights.
 struct Layer {
     Convolution convolution;
@@ -149,7 +156,7 @@ public:
         if (!part.norm.empty() && about_.group_norm) {
             layer.scale = read(part.norm + ".weight");
             layer.shift = read(part.norm + ".bias");
-            layer.groups = std::gcd(std::int64_t{32}, part.out);
+            layer.groups = norm_groups(part.out);
             layer.activation = part.activation;
         } else if (!part.norm.empty()) {
             fold_norm(part, weight, bias);
