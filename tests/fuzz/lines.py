@@ -30,6 +30,7 @@ WORKING = {
     },
     "vim-infer": {
         "predict": "--weights good.safetensors --json pictures",
+        "segment": "--weights dense.safetensors --out new --json pictures",
         "features": "--weights good.safetensors --out new.safetensors --json pictures",
         "info": "--weights good.safetensors --json",
         "bench": "--weights good.safetensors --batches 1 --seconds 0 --json",
