@@ -222,7 +222,10 @@ def test_position_tables_of_another_grid_are_resized(tmp_path: Path) -> None:
             lambda w: w.update({"roi_heads.mask_head.deconv.bias": torch.zeros(9)}),
             "misshapen: roi_heads.mask",
         ),
-        (lambda w: w.update({"roi_heads.mask_head.deconv.bias": np.array(["x"])}), "unsupported object, numpy"),
+        (
+            lambda w: w.update({"roi_heads.mask_head.deconv.bias": np.array(["x"])}),
+            "unsupported object, numpy",
+        ),
     ],
 )
 def test_what_does_not_fit_changes_nothing(change: Any, message: str, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,21 @@ class Scored:
         names: of the scores in the log, shares from 0 to 1. The first one has the best marked, the others are
             drawn for a single run, in grey; without any there is no such panel.
         labels: of the scores, as in tables.
+        parts: of the loss of a single run: text, and how the names of what is added up begin.
     """
 
     loss: str
     score: str = ""
     names: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @plain_text
 def plot_curves(logs: Mapping[str, Log], path: Path, scored: Scored) -> None:
     """Loss, scores, learning rate, gradient norm (or images a second) of runs by name."""
     normed = any(np.isfinite(log.steps["grad_norm"]).any() for log in logs.values())
-    field, label = ("grad_norm", "gradient norm") if normed else ("images_per_second", "images per second")
+    last_of, label = ("grad_norm", "gradient norm") if normed else ("images_per_second", "images per second")
     titles = [scored.loss, scored.score, "learning rate", label]
     figure = new_figure(10.5, 7)
     loss, score, rate, last = panels = list(figure.subplots(2, 2).flat)
@@ -52,6 +54,8 @@ def plot_curves(logs: Mapping[str, Log], path: Path, scored: Scored) -> None:
         colour = COLOURS[i % len(COLOURS)]
         held_out = colour if several else ORANGE
         loss.plot(*_averaged(log.steps, "loss"), color=colour, lw=1.2, alpha=0.55 if several else 1)
+        if not several:
+            _plot_parts(loss, log, scored.parts)
         for weights, rows in log.evals.items():
             style = _line_style(weights, rows)
             if np.isfinite(rows["loss"]).any():
@@ -65,7 +69,7 @@ def plot_curves(logs: Mapping[str, Log], path: Path, scored: Scored) -> None:
         if scored.names:
             _mark_best(score, log, scored.names[0], held_out, several)
         rate.plot(*_averaged(log.steps, "lr"), color=colour, lw=2)
-        last.plot(*_averaged(log.steps, field), color=colour, lw=1.2)
+        last.plot(*_averaged(log.steps, last_of), color=colour, lw=1.2)
     if not scored.names:
         figure.delaxes(score)
     for axes, text in zip(panels, titles):
@@ -79,7 +83,8 @@ def plot_curves(logs: Mapping[str, Log], path: Path, scored: Scored) -> None:
     rate.yaxis.set_major_locator(MaxNLocator(5))
     rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     score.set_ylim(top=101)
-    loss.legend(handles=_legend(logs), frameon=False, fontsize=9)
+    parts = loss.get_legend_handles_labels()[0]
+    loss.legend(handles=[*_legend(logs), *parts], frameon=False, fontsize=9)
     if not several and len(score.lines) > 1:
         lines = _score_legend(next(iter(logs.values())), scored)
         score.legend(handles=lines, frameon=False, fontsize=9, loc="lower right")
@@ -88,6 +93,15 @@ def plot_curves(logs: Mapping[str, Log], path: Path, scored: Scored) -> None:
     figure.suptitle(title, color=INK, weight="bold", x=0.02, ha="left")
     figure.tight_layout()
     save_figure(figure, path)
+
+
+def _plot_parts(axes: Axes, log: Log, parts: Mapping[str, tuple[str, ...]]) -> None:
+    for colour, (text, begins) in zip(COLOURS[2:], parts.items()):
+        names = [name for name in log.steps if name.startswith(begins)]
+        if names:
+            curves = [_averaged(log.steps, name) for name in names]
+            total = np.sum([values for _, values in curves], 0)
+            axes.plot(curves[0][0], total, color=colour, lw=1, label=text)
 
 
 def _drawn(scored: Scored, rows: Mapping[str, NDArray[np.float64]], several: bool) -> list[str]:
