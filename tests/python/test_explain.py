@@ -152,6 +152,10 @@ def test_refused(weights: Path, pictures: Path, tmp_path: Path, capsys: pytest.C
         weights, "--target", "bird"
     )
     assert "layers: expected -2 .. 1, got 5" in failure(weights, "--layers", "0,5")
+    assert "token: expected a row of 0 .. 3 and a column of 0 .. 5, got (4, 0)" in failure(
+        weights, "--token", "4,0"
+    )
+    assert "start: expected a layer of 0 .. 1, got 2" in failure(weights, "--start", "2")
     bare = tmp_path / "bare.safetensors"
     build(small(img_size=16, num_classes=0)).save(bare)
     err = failure(bare, "--what", "saliency")
@@ -181,10 +185,16 @@ def test_bad_usage(flags: list[str], message: str, capsys: pytest.CaptureFixture
     assert message in capsys.readouterr().err
 
 
-def test_dense_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tool, "task_of_file", lambda path: "segment")
-    with pytest.raises(ValueError, match=r"got a network for the task segment; in Python its \.backbone"):
-        tool.Explainer("F", tmp_path, tool.Wishes())
+def test_dense_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "dense.safetensors"
+    vimcore.segmentation.FCN(build(small(img_size=16, num_classes=0, class_token="none")), 2).save(file)
+    status, lines, err = run(capsys, "--weights", file, "--out", tmp_path / "out", "one.png")
+    assert (status, lines) == (1, [])
+    assert "expected a classifier or a backbone, got a network for the task segment; in Python its" in err
+    model = vimcore.segmentation.load(file)
+    with pytest.raises(TypeError, match=r"expected a VisionMamba, got FCN; give its \.backbone"):
+        vimcore.token_norms(model, torch.zeros(1, 3, 16, 16))
+    assert vimcore.token_norms(model.backbone, torch.zeros(1, 3, 16, 16)).shape == (1, 2, 4, 4)
 
 
 def test_damaged_weights(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core import Config
 from ..utils.arguments import integer
 from .layers import Frozen, Layers, chosen_layers, exact
 
@@ -77,26 +78,38 @@ def attention_maps(
     return torch.stack([found[i] for i in wanted], 1)
 
 
-def _row(net: Layers, token: Token) -> Tensor:
-    """(L): weights of the rows that are summed."""
+def place_of(config: Config, token: Token) -> tuple[int, int] | None:
+    """(row, column) of a patch; None: "class".
+
+    Raises:
+        TypeError, ValueError: there is no such token.
+    """
     if isinstance(token, str):
         if token != "class":
             raise ValueError(f"[{_OP}] token: expected 'class' or (row, column), got {token!r}")
-        if not net.class_at:
+        if not config.class_tokens:
             raise ValueError(f"[{_OP}] token: this network has no class token; name a patch: (row, column)")
-        return net.class_row()
+        return None
     at = list(token) if isinstance(token, Sequence) else [token]
     if len(at) != 2:
         raise ValueError(f"[{_OP}] token: expected 'class' or (row, column), got {token!r}")
     row, column = (integer(f"[{_OP}] token", value) for value in at)
-    height, width = net.config.grid
+    height, width = config.grid
     if not (0 <= row < height and 0 <= column < width):
         raise ValueError(
             f"[{_OP}] token: expected a row of 0 .. {height - 1} and a column of 0 .. {width - 1}, "
             f"got ({row}, {column})"
         )
+    return row, column
+
+
+def _row(net: Layers, token: Token) -> Tensor:
+    """(L): weights of the rows that are summed."""
+    at = place_of(net.config, token)
+    if at is None:
+        return net.class_row()
     weights = net.images.new_zeros(net.config.tokens)
-    weights[net.patch_at[row * width + column]] = 1
+    weights[net.patch_at[at[0] * net.config.grid[1] + at[1]]] = 1
     return weights
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core import Config
 from ..utils.arguments import boolean, integer
 from .attention import pulled
 from .layers import Layers, State, exact
@@ -53,7 +54,7 @@ def attention_rollout(
             too long for matrices; a target without logits of whole images.
     """
     net = Layers(_OP, model, images)
-    start = _start(net, start)
+    start = first_layer(net.config, start)
     signed = boolean(f"[{_OP}] signed", signed)
     if signed and target is not None:
         raise ValueError(f"[{_OP}] signed: only without a target, whose positive part is taken")
@@ -66,15 +67,20 @@ def attention_rollout(
 def rollouts(model: Any, images: Tensor, start: int, targets: Sequence[Target]) -> list[Tensor]:
     """`attention_rollout` without signs for several targets, None among them; the matrices are made once."""
     net = Layers(_OP, model, images)
-    return [net.on_grid(row) for row in _products(net, _start(net, start), targets)]
+    return [net.on_grid(row) for row in _products(net, first_layer(net.config, start), targets)]
 
 
-def _start(net: Layers, start: int) -> int:
+def first_layer(config: Config, start: int) -> int:
+    """`start` as a layer.
+
+    Raises:
+        TypeError, ValueError: it is none, or the second of a pair.
+    """
     start = integer(f"[{_OP}] start", start)
-    depth, step = net.config.depth, len(net.groups[0])
-    if not 0 <= start < depth or start % step:
+    step = 2 if config.directions == "block" else 1
+    if not 0 <= start < config.depth or start % step:
         kind = "an even layer" if step == 2 else "a layer"
-        raise ValueError(f"[{_OP}] start: expected {kind} of 0 .. {depth - 1}, got {start}")
+        raise ValueError(f"[{_OP}] start: expected {kind} of 0 .. {config.depth - 1}, got {start}")
     return start
 
 

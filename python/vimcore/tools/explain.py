@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _core
-from ..analysis.attention import attention_maps
+from ..analysis.attention import attention_maps, place_of
 from ..analysis.curves import deletion_insertion
 from ..analysis.features import feature_pca, token_norms
 from ..analysis.layers import chosen_layers, output_layers
 from ..analysis.receptive_field import effective_receptive_field, erf_shown, erf_sides
 from ..analysis.relevance import relevance
-from ..analysis.rollout import MOST, attention_rollout, rollouts
+from ..analysis.rollout import MOST, attention_rollout, first_layer, rollouts
 from ..analysis.saliency import saliency
 from ..data.picture_files import read_file, reason
 from ..data.pictures import network_input
@@ -120,10 +120,13 @@ class Explainer:
         self.layers = chosen_layers("explain", depth, wishes.layers)
         streams = [what for what in self.what if what in ("erf", "pca", "norms")]
         self.streams = output_layers("explain", self.config, wishes.layers) if streams else []
-        self.token = wishes.token
-        if self.token is None:
-            rows, columns = self.config.grid
-            self.token = "class" if self.config.class_tokens else (rows // 2, columns // 2)
+        rows, columns = self.config.grid
+        middle = "class" if self.config.class_tokens else (rows // 2, columns // 2)
+        self.token: str | tuple[int, int] = middle if wishes.token is None else wishes.token
+        if "attention" in self.what:
+            place_of(self.config, self.token)
+        if "rollout" in self.what:
+            first_layer(self.config, wishes.start)
         self.target = None if wishes.target is None else self._class(wishes.target)
         self._field: Tensor | None = None
         self._fields = 0
@@ -196,7 +199,7 @@ class Explainer:
             watch(found.image, what)
             path = self.out / f"{stem}_{what}.{self.wishes.kind}"
             if what == "attention":
-                maps = attention_maps(self.model, images, self.token or "class", self.layers)[0]
+                maps = attention_maps(self.model, images, self.token, self.layers)[0]
                 title = f"{name}: what enters {self._token_name()}, layer by layer"
                 plots.plot_attention(view, _array(maps), self.layers, self._token_place(), title, path)
             elif what == "rollout":
@@ -314,10 +317,10 @@ class Explainer:
     def _token_name(self) -> str:
         if self.token == "class":
             return "the class tokens" if self.config.class_tokens == 2 else "the class token"
-        return "patch ({}, {})".format(*(self.token or ()))
+        return "patch ({}, {})".format(*self.token)
 
     def _token_place(self) -> tuple[float, float] | None:
-        if self.token is None or isinstance(self.token, str):
+        if isinstance(self.token, str):
             return None
         row, column = self.token
         half = (self.config.patch_size - 1) / 2
