@@ -86,7 +86,7 @@ def test_everything(
         assert 0 < first[what]["deletion"] < 1
         assert 0 < first[what]["insertion"] < 1
     assert together["written"] == [str(out / "erf.png"), str(out / "pca.png")]
-    assert together["pca"] == {"images": 1, "layer": 1}
+    assert together["pca"] == {"images": 1, "layer": 1, "left_out": 0}
     assert [row["share"] for row in together["erf"]["sides"]] == [0.2, 0.3, 0.5, 0.99]
     written = one["written"] + together["written"]
     assert all(map(is_png, written))

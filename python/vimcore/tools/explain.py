@@ -131,6 +131,7 @@ class Explainer:
         self._field: Tensor | None = None
         self._fields = 0
         self._inputs: list[Tensor] = []
+        self._uncoloured = 0
         self._names: set[str] = set()
 
     def _what(self, weights: str) -> list[str]:
@@ -262,6 +263,8 @@ class Explainer:
             self._fields += 1
         elif len(self._inputs) < COLOURED:
             self._inputs.append(images)
+        else:
+            self._uncoloured += 1
 
     def finish(self, watch: Watch) -> dict[str, Any]:
         """The figures of all pictures: what was found, and under "written" the files."""
@@ -287,11 +290,13 @@ class Explainer:
             inputs = torch.cat(self._inputs)
             colours = _array(feature_pca(self.model, inputs, layer))
             note = f"layer {layer}: first three principal components of the foreground as red, green, blue"
+            if self._uncoloured:
+                note += f"; the first {len(inputs)} of {len(inputs) + self._uncoloured} pictures"
             path = self.out / f"pca.{self.wishes.kind}"
             views = [self._view(image[None]) for image in inputs]
             plots.plot_colours(views, colours, "Alike in colour: alike in features", note, path)
             written.append(str(path))
-            result["pca"] = {"images": len(inputs), "layer": layer}
+            result["pca"] = {"images": len(inputs), "layer": layer, "left_out": self._uncoloured}
         return {**result, "written": written} if written else {}
 
     # ---- names ---------------------------------------------------------------------------------------------
