@@ -29,6 +29,7 @@ FLOORS = {
     "files": ["safetensors"],
     "images": ["image", "preprocess"],
     "network": ["params", "model", "model_file", "plan", "weights", "optimizer", "positions"],
+    "segment": ["segment"],
     "": ["c_api"],  # cpp/src/c_api.cpp
 }
 # Kernel translation units may not include the standard library: see cpp/cpu/kernels.h.

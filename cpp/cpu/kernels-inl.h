@@ -7,6 +7,7 @@
 #include "checksum-inl.h"
 #include "conv1d-inl.h"
 #include "gemm-inl.h"
+#include "maps-inl.h"
 #include "norm-inl.h"
 #include "scan-inl.h"
 #include "scan_backward-inl.h"
@@ -38,6 +39,11 @@ static const Kernels<T> table = {
     .scan_backward_scratch = scan_backward_scratch<T>,
     .gate_backward = gate_backward<T>,
     .prepare_A = prepare_A<T>,
+    .relu = relu<T>,
+    .gelu = gelu<T>,
+    .blend = blend<T>,
+    .stretch = stretch<T>,
+    .arg_max = arg_max<T>,
     .checksum = checksum,
     .fma_peak = fma_peak<T>,
     .fma_per_round = fma_per_round<T>,

@@ -165,6 +165,19 @@ struct GateBackwardArgs {
     T scale;
 };
 
+// Pixels of `channels` numbers at `row`, one after the other; result x lies between two of them.
+template <class T>
+struct StretchArgs {
+    const T* row;
+    Index channels;
+    const Index *left, *right;  // (columns)
+    const T* part;              // (columns) the right one's
+    Index columns;
+    T* out;       // of stretch
+    Index pixel;  // elements from one result to the next
+    bool add;
+};
+
 // Every set fills every slot. One that some sets do not have is declared with ` = nullptr` and left out of their
 // tables; whoever calls it asks for null first.
 template <class T>
@@ -186,7 +199,12 @@ struct Kernels {
     Index (*scan_backward_scratch)(Index state, Index chunk, Index channels);
     void (*gate_backward)(const GateBackwardArgs<T>&);
     void (*prepare_A)(const T* A_log, Index dim, Index state, T* out);  // out (N, E) = -exp(A_log) log2(e), transposed
-    void (*checksum)(const void* data, Index bytes, unsigned* state);   // state: checksum_lanes numbers, updated
+    void (*relu)(T* y, Index count);
+    void (*gelu)(T* y, Index count);
+    void (*blend)(const T* a, const T* b, T part, T* out, Index count);
+    void (*stretch)(const StretchArgs<T>&);
+    void (*arg_max)(const StretchArgs<T>&, unsigned char* out);
+    void (*checksum)(const void* data, Index bytes, unsigned* state);  // state: checksum_lanes numbers, updated
     T (*fma_peak)(Index rounds);  // busy loop of multiply-adds; returns a value so that it is not removed
     Index fma_per_round;          // flops of one round
 };

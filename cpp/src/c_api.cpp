@@ -18,6 +18,7 @@
 #include "vimcore/error.h"
 #include "vimcore/model.h"
 #include "vimcore/preprocess.h"
+#include "vimcore/segment.h"
 #include "vimcore/version.h"
 
 struct vimcore_model {
@@ -35,6 +36,21 @@ struct vimcore_session {
     }
     const std::shared_ptr<const vimcore_model> model;
     vimcore::Session session;
+    std::mutex busy;
+};
+
+struct vimcore_segmentation {
+    std::shared_ptr<const vimcore::SegmentationModel> model;
+};
+
+struct vimcore_segmentation_session {
+    vimcore_segmentation_session(std::shared_ptr<const vimcore_segmentation> loaded, int threads)
+        : model(std::move(loaded)), session(model->model, threads)
+    {
+    }
+    const std::shared_ptr<const vimcore_segmentation> model;
+    vimcore::SegmentationSession session;
+    vimcore::ClassMap map;  // of the last picture
     std::mutex busy;
 };
 
@@ -90,6 +106,15 @@ std::shared_ptr<vimcore_model> find(const vimcore_model* model)
 std::shared_ptr<vimcore_session> find(const vimcore_session* session)
 {
     return handles<vimcore_session>().find(session, "session");
+}
+
+std::shared_ptr<vimcore_segmentation> find(const vimcore_segmentation* model)
+{
+    return handles<vimcore_segmentation>().find(model, "segmentation");
+}
+std::shared_ptr<vimcore_segmentation_session> find(const vimcore_segmentation_session* session)
+{
+    return handles<vimcore_segmentation_session>().find(session, "segmentation_session");
 }
 
 // Text of fixed size: a report that memory has run out must not need any.
@@ -292,6 +317,117 @@ vimcore_status vimcore_session_features(vimcore_session* session, const float* i
         given("session_features", "tokens", tokens);
         const std::lock_guard lock(s->busy);
         s->session.features(images, batch, tokens);
+    });
+}
+
+vimcore_status vimcore_segmentation_load(const char* path, vimcore_segmentation** model)
+{
+    return guarded([&] {
+        given("segmentation", "path", path);
+        given("segmentation", "model", model);
+        auto loaded = std::make_shared<vimcore_segmentation>();
+        loaded->model = vimcore::SegmentationModel::load(path);
+        *model = handles<vimcore_segmentation>().add(std::move(loaded));
+    });
+}
+
+void vimcore_segmentation_destroy(vimcore_segmentation* model) { handles<vimcore_segmentation>().remove(model); }
+
+vimcore_status vimcore_segmentation_get_info(const vimcore_segmentation* model, vimcore_segmentation_info* info)
+{
+    return guarded([&] {
+        const auto m = find(model);
+        const vimcore::SegmentationFile& about = m->model->about();
+        *given("segmentation", "info", info) = {about.config.in_chans, about.window_height, about.window_width,
+                                                static_cast<std::int64_t>(about.classes.size())};
+    });
+}
+
+vimcore_status vimcore_segmentation_class(const vimcore_segmentation* model, int64_t index, const char** label,
+                                          uint8_t colour[3])
+{
+    return guarded([&] {
+        const auto m = find(model);
+        const vimcore::SegmentationFile& about = m->model->about();
+        const auto classes = static_cast<std::int64_t>(about.classes.size());
+        if (index < 0 || index >= classes)
+            throw std::invalid_argument("[segmentation_class] index: expected 0 to " + std::to_string(classes - 1) +
+                                        ", got " + std::to_string(index));
+        const auto i = static_cast<std::size_t>(index);
+        if (label) *label = about.classes[i].c_str();
+        for (std::size_t c = 0; colour && c < 3; c++) colour[c] = about.palette[i][c];
+    });
+}
+
+vimcore_status vimcore_segmentation_session_create(const vimcore_segmentation* model, int threads,
+                                                   vimcore_segmentation_session** session)
+{
+    return guarded([&] {
+        const auto m = find(model);
+        given("segmentation_session", "session", session);
+        *session =
+            handles<vimcore_segmentation_session>().add(std::make_shared<vimcore_segmentation_session>(m, threads));
+    });
+}
+
+void vimcore_segmentation_session_destroy(vimcore_segmentation_session* session)
+{
+    handles<vimcore_segmentation_session>().remove(session);
+}
+
+vimcore_status vimcore_segment_file(vimcore_segmentation_session* session, const char* path, int64_t* height,
+                                    int64_t* width, const uint8_t** classes)
+{
+    return guarded([&] {
+        const auto s = find(session);
+        given("segment_file", "path", path);
+        given("segment_file", "height", height);
+        given("segment_file", "width", width);
+        given("segment_file", "classes", classes);
+        const vimcore::Image image = vimcore::decode_image(path);
+        const std::lock_guard lock(s->busy);
+        s->session.segment(image, s->map);
+        *height = s->map.height;
+        *width = s->map.width;
+        *classes = s->map.classes.data();
+    });
+}
+
+vimcore_status vimcore_segment_pixels(vimcore_segmentation_session* session, const uint8_t* rgb, int64_t height,
+                                      int64_t width, uint8_t* classes, size_t capacity)
+{
+    return guarded([&] {
+        const auto s = find(session);
+        given("segment_pixels", "rgb", rgb);
+        given("segment_pixels", "classes", classes);
+        if (height < 1 || width < 1 || height > 65535 || width > 65535)
+            throw std::invalid_argument("[segment_pixels] height and width: expected 1 to 65535, got " +
+                                        std::to_string(height) + " and " + std::to_string(width));
+        const auto pixels = static_cast<std::size_t>(height * width);
+        if (pixels > capacity)
+            throw std::invalid_argument("[segment_pixels] capacity: expected room for " + std::to_string(height) +
+                                        " x " + std::to_string(width) + " classes, got " + std::to_string(capacity));
+        const vimcore::Image image{height, width, {rgb, rgb + 3 * pixels}};
+        const std::lock_guard lock(s->busy);
+        s->session.segment(image, s->map);
+        std::memcpy(classes, s->map.classes.data(), pixels);
+    });
+}
+
+vimcore_status vimcore_segment_logits(vimcore_segmentation_session* session, const float* images, int64_t batch,
+                                      float* logits, size_t capacity)
+{
+    return guarded([&] {
+        const auto s = find(session);
+        const vimcore::SegmentationFile& about = s->model->model->about();
+        check_room("segment_logits", batch,
+                   static_cast<std::int64_t>(about.classes.size()) * about.window_height * about.window_width,
+                   capacity);
+        if (batch == 0) return;
+        given("segment_logits", "images", images);
+        given("segment_logits", "logits", logits);
+        const std::lock_guard lock(s->busy);
+        s->session.logits(images, batch, logits);
     });
 }
 

@@ -8,6 +8,7 @@
 namespace vim_infer {
 
 int predict(const std::vector<std::string>& words);
+int segment(const std::vector<std::string>& words);
 int features(const std::vector<std::string>& words);
 int info(const std::vector<std::string>& words);
 int bench(const std::vector<std::string>& words);

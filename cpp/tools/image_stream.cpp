@@ -51,14 +51,27 @@ std::vector<unsigned char> read_file(const std::string& path)
 
 }  // namespace
 
-void load(const std::string& path, const vimcore::Preprocess& steps, Loaded& image)
+Decode to_pixels(const vimcore::Preprocess& steps)
+{
+    return [steps](const std::vector<unsigned char>& bytes, Loaded& image) {
+        image.pixels.resize(steps.mean.size() * static_cast<std::size_t>(steps.crop_height * steps.crop_width));
+        vimcore::load_image(bytes.data(), bytes.size(), "", steps, image.pixels.data());
+    };
+}
+
+Decode to_picture()
+{
+    return [](const std::vector<unsigned char>& bytes, Loaded& image) {
+        image.picture = vimcore::decode_image(bytes.data(), bytes.size(), "");
+    };
+}
+
+void load(const std::string& path, const Decode& decode, Loaded& image)
 {
     image.path = path;
     image.error.clear();
     try {
-        const std::vector<unsigned char> bytes = read_file(path);
-        image.pixels.resize(steps.mean.size() * static_cast<std::size_t>(steps.crop_height * steps.crop_width));
-        vimcore::load_image(bytes.data(), bytes.size(), "", steps, image.pixels.data());
+        decode(read_file(path), image);
     } catch (const std::system_error& error) {
         image.error = std::strerror(error.code().value());
     } catch (const std::bad_alloc&) {
@@ -70,11 +83,11 @@ void load(const std::string& path, const vimcore::Preprocess& steps, Loaded& ima
     }
 }
 
-ImageStream::ImageStream(std::vector<std::string> paths, vimcore::Preprocess steps, int threads, std::size_t ahead)
-    : paths_(std::move(paths)), steps_(std::move(steps)), slots_(std::max<std::size_t>(ahead, 1))
+ImageStream::ImageStream(std::vector<std::string> paths, Decode decode, int threads, std::size_t ahead)
+    : paths_(std::move(paths)), decode_(std::move(decode)), slots_(std::max<std::size_t>(ahead, 1))
 {
     const auto count = std::min({static_cast<std::size_t>(std::max(threads, 1)), paths_.size(), slots_.size()});
-    for (std::size_t i = 0; i < count; i++) threads_.emplace_back([this] { decode(); });
+    for (std::size_t i = 0; i < count; i++) threads_.emplace_back([this] { run(); });
 }
 
 ImageStream::~ImageStream()
@@ -87,7 +100,7 @@ ImageStream::~ImageStream()
     for (std::thread& thread : threads_) thread.join();
 }
 
-void ImageStream::decode()
+void ImageStream::run()
 {
     std::unique_lock lock(mutex_);
     for (;;) {
@@ -96,7 +109,7 @@ void ImageStream::decode()
         const std::size_t index = begun_++;
         Slot& slot = slots_[index % slots_.size()];
         lock.unlock();
-        load(paths_[index], steps_, slot.image);
+        load(paths_[index], decode_, slot.image);
         lock.lock();
         slot.ready = true;
         if (index == taken_) ready_.notify_one();

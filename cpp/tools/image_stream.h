@@ -3,7 +3,9 @@
 #pragma once
 
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -14,14 +16,20 @@
 namespace vim_infer {
 
 struct Loaded {
-    std::string path, error;    // error empty: pixels are good
-    std::vector<float> pixels;  // the network's input
+    std::string path, error;    // error empty: what was decoded is good
+    std::vector<float> pixels;  // the network's input,
+    vimcore::Image picture;     // or the picture as it is
 };
+
+// Fills in one of both from the bytes of a file; exceptions say what is wrong with it.
+using Decode = std::function<void(const std::vector<unsigned char>& bytes, Loaded& image)>;
+Decode to_pixels(const vimcore::Preprocess& steps);
+Decode to_picture();
 
 class ImageStream {
 public:
     // At most `ahead` pictures are in memory, being decoded or waiting.
-    ImageStream(std::vector<std::string> paths, vimcore::Preprocess steps, int threads, std::size_t ahead);
+    ImageStream(std::vector<std::string> paths, Decode decode, int threads, std::size_t ahead);
     ~ImageStream();
     ImageStream(const ImageStream&) = delete;
     ImageStream& operator=(const ImageStream&) = delete;
@@ -34,10 +42,10 @@ private:
         Loaded image;
         bool ready = false;
     };
-    void decode();
+    void run();
 
     const std::vector<std::string> paths_;
-    const vimcore::Preprocess steps_;
+    const Decode decode_;
     std::mutex mutex_;
     std::condition_variable ready_, free_;
     std::vector<Slot> slots_;  // picture i lives in slot i % ahead
@@ -46,7 +54,7 @@ private:
     std::vector<std::thread> threads_;
 };
 
-// The network's input for one file, or what is wrong with it in image.error.
-void load(const std::string& path, const vimcore::Preprocess& steps, Loaded& image);
+// One file, or what is wrong with it in image.error.
+void load(const std::string& path, const Decode& decode, Loaded& image);
 
 }  // namespace vim_infer

@@ -22,6 +22,7 @@ struct Command {
 
 constexpr Command commands[] = {
     {"predict", "classify picture files", vim_infer::predict},
+    {"segment", "give every pixel of picture files a class", vim_infer::segment},
     {"features", "write one vector per picture to a safetensors file", vim_infer::features},
     {"info", "show what a vimcore file holds and what this program can do", vim_infer::info},
     {"bench", "measure speed on this machine", vim_infer::bench},
@@ -29,7 +30,8 @@ constexpr Command commands[] = {
 
 void print_help()
 {
-    std::string text = "usage: vim-infer COMMAND [options]\n\nVision Mamba: classify pictures.\n\ncommands:\n";
+    std::string text =
+        "usage: vim-infer COMMAND [options]\n\nVision Mamba: classify pictures and their pixels.\n\ncommands:\n";
     for (const Command& command : commands) {
         std::string name = command.name;
         name.resize(10, ' ');

@@ -59,12 +59,12 @@ void RunOptions::add_size(Arguments& arguments)
         "another image size than the file's: the position table is resized");
 }
 
-void RunOptions::add_pictures(Arguments& arguments)
+void RunOptions::add_pictures(Arguments& arguments, bool batches)
 {
     arguments.custom(
         "--list", "FILE", [this](const std::string& text) { images.push_back('@' + text); },
         "pictures and folders, one per line; - is standard input; same as @FILE");
-    arguments.positive("--batch", "N", batch, "images computed together; does not change the result");
+    if (batches) arguments.positive("--batch", "N", batch, "images computed together; does not change the result");
     arguments.flag("--progress", progress, "show progress also where standard error is no terminal");
 }
 
@@ -94,6 +94,12 @@ std::int64_t batch_of(const RunOptions& options, const vimcore::Config& config)
     return std::clamp<std::int64_t>((std::int64_t{1} << 24) / image, 1, 8);  // 64 MiB of pixels
 }
 
+int decoders(const RunOptions& options)
+{
+    if (options.threads > 0) return static_cast<int>(options.threads);
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
 Counts run_pictures(
     const RunOptions& options, const LoadedModel& loaded, const Found& found,
     const std::function<void(const float* pixels, std::int64_t count)>& compute,
@@ -102,9 +108,8 @@ Counts run_pictures(
     const vimcore::Config& config = loaded.model->config();
     const auto image = static_cast<std::size_t>(config.images_shape(1).numel());
     const auto batch = static_cast<std::size_t>(batch_of(options, config));
-    const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-    const int threads = options.threads > 0 ? static_cast<int>(options.threads) : cores;
-    ImageStream stream(found.paths, steps_of(loaded), threads, batch + static_cast<std::size_t>(threads));
+    const int threads = decoders(options);
+    ImageStream stream(found.paths, to_pixels(steps_of(loaded)), threads, batch + static_cast<std::size_t>(threads));
     Progress progress(stream.total(), options.progress);
 
     Counts counts{.passed_over = found.passed_over};

@@ -23,9 +23,9 @@ struct RunOptions {
     bool progress = false;
     std::vector<std::string> images;  // files, folders, @lists
 
-    void add_network(Arguments& arguments);   // --weights, --device, --threads
-    void add_size(Arguments& arguments);      // --img-size
-    void add_pictures(Arguments& arguments);  // --list, --batch, --progress
+    void add_network(Arguments& arguments);                        // --weights, --device, --threads
+    void add_size(Arguments& arguments);                           // --img-size
+    void add_pictures(Arguments& arguments, bool batches = true);  // --list, --batch, --progress
 };
 
 struct LoadedModel {
@@ -38,6 +38,8 @@ vimcore::Preprocess steps_of(const LoadedModel& loaded);  // an error where the 
 
 // As asked for; else 8, and less where images are large.
 std::int64_t batch_of(const RunOptions& options, const vimcore::Config& config);
+
+int decoders(const RunOptions& options);  // threads that read pictures
 
 struct Counts {
     std::size_t total = 0, failed = 0;

@@ -17,18 +17,6 @@ nb::ndarray<nb::numpy, std::uint8_t> from_image(const Image& image)
     return out;
 }
 
-Image to_image(const In& array, const char* op)
-{
-    const Tensor x = to_host_tensor(array, op, "image");
-    if (x.dtype != DType::u8 || x.shape.rank() != 3 || x.size(2) != 3 || x.numel() == 0)
-        throw std::invalid_argument(std::string("[") + op + "] image: expected (H, W, 3) u8 cpu, got " + describe(x));
-    Image image;
-    image.height = x.size(0);
-    image.width = x.size(1);
-    image.pixels.assign(x.as<std::uint8_t>(), x.as<std::uint8_t>() + x.numel());
-    return image;
-}
-
 Image decode(const nb::bytes& bytes, const std::string& name)
 {
     nb::gil_scoped_release release;
@@ -62,6 +50,12 @@ void bind_images(nb::module_& m)
         "resize_bicubic",
         [](const In& image, std::int64_t height, std::int64_t width) {
             return from_image(resize_bicubic(to_image(image, "resize_bicubic"), height, width));
+        },
+        nb::arg("image").noconvert(), nb::arg("height"), nb::arg("width"));
+    m.def(
+        "resize_linear",
+        [](const In& image, std::int64_t height, std::int64_t width) {
+            return from_image(resize_linear(to_image(image, "resize_linear"), height, width));
         },
         nb::arg("image").noconvert(), nb::arg("height"), nb::arg("width"));
     m.def(

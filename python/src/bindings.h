@@ -13,5 +13,6 @@ void bind_ops(nanobind::module_& m);
 void bind_positions(nanobind::module_& m);
 void bind_files(nanobind::module_& m);
 void bind_images(nanobind::module_& m);
+void bind_segment(nanobind::module_& m);
 
 }  // namespace vimcore::python

@@ -128,4 +128,17 @@ nb::ndarray<nb::numpy, T> make_numpy(const Shape& shape, T** data)
     return nb::ndarray<nb::numpy, T>(*data, rank, sizes, owner);
 }
 
+// A picture (H, W, 3) of bytes.
+inline Image to_image(const In& array, const char* op)
+{
+    const Tensor x = to_host_tensor(array, op, "image");
+    if (x.dtype != DType::u8 || x.shape.rank() != 3 || x.size(2) != 3 || x.numel() == 0)
+        throw std::invalid_argument(std::string("[") + op + "] image: expected (H, W, 3) u8 cpu, got " + describe(x));
+    Image image;
+    image.height = x.size(0);
+    image.width = x.size(1);
+    image.pixels.assign(x.as<std::uint8_t>(), x.as<std::uint8_t>() + x.numel());
+    return image;
+}
+
 }  // namespace vimcore::python

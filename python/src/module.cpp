@@ -54,6 +54,7 @@ NB_MODULE(_core, m)
     bind_positions(m);
     bind_files(m);
     bind_images(m);
+    bind_segment(m);
 }
 
 }  // namespace vimcore::python

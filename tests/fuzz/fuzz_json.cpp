@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bytes as JSON: as any document, as a Config and as a Preprocess. What was accepted is written and read to the same.
+// Bytes as JSON: as any document, as a Config, as a Preprocess and as the task of a segmentation file. What was
+// accepted is written and read to the same.
 #include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
@@ -7,7 +8,9 @@
 
 #include "files/json.h"
 #include "vimcore/config.h"
+#include "vimcore/error.h"
 #include "vimcore/image.h"
+#include "vimcore/segment.h"
 
 using namespace vimcore;
 
@@ -19,6 +22,7 @@ void accept(F&& f)
     try {
         f();
     } catch (const std::invalid_argument&) {
+    } catch (const Error&) {
     }
 }
 
@@ -42,6 +46,13 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     accept([&] {
         const Preprocess steps = Preprocess::from_json(text);
         if (!valid || Preprocess::from_json(steps.to_json()).to_json() != steps.to_json()) std::abort();
+    });
+    accept([&] {
+        static const std::string config = R"({"img_size": [32, 48], "num_classes": 0, "depth": 4})";
+        const auto file = SegmentationFile::describe({{"vimcore.config", config}, {"vimcore.task", text}}, "a");
+        if (!valid || file.classes.empty() || file.classes.size() != file.palette.size()) std::abort();
+        if (file.stride_height < 1 || file.stride_height > file.window_height) std::abort();
+        if (file.flops() < 1 || file.head_parameters() < 1) std::abort();
     });
     const std::string shown = json::printable(text, 100);
     if (!json::is_utf8(shown) || shown.size() > 100 * 4 + 3) std::abort();

@@ -77,6 +77,17 @@ CSV = {
     "header": b"a,b,c\n",
     "absent": b"path,label\nabsent.png,a\nabsent.png,b\n",
 }
+TASKS: dict[str, dict[str, Any]] = {
+    "list": {"options": []},
+    "head": {"head": "uper"},
+    "window": {"window": [1 << 20, 8]},
+    "stride": {"stride": [1, 1], "resize": [1000, 1000]},
+    "gaps": {"stride": [9, 9]},
+    "resize": {"resize": [1 << 20, 1 << 20]},
+    "palette": {"palette": [[0, 0, 0]]},
+    "classes": {"classes": ["a"] * 300},
+    "task": {"task": 3},
+}
 TEXTS = {
     "empty": b"",
     "text": b"hello\n",
@@ -114,6 +125,9 @@ def files() -> dict[str, bytes]:
     for name, value in STEPS.items():
         text = json.dumps(value)
         found[f"steps-{name}.safetensors"] = weights(config=config, labels=labels, preprocess=text)
+    found["dense.safetensors"] = seeds.segmentation()
+    for name, values in TASKS.items():
+        found[f"task-{name}.safetensors"] = seeds.segmentation(**values)
     found |= {f"{name}.toml": text.encode() for name, text in TOML.items()}
     found |= {f"{name}.csv": data for name, data in CSV.items()}
     for name, data in TEXTS.items():

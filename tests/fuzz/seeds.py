@@ -75,6 +75,18 @@ JPEG = {
 }
 
 
+TASK = {
+    "task": "segment",
+    "head": "linear",
+    "options": {"convs": 0},
+    "classes": ["a", "b"],
+    "palette": [[0, 0, 0], [128, 0, 0]],
+    "window": [8, 8],
+    "stride": [5, 5],
+    "resize": None,
+}
+
+
 def weights_file(
     tensors: dict[str, tuple[str, list[int], int]], metadata: dict[str, str] | None = None
 ) -> bytes:
@@ -100,6 +112,18 @@ def network(**options: object) -> bytes:
     shapes = SHAPES
     if options.get("directions") == "ssm":  # the reverse direction has nothing of its own but A
         shapes = {name: shape for name, shape in SHAPES.items() if "_b." not in name and "D_b" not in name}
+    return weights_file({name: ("F32", shape, 4) for name, shape in shapes.items()}, metadata)
+
+
+def segmentation(**changed: object) -> bytes:
+    """A linear head for two classes on the same network; `changed` values of its task."""
+    shapes = {f"backbone.{name}": shape for name, shape in SHAPES.items() if not name.startswith("head.")}
+    shapes |= {"decode_head.conv_seg.weight": [2, 4, 1, 1], "decode_head.conv_seg.bias": [2]}
+    metadata = {
+        "vimcore.config": json.dumps({**CONFIG, "num_classes": 0}),
+        "vimcore.preprocess": json.dumps(PREPROCESS),
+        "vimcore.task": json.dumps({**TASK, **changed}),
+    }
     return weights_file({name: ("F32", shape, 4) for name, shape in shapes.items()}, metadata)
 
 
@@ -154,6 +178,7 @@ def seeds() -> dict[str, dict[str, bytes]]:
     texts = {
         "config": json.dumps({**CONFIG, "rope": True, "class_token": "none", "layer_scale": 0.1}).encode(),
         "preprocess": json.dumps(PREPROCESS).encode(),
+        "task": json.dumps({**TASK, "head": "uper", "options": {"channels": 8, "taps": "mixer"}}).encode(),
         "values": b'{"a": [1, -2.5e1, true, false, null, "x\\u00e9\\ud83d\\ude00\\n"], "b": {}}',
         "text": b'"\\"\\\\\\u0001 \xc3\xa9"',
     }

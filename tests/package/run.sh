@@ -39,7 +39,7 @@ fi
 
 step 'install: static and shared'
 [ -f "$static_tree/CMakeCache.txt" ] || configure --preset release -B "$static_tree"
-needed=(vimcore vim-infer example_embed example_infer example_retrieval example_train)
+needed=(vimcore vim-infer example_embed example_infer example_retrieval example_segment example_train)
 build "$static_tree" --target "${needed[@]}"
 configure -S . -B "$work-shared" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DVIMCORE_CUDA=OFF
 build "$work-shared" --target "${needed[@]}"
@@ -167,7 +167,7 @@ grep -qE '^ +2 .*/other\.pgm$' "$work/table" || fail 'example_retrieval'
 echo broken >"$work/pictures/broken.png"
 "$static_tree/cpp/examples/example_retrieval" "$weights" "$work/pictures" "$picture" >/dev/null 2>&1 &&
     fail 'a picture that cannot be read must show in the exit status'
-for example in embed infer retrieval train; do
+for example in embed infer retrieval segment train; do
     status=0
     "$static_tree/cpp/examples/example_$example" >/dev/null 2>&1 || status=$?
     [ $status = 2 ] || fail "example_$example without arguments: exit status $status"

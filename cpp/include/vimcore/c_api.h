@@ -78,6 +78,39 @@ VIMCORE_API vimcore_status vimcore_session_run(vimcore_session* session, const f
 VIMCORE_API vimcore_status vimcore_session_features(vimcore_session* session, const float* images, int64_t batch,
                                                     float* tokens, size_t capacity);
 
+/* Segmentation: a class for every pixel, by the file of a network with a head for it (vimcore/segment.h). On the CPU.
+ * The same rules for handles, threads and errors. */
+typedef struct vimcore_segmentation vimcore_segmentation;                 /* a loaded network, immutable */
+typedef struct vimcore_segmentation_session vimcore_segmentation_session; /* of one caller */
+
+typedef struct vimcore_segmentation_info {
+    int64_t channels, height, width; /* a window, what the network sees at once: channels * height * width floats */
+    int64_t classes;                 /* at most 255 */
+} vimcore_segmentation_info;
+
+VIMCORE_API vimcore_status vimcore_segmentation_load(const char* path, vimcore_segmentation** model);
+VIMCORE_API void vimcore_segmentation_destroy(vimcore_segmentation* model); /* NULL is allowed */
+VIMCORE_API vimcore_status vimcore_segmentation_get_info(const vimcore_segmentation* model,
+                                                         vimcore_segmentation_info* info);
+/* Name of a class, valid as long as the model handle, and its red, green and blue; either pointer may be NULL. */
+VIMCORE_API vimcore_status vimcore_segmentation_class(const vimcore_segmentation* model, int64_t index,
+                                                      const char** label, uint8_t colour[3]);
+
+VIMCORE_API vimcore_status vimcore_segmentation_session_create(const vimcore_segmentation* model, int threads,
+                                                               vimcore_segmentation_session** session);
+VIMCORE_API void vimcore_segmentation_session_destroy(vimcore_segmentation_session* session); /* NULL is allowed */
+
+/* Classes of all pixels of a JPEG, PNG, PPM or PGM file, upright, of any size: (height, width), row by row. They stay
+ * valid until the next picture of the session, or its end. */
+VIMCORE_API vimcore_status vimcore_segment_file(vimcore_segmentation_session* session, const char* path,
+                                                int64_t* height, int64_t* width, const uint8_t** classes);
+/* The same of a decoded picture: rgb and classes are (height, width, 3) and (height, width). */
+VIMCORE_API vimcore_status vimcore_segment_pixels(vimcore_segmentation_session* session, const uint8_t* rgb,
+                                                  int64_t height, int64_t width, uint8_t* classes, size_t capacity);
+/* Logits (batch, classes, height, width) of normalised windows (batch, channels, height, width). */
+VIMCORE_API vimcore_status vimcore_segment_logits(vimcore_segmentation_session* session, const float* images,
+                                                  int64_t batch, float* logits, size_t capacity);
+
 #ifdef __cplusplus
 }
 #endif

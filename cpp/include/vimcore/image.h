@@ -39,6 +39,11 @@ Image decode_image(const void* bytes, std::size_t size, const std::string& name)
 Image upright(Image image, const void* file, std::size_t size);
 
 Image resize_bicubic(const Image& image, std::int64_t height, std::int64_t width);
+// Bilinear by half-pixel centres, without antialiasing; values are rounded to 8 bits, halves up.
+Image resize_linear(const Image& image, std::int64_t height, std::int64_t width);
+
+// Writes to a temporary name in the same folder, then renames. quality 1 to 100. Error also when built without libjpeg.
+void save_jpeg(const std::string& path, const Image& image, int quality = 90);
 
 // Resize, centre crop, scale to [0, 1], normalise. out: (channels, crop_height, crop_width) float32, where channels
 // is mean.size(); one channel is Pillow's "L": (19595 R + 38470 G + 7471 B + 32768) >> 16.

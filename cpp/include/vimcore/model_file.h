@@ -2,6 +2,7 @@
 // What a vimcore file says about itself, checked before a tensor is read or memory is asked for.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
@@ -23,6 +24,10 @@ struct ModelFile {
     static ModelFile describe(const std::map<std::string, std::string>& metadata, const std::string& path);
 };
 
+// The task in the metadata key vimcore.task, "segment" or "detect"; "classify" without the key. Error: "[load] PATH:
+// ..." where it is damaged.
+std::string task_of(const std::map<std::string, std::string>& metadata, const std::string& path);
+
 // How given tensors differ from wanted ones: "missing: NAME SHAPE", "misshapen: NAME: expected SHAPE, got SHAPE",
 // "unexpected: NAME SHAPE".
 using NamedShapes = std::vector<std::pair<std::string, Shape>>;
@@ -33,5 +38,10 @@ std::vector<std::string> misfits(const NamedShapes& wanted, const NamedShapes& g
 // networks derived from ours have tensors of their own, and may have another head.
 std::vector<std::string> check_tensors(const SafetensorsFile& file, const Config& config, const std::string& path,
                                        bool more = false);
+
+// The same for a network with further parts: every wanted tensor is there, of its shape and a float type; of others
+// only those that may be passed over.
+void require_tensors(const SafetensorsFile& file, const NamedShapes& wanted,
+                     const std::function<bool(const std::string& name)>& passed_over, const std::string& path);
 
 }  // namespace vimcore

@@ -18,6 +18,7 @@
 #include "vimcore/positions.h"
 #include "vimcore/preprocess.h"
 #include "vimcore/safetensors.h"
+#include "vimcore/segment.h"
 #include "vimcore/tensor.h"
 #include "vimcore/version.h"
 #include "vimcore/weights.h"

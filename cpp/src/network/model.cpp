@@ -3,6 +3,8 @@
 #include "vimcore/model.h"
 #include "core/backend.h"
 #include "files/float_types.h"
+#include "files/json.h"
+#include "vimcore/error.h"
 #include "vimcore/model_file.h"
 #include "vimcore/plan.h"
 #include "vimcore/positions.h"
@@ -18,6 +20,12 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device,
     Context ctx(device);
     const SafetensorsFile file = SafetensorsFile::open(path);
     const Config stored = ModelFile::describe(file.metadata(), path).config;
+    if (const std::string task = task_of(file.metadata(), path); task == "segment")
+        throw Error("[load] " + json::printable(path, 1000) +
+                    ": a network for segmentation; `vim-infer segment` and `vimcore predict` run it");
+    else if (task != "classify")
+        throw Error("[load] " + json::printable(path, 1000) + ": a network for the task \"" + json::printable(task) +
+                    "\"; `vimcore predict` runs it");
 
     auto model = std::make_shared<Model>();
     model->device_ = device;

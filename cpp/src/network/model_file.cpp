@@ -21,6 +21,19 @@ constexpr std::size_t listed = 12;  // faults of one message
     throw Error("[load] " + json::printable(path, 1000) + ": " + what);
 }
 
+[[noreturn]] void refuse_tensors(const std::string& path, const std::vector<std::string>& faults, const char* hint = "")
+{
+    std::string text;
+    for (std::size_t i = 0; i < faults.size() && i < listed; i++) text += "\n  " + faults[i];
+    if (faults.size() > listed) text += "\n  and " + std::to_string(faults.size() - listed) + " more";
+    refuse(path, "the tensors do not fit vimcore.config:" + text + hint);
+}
+
+std::string no_float(const std::string& name, DType dtype)
+{
+    return name + ": expected a float type, got " + name_of(dtype);
+}
+
 }  // namespace
 
 ModelFile ModelFile::describe(const std::map<std::string, std::string>& metadata, const std::string& path)
@@ -51,6 +64,21 @@ ModelFile ModelFile::describe(const std::map<std::string, std::string>& metadata
         refuse(path, std::string("vimcore.preprocess: ") + error.what());
     }
     return file;
+}
+
+std::string task_of(const std::map<std::string, std::string>& metadata, const std::string& path)
+{
+    const auto found = metadata.find("vimcore.task");
+    if (found == metadata.end()) return "classify";
+    try {
+        const json::Value root = json::parse(found->second);
+        root.require_object("the value");
+        const json::Value* task = root.find("task");
+        if (!task) throw std::invalid_argument("task: missing");
+        return task->as_string("task");
+    } catch (const std::invalid_argument& error) {
+        refuse(path, std::string("vimcore.task: ") + error.what());
+    }
 }
 
 std::vector<std::string> misfits(const NamedShapes& wanted, const NamedShapes& given)
@@ -86,7 +114,7 @@ std::vector<std::string> check_tensors(const SafetensorsFile& file, const Config
         wanted.emplace_back(name, shape);
         const Tensor* tensor = file.find(name);
         if (tensor && tensor->shape == shape && !is_float(tensor->dtype))
-            types.push_back(name + ": expected a float type, got " + name_of(tensor->dtype));
+            types.push_back(no_float(name, tensor->dtype));
     });
     for (const auto& [name, tensor] : file.tensors()) {
         const bool other = !known.count(name);
@@ -96,12 +124,22 @@ std::vector<std::string> check_tensors(const SafetensorsFile& file, const Config
     std::vector<std::string> faults = misfits(wanted, given);
     faults.insert(faults.end(), types.begin(), types.end());
     if (faults.empty()) return others;
-    std::string text;
-    for (std::size_t i = 0; i < faults.size() && i < listed; i++) text += "\n  " + faults[i];
-    if (faults.size() > listed) text += "\n  and " + std::to_string(faults.size() - listed) + " more";
-    if (!more && !others.empty())
-        text += "; tensors besides the architecture's are loaded by the class that saved them";
-    refuse(path, "the tensors do not fit vimcore.config:" + text);
+    refuse_tensors(
+        path, faults,
+        !more && !others.empty() ? "; tensors besides the architecture's are loaded by the class that saved them" : "");
+}
+
+void require_tensors(const SafetensorsFile& file, const NamedShapes& wanted,
+                     const std::function<bool(const std::string& name)>& passed_over, const std::string& path)
+{
+    NamedShapes given;
+    for (const auto& [name, tensor] : file.tensors())
+        if (!passed_over(name)) given.emplace_back(name, tensor.shape);
+    std::vector<std::string> faults = misfits(wanted, given);
+    for (const auto& [name, shape] : wanted)
+        if (const Tensor* tensor = file.find(name); tensor && tensor->shape == shape && !is_float(tensor->dtype))
+            faults.push_back(no_float(name, tensor->dtype));
+    if (!faults.empty()) refuse_tensors(path, faults);
 }
 
 }  // namespace vimcore

@@ -7,102 +7,36 @@ Reads RUN/log.jsonl and RUN/eval.npz, see `vimcore.tasks.detection.answers`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ..data.drawing import colours
 from ..tasks.detection.answers import Answers, Shown, Worst, read_answers
-from ..train.log import Log, read_log
 from ..utils.files import shortened
-from .runs import COLOURS, NAME, averaged, draw, legend, line_style, named_runs
-from .style import BLUE, INK, MUTED, ORANGE, PAPER, new_figure, plain_text, save_figure, tidy
+from .curves import Scored
+from .run_folders import plot_run_folders
+from .style import INK, MUTED, NAME, PAPER, new_figure, plain_text, save_figure
 
 KINDS = ("box_ap", "mask_ap")
-
-
-# ---- curves ------------------------------------------------------------------------------------------------
-
-
-@plain_text
-def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
-    """Loss (of a single run also its parts), average precision, learning rate, gradient norm."""
-    figure = new_figure(10.5, 7)
-    (loss, score), (rate, norm) = figure.subplots(2, 2)
-    several = len(logs) > 1
-    kinds: list[Line2D] = []
-    for i, log in enumerate(logs.values()):
-        colour = COLOURS[i % len(COLOURS)]
-        loss.plot(*averaged(log.steps, "loss"), color=colour, lw=1.5, label="all")
-        if not several:
-            for shade, (text, parts) in zip(COLOURS[1:], _parts(log).items()):
-                x, first = averaged(log.steps, parts[0])
-                values = [first, *(averaged(log.steps, name)[1] for name in parts[1:])]
-                loss.plot(x, np.sum(values, 0), color=shade, lw=1, label=text)
-        for weights, rows in log.evals.items():
-            style = line_style(weights, rows)
-            for kind, shade in zip(KINDS, (ORANGE, BLUE)):
-                if kind in rows and (kind == "box_ap" or not several):
-                    of = colour if several else shade
-                    (line,) = score.plot(rows["epoch"], 100 * rows[kind], color=of, lw=2, **style)
-                    averaged_too = ", averaged weights" if weights == "ema" else ""
-                    line.set_label(f"{kind.partition('_')[0]} AP{averaged_too}")
-                    kinds.append(line)
-        _mark_best(score, log, colour if several else ORANGE, several)
-        rate.plot(*averaged(log.steps, "lr"), color=colour, lw=2)
-        norm.plot(*averaged(log.steps, "grad_norm"), color=colour, lw=1.2)
-    titles = ("loss of training", "box AP, %" if several else "average precision, %")
-    for axes, text in zip((loss, score, rate, norm), (*titles, "learning rate", "gradient norm")):
-        axes.set_title(text, color=INK, loc="left", fontsize=11)
-        axes.set_xlabel("epoch", color=INK)
-        if axes.get_xlim()[1] > 2:
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.set_ylim(bottom=0)
-        tidy(axes)
-    rate.yaxis.set_major_locator(MaxNLocator(5))
-    rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    if several:
-        lines = [line for line in legend(logs) if line.get_label() != "training"]
-        score.legend(handles=lines, frameon=False, fontsize=9)
-    else:
-        loss.legend(frameon=False, fontsize=8)
-        score.legend(handles=kinds, frameon=False, fontsize=9, loc="lower right")
-    names = ", ".join(shortened(name, NAME) for name in logs)
-    title = "Training of " + (names if len(logs) <= 3 else f"{len(logs)} runs")
-    figure.suptitle(title, color=INK, weight="bold", x=0.02, ha="left")
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def _parts(log: Log) -> dict[str, list[str]]:
-    """Names of the losses in the log that belong together, by what they are."""
-    kinds = {
+SCORED = Scored(
+    "loss",
+    "average precision, %",
+    KINDS,
+    ("box AP", "mask AP"),
+    {
         "proposals": ("loss_objectness", "loss_rpn_box_reg"),
         "classes": ("loss_classifier",),
         "boxes": ("loss_box_reg",),
         "masks": ("loss_mask",),
-    }
-    found = {kind: [name for name in log.steps if name.startswith(begin)] for kind, begin in kinds.items()}
-    return {kind: names for kind, names in found.items() if names}
-
-
-def _mark_best(axes: Axes, log: Log, colour: str, several: bool) -> None:
-    points = [(v, e) for rows in log.evals.values() for e, v in zip(rows["epoch"], rows["box_ap"]) if v == v]
-    if not points:
-        return
-    best, epoch = max(points)
-    axes.plot([epoch], [100 * best], "o", color=colour, ms=7, mfc=PAPER, mew=2, zorder=3)
-    if not several:
-        place: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"{100 * best:.2f} %", (epoch, 100 * best), color=colour, weight="bold", **place)
+    },
+)
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------
@@ -194,32 +128,12 @@ def plot_worst(answers: Answers, path: Path, count: int = 24, title: str = "") -
 def plot_runs(
     runs: Sequence[str], out: str | None = None, kind: str = "png", mistakes: int = 24
 ) -> tuple[list[str], list[str]]:
-    """Draws the curves, and for every run that was evaluated the worst pictures.
+    """Curves, and for every run that was evaluated the worst pictures.
 
-    Arguments and results as those of `vimcore.plots.runs.plot_runs`.
+    Arguments and results as those of `vimcore.plots.run_folders.plot_run_folders`.
     """
-    names = named_runs(runs)
-    folder = Path(out) if out is not None else Path(runs[0] if len(runs) == 1 else ".")
-    logs: dict[str, Log] = {}
-    answers: dict[str, Answers] = {}
-    notes = []
-    for run, name in zip(runs, names):
-        log, evaluated = Path(run) / "log.jsonl", Path(run) / "eval.npz"
-        if not log.is_file() and not evaluated.is_file():
-            raise ValueError(f"{run}: no run: neither log.jsonl nor eval.npz is there")
-        if log.is_file():
-            logs[name] = read_log(log)
-        if evaluated.is_file():
-            answers[name] = read_answers(evaluated)
-        else:
-            notes.append(f"{run}: no eval.npz yet, so no worst pictures")
-    folder.mkdir(parents=True, exist_ok=True)
-    written: list[str] = []
-    if logs:
-        draw(folder / f"curves.{kind}", written, lambda path: plot_curves(logs, path))
-    for name, found in answers.items():
-        prefix = "" if len(runs) == 1 else name.strip("/").replace("/", "-") + "-"
-        worst = folder / f"{prefix}worst.{kind}"
-        if found.worst:
-            draw(worst, written, partial(plot_worst, found, count=mistakes, title=name))
-    return written, notes
+
+    def figures(found: Answers, name: str) -> list[tuple[str, partial[None]]]:
+        return [("worst", partial(plot_worst, found, count=mistakes, title=name))] if found.worst else []
+
+    return plot_run_folders(runs, out, kind, SCORED, read_answers, figures)

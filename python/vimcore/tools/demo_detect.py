@@ -22,7 +22,8 @@ from ..data.digits import encode_png
 from ..data.object_sources import scenes as drawn_scenes
 from ..data.objects import Objects
 from ..detection import load
-from ..plots.objects import plot_curves, plot_pictures, plot_worst
+from ..plots.curves import plot_curves
+from ..plots.objects import SCORED, plot_pictures, plot_worst
 from ..tasks.detection.answers import Worst, quality, read_answers, shown_of, sure
 from ..train.folder import BEST, CHECKPOINT, CONFIG, LOG
 from ..train.log import read_log
@@ -141,7 +142,7 @@ def _shown(folder: Path, say: Any) -> dict[str, Any]:
     title += f"mask AP {100 * answers.figures['mask_ap']:.1f} %"
     plot_pictures(found, captions, answers.names, folder / "found.png", title)
     plot_worst(answers, folder / "worst.png", SHOWN)
-    plot_curves({"the detector": read_log(folder / "detector" / LOG)}, folder / "curves.png")
+    plot_curves({"the detector": read_log(folder / "detector" / LOG)}, folder / "curves.png", SCORED)
     say("\n  digit  box AP  mask AP")
     for name, box, mask in zip(answers.names, answers.box, answers.mask):
         say(f"  {name:>5}  {100 * box:5.1f} %  {100 * mask:5.1f} %")
