@@ -2,8 +2,8 @@
 """Vision Mamba with a C++ core: train, load, explain and run Vim on the CPU, run it on CUDA.
 
 `import vimcore` does not import torch; what needs torch (`VisionMamba`, `create_model`, `load_checkpoint`,
-`saliency`, `health`, `vimcore.ops`, `vimcore.train`) is imported when it is first used. `Runtime` never needs
-torch.
+`health`, `saliency` and the other explanations, `vimcore.ops`, `vimcore.train`) is imported when it is first
+used. `Runtime` never needs torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from .utils.extras import needs
 
 if TYPE_CHECKING:
     from . import detection, io, ops, segmentation, train
+    from .analysis.attention import attention_maps
+    from .analysis.features import feature_pca, token_norms
     from .analysis.health import health
+    from .analysis.receptive_field import effective_receptive_field
+    from .analysis.relevance import relevance
+    from .analysis.rollout import attention_rollout
     from .analysis.saliency import saliency
     from .io import load_checkpoint
     from .nn.heads.pyramid import SimplePyramid
@@ -33,28 +38,40 @@ __all__ = [
     "Runtime",
     "SimplePyramid",
     "VisionMamba",
+    "attention_maps",
+    "attention_rollout",
     "build_info",
     "create_model",
     "cuda_is_available",
     "detection",
+    "effective_receptive_field",
+    "feature_pca",
     "health",
     "io",
     "list_models",
     "load_checkpoint",
     "ops",
     "release_memory",
+    "relevance",
     "saliency",
     "segmentation",
+    "token_norms",
     "train",
 ]
 
 _LAZY = {
     "SimplePyramid": "nn.heads.pyramid",
     "VisionMamba": "nn.vision_mamba",
+    "attention_maps": "analysis.attention",
+    "attention_rollout": "analysis.rollout",
     "create_model": "nn.models",
+    "effective_receptive_field": "analysis.receptive_field",
+    "feature_pca": "analysis.features",
     "health": "analysis.health",
     "load_checkpoint": "io",
+    "relevance": "analysis.relevance",
     "saliency": "analysis.saliency",
+    "token_norms": "analysis.features",
 }
 _LAZY_MODULES = {"detection", "io", "nn", "ops", "segmentation", "train"}
 

@@ -24,6 +24,7 @@ WORKING = {
         "info": "good.safetensors --json",
         "bench": "--sizes 32 --batch 1 --pairs 1 --sample 0 --pause 0 --seconds 0 --threads 1 --peers=",
         "plot": "run --out new --json",
+        "explain": "--weights good.safetensors --what norms,saliency --out new --json pictures",
         "health": "--weights good.safetensors --count 1",
         "plan": "--batch 1 --device cpu --json",
         "doctor": "",
@@ -97,7 +98,7 @@ def options_of(program: str, command: str, binary: str) -> list[str]:
         return re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)
     from vimcore import cli
 
-    return [o for o in cli._parser(command)[1]._option_string_actions if o.startswith("--") and o != "--help"]
+    return [o for o in cli._parser(command, [command])[1]._option_string_actions if o.startswith("--") and o != "--help"]
 
 
 class Maker:

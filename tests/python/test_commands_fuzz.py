@@ -45,6 +45,7 @@ READERS = {
     "health": "--weights {} --count 1 --json pictures/b",
     "eval": "{} --data pictures --workers 0 --threads 1 --json",
     "convert": "{} new.safetensors --json",
+    "explain": "--weights {} --what norms --out new --json pictures/b",
 }
 
 

@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from vimcore import _core
 from vimcore.cli import main
 from vimcore.data.digits import encode_png, load_digits, split_digits
+from vimcore.plots import curves
 from vimcore.plots import runs as run_plots
+from vimcore.train.log import read_log
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -75,7 +77,8 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
         found[path.stem] = figure
         save(figure, path)
 
-    monkeypatch.setattr(run_plots, "save_figure", keep)
+    for module in (run_plots, curves):
+        monkeypatch.setattr(module, "save_figure", keep)
     return found
 
 
@@ -113,7 +116,7 @@ def test_several_runs_as_svg(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     printed, error = capsys.readouterr()
     names = ["curves.svg", "first-confusion.svg", "first-mistakes.svg"]
     assert json.loads(printed) == {"written": [str(out / name) for name in names]}
-    assert error == f"vimcore: {second}: no eval.npz yet, so no confusion matrix and no mistakes\n"
+    assert error == f"vimcore: {second}: no eval.npz yet, so only its curves are drawn\n"
     for name in names:
         root = ET.parse(out / name).getroot()
         assert root.tag == f"{SVG}svg"
@@ -152,7 +155,7 @@ def test_it_needs_no_torch(run: Path) -> None:
 def test_what_the_curves_show(run: Path, figures: dict[str, Figure]) -> None:
     run_plots.plot_runs([str(run)])
     loss, accuracy, rate, norm = figures["curves"].axes
-    steps = run_plots.read_log(run / "log.jsonl").steps
+    steps = read_log(run / "log.jsonl").steps
     train, *held_out = loss.lines
     np.testing.assert_allclose(train.get_xydata(), np.stack([steps["epoch"], steps["loss"]], 1))
     assert [line.get_linestyle() for line in held_out] == ["-", "--"]
@@ -182,12 +185,12 @@ def test_long_logs_are_averaged(tmp_path: Path, figures: dict[str, Figure]) -> N
 @pytest.mark.slow
 def test_a_log_that_is_being_written(run: Path) -> None:
     path = run / "log.jsonl"
-    whole = run_plots.read_log(path)
+    whole = read_log(path)
     with open(path, "a") as file:
         file.write('{"kind": "fault", "file": "x.png", "error": "bad"}\n')
         file.write('{"kind": "step", "step": 20, "epoch": 2.0, "loss": NaN, "lr": 0.5}\n')  # done again
         file.write('{"kind": "step", "step": 31, "epo')
-    found = run_plots.read_log(path)
+    found = read_log(path)
     assert list(found.steps["step"]) == list(whole.steps["step"])
     assert np.isnan(found.steps["loss"][19])
     assert np.isnan(found.steps["grad_norm"][19])
@@ -336,4 +339,4 @@ def test_damaged_runs(
 
 def test_a_name_without_a_kind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ends in \.png or \.svg"):
-        run_plots.plot_curves({}, tmp_path / "curves.gif")
+        curves.plot_curves({}, tmp_path / "curves.gif", run_plots.SCORED)

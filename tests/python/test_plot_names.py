@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from vimcore import _core
 from vimcore.cli import main
 from vimcore.data.digits import encode_png
+from vimcore.plots import curves
 from vimcore.plots import demo as demo_plots
 from vimcore.plots import runs as run_plots
 from vimcore.utils.files import literal, shortened
@@ -78,7 +79,8 @@ def test_any_name_is_drawn(
         found[path.stem] = figure
         save(figure, path)
 
-    monkeypatch.setattr(run_plots, "save_figure", keep)
+    for module in (run_plots, curves):
+        monkeypatch.setattr(module, "save_figure", keep)
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that the font lacks
@@ -128,7 +130,8 @@ def test_a_picture_that_fails(
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         path.write_bytes(b"x")
 
-    monkeypatch.setattr(run_plots, "save_figure", fail)
+    for module in (run_plots, curves):
+        monkeypatch.setattr(module, "save_figure", fail)
     assert main(["plot", str(run)]) == 1
     out, error = capsys.readouterr()
     ready = [str(run / f"{name}.png") for name in ("curves", "confusion") if stem == "mistakes"]

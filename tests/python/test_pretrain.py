@@ -69,6 +69,13 @@ def test_pretraining_then_classifying(
 
     shown = read_reconstructions(tmp_path / "whole" / "eval.npz")
     assert shown.panels.shape[1:] == (3, 32, 32, 3)
+    capsys.readouterr()
+    assert main(["plot", str(tmp_path / "whole")]) == 0
+    written = capsys.readouterr().out.split()
+    assert [Path(name).name for name in written] == ["curves.png", "predicted.png"]
+    assert main(["eval", str(tmp_path / "whole")]) == 1
+    assert "vimcore train --init" in capsys.readouterr().err
+
     settings = tasks.read_settings(str(tmp_path / "whole" / "config.toml"))
     task = tasks.create(settings)
     assert isinstance(task, Pretraining)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import vimcore
 from torch import Tensor
+from vimcore.cli import main
 from vimcore.positions import resize_pos_embed
 from vimcore.segmentation import FCN, Segmentation, Segmenter, UperNet, load, load_checkpoint
 from vimcore.tasks import backbone as starting
@@ -238,3 +240,57 @@ def test_from_images_of_other_channels(tmp_path: Path) -> None:
     torch.save({**backbone().state_dict(), "other": torch.zeros(1)}, tmp_path / "b")
     with pytest.raises(ValueError, match="unexpected: other"):
         start(backbone(), tmp_path / "b")
+
+
+# ---- vimcore convert ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["uper", "rotated", "fcn", "linear", "segmenter"])
+def test_convert(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = {"pool": "mean"}
+    make: Callable[..., Segmentation] = FCN
+    if head == "uper":  # what the authors' configurations have, as tensors do not tell
+        make = partial(UperNet, taps="mixer", indices=[1, 1, 2, 3], aux=False, dropout=0.1)
+    elif head == "rotated":
+        make = UperNet
+        options.update(rope=True, rope_residual=True, average_directions=False, rope_grid=4)
+    elif head == "segmenter":
+        make = Segmenter
+    elif head == "linear":
+        make = partial(FCN, convs=0)
+    wanted = trained(make, img_size=64, **options)
+    source, out = mmsegmentation(tmp_path / "a.pth", wanted, "module."), tmp_path / "b.safetensors"
+    more = ["--set", "indices=[1, 1, 2, 3]"] if head == "uper" else []
+    assert main(["convert", str(source), str(out), *more]) == 0
+    printed = capsys.readouterr().out
+    for said in ("average_directions=", "resize=[64, 256]", "windows of 64 x 64", "preprocess="):
+        assert said in printed
+    assert ("taps=" in printed) == (head in ("uper", "rotated"))
+    assert ("indices=" in printed) == (head == "rotated")
+    model = load(out)
+    assert (model.head, model.options) == (wanted.head, wanted.options)
+    assert torch.equal(model(images((64, 64))), wanted(images((64, 64))))
+    assert model.task is not None
+    assert model.task.classes == NAMES
+    assert model.task.resize == (64, 256)
+
+
+def test_convert_says_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = mmsegmentation(tmp_path / "a.pth", trained(FCN), CLASSES=NAMES[:2]), tmp_path / "b"
+    labels = tmp_path / "labels.txt"
+    for more, said in (
+        (["--set", "embed_dim=32"], "misshapen: backbone.patch_embed.proj.weight"),
+        (["--set", "taps=stream"], "[FCN] 'taps': no option of this head"),
+        (["--set", "convs=3"], "missing: decode_head.convs.2.conv.weight"),
+        (["--labels", str(labels)], "labels: expected 3"),
+    ):
+        labels.write_text("a\nb\n")
+        assert main(["convert", str(source), str(out), *more]) == 1
+        assert said in capsys.readouterr().err
+        assert not out.exists()
+    labels.write_text("a\nb\nc\n")
+    assert main(["convert", str(source), str(out), "--labels", str(labels), "--set", "resize=null"]) == 0
+    assert load(out).task.classes == ("a", "b", "c")
+    assert load(out).task.resize is None
+    assert main(["convert", str(out), str(tmp_path / "c")]) == 1
+    assert "needs no conversion" in capsys.readouterr().err

@@ -16,11 +16,12 @@ layer, not what the head reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+
+from .targets import Target, target_index
 
 if TYPE_CHECKING:
     from ..nn.vision_mamba import VisionMamba
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def saliency(
     model: VisionMamba,
     images: torch.Tensor,
-    target: int | Sequence[int] | torch.Tensor | None = None,
+    target: Target = None,
     *,
     steps: int = 16,
 ) -> torch.Tensor:
@@ -56,7 +57,7 @@ def saliency(
             logits = model(images)
         if logits.ndim != 2 or not model.config["num_classes"]:
             raise ValueError(f"[saliency] model: expected logits (B, classes), got {tuple(logits.shape)}")
-        index = _target_index(target, logits)
+        index = target_index("saliency", target, logits)
         baseline = images.mean(dim=(2, 3), keepdim=True)
         difference = images - baseline
         total = torch.zeros_like(images)
@@ -71,21 +72,6 @@ def saliency(
     finally:
         model.train(was_training)
     return _patch_mean(evidence, int(model.config["patch_size"])).clamp_(min=0).squeeze(1)
-
-
-def _target_index(target: int | Sequence[int] | torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    batch, classes = logits.shape
-    if target is None:
-        return logits.argmax(dim=1)
-    index = torch.as_tensor(target, device=logits.device)
-    if index.dtype.is_floating_point or index.dtype == torch.bool or index.ndim > 1:
-        raise ValueError(f"[saliency] target: expected class indices, got {target!r}")
-    if index.ndim == 1 and len(index) != batch:
-        raise ValueError(f"[saliency] target: expected one class or {batch}, got {len(index)}")
-    index = index.long().expand(batch)
-    if batch and (int(index.min()) < 0 or int(index.max()) >= classes):
-        raise ValueError(f"[saliency] target: expected 0 .. {classes - 1}, got {index.tolist()}")
-    return index
 
 
 def _patch_mean(evidence: torch.Tensor, patch: int) -> torch.Tensor:

@@ -12,7 +12,8 @@ from .output import print_json, print_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
-        help="checkpoint of the authors, timm, Lightning ...: .pth (needs torch) or .safetensors",
+        help="checkpoint of the authors, timm, Lightning, mmsegmentation ...: .pth (needs torch) or "
+        ".safetensors",
     )
     parser.add_argument("destination", help="vimcore safetensors file to write")
     parser.add_argument(
@@ -26,14 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="set an option of VisionMamba that the tensors do not determine; may be repeated",
+        help="set an option of VisionMamba, or of a head, that the tensors do not determine; may be repeated",
     )
     parser.add_argument("--labels", metavar="FILE", help="class names, one per line or a JSON list")
     parser.add_argument("--json", action="store_true", help="print configuration and assumptions as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..weights.convert import convert, parse_setting, read_labels
+    from ..weights.convert import parse_setting, read_labels
+    from ..weights.convert_dense import convert
 
     settings = dict(parse_setting(text) for text in args.set)
     labels = read_labels(args.labels) if args.labels else None

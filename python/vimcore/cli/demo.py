@@ -11,7 +11,7 @@ from ..utils.extras import required
 from .output import print_json
 
 # The module of vimcore.tools with the demo of a task.
-SHOWN_BY = {"classify": "demo"}
+SHOWN_BY = {"classify": "demo", "detect": "demo_detect"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

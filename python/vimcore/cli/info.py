@@ -9,6 +9,8 @@ import json
 from ..weights.info import describe_file
 from .output import print_json, print_table
 
+_OF_TASKS = ("options", "window", "stride", "resize", "ids")  # of networks with heads, where they have them
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("weights", metavar="FILE", help="vimcore safetensors file")
@@ -20,11 +22,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(facts, ascii_only=False)
         return 0
-    labels = facts["labels"]
+    names = facts.get("classes") or facts["labels"]
     shown = (
         "none"
-        if labels is None
-        else ", ".join(labels[:10]) + (f", ... ({len(labels)})" if len(labels) > 10 else "")
+        if names is None
+        else ", ".join(names[:10]) + (f", ... ({len(names)})" if len(names) > 10 else "")
     )
     tokens, (rows, columns) = facts["tokens"], facts["grid"]
     print_table(
@@ -36,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
                 "tokens",
                 f"{tokens}: {rows} x {columns} patches, class tokens: {tokens - rows * columns}",
             ],
-            ["labels", shown],
+            *([["task", f"{facts['task']}, head {facts['head']}"]] if "task" in facts else []),
+            *([[key, json.dumps(facts[key])] for key in _OF_TASKS if facts.get(key) is not None]),
+            ["classes" if "task" in facts else "labels", shown],
             ["preprocess", "none" if facts["preprocess"] is None else json.dumps(facts["preprocess"])],
         ]
     )

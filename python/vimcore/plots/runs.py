@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from .. import _core
@@ -26,127 +24,16 @@ from ..data.digits import load_digits, split_digits
 from ..data.picture_files import read_file
 from ..data.pictures import decode
 from ..tasks.classification.predictions import Predictions, read_predictions
-from ..train.log import Log, read_log
 from ..utils.files import shortened
-from .style import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, RED, new_figure, plain_text, save_figure, tidy
+from .curves import Scored
+from .run_folders import plot_run_folders
+from .style import BLUE, GREEN, INK, MUTED, NAME, PAPER, RED, new_figure, plain_text, save_figure
 
-COLOURS = (BLUE, ORANGE, GREEN, RED, "#7b4fb5", "#17a2b8", "#8c6d31", "#c2478d")
+SCORED = Scored("cross-entropy", "right answers, %", ("top1", "top5"), ("top-1", "top-5"))
 SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, "#c9d8f2", BLUE, "#1b2a5c"])
-POINTS = 300  # of a curve: more are averaged
 NAMED = 60  # classes whose names fit beside the matrix
 COUNTED = 25  # classes whose counts fit into it
-NAME = 40  # characters of a run's name
 SIDE = 192  # pixels of a picture among the mistakes
-
-
-# ---- curves ------------------------------------------------------------------------------------------------
-
-
-@plain_text
-def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
-    """Loss, accuracy, learning rate, gradient norm (or images a second) of runs by name, over the epochs."""
-    figure = new_figure(10.5, 7)
-    (loss, accuracy), (rate, last) = figure.subplots(2, 2)
-    normed = any(np.isfinite(log.steps["grad_norm"]).any() for log in logs.values())
-    field, label = ("grad_norm", "gradient norm") if normed else ("images_per_second", "images per second")
-    several = len(logs) > 1
-    for i, log in enumerate(logs.values()):
-        colour = COLOURS[i % len(COLOURS)]
-        held_out = colour if several else ORANGE
-        loss.plot(*averaged(log.steps, "loss"), color=colour, lw=1.2, alpha=0.55 if several else 1)
-        for weights, rows in log.evals.items():
-            style = line_style(weights, rows)
-            loss.plot(rows["epoch"], rows["loss"], color=held_out, lw=2, **style)
-            accuracy.plot(rows["epoch"], 100 * rows["top1"], color=held_out, lw=2, **style)
-            if not several and np.nanmin(rows["top5"], initial=1) < 1:
-                accuracy.plot(rows["epoch"], 100 * rows["top5"], color=MUTED, lw=1.2, **style)
-        _mark_best(accuracy, log, held_out, several)
-        rate.plot(*averaged(log.steps, "lr"), color=colour, lw=2)
-        last.plot(*averaged(log.steps, field), color=colour, lw=1.2)
-    labels = ("cross-entropy", "right answers, %", "learning rate", label)
-    for axes, text in zip((loss, accuracy, rate, last), labels):
-        axes.set_title(text, color=INK, loc="left", fontsize=11)
-        axes.set_xlabel("epoch", color=INK)
-        if axes.get_xlim()[1] > 2:
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        tidy(axes)
-    loss.set_ylim(bottom=0)
-    rate.set_ylim(bottom=0)
-    last.set_ylim(bottom=0)
-    rate.yaxis.set_major_locator(MaxNLocator(5))
-    rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    accuracy.set_ylim(top=101)
-    loss.legend(handles=legend(logs), frameon=False, fontsize=9)
-    if not several and len(accuracy.lines) > 1:
-        accuracy.legend(handles=_accuracy_legend(logs), frameon=False, fontsize=9, loc="lower right")
-    names = ", ".join(shortened(name, NAME) for name in logs)
-    title = "Training of " + (names if len(logs) <= 3 else f"{len(logs)} runs")
-    figure.suptitle(title, color=INK, weight="bold", x=0.02, ha="left")
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def line_style(weights: str, rows: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
-    marker = "o" if len(rows["epoch"]) <= 30 else None
-    return {"ls": "--" if weights == "ema" else "-", "marker": marker, "ms": 3.5}
-
-
-def averaged(
-    steps: Mapping[str, NDArray[np.float64]], name: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(x, y) of at most POINTS points: means over neighbouring steps."""
-    x, y = steps["epoch"], steps[name]
-    size = -(-len(x) // POINTS)
-    if size <= 1:
-        return x, y
-    begins = np.arange(0, len(x), size)
-    counts = np.diff(np.append(begins, len(x)))
-    return np.add.reduceat(x, begins) / counts, np.add.reduceat(y, begins) / counts
-
-
-def _mark_best(axes: Axes, log: Log, colour: str, several: bool) -> None:
-    """Marks the best accuracy with its value."""
-    points = [(t, e) for rows in log.evals.values() for e, t in zip(rows["epoch"], rows["top1"]) if t == t]
-    if not points:
-        return
-    best, epoch = max(points)
-    axes.plot([epoch], [100 * best], "o", color=colour, ms=7, mfc=PAPER, mew=2, zorder=3)
-    if not several:
-        place: dict[str, Any] = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"{100 * best:.2f} %", (epoch, 100 * best), color=colour, weight="bold", **place)
-
-
-def legend(logs: Mapping[str, Log]) -> list[Line2D]:
-    """Runs by colour, then the kinds of lines."""
-    ema = any("ema" in log.evals for log in logs.values())
-    raw = any("raw" in log.evals for log in logs.values())
-    if len(logs) > 1:
-        lines = [
-            Line2D([], [], color=COLOURS[i % len(COLOURS)], lw=2, label=shortened(name, NAME))
-            for i, name in enumerate(logs)
-        ]
-        train = Line2D([], [], color=MUTED, lw=1.2, alpha=0.55, label="training")
-        colour = MUTED
-    else:
-        lines, train, colour = [], Line2D([], [], color=BLUE, lw=1.2, label="training"), ORANGE
-    lines.append(train)
-    if raw:
-        lines.append(Line2D([], [], color=colour, lw=2, label="held out"))
-    if ema:
-        lines.append(Line2D([], [], color=colour, lw=2, ls="--", label="held out, averaged weights"))
-    return lines
-
-
-def _accuracy_legend(logs: Mapping[str, Log]) -> list[Line2D]:
-    (log,) = logs.values()
-    lines = []
-    for weights, rows in log.evals.items():
-        of = ", averaged weights" if weights == "ema" else ""
-        ls = "--" if weights == "ema" else "-"
-        lines.append(Line2D([], [], color=ORANGE, lw=2, ls=ls, label=f"top-1{of}"))
-        if np.nanmin(rows["top5"], initial=1) < 1:
-            lines.append(Line2D([], [], color=MUTED, lw=1.2, ls=ls, label=f"top-5{of}"))
-    return lines
 
 
 # ---- confusion matrix --------------------------------------------------------------------------------------
@@ -317,65 +204,15 @@ def _channels(array: NDArray[Any]) -> NDArray[np.float64]:
 def plot_runs(
     runs: Sequence[str], out: str | None = None, kind: str = "png", mistakes: int = 24
 ) -> tuple[list[str], list[str]]:
-    """Draws the curves, and for every run that was evaluated the confusion matrix and the worst mistakes.
+    """Curves, and for every run that was evaluated the confusion matrix and the worst mistakes.
 
-    Args:
-        runs: folders, named in figures by their last part, or by their path where two are the same.
-        out: folder to write to; default: the run, or the current folder for several.
-        kind: "png" or "svg".
-
-    Returns:
-        The files written; notes on what could not be drawn.
+    Arguments and results as those of `vimcore.plots.run_folders.plot_run_folders`.
     """
-    names = named_runs(runs)
-    folder = Path(out) if out is not None else Path(runs[0] if len(runs) == 1 else ".")
-    logs: dict[str, Log] = {}
-    answers: dict[str, Predictions] = {}
-    notes = []
-    for run, name in zip(runs, names):
-        log, evaluated = Path(run) / "log.jsonl", Path(run) / "eval.npz"
-        if not log.is_file() and not evaluated.is_file():
-            raise ValueError(f"{run}: no run: neither log.jsonl nor eval.npz is there")
-        if log.is_file():
-            logs[name] = read_log(log)
-        if evaluated.is_file():
-            answers[name] = read_predictions(evaluated)
-        else:
-            notes.append(f"{run}: no eval.npz yet, so no confusion matrix and no mistakes")
-    folder.mkdir(parents=True, exist_ok=True)
-    written: list[str] = []
-    if logs:
-        draw(folder / f"curves.{kind}", written, lambda path: plot_curves(logs, path))
-    for name, found in answers.items():
-        prefix = "" if len(runs) == 1 else name.strip("/").replace("/", "-") + "-"
-        confusion, worst = (folder / f"{prefix}{what}.{kind}" for what in ("confusion", "mistakes"))
-        draw(confusion, written, partial(plot_confusion, found, title=name))
-        draw(worst, written, partial(plot_mistakes, found, count=mistakes, title=name))
-    return written, notes
 
+    def figures(found: Predictions, name: str) -> list[tuple[str, partial[None]]]:
+        return [
+            ("confusion", partial(plot_confusion, found, title=name)),
+            ("mistakes", partial(plot_mistakes, found, count=mistakes, title=name)),
+        ]
 
-def named_runs(runs: Sequence[str]) -> list[str]:
-    """Of folders, for figures: the last part, or the path where two are the same.
-
-    Raises:
-        ValueError: one is named twice.
-    """
-    names = [Path(run).resolve().name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(Path(run)) for run in runs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"a run is named twice among {', '.join(runs)}")
-    return names
-
-
-def draw(path: Path, written: list[str], plot: Callable[[Path], None]) -> None:
-    """Draws one of several figures; an error names those already written."""
-    try:
-        plot(path)
-    except (OSError, RuntimeError, ValueError) as error:
-        text = f"{path}: cannot be drawn: {error}"
-        if isinstance(error, OSError) and error.filename is not None:
-            text = f"{error.filename}: {error.strerror}"
-        before = f"; written before it: {', '.join(written)}" if written else ""
-        raise RuntimeError(text + before) from error
-    written.append(str(path))
+    return plot_run_folders(runs, out, kind, SCORED, read_predictions, figures)

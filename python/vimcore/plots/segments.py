@@ -7,81 +7,30 @@ Reads RUN/log.jsonl and RUN/eval.npz, see `vimcore.tasks.segmentation.answers`. 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from ..tasks.segmentation.answers import Answers, Worst, read_answers
-from ..train.log import Log, read_log
 from ..utils.files import shortened
-from .runs import COLOURS, COUNTED, NAME, NAMED, SHADES, averaged, draw, legend, line_style, named_runs
-from .style import INK, MUTED, ORANGE, PAPER, new_figure, plain_text, save_figure, tidy
+from .curves import Scored
+from .run_folders import plot_run_folders
+from .runs import COUNTED, NAMED, SHADES
+from .style import INK, MUTED, NAME, PAPER, new_figure, plain_text, save_figure
 
+SCORED = Scored(
+    "cross-entropy", "mIoU, %", ("miou", "macc", "aacc"), ("mIoU", "mean accuracy", "right pixels")
+)
 LISTED = 24  # classes beside the matrix, those of the smallest IoU
 KEYED = 24  # classes whose colours fit below the images
 WRONG = np.array([214, 40, 57], np.uint8)
 UNKNOWN = np.array([150, 155, 175], np.uint8)  # pixels that do not count
-
-
-@plain_text
-def plot_curves(logs: Mapping[str, Log], path: Path) -> None:
-    """Loss, mIoU (and accuracy of pixels of a single run), learning rate, gradient norm, over the epochs."""
-    figure = new_figure(10.5, 7)
-    (loss, score), (rate, norm) = figure.subplots(2, 2)
-    several = len(logs) > 1
-    for i, log in enumerate(logs.values()):
-        colour = COLOURS[i % len(COLOURS)]
-        held_out = colour if several else ORANGE
-        loss.plot(*averaged(log.steps, "loss"), color=colour, lw=1.2)
-        for weights, rows in log.evals.items():
-            style = line_style(weights, rows)
-            score.plot(rows["epoch"], 100 * rows["miou"], color=held_out, lw=2, **style)
-            if not several:
-                score.plot(rows["epoch"], 100 * rows["aacc"], color=MUTED, lw=1.2, **style)
-        _mark_best(score, log, held_out, several)
-        rate.plot(*averaged(log.steps, "lr"), color=colour, lw=2)
-        norm.plot(*averaged(log.steps, "grad_norm"), color=colour, lw=1.2)
-    titles = ("cross-entropy of training", "mIoU, %", "learning rate", "gradient norm")
-    if not several:
-        titles = (titles[0], "mIoU and right pixels (grey), %", *titles[2:])
-    for axes, text in zip((loss, score, rate, norm), titles):
-        axes.set_title(text, color=INK, loc="left", fontsize=11)
-        axes.set_xlabel("epoch", color=INK)
-        if axes.get_xlim()[1] > 2:
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.set_ylim(bottom=0)
-        tidy(axes)
-    rate.yaxis.set_major_locator(MaxNLocator(5))
-    rate.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    lines: list[Line2D] = legend(logs)
-    score.legend(
-        handles=[line for line in lines if line.get_label() != "training"], frameon=False, fontsize=9
-    )
-    names = ", ".join(shortened(name, NAME) for name in logs)
-    title = "Training of " + (names if len(logs) <= 3 else f"{len(logs)} runs")
-    figure.suptitle(title, color=INK, weight="bold", x=0.02, ha="left")
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
-def _mark_best(axes: Axes, log: Log, colour: str, several: bool) -> None:
-    points = [(v, e) for rows in log.evals.values() for e, v in zip(rows["epoch"], rows["miou"]) if v == v]
-    if not points:
-        return
-    best, epoch = max(points)
-    axes.plot([epoch], [100 * best], "o", color=colour, ms=7, mfc=PAPER, mew=2, zorder=3)
-    if not several:
-        place: dict[str, Any] = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"{100 * best:.2f} %", (epoch, 100 * best), color=colour, weight="bold", **place)
 
 
 @plain_text
@@ -205,35 +154,15 @@ def plot_worst(answers: Answers, path: Path, count: int = 24, title: str = "") -
 def plot_runs(
     runs: Sequence[str], out: str | None = None, kind: str = "png", mistakes: int = 24
 ) -> tuple[list[str], list[str]]:
-    """Draws the curves, and for every run that was evaluated the confusion matrix and the worst images.
+    """Curves, and for every run that was evaluated the confusion matrix and the worst images.
 
-    Arguments and results as those of `vimcore.plots.runs.plot_runs`.
+    Arguments and results as those of `vimcore.plots.run_folders.plot_run_folders`.
     """
-    names = named_runs(runs)
-    folder = Path(out) if out is not None else Path(runs[0] if len(runs) == 1 else ".")
-    logs: dict[str, Log] = {}
-    answers: dict[str, Answers] = {}
-    notes = []
-    for run, name in zip(runs, names):
-        log, evaluated = Path(run) / "log.jsonl", Path(run) / "eval.npz"
-        if not log.is_file() and not evaluated.is_file():
-            raise ValueError(f"{run}: no run: neither log.jsonl nor eval.npz is there")
-        if log.is_file():
-            logs[name] = read_log(log)
-        if evaluated.is_file():
-            answers[name] = read_answers(evaluated)
-        else:
-            notes.append(f"{run}: no eval.npz yet, so no confusion matrix and no worst images")
-    folder.mkdir(parents=True, exist_ok=True)
-    written: list[str] = []
-    if logs:
-        draw(folder / f"curves.{kind}", written, lambda path: plot_curves(logs, path))
-    for name, found in answers.items():
-        prefix = "" if len(runs) == 1 else name.strip("/").replace("/", "-") + "-"
-        confusion, worst = (folder / f"{prefix}{what}.{kind}" for what in ("confusion", "worst"))
-        draw(confusion, written, partial(plot_confusion, found, title=name))
-        if found.worst:
-            draw(worst, written, partial(plot_worst, found, count=mistakes, title=name))
-        else:
-            notes.append(f"{name}: no image has pixels that count, so no worst images")
-    return written, notes
+
+    def figures(found: Answers, name: str) -> list[tuple[str, partial[None]]]:
+        drawn = [("confusion", partial(plot_confusion, found, title=name))]
+        if found.worst:  # else no image has pixels that count
+            drawn.append(("worst", partial(plot_worst, found, count=mistakes, title=name)))
+        return drawn
+
+    return plot_run_folders(runs, out, kind, SCORED, read_answers, figures)

@@ -16,6 +16,8 @@ from ..utils.files import atomic
 
 INK, PAPER, MUTED = "#22223b", "#ffffff", "#8a8fa3"
 BLUE, ORANGE, RED, GREEN = "#3366cc", "#f28e2b", "#d62839", "#2a9d5c"
+COLOURS = (BLUE, ORANGE, GREEN, RED, "#7b4fb5", "#17a2b8", "#8c6d31", "#c2478d")  # of runs
+NAME = 40  # characters of a run's name
 # For functions that draw: text is not parsed (a class may be called $x$), SVG has the same bytes each time.
 plain_text = matplotlib.rc_context(
     {"text.parse_math": False, "text.usetex": False, "svg.hashsalt": "vimcore"}

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -220,6 +220,15 @@ def read_labels(path: str) -> list[str]:
     return text.splitlines()
 
 
+class Found(NamedTuple):
+    """Arrays of numpy or tensors of torch by name, metadata, what was unwrapped, a checkpoint's "meta"."""
+
+    arrays: dict[str, Any]
+    metadata: dict[str, str]
+    notes: list[str]
+    meta: Mapping[Any, Any]
+
+
 def convert(
     source: str,
     destination: str,
@@ -245,8 +254,21 @@ def convert(
         ValueError: names missing, unexpected and misshapen tensors (12 at most), or says what the source is
             instead of weights; nothing is written then.
     """
+    found = read(source, weights)
+    return convert_tensors(found, source, destination, settings, labels, preprocess)
+
+
+def convert_tensors(
+    found: Found,
+    source: str,
+    destination: str,
+    settings: Mapping[str, Any] | None,
+    labels: Sequence[str] | None,
+    preprocess: Mapping[str, Any] | None,
+) -> tuple[dict[str, Any], list[str]]:
+    """As `convert`, of what `read` found in the source."""
     settings = dict(settings or {})
-    arrays, metadata, notes = _read(source, weights)
+    arrays, metadata, notes, _ = found
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     assumptions: list[str] = []
     if CONFIG_KEY in metadata:
@@ -257,7 +279,7 @@ def convert(
             preprocess = stored.preprocess.to_dict()
     else:
         options, assumptions = infer_config(shapes, source, *(arrays.get(name) for name in ROPE_TABLES))
-    assumptions = notes + [text for text in assumptions if not _overridden(text, settings)]
+    assumptions = notes + [text for text in assumptions if not overridden(text, settings)]
     options.update(settings)
     if "img_size" not in options:
         raise ValueError(
@@ -273,19 +295,19 @@ def convert(
     if preprocess is None and (steps := Preprocess.default(config)):
         preprocess = steps.to_dict()
         assumptions.append(f"preprocess={json.dumps(preprocess)}")
-    ordered = {name: _as_float(tensors[name], name) for name in config.param_shapes()}
+    ordered = {name: as_float(tensors[name], name) for name in config.param_shapes()}
     _core.write_safetensors(os.fspath(destination), ordered, pack(config, names, preprocess))
     return config.to_dict(), assumptions
 
 
-def _overridden(assumption: str, settings: Mapping[str, Any]) -> bool:
+def overridden(assumption: str, settings: Mapping[str, Any]) -> bool:
     """True where every option that the sentence names was set by the caller."""
     named = [key for key in ("img_size", "stride") if f"{key}=" in assumption]
     named = named or [assumption.partition("=")[0]]
     return all(key in settings for key in named)
 
 
-def _as_float(array: Any, name: str) -> Any:
+def as_float(array: Any, name: str) -> Any:
     """A contiguous array of float32 or float64, of an array of numpy or a tensor of torch; exact."""
     if not isinstance(array, np.ndarray):
         array = array.detach()
@@ -297,10 +319,11 @@ def _as_float(array: Any, name: str) -> Any:
     return np.ascontiguousarray(array)
 
 
-def _read(source: str, weights: str) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Arrays of numpy or tensors of torch by name, metadata, what was unwrapped."""
+def read(source: str, weights: str, keep: str = "") -> Found:
+    """The weights of a file; `keep`: see `plain_names`."""
     if weights == "model" and format_of(source) == "safetensors":
-        return read_safetensors(source)
-    from .checkpoints import read_checkpoint  # pickles need torch
+        return Found(*read_safetensors(source, keep), {})
+    from .checkpoints import read_with_meta  # pickles need torch
 
-    return read_checkpoint(source, weights)
+    checkpoint, meta = read_with_meta(source, weights, keep)
+    return Found(*checkpoint, meta)

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..settings import Settings, key
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Options of the networks in `vimcore.segmentation` by setting, and the heads that have them.
 HEAD_OPTIONS = {
@@ -92,6 +96,14 @@ class SegmentationSettings(Settings):
         if self.scenes < 1:
             raise ValueError(f"scenes: expected at least 1, got {self.scenes}")
         self.head_options()
+
+    def merged(self, changes: Mapping[str, Any]) -> Self:
+        """See `Settings.merged`; another head does not take over options of the former that it lacks."""
+        head = changes.get("head", self.head)
+        if head == self.head:
+            return super().merged(changes)
+        former = {name: None for name, (_, heads) in HEAD_OPTIONS.items() if head not in heads}
+        return super().merged({**former, **changes})
 
     def head_options(self) -> dict[str, Any]:
         """Arguments of the network's constructor besides backbone and number of classes.

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the head in the settings of segmentation."""
+
+from __future__ import annotations
+
+import pytest
+from vimcore.tasks.segmentation.settings import SegmentationSettings
+from vimcore.train.presets import recipe
+
+
+def test_another_head_leaves_the_preset_s_options_of_the_former() -> None:
+    settings, _ = recipe(SegmentationSettings, "digits-scenes", {"head": "segmenter"})
+    assert (settings.head, settings.head_channels, settings.head_options()) == ("segmenter", None, {})
+    settings, _ = recipe(SegmentationSettings, "digits-scenes", {"head": "uper", "head_norm": "group"})
+    assert settings.head_options() == {"channels": 48, "head_norm": "group"}
+    settings, _ = recipe(SegmentationSettings, "seg-tiny-released", {"head": "fcn", "head_convs": 1})
+    assert settings.head_options() == {"convs": 1}
+    assert SegmentationSettings().merged({"head": "fcn", "head_convs": 1}).merged({"seed": 3}).head_convs == 1
+
+
+def test_options_that_are_typed_have_to_fit() -> None:
+    with pytest.raises(ValueError, match="head_convs: an option of the head fcn, not of segmenter"):
+        recipe(SegmentationSettings, "digits-scenes", {"head": "segmenter", "head_convs": 1})
