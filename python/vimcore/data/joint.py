@@ -93,7 +93,7 @@ class Joint:
                 raise UnreadableError(f"expected {channels} channels (C, H, W), got {image.shape}")
             return scaled(image)
         if channels == 1:
-            image = np.asarray(Image.fromarray(image).convert("L"))[:, :, None]
+            image = np.array(Image.fromarray(image).convert("L"))[:, :, None]
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()
 
     def _resized(self, values: Tensor, size: tuple[int, int]) -> Tensor:

@@ -265,7 +265,7 @@ def _largest(train: Pairs) -> int:
     largest = -1
     for mask in filter(None, train.masks):
         with contextlib.suppress(UnreadableError):  # told when the run meets it
-            found = read_mask(mask, train.reduce_zero_label)
+            found = read_mask(mask, train.reduce_zero_label).astype(np.int64)
             largest = max(largest, int(found[found != IGNORE].max(initial=-1)))
     if largest < 0:
         raise ValueError("none of the training masks can be read and holds a class")
