@@ -61,6 +61,7 @@ DIGITS_SCENES: dict[str, Any] = {
     "memory": "fast",
     "head": "fcn",
     "head_channels": 48,
+    "head_init": "torch",
     "workers": 0,
     "scale": (1.0, 1.0),
     "hflip": 0.0,

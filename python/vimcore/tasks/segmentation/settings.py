@@ -40,6 +40,12 @@ class SegmentationSettings(Settings):
     head_indices: tuple[int, ...] | None = key("model", None, "uper: four layers; default: of each quarter")
     head_aux: bool | None = key("model", None, "uper: a second head that helps to train; default: yes")
     head_norm: str | None = key("model", None, "fcn, uper: batch, or group for single images; default: batch")
+    head_init: str = key(
+        "model",
+        "published",
+        "fcn, linear, uper: weights of the last layer, small, or torch's, which name classes sooner",
+        ("published", "torch"),
+    )
     head_dropout: float | None = key("model", None, "of whole channels (segmenter: values); default 0.1")
 
     classes: int | None = key("data", None, "how many, where no classes.txt names them; default: counted")
@@ -95,6 +101,8 @@ class SegmentationSettings(Settings):
             raise ValueError(f"classes: expected 1 to 255, got {self.classes}")
         if self.scenes < 1:
             raise ValueError(f"scenes: expected at least 1, got {self.scenes}")
+        if self.head_init == "torch" and self.head == "segmenter":
+            raise ValueError("head_init: an option of the head fcn, linear or uper, not of segmenter")
         self.head_options()
 
     def merged(self, changes: Mapping[str, Any]) -> Self:
@@ -102,7 +110,11 @@ class SegmentationSettings(Settings):
         head = changes.get("head", self.head)
         if head == self.head:
             return super().merged(changes)
-        former = {name: None for name, (_, heads) in HEAD_OPTIONS.items() if head not in heads}
+        former: dict[str, Any] = {
+            name: None for name, (_, heads) in HEAD_OPTIONS.items() if head not in heads
+        }
+        if head == "segmenter":
+            former["head_init"] = "published"
         return super().merged({**former, **changes})
 
     def head_options(self) -> dict[str, Any]:

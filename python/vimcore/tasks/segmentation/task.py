@@ -81,6 +81,8 @@ class Segmentation(Task):
         model = create(s.head, network, len(self.classes), s.head_options())
         self.depth = int(network.config["depth"])
         network.dynamic_img_size = needs_any_size(s)
+        if s.head_init == "torch":
+            model.decode_head.conv_seg.reset_parameters()  # type: ignore[operator, union-attr]
         notes = [] if s.init is None else self._start(model)
         if s.optimizer_groups == "released":
             model.no_weight_decay = set  # type: ignore[method-assign]  # their names had a prefix too many
@@ -108,7 +110,7 @@ class Segmentation(Task):
 
     def layers(self) -> Mapping[str, Any]:
         """See `Task.layers`: neck and heads follow the last block."""
-        stem = r"^backbone\.(cls_token|pos_embed|patch_embed)"
+        stem = r"^backbone\.(?:cls_token|pos_embed|patch_embed)"
         if self.settings.optimizer_groups == "released":
             return {"stem": stem}
         return {"stem": stem, "blocks": [(r"^backbone\.layers\.(\d+)", None)]}
