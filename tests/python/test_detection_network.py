@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
+from vimcore.config import model_options
 from vimcore.detection import CascadeMaskRCNN
 from vimcore.nn.heads.cascade import OVERLAPS, WEIGHTS, Objects
 from vimcore.nn.heads.masks import mask_targets, paste
 from vimcore.nn.heads.roi import levels_of, pool
 from vimcore.nn.heads.rpn import RATIOS, anchors_of
+from vimcore.weights.detector import checked_options, detector_flops, detector_shapes
 
 TWO = [target((2, 3, 14, 20), (10, 8, 30, 28)), target((5, 5, 12, 17))]
 
@@ -28,26 +31,50 @@ TWO = [target((2, 3, 14, 20), (10, 8, 30, 28)), target((5, 5, 12, 17))]
 # ---- sizes and names ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters", "giga"),
     [("vim_tiny_patch16_224", 60_080_078, 627.3), ("vim_small_patch16_224", 79_918_142, 710.3)],
 )
 def test_published_sizes(name: str, parameters: int, giga: float) -> None:
     """The norm behind the backbone's last block, which nothing uses, is no parameter there."""
-    vim = vimcore.create_model(
-        name, num_classes=0, img_size=1024, class_token="none", rope=True, rope_residual=True
-    )
-    model = CascadeMaskRCNN(vim, 80)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
-    assert sum(p.numel() for p in model.parameters()) == parameters + vim.norm_f.weight.numel()
-    assert model.flops() / 1e9 == pytest.approx(giga, abs=0.05)
+    published = {"class_token": "none", "rope": True, "rope_residual": True, "num_classes": 0}
+    config = vimcore.Config(**model_options(name, {"img_size": 1024, **published}))
+    options = checked_options({}, config)
+    shapes = {**config.param_shapes(), **detector_shapes(options, 80, config)}
+    assert sum(math.prod(shape) for name, shape in shapes.items() if name != "norm_f.weight") == parameters
+    heads = detector_flops(options, 80, config, 1000, 100)
+    assert (config.flops() + heads) / 1e9 == pytest.approx(giga, abs=0.05)
     boxes = 49 * 4 * 589_824 + 12_544 * 1024 + 1024 * 85
     drawn = 196 * (4 * 589_824 + 262_144) + 784 * 256 * 80
-    assert model.flops() - model.flops(proposals=0, detections=0) == 3 * 1000 * boxes + 100 * drawn
-    maps = [(1024 // s, 1024 // s) for s in model.pyramid.strides]
-    sizes = model.proposal_generator.sizes
-    assert len(anchors_of(maps, model.pyramid.strides, sizes, torch.zeros(1))) == 261_888
+    assert heads - detector_flops(options, 80, config, 0, 0) == 3 * 1000 * boxes + 100 * drawn
+    maps = [(1024 // s, 1024 // s) for s in (4, 8, 16, 32, 64)]
+    assert len(anchors_of(maps, (4, 8, 16, 32, 64), options["anchors"], torch.zeros(1))) == 261_888
+
+
+def count(
+    name: str, cost: dict[str, int], rows: dict[str, int], module: Any, x: tuple[Tensor], y: Tensor
+) -> None:
+    """Multiply-adds of a layer, and for how many boxes."""
+    pixels = x[0] if isinstance(module, torch.nn.ConvTranspose2d) else y
+    cost[name] = cost.get(name, 0) + module.weight.numel() * pixels[:, 0].numel()
+    rows[name] = len(y)
+
+
+@torch.no_grad()
+def test_a_model_has_the_tensors_and_the_cost_of_its_description() -> None:
+    for model in (detector(), detector(masks=False, anchors=(8, 16, 24, 32)), detector(box_convs=0)):
+        assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == model.shapes()
+        assert not model.backbone.norm_f.weight.requires_grad
+        cost: dict[str, int] = {}
+        rows: dict[str, int] = {}
+        for name, module in model.named_modules():
+            kinds = (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear)
+            if isinstance(module, kinds) and not name.startswith("backbone."):
+                module.register_forward_hook(partial(count, name, cost, rows))
+        model.eval()([torch.randn(3, 32, 32)])
+        boxes, masks = rows["roi_heads.box_head.0.fc1"], rows.get("roi_heads.mask_head.predictor", 0)
+        assert boxes > 5
+        assert sum(cost.values()) == model.flops(proposals=boxes, detections=masks) - model.backbone.flops()
 
 
 def test_published_names() -> None:

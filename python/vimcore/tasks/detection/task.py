@@ -108,7 +108,7 @@ class Detection(Task):
 
     def layers(self) -> Mapping[str, Any]:
         """See `Task.layers`: pyramid and heads follow the last block."""
-        stem = r"^backbone\.(cls_token|pos_embed|patch_embed)"
+        stem = r"^backbone\.(?:cls_token|pos_embed|patch_embed)"
         return {"stem": stem, "blocks": [(r"^backbone\.layers\.(\d+)", None)]}
 
     def prepare(self, batch: Detected, device: torch.device) -> Batch:
