@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mIoU column of the paper's direction ablation (its Table 4) on scenes of handwritten digits.
 
-    python tests/bench/segmentation_ablation.py --runs RUNS                # 30 runs of 2 to 4 minutes of one core
+    python tests/bench/segmentation_ablation.py --runs RUNS      # 30 runs, 2 to 4 minutes of one core each
     python tests/bench/segmentation_ablation.py --runs RUNS --jobs 2 --out tests/bench/results
 
 Five direction strategies without a class token from three seeds, each with two convolutions (FCN) and with
