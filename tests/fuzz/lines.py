@@ -98,7 +98,11 @@ def options_of(program: str, command: str, binary: str) -> list[str]:
         return re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)
     from vimcore import cli
 
-    return [o for o in cli._parser(command, [command])[1]._option_string_actions if o.startswith("--") and o != "--help"]
+    return [
+        o
+        for o in cli._parser(command, [command])[1]._option_string_actions
+        if o.startswith("--") and o != "--help"
+    ]
 
 
 class Maker:

@@ -77,7 +77,8 @@ def test_in_small(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
     report = json.loads((out / "segmentation-ablation.json").read_text())
     assert text == (out / "segmentation-ablation.md").read_text() == script.markdown(report)
     assert len(script.launches) == 2
-    assert [(r["head"], r["directions"]) for r in report["runs"]] == [("segmenter", "none"), ("fcn", "none")]
+    assert [(r["head"], r["directions"]) for r in report["runs"]] == [("fcn", "none"), ("segmenter", "none")]
+    assert script.launches[1][-4:-1] == ["--init", str(runs / "fcn-none-seed1" / "best.safetensors"), "--out"]
     for run in report["runs"]:
         facts = describe_file(str(runs / f"{run['head']}-{run['directions']}-seed1" / "best.safetensors"))
         assert (facts["head"], facts["config"]["directions"]) == (run["head"], run["directions"])
@@ -93,7 +94,7 @@ def test_in_small(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
     assert script.main(options) == 0
     assert script.launches[2:] == [["train", "--resume", str(runs / "fcn-none-seed1"), "--json"]]
     again = json.loads((runs / "fcn-none-seed1" / "cell.json").read_text())
-    assert {**again, "cpu_seconds": 1.0} == report["runs"][1]
+    assert {**again, "cpu_seconds": 1.0} == report["runs"][0]
     with pytest.raises(ValueError, match=r"was run as train .* --scenes 8 .*; name another --runs"):
         script.main([*options, "--scenes", "16"])
 
@@ -101,7 +102,7 @@ def test_in_small(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_options(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, said in (
         (["--scenes", "1500"], "expected a multiple of 1000, or fewer"),
-        (["--heads", "uper"], "expected some of segmenter,fcn"),
+        (["--heads", "uper"], "expected some of fcn,segmenter"),
         (["--seeds", "1,1"], "each once"),
     ):
         with pytest.raises(SystemExit):

@@ -58,6 +58,8 @@ struct ClassMap {
     std::vector<std::uint8_t> classes;  // (height, width)
 };
 
+struct SegmentationNetwork;  // the library's part
+
 // A loaded network: immutable, shared between threads.
 class SegmentationModel {
 public:
@@ -69,10 +71,9 @@ public:
 
 private:
     friend class SegmentationSession;
-    struct Network;
     SegmentationFile about_;
     std::map<std::string, std::string> metadata_;
-    std::shared_ptr<const Network> network_;
+    std::shared_ptr<const SegmentationNetwork> network_;
 };
 
 // One per thread: scratch memory and threads. logits() and classes() do not allocate after the first runs of a batch

@@ -27,7 +27,7 @@ std::shared_ptr<const SegmentationModel> SegmentationModel::load(const std::stri
         bytes += tensor.numel() * static_cast<std::int64_t>(sizeof(float));
     require_memory("load", path, 2 * bytes);  // and packed
 
-    auto network = std::make_shared<Network>(about.config);
+    auto network = std::make_shared<SegmentationNetwork>(about.config);
     for_each_param(about.config, network->weights.params, [&](const std::string& name, Tensor& tensor, const Shape&) {
         read_floats(file, *file.find("backbone." + name), tensor.as<float>());
     });

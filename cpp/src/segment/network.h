@@ -3,6 +3,7 @@
 // logits on a coarser grid than pixels.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,6 +26,12 @@ public:
     virtual void run(Context& ctx, const std::vector<Tensor>& streams, const Map& logits) const = 0;
 };
 
+constexpr std::array<std::int64_t, 4> pool_bins = {1, 2, 3, 6};  // of UperNet's pooled maps, a side
+
+// Of UperNet's four levels: sides grow by 2^e, to strides of 4, 8, 16 and 32 pixels, and are at least 1.
+std::array<int, 4> level_exponents(std::int64_t patch);
+std::int64_t side_of(std::int64_t patches, int exponent);
+
 // One convolution and what follows it, by its names in the file.
 struct Part {
     std::string name;       // NAME.weight, NAME.bias
@@ -39,8 +46,8 @@ std::vector<Part> parts_of(const SegmentationFile& about);  // of the head, in t
 std::unique_ptr<SegmentationHead> make_head(const SegmentationFile& about, const Config& window,
                                             const SafetensorsFile& file, const std::string& path);
 
-struct SegmentationModel::Network {
-    explicit Network(const Config& config) : weights(config) {}
+struct SegmentationNetwork {
+    explicit SegmentationNetwork(const Config& config) : weights(config) {}
     Weights weights;
     Config window;  // the backbone on one window
     std::unique_ptr<SegmentationHead> head;

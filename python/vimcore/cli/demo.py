@@ -11,7 +11,7 @@ from ..utils.extras import required
 from .output import print_json
 
 # The module of vimcore.tools with the demo of a task.
-SHOWN_BY = {"classify": "demo", "detect": "demo_detect"}
+SHOWN_BY = {"classify": "demo", "segment": "demo_segment", "detect": "demo_detect"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", default="vimcore-demo", metavar="FOLDER", help="output folder (default: %(default)s)"
     )
     parser.add_argument(
-        "--epochs", type=options.positive, help="passes over the training digits (default: 20)"
+        "--epochs", type=options.positive, help="passes over the training data (default: the recipe's)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="random seed; the same seed gives the same weights (default: 0)"
@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with required("the demo", "demo"):  # matplotlib, too, is missed before the training, not after
+    extra = "demo" if args.task == "classify" else "demo,train"
+    with required("the demo", extra):  # matplotlib, too, is missed before the training, not after
         module = importlib.import_module(f"vimcore.tools.{SHOWN_BY[args.task]}")
     metrics = module.run_demo(args.out, args.epochs, args.seed, args.threads, show=not args.json)
     if args.json:

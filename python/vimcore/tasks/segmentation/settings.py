@@ -110,7 +110,11 @@ class SegmentationSettings(Settings):
         head = changes.get("head", self.head)
         if head == self.head:
             return super().merged(changes)
-        former = {name: None for name, (_, heads) in HEAD_OPTIONS.items() if head not in heads}
+        former: dict[str, Any] = {
+            name: None for name, (_, heads) in HEAD_OPTIONS.items() if head not in heads
+        }
+        if head == "segmenter":
+            former["head_init"] = "published"
         return super().merged({**former, **changes})
 
     def head_options(self) -> dict[str, Any]:
