@@ -21,7 +21,7 @@ from vimcore.config import model_options
 from vimcore.detection import CascadeMaskRCNN
 from vimcore.nn.heads.cascade import OVERLAPS, WEIGHTS, Objects
 from vimcore.nn.heads.masks import mask_targets, paste
-from vimcore.nn.heads.roi import levels_of, pool
+from vimcore.nn.heads.roi import aligned, levels_of, pool, products
 from vimcore.nn.heads.rpn import RATIOS, anchors_of
 from vimcore.weights.detector import checked_options, detector_flops, detector_shapes
 
@@ -125,6 +125,26 @@ def test_pooling_of_a_ramp() -> None:
             centres = (low + (high - low) * (torch.arange(7).double() + 0.5) / 7) / stride - 0.5
             wanted = centres[:, None].expand(7, 7) if axis == 0 else centres.expand(7, 7)
             torch.testing.assert_close(values[axis], wanted)
+
+
+def test_products_are_torchvisions_pooling() -> None:
+    """Values and gradients, of boxes within, partly and wholly outside, of less than a pixel, of none."""
+    chance = torch.Generator().manual_seed(0)
+    maps = torch.randn(3, 4, 9, 13, dtype=torch.float64, generator=chance, requires_grad=True)
+    low = torch.rand(60, 2, dtype=torch.float64, generator=chance) * 80 - 20
+    size = torch.rand(60, 2, dtype=torch.float64, generator=chance) ** 2 * 70
+    size[0] = 0
+    index = torch.tensor([0] * 30 + [2] * 30, dtype=torch.float64)  # none on the second image
+    rois = torch.cat([index[:, None], low, low + size], 1)
+    probe = torch.randn(60, 4, 7, 7, dtype=torch.float64, generator=chance)
+    results = []
+    for function in (products, aligned):
+        found = function(maps, rois, 7, 0.25)
+        (gradient,) = torch.autograd.grad((found * probe).sum(), maps)
+        results.append((found, gradient))
+        assert function(maps, rois[:0], 7, 0.25).shape == (0, 4, 7, 7)
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_levels() -> None:

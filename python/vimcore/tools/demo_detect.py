@@ -81,8 +81,8 @@ def run_demo(
     finally:
         torch.set_num_threads(before)
     metrics |= {
-        "backbone_seconds": first,
-        "detector_seconds": second,
+        "backbone_cpu_seconds": first,
+        "train_cpu_seconds": second,
         "seed": seed,
         "threads": threads or 1,
         "isa": _core.build_info()["isa"],

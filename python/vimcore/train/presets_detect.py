@@ -60,7 +60,7 @@ DIGITS_OBJECTS: dict[str, Any] = {
     "augment": "none",
     "hflip": 0.0,
     "repeats": 1,
-    "batch_size": 8,
+    "batch_size": 4,
     "lr": 2e-3,
     "scale_lr": False,
     "weight_decay": 0.05,
