@@ -13,7 +13,7 @@ def test_another_head_leaves_the_preset_s_options_of_the_former() -> None:
     assert (settings.head, settings.head_channels, settings.head_options()) == ("segmenter", None, {})
     assert settings.head_init == "published"
     settings, _ = recipe(SegmentationSettings, "digits-scenes", {"head": "uper", "head_norm": "group"})
-    assert settings.head_options() == {"channels": 48, "head_norm": "group"}
+    assert settings.head_options() == {"channels": 64, "head_norm": "group"}
     settings, _ = recipe(SegmentationSettings, "seg-tiny-released", {"head": "fcn", "head_convs": 1})
     assert settings.head_options() == {"convs": 1}
     assert SegmentationSettings().merged({"head": "fcn", "head_convs": 1}).merged({"seed": 3}).head_convs == 1

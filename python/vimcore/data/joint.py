@@ -74,10 +74,12 @@ class Joint:
         if a.photometric and not self.arrays and self.of.channels == 3:
             pixels = photometric(values.permute(1, 2, 0).to(torch.uint8).numpy(), chance)
             values = torch.from_numpy(pixels).permute(2, 0, 1).float()
+        values = self._normalised(values)
         below, beside = self.of.size[0] - mask.shape[0], self.of.size[1] - mask.shape[1]
-        full = np.pad(mask, ((0, below), (0, beside)), constant_values=IGNORE)
-        filled = F.pad(self._normalised(values), (0, beside, 0, below))
-        return filled.contiguous(), torch.from_numpy(np.ascontiguousarray(full))
+        if below or beside:
+            values = F.pad(values, (0, beside, 0, below))
+            mask = np.pad(mask, ((0, below), (0, beside)), constant_values=IGNORE)
+        return values.contiguous(), torch.from_numpy(np.ascontiguousarray(mask))
 
     def evaluation(self, image: NDArray[Any]) -> Tensor:
         """(C, h, w) normalised, fitted into `resize`; without chance."""
@@ -97,6 +99,8 @@ class Joint:
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()
 
     def _resized(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        if tuple(values.shape[1:]) == size:
+            return values
         found = resize_bilinear(values, size)
         return found if self.arrays else (found + 0.5).floor()  # to 8 bits, as OpenCV rounds
 

@@ -48,7 +48,7 @@ def run_demo(
     Args:
         out: folder for run/ (as of `vimcore train`), scenes/*.png, masks/*.png, metrics.json, scenes.png,
             curves.png, confusion.png and worst.png.
-        epochs: of 5,000 new scenes each; default: the preset's.
+        epochs: of new scenes each, as many as the preset says; default: its number.
         threads: default 1.
         show: tables on stdout.
 
