@@ -119,7 +119,7 @@ class Framing:
     def _tensor(self, pixels: NDArray[np.uint8]) -> Tensor:
         if self.of.channels == 1:
             pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
-        values = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float()
+        values = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32, order="C"))
         return (values / 255 - self.mean) / self.std
 
 
