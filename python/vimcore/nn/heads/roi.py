@@ -81,7 +81,9 @@ def _weights(low: Tensor, high: Tensor, side: int, cells: int) -> Tensor:
     samples = (length / side).ceil()  # in a bin, as many as it covers cells; of an empty box none
     each = torch.arange(int(samples.max()) if len(low) else 0, dtype=low.dtype, device=low.device)
     bins = torch.arange(side, dtype=low.dtype, device=low.device)[:, None]
-    place = low[:, None, None] + (bins + (each + 0.5) / samples.clamp(min=1)) * (length / side)  # (R, side, samples)
+    place = low[:, None, None] + (bins + (each + 0.5) / samples.clamp(min=1)) * (
+        length / side
+    )  # (R, side, samples)
     counts = (each < samples) & (place >= -1) & (place <= cells)
     place = place.clamp(0, cells - 1)
     centres = torch.arange(cells, dtype=low.dtype, device=low.device)
