@@ -12,6 +12,7 @@ from .output import print_json
 
 # The module of vimcore.tools with the demo of a task.
 SHOWN_BY = {"classify": "demo", "segment": "demo_segment", "detect": "demo_detect"}
+NEEDS = {"classify": "demo", "segment": "demo,train", "detect": "demo,dense"}  # extras
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    extra = "demo" if args.task == "classify" else "demo,train"
-    with required("the demo", extra):  # matplotlib, too, is missed before the training, not after
+    with required("the demo", NEEDS[args.task]):  # matplotlib, too, is missed before the training, not after
         module = importlib.import_module(f"vimcore.tools.{SHOWN_BY[args.task]}")
     metrics = module.run_demo(args.out, args.epochs, args.seed, args.threads, show=not args.json)
     if args.json:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import faster_coco_eval  # noqa: F401  without it nothing could be evaluated: missed before the training
 import numpy as np
 import torch
 
@@ -105,8 +106,8 @@ def _trained(folder: Path, preset: str, typed: dict[str, Any]) -> float | None:
     """
     kind = tasks.settings_type({"task": "segment" if preset == BACKBONE else "detect"})
     wanted, notes = recipe(kind, preset, typed)
-    length = wanted.epochs
-    wanted = wanted.merged({"eval_every": length, "track": ("none",)})
+    every = wanted.epochs if preset == BACKBONE else 1
+    wanted = wanted.merged({"eval_every": every, "track": ("none",)})
     resume = (folder / CHECKPOINT).exists()
     if resume:
         found = tasks.read_settings(str(folder / CONFIG))

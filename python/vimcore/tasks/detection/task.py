@@ -21,6 +21,7 @@ from ...data.scenes import NAME as SCENES
 from ...data.transforms import Input, UnreadableError, default_statistics
 from ...detection import CascadeMaskRCNN, load, load_checkpoint
 from ...utils import distributed
+from ...utils.extras import required
 from ...utils.files import write_text
 from ...weights.detector import checked_options
 from ...weights.task import DetectTask, unpack_task
@@ -51,6 +52,8 @@ class Detection(Task):
 
     def data(self) -> Data:
         """See `Task.data`; channels, mean and deviation are settled."""
+        with required("evaluation of detectors", "dense"):  # named now, not after the first epoch
+            import faster_coco_eval  # noqa: F401
         s = self.settings
         if s.data is None:
             raise ValueError(
