@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `vimcore demo` of a dense task reaches on digits-scenes, over seeds, and in how many CPU seconds.
 
-    python tests/bench/dense_proof.py --task segment      # three seeds, one after the other, one thread each
+    python tests/bench/dense_proof.py --task segment      # three seeds, one thread each
     python tests/bench/dense_proof.py --task detect --out tests/bench/results
 
 Each seed is a process of its own, whose CPU seconds are measured from outside: starting, drawing scenes,
@@ -16,13 +16,13 @@ import argparse
 import datetime
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,6 @@ def measured(task: str, seed: int, arguments: Sequence[str], runs: Path | None) 
     Raises:
         RuntimeError: it failed; says why.
     """
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as scratch:
         folder = (runs or Path(scratch)) / f"{task}-{seed}"
         backbone = folder.with_name(f"segment-{seed}") / "run"
@@ -58,12 +57,13 @@ def measured(task: str, seed: int, arguments: Sequence[str], runs: Path | None) 
         command = [sys.executable, "-m", "vimcore", "demo", "--task", task, "--seed", str(seed)]
         command += ["--out", str(folder), "--json", *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode != 0:
-        raise RuntimeError(f"seed {seed}: {done.stderr.strip().splitlines()[-1]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {**json.loads(done.stdout), "cpu_seconds": round(seconds, 2)}
+        out, err = Path(scratch) / "out", Path(scratch) / "err"
+        with open(out, "wb") as stdout, open(err, "wb") as stderr:
+            process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
+            _, status, used = os.wait4(process.pid, 0)
+        if status:
+            raise RuntimeError(f"seed {seed}: {err.read_text().strip().splitlines()[-1]}")
+        return {**json.loads(out.read_text()), "cpu_seconds": round(used.ru_utime + used.ru_stime, 2)}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -72,9 +72,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from vimcore.utils.machine import cpu_name, version_of
 
     runs = []
-    for seed in args.seeds:
-        runs.append(measured(args.task, seed, args.arguments, args.runs))
-        print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for run in pool.map(lambda seed: measured(args.task, seed, args.arguments, args.runs), args.seeds):
+            runs.append(run)
+            print(json.dumps(run), file=sys.stderr, flush=True)
     return {
         "task": args.task,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -129,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", choices=SCORES, required=True)
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="default: 0,1,2")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write JSON and Markdown")
+    parser.add_argument("--jobs", type=int, default=1, help="demos at a time (default: 1)")
     parser.add_argument(
         "--runs", type=Path, metavar="FOLDER", help="keep the demos; detectors start from its backbones"
     )
