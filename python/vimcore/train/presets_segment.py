@@ -77,9 +77,9 @@ DIGITS_SCENES: dict[str, Any] = {
     "ema": 0.99,
     "ema_ramp": True,
     "scenes": 4000,
-    "epochs": 5,
+    "epochs": 4,
     "schedule_steps": "update",
-    "warmup_epochs": 0.25,
+    "warmup_epochs": 0.2,
     "min_lr": 0.0,
     "threads": 1,
 }

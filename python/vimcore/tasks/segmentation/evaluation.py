@@ -6,7 +6,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,14 +111,12 @@ def answers(
     pairs: Pairs,
     palette: Any,
     worst: int,
-    watch: Callable[[int, NDArray[np.uint8]], None] | None = None,
 ) -> tuple[Answers, Counted]:
     """Image by image, by one process; the images of the smallest mIoU are kept.
 
     Args:
         pairs: that the batches are of, whole and in order.
         worst: how many images to keep.
-        watch: is told index and found classes of each image.
     """
     classes = len(pairs.classes)
     counted = Counted(np.zeros((classes, classes), np.int64))
@@ -135,8 +133,6 @@ def answers(
             heapq.heappush(kept, (-of_image.miou, 1 - len(files), index, found))
             if len(kept) > worst:
                 heapq.heappop(kept)
-        if watch is not None:
-            watch(index, found)
     if not files:
         raise RuntimeError("none of the images could be read")
     kept.sort(key=lambda one: one[:2], reverse=True)
