@@ -67,7 +67,7 @@ DIGITS_OBJECTS: dict[str, Any] = {
     "clip_grad": 5.0,
     "ema": 0.99,
     "ema_ramp": True,
-    "scenes": 2000,
+    "scenes": 1200,
     "epochs": 3,
     "schedule_steps": "update",
     "warmup_epochs": 0.15,
