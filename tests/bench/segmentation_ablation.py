@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mIoU column of the paper's direction ablation (its Table 4) on scenes of handwritten digits.
 
-    python tests/bench/segmentation_ablation.py --runs RUNS      # 30 runs, 2 to 4 minutes of one core each
+    python tests/bench/segmentation_ablation.py --runs RUNS      # 30 runs, about a minute of one core each
     python tests/bench/segmentation_ablation.py --runs RUNS --jobs 2 --out tests/bench/results
 
-Five direction strategies without a class token from three seeds, each with two convolutions (FCN) and with
+Five direction strategies without a class token from three seeds, each with four convolutions (FCN) and with
 the head of the paper's column, a Segmenter of two layers. As the paper's, the Segmenter's backbones are
 trained before, with the same strategy: here they are those of the FCN runs. A run is `vimcore train --preset
 digits-scenes` with head, directions and seed changed: RUNS/NAME is the run, RUNS/NAME/cell.json its result.
@@ -36,7 +36,7 @@ DIRECTIONS = {
     "ssm_conv": "bidirectional SSM + conv1d",
 }
 HEADS = {
-    "fcn": ("FCN, 2 convolutions of 48 channels", ["--head-channels", "48"]),
+    "fcn": ("FCN, 4 convolutions of 64 channels", []),  # the preset's
     "segmenter": ("Segmenter, 2 layers, on the FCN's backbone", ["--lr", "0.001"]),  # 0.003 is too fast
 }
 EPOCH = 1000  # scenes between two looks at whether to stop

@@ -116,7 +116,7 @@ def mask_png(mask: Mask, palette: Sequence[Sequence[int]]) -> bytes:
     image = Image.fromarray(mask)
     image.putpalette([value for colour in palette for value in colour])
     memory = io.BytesIO()
-    image.save(memory, "PNG", optimize=True)
+    image.save(memory, "PNG", optimize=True, bits=8)  # also where fewer would do
     return memory.getvalue()
 
 

@@ -76,7 +76,7 @@ DIGITS_SCENES: dict[str, Any] = {
     "clip_grad": 5.0,
     "ema": 0.99,
     "ema_ramp": True,
-    "scenes": 4000,
+    "scenes": 2750,
     "epochs": 4,
     "schedule_steps": "update",
     "warmup_epochs": 0.2,

@@ -80,7 +80,7 @@ class Pretraining(Task):
 
     def layers(self) -> Mapping[str, Any]:
         """See `Task.layers`; what predicts follows the last block."""
-        stem = r"^backbone\.(cls_token|pos_embed|patch_embed)"
+        stem = r"^backbone\.(?:cls_token|pos_embed|patch_embed)"
         return {"stem": stem, "blocks": [(r"^backbone\.layers\.(\d+)", None)]}
 
     def prepare(self, batch: Sample, device: torch.device) -> Tensor:
