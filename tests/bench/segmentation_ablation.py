@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"default: {','.join(DIRECTIONS)}",
     )
     parser.add_argument(
-        "--scenes", type=int, default=8000, help=f"of a run, in epochs of {EPOCH} (default: %(default)s)"
+        "--scenes", type=int, default=3000, help=f"of a run, in epochs of {EPOCH} (default: %(default)s)"
     )
     parser.add_argument(
         "--jobs", type=int, choices=(1, 2), default=1, help="processes side by side (default: 1)"

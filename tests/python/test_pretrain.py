@@ -17,6 +17,7 @@ from vimcore.cli import main
 from vimcore.data.unlabelled import open_unlabelled
 from vimcore.tasks.pretraining.reconstructions import read_reconstructions
 from vimcore.tasks.pretraining.task import Pretraining
+from vimcore.train.optimizer import create_optimizer
 from vimcore.train.presets import PRESETS, recipe, task_of
 from vimcore.train.run import Run
 
@@ -105,6 +106,21 @@ def test_arrays_of_many_channels(tmp_path: Path) -> None:
     batches = [valid.collate([valid.valid[0], valid.valid[1]])]
     scores = [task.evaluate(model, batches, torch.device("cpu"), torch.float32).values for _ in range(2)]
     assert scores[0] == scores[1]
+
+
+def test_layers_learn_at_their_own_rates() -> None:
+    """What predicts at the full rate, each block at half of the next one's, the stem at half of the first's."""
+    kind = tasks.settings_type({"task": "pretrain"})
+    settings, _ = recipe(kind, "digits-mim", {"layer_decay": 0.5, "depth": 2, "embed_dim": 16})
+    task = tasks.create(settings)
+    task.data()
+    model, _ = task.build()
+    optimizer = create_optimizer(model, task.settings, 1.0, task.layers(), task.layer_decay())
+    rates = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert found["predict.weight"] == found["mask_pixels"] == 1
+    assert found["backbone.layers.1.mixer.A_log"] / found["backbone.layers.0.mixer.A_log"] == 2
+    assert found["backbone.layers.0.mixer.A_log"] / found["backbone.pos_embed"] == 2
 
 
 def test_folders_without_labels(tmp_path: Path) -> None:

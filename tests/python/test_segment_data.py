@@ -50,6 +50,11 @@ def opened(path: Path | str, **options: Any) -> tuple[Pairs, Pairs, str]:
 # ---- masks -------------------------------------------------------------------------------------------------
 
 
+def test_masks_are_written_with_a_byte_a_pixel() -> None:
+    data = mask_png(np.zeros((5, 7), np.uint8), [[0, 0, 0], [1, 2, 3]])
+    assert (data[24], data[25]) == (8, 3)  # bits, palette
+
+
 @pytest.mark.parametrize("bits", [None, 4, 2])
 def test_palette_masks_are_indices(tmp_path: Path, bits: int | None) -> None:
     array = RAMP % (2 ** (bits or 7))

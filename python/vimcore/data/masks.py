@@ -114,9 +114,10 @@ def read_names(path: str) -> list[str]:
 def mask_png(mask: Mask, palette: Sequence[Sequence[int]]) -> bytes:
     """An 8-bit palette PNG of class indices (H, W)."""
     image = Image.fromarray(mask)
-    image.putpalette([value for colour in palette for value in colour])
+    colours = [value for colour in palette for value in colour]
+    image.putpalette(colours + [0] * (768 - len(colours)))  # with fewer, Pillow takes fewer bits
     memory = io.BytesIO()
-    image.save(memory, "PNG", optimize=True, bits=8)  # also where fewer would do
+    image.save(memory, "PNG", optimize=True)
     return memory.getvalue()
 
 
