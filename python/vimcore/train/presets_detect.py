@@ -68,7 +68,7 @@ DIGITS_OBJECTS: dict[str, Any] = {
     "clip_grad": 5.0,
     "ema": 0.99,
     "ema_ramp": True,
-    "scenes": 1500,
+    "scenes": 1000,
     "epochs": 3,
     "schedule": "poly",
     "poly_power": 0.4,
