@@ -77,7 +77,7 @@ DIGITS_SCENES: dict[str, Any] = {
     "clip_grad": 5.0,
     "ema": 0.99,
     "ema_ramp": True,
-    "scenes": 3400,
+    "scenes": 3500,
     "epochs": 4,
     "eval_every": 2,
     "schedule": "poly",  # a short run learns more at a rate that falls late
