@@ -109,7 +109,7 @@ def test_arrays_of_many_channels(tmp_path: Path) -> None:
 
 
 def test_layers_learn_at_their_own_rates() -> None:
-    """What predicts at the full rate, each block at half of the next one's, the stem at half of the first's."""
+    """What predicts at the full rate, each block at half of the next one's, the stem at half again."""
     kind = tasks.settings_type({"task": "pretrain"})
     settings, _ = recipe(kind, "digits-mim", {"layer_decay": 0.5, "depth": 2, "embed_dim": 16})
     task = tasks.create(settings)

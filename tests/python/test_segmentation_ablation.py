@@ -84,7 +84,7 @@ def test_in_small(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
         assert (facts["head"], facts["config"]["directions"]) == (run["head"], run["directions"])
         assert facts["parameters"] == run["parameters"]
         assert 0 <= run["miou"] <= run["aacc"] <= 1
-        assert run["updates"] == 1
+        assert run["updates"] == 2
     assert "| none | " in text
     assert "What it cannot show" in text
     assert {"machine", "versions", "date", "isa", "seeds"} <= set(report)

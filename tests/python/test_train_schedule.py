@@ -11,6 +11,7 @@ import torch
 import vimcore
 from train_helpers import ONCE, SMALL, folder, log, stopped
 from vimcore.cli import main
+from vimcore.tasks import settings_type
 from vimcore.tasks.classification.settings import ClassificationSettings as Settings
 from vimcore.tasks.settings import read_toml
 from vimcore.train.in_memory import fit
@@ -22,9 +23,11 @@ PUBLISHED = [name for name in PRESETS if name.endswith(("-paper", "-released"))]
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_recipe_at_its_own_length_is_what_it_says(name: str) -> None:
-    own = Settings().merged(PRESETS[name])
+    kind = settings_type(PRESETS[name])
+    own = kind().merged(PRESETS[name])
     for epochs in ({}, {"epochs": own.epochs}, {"epochs": 2 * own.epochs}):
-        assert recipe(Settings, name, epochs) == (own.merged(epochs), [])
+        expected = own.merged({**epochs, "updates": None}) if epochs else own
+        assert recipe(kind, name, epochs) == (expected, [])
     assert own.schedule_steps == "update" or name in PUBLISHED
 
 
@@ -82,7 +85,7 @@ def test_what_was_typed_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_short_recipe_comes_to_its_peak(name: str) -> None:
     for epochs in (1, 2, 3, 5, 8, 12, 29):
-        s, _ = recipe(Settings, name, {"epochs": epochs})
+        s, _ = recipe(settings_type(PRESETS[name]), name, {"epochs": epochs})
         peak = peak_lr(s, 8)
         assert Schedule(s, peak, 4).highest(4 * epochs) >= 0.9 * peak
         assert warnings(s.merged({"ema": 0.0}), Schedule(s, peak, 4), 4 * epochs) == []

@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         file=sys.stderr,
         dynamic_ncols=True,
         leave=False,
+        disable=None,  # on what is no terminal
     ) as bar:
         steps = -1
 

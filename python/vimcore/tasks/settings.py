@@ -139,7 +139,10 @@ class Settings:
         "schedule", 5, "of growth from warmup_lr; not set: at most a tenth of a run shorter than its preset"
     )
     warmup_updates: int | None = key(
-        "schedule", None, "the same in updates, instead of warmup_epochs", later=True
+        "schedule",
+        None,
+        "the same in updates, instead of warmup_epochs; at most a tenth of a run whose length is in epochs",
+        later=True,
     )
     warmup_lr: float = key("schedule", 1e-6, "where warm-up starts, never scaled")
     warmup_factor: float = key(

@@ -143,7 +143,7 @@ def segment(
             image = decode(read_file(path), "")
             classes = network.classes(image)
             names = output.names(path) if output is not None else None
-        except (_core.Error, OSError, ValueError, MemoryError) as error:
+        except (_core.Error, OSError, RuntimeError, ValueError, MemoryError) as error:  # torch lacks memory
             yield Segmented(path, error=reason(error))
             continue
         if names is not None:

@@ -62,6 +62,8 @@ class Schedule:
         self.warmup = round(settings.warmup_epochs * units)
         if settings.warmup_updates is not None:
             self.warmup = settings.warmup_updates
+            if settings.updates is None:
+                self.warmup = min(self.warmup, updates // 10)
         self.warmup_lr, self.min_lr, self.factor = settings.warmup_lr, settings.min_lr, settings.warmup_factor
         self.power = settings.poly_power
         self.milestones = [round(share * updates) for share in settings.milestones]
