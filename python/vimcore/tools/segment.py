@@ -14,17 +14,19 @@ import torch
 from numpy.typing import NDArray
 
 from .. import _core
-from ..data.joint import Joint, JointAugment
+from ..data.joint import Joint, JointAugment, fitted
 from ..data.masks import mask_png, overlay_jpeg
 from ..data.picture_files import find_images, read_file, reason
 from ..data.pictures import decode
 from ..data.transforms import Input
 from ..segmentation import Segmentation
 from ..tasks.segmentation.evaluation import Sight, evaluating
-from ..tasks.segmentation.windows import classes_of, logits_by_windows
+from ..tasks.segmentation.windows import classes_of, logits_by_windows, starts
 from ..utils.files import atomic
 from ..weights.task import SegmentTask
 from .predict import json_text
+
+MOST_WINDOWS = 65536  # for one picture, as vim-infer
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,33 @@ class Segmenting:
 
     def logits(self, image: NDArray[np.uint8]) -> torch.Tensor:
         """(classes, h, w) float32 of a picture (H, W, 3), at the size that the network looks at."""
+        self._check((image.shape[0], image.shape[1]))
         values = self.joint.evaluation(image)[None].to(self.device)
         kind, precision = self.device.type, self.sight.precision
         with evaluating(self.model), torch.autocast(kind, precision, precision != torch.float32):
             return logits_by_windows(self.model, values, self.sight.window, self.sight.stride)[0]
+
+    def _check(self, size: tuple[int, int]) -> None:
+        """Before memory and time are spent that there are not.
+
+        Raises:
+            ValueError: what the file asks for is too much.
+        """
+        height, width = fitted(size, self.task.resize)
+        need = 4 * height * width * (self.model.num_classes + 3)
+        if need > _core.machine_bytes():
+            raise ValueError(
+                f"a picture of {width} x {height} pixels, as its weights want it resized, takes "
+                f"{need / 2**30:.0f} GiB, more than this machine has"
+            )
+        if self.sight.window is None:
+            return
+        counts = [len(starts(*side)) for side in zip((height, width), self.sight.window, self.sight.stride)]
+        if counts[0] * counts[1] > MOST_WINDOWS:
+            raise ValueError(
+                f"{counts[0]} x {counts[1]} windows for one picture, expected at most {MOST_WINDOWS}; the "
+                f"weights have a stride of {self.sight.stride}"
+            )
 
     def classes(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(H, W) class indices of a picture (H, W, 3).
@@ -143,7 +168,7 @@ def segment(
             image = decode(read_file(path), "")
             classes = network.classes(image)
             names = output.names(path) if output is not None else None
-        except (_core.Error, OSError, RuntimeError, ValueError, MemoryError) as error:  # torch lacks memory
+        except (_core.Error, OSError, ValueError, MemoryError) as error:
             yield Segmented(path, error=reason(error))
             continue
         if names is not None:
