@@ -18,7 +18,7 @@ from .runtime import Runtime
 from .utils.extras import needs
 
 if TYPE_CHECKING:
-    from . import detection, io, ops, segmentation, train
+    from . import clip, detection, io, ops, segmentation, train
     from .analysis.attention import attention_maps
     from .analysis.features import feature_pca, token_norms
     from .analysis.health import health
@@ -41,6 +41,7 @@ __all__ = [
     "attention_maps",
     "attention_rollout",
     "build_info",
+    "clip",
     "create_model",
     "cuda_is_available",
     "detection",
@@ -73,7 +74,7 @@ _LAZY = {
     "saliency": "analysis.saliency",
     "token_norms": "analysis.features",
 }
-_LAZY_MODULES = {"detection", "io", "nn", "ops", "segmentation", "train"}
+_LAZY_MODULES = {"clip", "detection", "io", "nn", "ops", "segmentation", "train"}
 
 
 def cuda_is_available() -> bool:

@@ -24,7 +24,7 @@ struct ModelFile {
     static ModelFile describe(const std::map<std::string, std::string>& metadata, const std::string& path);
 };
 
-// The task in the metadata key vimcore.task, "segment" or "detect"; "classify" without the key. Error: "[load] PATH:
+// The task in the metadata key vimcore.task, "segment", "detect" or "clip"; "classify" without the key. Error: "[load] PATH:
 // ..." where it is damaged.
 std::string task_of(const std::map<std::string, std::string>& metadata, const std::string& path);
 

@@ -11,7 +11,7 @@ from .._core import Config, Preprocess
 from ..utils.files import listed
 from .dense import Shapes, check_backbone, check_classes, check_window, checked_options, head_shapes
 from .metadata import CONFIG_KEY, unpack
-from .task import DetectTask, Path, SegmentTask, unpack_task
+from .task import Path, SegmentTask, holds, unpack_task
 
 Tensors = list[tuple[str, str, tuple[int, ...]]]  # name, type, shape
 _COUNTER = "num_batches_tracked"
@@ -35,12 +35,10 @@ def segment_file(path: Path) -> SegmentFile:
     name = os.fsdecode(path)
     tensors, metadata = _core.safetensors_header(path)
     task = unpack_task(metadata, name)
-    if task is None and CONFIG_KEY in metadata:
-        raise ValueError(f"{name}: holds a classifier or backbone; vimcore.VisionMamba.load reads it")
-    if isinstance(task, DetectTask):
-        raise ValueError(f"{name}: holds a detector; vimcore.detection.load reads it")
+    if not isinstance(task, SegmentTask) and (task is not None or CONFIG_KEY in metadata):
+        raise ValueError(f"{name}: holds {holds(task)}")
     config, _, preprocess = unpack(metadata, name)
-    assert task is not None
+    assert isinstance(task, SegmentTask)
     try:
         return SegmentFile(config, _fitting(config, preprocess, task, tensors), preprocess)
     except (TypeError, ValueError) as error:

@@ -18,7 +18,7 @@ from ..utils.files import listed
 from .dense import Shapes
 from .dense_files import tensor_faults
 from .metadata import CONFIG_KEY, unpack
-from .task import DetectTask, Path, SegmentTask, unpack_task
+from .task import DetectTask, Path, holds, unpack_task
 
 NAME = "CascadeMaskRCNN"
 STAGES = 3
@@ -282,12 +282,10 @@ def detect_file(path: Path) -> DetectFile:
     name = os.fsdecode(path)
     tensors, metadata = _core.safetensors_header(path)
     task = unpack_task(metadata, name)
-    if task is None and CONFIG_KEY in metadata:
-        raise ValueError(f"{name}: holds a classifier or backbone; vimcore.VisionMamba.load reads it")
-    if isinstance(task, SegmentTask):
-        raise ValueError(f"{name}: holds a network for segmentation; vimcore.segmentation.load reads it")
+    if not isinstance(task, DetectTask) and (task is not None or CONFIG_KEY in metadata):
+        raise ValueError(f"{name}: holds {holds(task)}")
     config, labels, preprocess = unpack(metadata, name)
-    assert task is not None
+    assert isinstance(task, DetectTask)
     try:
         if labels is not None:
             raise ValueError("has vimcore.labels, which are a classifier's; classes are in vimcore.task")
