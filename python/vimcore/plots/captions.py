@@ -23,6 +23,7 @@ def plot_found(found: Found, path: Path, count: int = 12, title: str = "") -> No
     shown, across = min(len(found.captions), count), found.panels.shape[1]
     figure = new_figure(1.25 * across + 2.4, 1.35 * shown + 0.6)
     grid = figure.subplots(shown, across + 1, squeeze=False, width_ratios=[1.9] + [1.0] * across)
+    figure.subplots_adjust(left=0.02, right=0.99, bottom=0.03, top=1 - 0.5 / figure.get_figheight())
     for i in range(shown):
         text = "\n".join(textwrap.wrap(shortened(found.captions[i], 96), 24))
         grid[i, 0].axis("off")
