@@ -18,7 +18,7 @@ with required("vimcore.clip", "clip"):
     import timm  # noqa: F401
 
 from .files import export_image_tower, load, save
-from .losses import Contrastive, Sigmoid
+from .losses import Contrastive, Pairs, Sigmoid
 from .text import Tokenizer
 from .towers import ImageTower, create, image_tower
 from .zero_shot import ZeroShot, zero_shot
@@ -26,6 +26,7 @@ from .zero_shot import ZeroShot, zero_shot
 __all__ = [
     "Contrastive",
     "ImageTower",
+    "Pairs",
     "Sigmoid",
     "Tokenizer",
     "ZeroShot",

@@ -124,10 +124,10 @@ def _preprocess(model: nn.Module, config: Config) -> Mapping[str, Any] | None:
     found: dict[str, Any] = getattr(tower, "preprocess_cfg", {})
     size = config.img_size
     mode, way = found.get("resize_mode", "shortest"), found.get("interpolation", "bicubic")
-    if mode != "shortest" or way not in ("bicubic", "bilinear") or size[0] != size[1] or "mean" not in found:
+    if mode != "shortest" or way != "bicubic" or size[0] != size[1] or "mean" not in found:
         raise ValueError(
             f"[clip] preprocess: open_clip's ({found or 'none'}, {size[0]} x {size[1]} pixels) is not that "
-            "of files (short side resized, centre cropped); give preprocess="
+            "of files (short side resized, bicubic, centre cropped); give preprocess="
         )
     return {
         "mean": list(found["mean"]),

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of pairs over all processes: open_clip's, which take equal captions for what they are.
+"""Losses of pairs over all processes: open_clip's, which may be told of captions that fit several images.
 
-Two pictures of a batch with the same caption are no counterexamples of each other: the softmax's target is
-spread over them, the sigmoid counts all of them as pairs. Where captions differ, both are open_clip's losses.
+A text of the batch that is also a caption of another image is no counterexample of it: the softmax's target
+is spread over all that fit, the sigmoid counts all of them as pairs. Where a text fits only its own image,
+both are open_clip's losses.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed.nn
@@ -16,8 +19,40 @@ from torch.nn import functional as F
 from ..utils.distributed import rank, world
 
 
+class Pairs(NamedTuple):
+    """What fits together in a batch of all processes; B images and texts are of this one, N of all.
+
+    Attributes:
+        of_images: (B, N) bool: whether the text of a column is a caption of the image of a row.
+        of_texts: (B, N) bool: whether the text of a row is a caption of the image of a column.
+    """
+
+    of_images: Tensor
+    of_texts: Tensor
+
+    @classmethod
+    def known(cls, texts: Tensor, captions: Tensor) -> Pairs:
+        """By numbers that stand for texts.
+
+        Args:
+            texts: (B,) int64 of the texts in the batch.
+            captions: (B, K) int64 of all captions of each image, some of them maybe several times.
+        """
+        all_texts, all_captions = _gathered(texts), _gathered(captions)
+        of_images = (captions[:, None] == all_texts[None, :, None]).any(-1)
+        of_texts = (texts[:, None, None] == all_captions[None]).any(-1)
+        return cls(of_images, of_texts)
+
+    @classmethod
+    def own(cls, count: int, device: torch.device) -> Pairs:
+        """Each text fits its own image only; `count` of this process."""
+        mine = torch.zeros(count, count * world(), dtype=torch.bool, device=device)
+        mine[:, rank() * count : (rank() + 1) * count].fill_diagonal_(True)
+        return cls(mine, mine)
+
+
 class Contrastive(ClipLoss):
-    """CLIP's: cross-entropy of each picture over all texts, and of each text over all pictures.
+    """CLIP's: cross-entropy of each image over all texts, and of each text over all images.
 
     The mean over processes, as DistributedDataParallel takes it, is the loss of the whole batch.
     """
@@ -26,41 +61,49 @@ class Contrastive(ClipLoss):
         super().__init__(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world())
 
     def forward(
-        self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, tokens: Tensor
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        pairs: Pairs | None = None,
     ) -> Tensor:
         """A scalar.
 
         Args:
             images, texts: (B, embed_dim) unit vectors of this process.
             scale, bias: of the logits.
-            tokens: (B, context) of the texts.
+            pairs: what fits together; None: `Pairs.own`.
         """
-        of_images, of_texts = self.get_logits(images, texts, scale, bias)
-        same = same_captions(tokens).to(of_images.dtype)
-        target = same / same.sum(1, keepdim=True)
-        return (F.cross_entropy(of_images, target) + F.cross_entropy(of_texts, target)) / 2
+        pairs = pairs or Pairs.own(len(images), images.device)
+        logits = self.get_logits(images, texts, scale, bias)
+        targets = [fits.to(images.dtype) / fits.sum(1, keepdim=True) for fits in pairs]
+        of_images, of_texts = (F.cross_entropy(*both) for both in zip(logits, targets))
+        return (of_images + of_texts) / 2
 
 
 class Sigmoid(SigLipLoss):
-    """SigLIP's: of every picture with every text, whether they are a pair."""
+    """SigLIP's: of every image with every text, whether they are a pair."""
 
     def forward(
-        self, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor | None, tokens: Tensor
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        pairs: Pairs | None = None,
     ) -> Tensor:
         """See `Contrastive.forward`."""
+        pairs = pairs or Pairs.own(len(images), images.device)
         every = torch.cat(torch.distributed.nn.all_gather(texts)) if world() > 1 else texts
         logits = self.get_logits(images, every, scale, bias)
-        pairs = same_captions(tokens)
-        return -F.logsigmoid(torch.where(pairs, logits, -logits)).sum() / len(images)
+        return -F.logsigmoid(torch.where(pairs.of_images, logits, -logits)).sum() / len(images)
 
 
-def same_captions(tokens: Tensor) -> Tensor:
-    """(B, B of all processes) bool: whether the text of a row, of this process, is that of a column."""
-    every = tokens
-    if world() > 1:
-        parts = [torch.empty_like(tokens) for _ in range(world())]
-        torch.distributed.all_gather(parts, tokens)
-        every = torch.cat(parts)
-    _, number = torch.unique(every, dim=0, return_inverse=True)
-    own = number[rank() * len(tokens) : (rank() + 1) * len(tokens)]
-    return own[:, None] == number[None]
+def _gathered(values: Tensor) -> Tensor:
+    """Those of all processes, by rank."""
+    if world() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world())]
+    torch.distributed.all_gather(parts, values.contiguous())
+    return torch.cat(parts)

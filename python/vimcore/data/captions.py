@@ -55,10 +55,19 @@ class Captioned:
 
 @dataclass
 class CaptionedSample:
-    """Images of one batch with a text each, or one image: tokens and place; -1: could not be read."""
+    """Images of one batch with a text each, or one image.
+
+    Attributes:
+        tokens: of the texts.
+        texts: numbers that stand for the texts.
+        captions: (..., K) those of all captions of each image, some several times.
+        indices: places in the data set.
+    """
 
     images: Tensor
     tokens: Tensor
+    texts: Tensor
+    captions: Tensor
     indices: Tensor
     errors: dict[str, str] = field(default_factory=dict)
 
@@ -72,6 +81,7 @@ class CaptionedTraining(Dataset[CaptionedSample]):
 
     def __init__(self, inner: Dataset[Sample], captions: Sequence[tuple[str, ...]], encode: Encode) -> None:
         self.inner, self.captions, self.encode = inner, captions, encode
+        self.most = max(map(len, captions), default=0)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -79,8 +89,16 @@ class CaptionedTraining(Dataset[CaptionedSample]):
     def __getitem__(self, key: Key) -> CaptionedSample:
         found = self.inner[key]
         captions = self.captions[int(found.indices)]
-        text = captions[derive_seed("caption", key[1]) % len(captions)]
-        return CaptionedSample(found.images, self.encode(text), found.indices, found.errors)
+        chosen = derive_seed("caption", key[1]) % len(captions)
+        numbers = torch.tensor([_number(captions[i % len(captions)]) for i in range(self.most)])
+        tokens = self.encode(captions[chosen])
+        return CaptionedSample(found.images, tokens, numbers[chosen], numbers, found.indices, found.errors)
+
+
+def _number(text: str) -> int:
+    """That stands for a text, of 63 bits."""
+    data = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(data, "little") >> 1
 
 
 def collate(samples: Sequence[CaptionedSample]) -> CaptionedSample:
@@ -88,6 +106,8 @@ def collate(samples: Sequence[CaptionedSample]) -> CaptionedSample:
     return CaptionedSample(
         torch.stack([sample.images for sample in samples]),
         torch.stack([sample.tokens for sample in samples]),
+        torch.stack([sample.texts for sample in samples]),
+        torch.stack([sample.captions for sample in samples]),
         torch.stack([sample.indices for sample in samples]),
         {name: reason for sample in samples for name, reason in sample.errors.items()},
     )

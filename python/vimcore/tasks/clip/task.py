@@ -12,7 +12,7 @@ import torch
 from open_clip.model import CLIP
 from torch import Tensor, nn
 
-from ...clip import Contrastive, Sigmoid, Tokenizer, create, export_image_tower, load, save
+from ...clip import Contrastive, Pairs, Sigmoid, Tokenizer, create, export_image_tower, load, save
 from ...clip.towers import constrain
 from ...data.captions import (
     LAYOUTS,
@@ -92,19 +92,20 @@ class Clip(Task):
         stem = trunk + r"(?:cls_token|pos_embed|patch_embed)"
         return {"stem": stem, "blocks": [(trunk + r"layers\.(\d+)", None)]}
 
-    def prepare(self, batch: CaptionedSample, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) and tokens (B, context)."""
+    def prepare(self, batch: CaptionedSample, device: torch.device) -> tuple[Tensor, Tensor, Pairs]:
+        """Images (B, C, H, W), tokens (B, context), and what fits together."""
         images = batch.images.to(device, non_blocking=True)
         if self.settings.augment == "jiggle":
             images = jiggle(images.cpu(), torch.default_generator).to(device)
-        return images, batch.tokens.to(device, non_blocking=True)
+        pairs = Pairs.known(batch.texts.to(device), batch.captions.to(device))
+        return images, batch.tokens.to(device, non_blocking=True), pairs
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor, Pairs]) -> tuple[Tensor, dict[str, Tensor]]:
         """Of the pairs of all processes."""
-        images, tokens = batch
+        images, tokens, pairs = batch
         of_images, of_texts, scale, *bias = model(images, tokens)
         kind: Any = Contrastive if self.settings.loss == "clip" else Sigmoid
-        loss = kind()(of_images, of_texts, scale, bias[0] if bias else None, tokens)
+        loss = kind()(of_images, of_texts, scale, bias[0] if bias else None, pairs)
         return loss, {"logit_scale": scale.detach()}
 
     def constrain(self, model: nn.Module) -> None:
