@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vimcore train --task clip`: data with captions, recalls, a run with resume, and words that it has learnt."""
+"""`vimcore train --task clip`: data with captions, recalls, runs, and words that were learnt."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_recalls_by_hand() -> None:
 
 @pytest.mark.slow
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Stopped and gone on with, bit for bit; evaluated, plotted, shown; its image tower starts a classifier."""
+    """Gone on with bit for bit; evaluated, plotted, shown; its image tower starts a classifier."""
     photos = captioned(tmp_path / "photos")
     flags = ["train", "--preset", "digits-clip", "--data", str(photos), "--augment", "crop", *SMALL]
     flags += ["--eval-every", "1", "--loss", "siglip", "--ema", "0.9"]
@@ -188,7 +188,8 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = capsys.readouterr().out.split()
     assert [Path(name).name for name in written] == ["curves.png", "found.png"]
     shown = read_found(tmp_path / "whole" / "eval.npz")
-    assert shown.panels.shape == (12, 6, 96, 96, 3)
+    assert shown.panels.shape == (len(shown.captions), 6, 96, 96, 3)
+    assert found["captions"] == len(shown.captions)
     model = clip.load(tmp_path / "whole" / "best.safetensors")
     picture = shown.files[0, 0]
     image = vimcore.Runtime(tmp_path / "whole" / "best.image.safetensors").embed(picture)
@@ -202,21 +203,10 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "--weights", str(tmp_path / "whole" / "best.image.safetensors"), picture]) == 1
     assert "an image tower, whose outputs are no classes" in capsys.readouterr().err
 
-    start = [
-        "train",
-        "--preset",
-        "digits",
-        "--epochs",
-        "1",
-        "--in-chans",
-        "3",
-        "--mean",
-        *["0.3"] * 3,
-        "--std",
-    ]
-    start += [*["0.38"] * 3, "--embed-dim", "16", "--depth", "2", "--out", str(tmp_path / "tuned")]
-    start += ["--init", str(tmp_path / "whole" / "best.image.safetensors"), "--dry-run"]
-    assert main(start) == 0
+    start = ["train", "--preset", "digits", "--data", str(photos), "--epochs", "1", "--in-chans", "3"]
+    start += ["--mean", *["0.3"] * 3, "--std", *["0.38"] * 3, *SMALL[:6], "--out", str(tmp_path / "tuned")]
+    assert main([*start, "--init", str(tmp_path / "whole" / "best.image.safetensors")]) == 0
+    assert "new head for 3 classes" in capsys.readouterr().err
 
 
 def test_settings_that_do_not_fit() -> None:
