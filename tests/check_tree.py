@@ -86,7 +86,7 @@ PYTHON_FLOORS = [
     "runtime",
     "tasks",
     "train",
-    "analysis",
+    "analysis export",
     "plots",
     "tools",
     "cli",
