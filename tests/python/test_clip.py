@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,14 @@ def test_open_clip_makes_and_reads_our_towers(tmp_path: Path, caplog: pytest.Log
     assert np.allclose(runtime(x.numpy()), wanted, atol=1e-5)
     cosine = F.cosine_similarity(torch.from_numpy(runtime.embed(picture)), wanted[0], 0)
     assert cosine > 0.999  # the same resize and crop, but for rounding
+
+
+def test_without_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("vimcore.clip")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ImportError, match=r"vimcore\.clip needs open_clip; install it with: .*\[clip\]"):
+        importlib.import_module("vimcore.clip")
 
 
 def test_what_no_file_describes(tmp_path: Path) -> None:

@@ -7,15 +7,21 @@
     classify(images).softmax(-1)
     vimcore.clip.export_image_tower(model, "images.safetensors")  # for vimcore.Runtime, vim-infer and C
 
+A model that open_clip's own programs trained is read by it and goes into one of our files:
+`save(open_clip.create_model(name, pretrained="epoch_32.pt"), "both.safetensors")`.
+
 With it imported, open_clip knows "vimcore_" + each name of `vimcore.list_models()` (patches of 16 pixels):
 `open_clip.create_model_and_transforms("vimcore_vim_tiny_patch16_224")`. Nothing is downloaded.
 """
 
-from ..utils.extras import required
+from ..utils.extras import needs
 
-with required("vimcore.clip", "clip"):
+try:
     import open_clip  # noqa: F401
-    import timm  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.split(".")[0] != "open_clip":
+        raise
+    raise ImportError(f"vimcore.clip needs open_clip; {needs('clip')}") from error
 
 from .files import export_image_tower, load, save
 from .losses import Contrastive, Pairs, Sigmoid

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from ...clip import Contrastive, Pairs, Sigmoid, Tokenizer, create, export_image_tower, load, save
@@ -67,7 +66,7 @@ class Clip(Task):
             passed_over(train.images, self.valid.images),
         )
 
-    def build(self) -> tuple[CLIP, list[str]]:
+    def build(self) -> tuple[nn.Module, list[str]]:
         """See `Task.build`."""
         s = self.settings
         assert s.in_chans is not None, "data() comes first"
@@ -126,7 +125,7 @@ class Clip(Task):
         export_image_tower(model, beside(path))
         save(model, path)
 
-    def load(self, path: Path, device: torch.device) -> CLIP:
+    def load(self, path: Path, device: torch.device) -> nn.Module:
         """See `Task.load`."""
         return load(path, device)
 
