@@ -8,14 +8,12 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from .. import _core
 from .._core import Config, Preprocess
 from ..utils.arguments import integer
 from ..utils.files import listed
 from .dense import Shapes
-from .dense_files import tensor_faults
-from .metadata import CONFIG_KEY, unpack
-from .task import HEADS, MOST_WIDTH, ClipTask, Path, holds, unpack_task
+from .dense_files import check_channels, opened, tensor_faults
+from .task import HEADS, MOST_WIDTH, ClipTask, Path
 
 VOCABULARY = 49408  # of the tokenizer, which is CLIP's
 TRUNK = "visual.trunk."
@@ -101,27 +99,17 @@ def clip_file(path: Path) -> ClipFile:
         vimcore.Error: it is missing or damaged.
         ValueError: it is no such file, or does not fit together.
     """
-    name = os.fsdecode(path)
-    tensors, metadata = _core.safetensors_header(path)
-    task = unpack_task(metadata, name)
-    if not isinstance(task, ClipTask) and (task is not None or CONFIG_KEY in metadata):
-        raise ValueError(f"{name}: holds {holds(task)}")
-    config, labels, preprocess = unpack(metadata, name)
-    assert isinstance(task, ClipTask)
+    tensors, (config, labels, preprocess), task = opened(path, ClipTask)
     try:
         if labels is not None:
             raise ValueError("has vimcore.labels, which are a classifier's")
         check_tower(config)
-        if preprocess is not None and len(preprocess.mean) != config.in_chans:
-            raise ValueError(
-                f"vimcore.preprocess: the network takes {config.in_chans} channels, "
-                f"got {len(preprocess.mean)}"
-            )
+        check_channels(config, preprocess)
         task = ClipTask(task.head, checked_text(task.options), task.embed_dim)
         if faults := tensor_faults(clip_shapes(config, task), tensors):
             raise ValueError("the tensors do not fit the metadata:\n  " + listed(faults, "\n  "))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{os.fsdecode(path)}: {error}") from None
     return ClipFile(config, task, preprocess)
 
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..settings import Settings, key
+from ..cropping import CropSettings
+from ..settings import key
 
 
 @dataclass
-class ClipSettings(Settings):
+class ClipSettings(CropSettings):
     """Images and captions in one space; the recipes are presets."""
 
-    crop_pct: float = key("data", 1.0, "validation: image size over short side before the crop")
-    augment: str = key(
-        "augmentation", "crop", "random crop and flip; or turns and shifts", ("crop", "jiggle", "none")
-    )
     crop_scale: tuple[float, ...] = key("augmentation", (0.9, 1.0), "area of the random crop, from and to")
-    crop_ratio: tuple[float, ...] = key("augmentation", (3 / 4, 4 / 3), "its width over height, from and to")
     hflip: float = key("augmentation", 0.0, "probability; captions may say left and right")
 
     loss: str = key(
@@ -31,13 +27,6 @@ class ClipSettings(Settings):
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
-        if not self.crop_pct > 0:
-            raise ValueError(f"crop_pct: expected more than 0, got {self.crop_pct}")
-        if not 0 <= self.hflip <= 1:
-            raise ValueError(f"hflip: expected a probability, got {self.hflip}")
-        for name in ("crop_scale", "crop_ratio"):
-            if len(getattr(self, name)) != 2:
-                raise ValueError(f"{name}: expected 2 numbers, got {getattr(self, name)}")
         if self.batch_size < 2:
             raise ValueError(
                 f"batch_size: pairs are told from each other, so at least 2, got {self.batch_size}"
