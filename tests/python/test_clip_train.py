@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,9 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["train", "--preset", "digits-clip", "--data", str(photos), "--augment", "crop", *SMALL]
     flags += ["--eval-every", "1", "--loss", "siglip", "--ema", "0.9"]
     assert main([*flags, "--out", str(tmp_path / "whole"), "--json"]) == 0
-    best = json.loads(capsys.readouterr().out)["best"]
+    out, err = capsys.readouterr()
+    best = json.loads(out)["best"]
+    assert re.search(r"of the first \d+ captions \d+ have more than 8 tokens and lose their end", err)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "_stop_signal", lambda run: 15 if run.loop.step == 2 else 0)
         assert main([*flags, "--out", str(tmp_path / "parts")]) == 128 + 15

@@ -31,6 +31,7 @@ from .evaluation import Embedded, embed, recalls
 from .found import Found
 from .settings import ClipSettings
 
+LOOKED_AT = 1000  # images whose captions are measured
 SHOWN, NEAREST, SIDE = 12, 6, 96  # captions among the pictures of a run, images of each, pixels
 
 
@@ -56,6 +57,13 @@ class Clip(Task):
             augment = Augment(s.crop_scale, s.crop_ratio, s.hflip, "", 0.0, 0.0)
             transform = (array_train if train.images.arrays else picture_train)(self.input, augment)
         tokenizer = Tokenizer(s.text_context)
+        some = [text for captions in train.captions[:LOOKED_AT] for text in captions]
+        tokenizer(some)
+        if tokenizer.cut:
+            about += (
+                f"; of the first {len(some)} captions {tokenizer.cut} have more than {s.text_context} tokens "
+                "and lose their end"
+            )
         return Data(
             CaptionedTraining(Training(train.images, transform), train.captions, _Encode(tokenizer)),
             Validation(self.valid.images, eval_transform(self.input, self.valid.images), (channels, *size)),
