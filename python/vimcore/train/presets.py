@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from ..data.digits import MEAN, SIDE, STD
 from ..tasks.settings import Settings
+from .presets_clip import CLIP
 from .presets_detect import DETECT
 from .presets_pretrain import PRETRAIN
 from .presets_segment import SEGMENT
@@ -99,6 +100,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     **SEGMENT,
     **DETECT,
     **PRETRAIN,
+    **CLIP,
 }
 
 # Where no preset is named, by task.
@@ -107,6 +109,7 @@ DEFAULTS = {
     "segment": "seg-tiny-released",
     "detect": "det-tiny-released",
     "pretrain": "mim-base",
+    "clip": "clip-tiny",
 }
 
 

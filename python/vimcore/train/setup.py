@@ -131,6 +131,7 @@ class Setup:
             ema=ema,
             clip=settings.clip_grad,
             precision=getattr(torch, settings.precision),
+            constrain=lambda: task.constrain(model),
         )
         identity = {"images": data.fingerprint, "per_update": self.per_update}
         self.state = State(model, optimizer, loop, ema, per_epoch, self.updates, identity)
