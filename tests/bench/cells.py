@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import datetime
 import io
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -39,26 +41,43 @@ def kept(file: Path, key: Mapping[str, Any], make: Callable[[], Mapping[str, Any
 def train(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     """The summary of `vimcore train`, begun or gone on with; what it tells goes to FOLDER.txt.
 
-    `cpu_seconds` is added: None of a run that was gone on with.
+    `cpu_seconds` are added, over all its parts; None: one of them was killed.
 
     Raises:
         RuntimeError: it failed, or was stopped.
     """
     from vimcore.cli import main as vimcore
 
-    begun = (folder / "checkpoint.pt").exists()
+    begun, spent, told = (folder / "checkpoint.pt").exists(), folder / "seconds", folder.with_suffix(".txt")
     what = ["--resume", str(folder)] if begun else [*arguments, "--out", str(folder)]
-    found, used, told = io.StringIO(), time.process_time(), folder.with_suffix(".txt")
-    with (
-        open(told, "w", encoding="utf-8") as text,
-        contextlib.redirect_stderr(text),
-        contextlib.redirect_stdout(found),
-    ):
-        status = vimcore(["train", *what, "--json"])
+    before = float(spent.read_text(encoding="utf-8")) if begun and spent.exists() else 0.0
+    known, found, used = spent.exists() or not begun, io.StringIO(), time.process_time()
+    spent.unlink(missing_ok=True)
+    try:
+        with (
+            open(told, "w", encoding="utf-8") as text,
+            contextlib.redirect_stderr(text),
+            contextlib.redirect_stdout(found),
+        ):
+            status = vimcore(["train", *what, "--json"])
+    finally:
+        seconds = round(before + time.process_time() - used, 2)
+        if known and folder.is_dir():
+            spent.write_text(f"{seconds}\n", encoding="utf-8")
     if status:
         raise RuntimeError(f"{folder}: status {status}; {told} says why")
-    seconds = None if begun else round(time.process_time() - used, 2)
-    return {**json.loads(found.getvalue()), "cpu_seconds": seconds}
+    return {**json.loads(found.getvalue()), "cpu_seconds": seconds if known else None}
+
+
+def side_by_side(work: Callable[[Any], list[Cell]], parts: Sequence[Any], jobs: int) -> list[Cell]:
+    """The cells of all parts, in their order, found by so many processes; an error ends it."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        futures = [pool.submit(work, part) for part in parts]
+        try:
+            return [cell for future in futures for cell in future.result()]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def untrained(path: Path, preset: str, **settings: Any) -> None:

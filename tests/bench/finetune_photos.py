@@ -17,10 +17,8 @@ FOLDER/finetune-photos.md are written. Status 1: fewer points over chance than d
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import functools
 import json
-import multiprocessing
 import statistics
 import sys
 import time
@@ -205,11 +203,9 @@ def _seconds(found: Sequence[cells.Cell], arm: str, what: str) -> str:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """What the JSON file holds."""
-    spawn = multiprocessing.get_context("spawn")
     work = functools.partial(worked, runs=args.runs, epochs=args.epochs, tuned=args.tuned)
     args.runs.mkdir(parents=True, exist_ok=True)
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
-        found = [cell for part in pool.map(work, args.seeds) for cell in part]
+    found = cells.side_by_side(work, args.seeds, args.jobs)
     return {
         **cells.origin(["scikit-image", "scikit-learn"]),
         "pictures": PICTURES,

@@ -19,9 +19,7 @@ FOLDER/pretrain-digits.md are written. Status 1: a gain is below what is demande
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import functools
-import multiprocessing
 import statistics
 import sys
 import time
@@ -277,9 +275,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """What the JSON file holds."""
     write_digits(args.runs / "digits")
     works = [Work(arm, seed, args.runs, args.epochs, args.updates) for seed in args.seeds for arm in ARMS]
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
-        found = [cell for part in pool.map(worked, works) for cell in part]
+    found = cells.side_by_side(worked, works, args.jobs)
     gained = gains(found)
     return {
         **cells.origin(["scikit-learn"]),
