@@ -89,18 +89,20 @@ def subset(labels: np.ndarray, train: np.ndarray, count: int, number: int) -> np
 
 
 def write_digits(folder: Path) -> None:
-    """Pictures of all digits and the lists of those to learn from, and of the held-out ones."""
+    """Pictures of all digits and the lists of those to learn from, and of the held-out ones, if not there."""
     from vimcore.data.digits import encode_png, load_digits, picture, split_digits
     from vimcore.utils.files import write_text
 
+    last = "held-out"
+    if (folder / f"{last}.csv").exists():
+        return  # another process may be reading them
     folder.mkdir(parents=True, exist_ok=True)
     digits, labels = load_digits()
     train, held_out = split_digits(labels)
     for i, digit in enumerate(digits):
         (folder / f"{i:04d}.png").write_bytes(encode_png(picture(digit)))
     parts = {(n, s): subset(labels, train, n, s) for n in {10, *PROBES} for s in SUBSETS}
-    lists = {"held-out": held_out, **{f"{n}-{s}": part for (n, s), part in parts.items()}}
-    for name, indices in lists.items():
+    for name, indices in {**{f"{n}-{s}": part for (n, s), part in parts.items()}, last: held_out}.items():
         rows = "".join(f"{i:04d}.png,{labels[i]}\n" for i in indices)
         write_text(folder / f"{name}.csv", "path,label\n" + rows)
 
