@@ -61,25 +61,38 @@ LIMITS = (
 )
 
 
-def cut(folder: Path, seed: int) -> None:
-    """Writes folder/learn/CLASS/NN.png from left halves and folder/test/CLASS/NN.png from right ones."""
+def grey(package: str, name: str) -> np.ndarray:
+    """(H, W) uint8 of a picture that is in a package."""
     from importlib import resources
 
     from PIL import Image
+
+    with (resources.files(package) / PLACES[package] / name).open("rb") as file:
+        return np.asarray(Image.open(file).convert("L"))
+
+
+def squares(pixels: np.ndarray, generator: np.random.Generator) -> dict[str, list[np.ndarray]]:
+    """Squares of the left half to learn from, of the right half to test."""
+    middle = pixels.shape[1] // 2
+    found: dict[str, list[np.ndarray]] = {"learn": [], "test": []}
+    for part, half in (("learn", pixels[:, :middle]), ("test", pixels[:, middle:])):
+        for _ in range(EACH):
+            y, x = (int(generator.integers(side - SQUARE + 1)) for side in half.shape)
+            found[part].append(np.ascontiguousarray(half[y : y + SQUARE, x : x + SQUARE]))
+    return found
+
+
+def cut(folder: Path, seed: int) -> None:
+    """Writes the squares as folder/learn/CLASS/NN.png and folder/test/CLASS/NN.png."""
     from vimcore.data.digits import encode_png
 
     generator = np.random.default_rng(seed)
     for package, names in PICTURES.items():
         for name in names:
-            with (resources.files(package) / PLACES[package] / name).open("rb") as file:
-                pixels = np.asarray(Image.open(file).convert("L"))
-            middle = pixels.shape[1] // 2
-            for part, half in {"learn": pixels[:, :middle], "test": pixels[:, middle:]}.items():
+            for part, found in squares(grey(package, name), generator).items():
                 place = folder / part / name.partition(".")[0]
                 place.mkdir(parents=True, exist_ok=True)
-                for number in range(EACH):
-                    y, x = (int(generator.integers(side - SQUARE + 1)) for side in half.shape)
-                    square = np.ascontiguousarray(half[y : y + SQUARE, x : x + SQUARE])
+                for number, square in enumerate(found):
                     (place / f"{number:02d}.png").write_bytes(encode_png(square))
 
 
@@ -124,7 +137,16 @@ def worked(seed: int, runs: Path, epochs: int | None, tuned: int | None) -> list
         folder = runs / f"{arm}-{seed}"
         weights = folder / "last.safetensors"
         if preset:
-            flags = ["--preset", preset, "--seed", str(seed), *flags_of(NETWORK), *QUIET]
+            flags = [
+                "--preset",
+                preset,
+                "--seed",
+                str(seed),
+                *flags_of(NETWORK),
+                "--batch-size",
+                "16",
+                *QUIET,
+            ]
             flags += [] if epochs is None else ["--epochs", str(epochs)]
             make = functools.partial(_pretrained, folder, photos, flags)
             found.append(cell(arm, "pretrained", flags, make))
