@@ -185,6 +185,9 @@ def test_a_short_run_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "new head for 3 classes" in told
     assert "never reaches" not in told
     assert "still" not in told
+    (begin,) = (line for line in log(run) if line["kind"] == "start")
+    assert begin["warmup_share"] == 0.1
+    assert not {"warmup_epochs", "warmup_updates"} & set(begin)
     settings = Settings().merged(read_toml(str(run / "config.toml")))
     assert (settings.embed_dim, settings.depth, settings.in_chans, settings.mean) == (64, 4, 1, (0.35,))
     scores = {line["weights"]: line["top1"] for line in log(run) if line["kind"] == "eval"}

@@ -232,7 +232,9 @@ class Settings:
             if not 0 <= self.warmup_share < 1:
                 raise ValueError(f"warmup_share: expected 0 or more and less than 1, got {self.warmup_share}")
             if self.warmup_updates is not None:
-                raise ValueError("warmup_share, warmup_updates: both give the length of warm-up; name one of them")
+                raise ValueError(
+                    "warmup_share, warmup_updates: both give the length of warm-up; name one of them"
+                )
         if not 0 < self.warmup_factor <= 1:
             raise ValueError(f"warmup_factor: expected more than 0 and at most 1, got {self.warmup_factor}")
         if not self.poly_power > 0:
