@@ -44,11 +44,18 @@ def train(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
     `cpu_seconds` are added, over all its parts; None: one of them was killed.
 
     Raises:
-        RuntimeError: it failed, or was stopped.
+        RuntimeError: it failed, or was stopped; or what was begun had other arguments.
     """
     from vimcore.cli import main as vimcore
 
-    begun, spent, told = (folder / "checkpoint.pt").exists(), folder / "seconds", folder.with_suffix(".txt")
+    begun, told = (folder / "checkpoint.pt").exists(), folder.with_suffix(".txt")
+    spent, asked, wanted = folder / "seconds", folder / "arguments", " ".join(arguments)
+    if begun and asked.read_text(encoding="utf-8") != wanted:
+        raise RuntimeError(
+            f"{folder}: holds a run of other arguments; remove it, or name another folder of runs"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    asked.write_text(wanted, encoding="utf-8")
     what = ["--resume", str(folder)] if begun else [*arguments, "--out", str(folder)]
     before = float(spent.read_text(encoding="utf-8")) if begun and spent.exists() else 0.0
     known, found, used = spent.exists() or not begun, io.StringIO(), time.process_time()
@@ -62,7 +69,7 @@ def train(folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
             status = vimcore(["train", *what, "--json"])
     finally:
         seconds = round(before + time.process_time() - used, 2)
-        if known and folder.is_dir():
+        if known:
             spent.write_text(f"{seconds}\n", encoding="utf-8")
     if status:
         raise RuntimeError(f"{folder}: status {status}; {told} says why")

@@ -51,7 +51,13 @@ SQUARE, EACH = 96, 20  # pixels; of a class, to learn from, and again to test
 ARMS = {"scratch": "", "mim": "digits-mim", "ar2": "digits-ar2"}  # whose recipes the photographs borrow
 STATISTICS = "grey levels alone"
 DEMANDED = 30.0  # points over chance
-NETWORK: dict[str, Any] = {"img_size": (48,), "augment": "crop", "mean": (0.45,), "std": (0.25,)}
+PRETRAINING: dict[str, Any] = {
+    "img_size": (48,),
+    "augment": "crop",
+    "mean": (0.45,),
+    "std": (0.25,),
+    "batch_size": 16,  # so few images make more updates
+}
 QUIET = ["--workers", "0", "--threads", "1", "--track", "none", "--eval-every", "1000000"]
 LIMITS = (
     "It shows that the recipe learns from {count} pictures, and what pretraining on the same ones adds. "
@@ -137,23 +143,14 @@ def worked(seed: int, runs: Path, epochs: int | None, tuned: int | None) -> list
         folder = runs / f"{arm}-{seed}"
         weights = folder / "last.safetensors"
         if preset:
-            flags = [
-                "--preset",
-                preset,
-                "--seed",
-                str(seed),
-                *flags_of(NETWORK),
-                "--batch-size",
-                "16",
-                *QUIET,
-            ]
+            flags = ["--preset", preset, "--seed", str(seed), *flags_of(PRETRAINING), *QUIET]
             flags += [] if epochs is None else ["--epochs", str(epochs)]
             make = functools.partial(_pretrained, folder, photos, flags)
             found.append(cell(arm, "pretrained", flags, make))
         else:
             folder.mkdir(exist_ok=True)
             data = str(photos / "learn")
-            cells.untrained(weights, "digits-mim", seed=seed, data=data, **NETWORK)
+            cells.untrained(weights, "digits-mim", seed=seed, data=data, **PRETRAINING)
         flags = ["--seed", str(seed), "--lr", "2e-3", "--crop-pct", "1", *QUIET]
         flags += [] if tuned is None else ["--epochs", str(tuned)]
         make = functools.partial(_tuned, runs / f"{arm}-{seed}-tuned", photos, weights, flags)

@@ -139,11 +139,8 @@ def features(weights: Path) -> np.ndarray:
     torch.set_num_threads(1)
     model = vimcore.VisionMamba.load(weights).eval()
     with torch.no_grad():
-        return (
-            torch.cat([model.forward_features(part).mean(1) for part in inputs()[0].split(128)])
-            .double()
-            .numpy()
-        )
+        found = torch.cat([model.forward_features(part).mean(1) for part in inputs()[0].split(128)])
+    return found.double().numpy()
 
 
 @dataclass(frozen=True)
