@@ -9,6 +9,7 @@
 
 #include "../cpp/scan_reference.h"
 #include "check_cuda.h"
+#include "core/device_scratch.h"
 #include "scan/choice.h"
 #include "vimcore/ops.h"
 #if VIMCORE_SHIM
@@ -105,12 +106,13 @@ Outputs run(Side& side, const Case& c, const Inputs& in, ScanKernel kernel = Sca
     const Shape sequence{c.batch, c.len, c.inner}, states{c.batch, c.chunks(), c.state, c.inner};
     std::vector<ScanBackwardPass> passes(c.reverse.size());
     std::vector<ScanForwardPass> forward(c.reverse.size());
+    const Index row = c.len % 2 ? device_scratch::padded_columns(c.row(), side.dtype, side.ctx.device().type) : c.row();
     for (std::size_t i = 0; i < passes.size(); i++) {
         const Inputs::Pass& p = in.pass[i];
         ScanBackwardPass& to = passes[i];
         to.reverse = c.reverse[i];
         to.u = activation(sequence, p.u);
-        to.q = activation({c.batch, c.len, c.row()}, p.q);
+        to.q = activation({c.batch, c.len, row}, with_rows(p.q, c.row(), row, std::nanf("")));
         to.A_log = side.parameter({c.inner, c.state}, p.A_log);
         to.D = side.parameter({c.inner}, p.D);
         to.dt_weight = side.parameter({c.inner, c.rank}, p.dt_weight);
@@ -152,7 +154,8 @@ Outputs run(Side& side, const Case& c, const Inputs& in, ScanKernel kernel = Sca
     for (std::size_t i = 0; i < passes.size(); i++) {
         const ScanBackwardPass& p = passes[i];
         const std::string pass(1, static_cast<char>('0' + i));
-        const Floats dq = side.values(p.dq);
+        const Floats rows_of_dq = side.values(p.dq), dq = with_rows(rows_of_dq, row, c.row());
+        CHECK(with_rows(dq, c.row(), row) == rows_of_dq);  // zeros behind the columns
         Floats part[3];
         for (std::size_t j = 0; j < dq.size(); j++) {
             const Index column = static_cast<Index>(j) % c.row() - c.rank;

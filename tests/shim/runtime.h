@@ -36,5 +36,7 @@ std::mutex& state_lock();
 cudaError_t allow_unsafe(const char* call);
 // Runs `work` as if queued on the stream, or adds it to the graph that the stream is being captured into.
 cudaError_t submit(cudaStream_t stream, std::function<void()> work);
+// Ends all work that was queued. Not under state_lock().
+void run_everything();
 
 }  // namespace vimcore::shim
