@@ -189,8 +189,7 @@ class Call:
 
     def program(self, name: str, limit: float, library: str, *, suffix: str = "", **options: Any) -> Step:
         """A test program, whose products go to this library."""
-        arguments = ["7"] if self.rehearse and name.startswith("gemm") else [ROOT / "tests/golden"]
-        arguments = arguments if not name.startswith("gemm") or self.rehearse else []
+        arguments = [] if name.startswith("gemm") else [ROOT / "tests/golden"]
         environment = {"VIMCORE_CUBLASLT": library, **options.pop("environment", {})}
         label = f"{name}{suffix}" + (" built-in" if library == "none" and not self.rehearse else "")
         return Step(label, [self.bin / name, *arguments], limit, environment=environment, **options)

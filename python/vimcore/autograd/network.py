@@ -224,7 +224,9 @@ class NetworkFunction(torch.autograd.Function):
         total, offsets, sizes = core.layout(params, wanted)
         flat = params[0].new_zeros(total)
         bound = ctx.bound
-        if bound.state() != ctx.state:  # what hooks on saved tensors brought back, or a sharded model gathered
+        if (
+            bound.state() != ctx.state
+        ):  # what hooks on saved tensors brought back, or a sharded model gathered
             bound = core.bound(params, copy=False, keep=False)
         if images.shape[0]:
             core.network.backward(
