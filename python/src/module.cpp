@@ -49,8 +49,8 @@ NB_MODULE(_core, m)
             return out;
         },
         nb::sig("def cuda_products() -> dict[str, typing.Any]"),
-        "Products of matrices on CUDA so far: by cuBLASLt; by built-in kernels, as it had no algorithm; by it with "
-        "another\nalgorithm than other numbers of rows have.");
+        "Products of matrices on CUDA so far: by cuBLASLt, by built-in kernels as it had no algorithm,\nby it with "
+        "another algorithm than other numbers of rows have.");
     m.def("fma_peak", fma_peak, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "release_memory",

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Projections on the device against float64 on the CPU: types, sizes, bias, pairs, cached weights, repeated runs.
 #include <array>
+#include <memory>
 #include <string>
 
 #include "check_cuda.h"
@@ -224,6 +225,30 @@ void check_cache()
     }
 }
 
+// A cast that one stream makes and another one uses.
+void check_streams()
+{
+    const std::int64_t m = 19, k = 40, n = 24;
+    const Problem p(DType::bf16, {m}, k, n);
+    Side side = Side::cuda(DType::bf16), cpu = Side::cpu();
+    const Floats want = run(cpu, p, false);
+    for (int turn = 0; turn < 10; turn++) {
+        WeightCache cache;
+        Context first(Device::cuda()), second(Device::cuda());
+        const std::shared_ptr<void> streams[] = {backend_of(first).make_stream(0), backend_of(first).make_stream(0)};
+        first.set_stream(streams[0].get());
+        second.set_stream(streams[1].get());
+        const Tensor x = side.activation({m, k}, p.x), w = side.parameter({n, k}, p.w), y = side.result({m, n});
+        for (Context* ctx : {&first, &second}) {
+            const LinearForward args{.x = x, .weight = w, .y = ctx == &first ? side.result({m, n}) : y};
+            internals(*ctx).cache = &cache;
+            linear_forward(*ctx, {&args, 1});
+        }
+        const Floats got = values_of(second, y);
+        CHECK_AGREE(got, want, tolerance(DType::bf16));
+    }
+}
+
 // After the first call of a size, scratch memory neither grows nor moves.
 void check_allocations()
 {
@@ -248,6 +273,7 @@ int main()
     check_empty();
     check_pairs();
     check_cache();
+    check_streams();
     check_allocations();
     return check_failures();
 }

@@ -42,6 +42,8 @@ SANITIZED = ("scan", "scan_backward", "ops", "backward")
 FINDING = re.compile(r"=========.*(Invalid|Misaligned|Uninitialized|Race reported|hazard)")
 CUBLASLT = """
 import re, torch
+x = torch.ones(64, 64, device="cuda" if torch.cuda.is_available() else "cpu")
+x @ x  # loads the library where torch has not yet
 found = re.search(r"\\S*/libcublasLt\\.so\\S*", open("/proc/self/maps").read())
 print(found.group() if found else "none")
 """
@@ -49,7 +51,7 @@ LOADS = """
 import sys, vimcore
 built = vimcore.build_info()
 print(built)
-sys.exit(not built["cuda"])
+sys.exit(not built["cuda"] and "rehearse" not in sys.argv)
 """
 
 
@@ -221,40 +223,37 @@ def output_of(call: Call, *command: str | Path) -> str:
 
 def load(call: Call) -> str:
     """Makes sure that package and programs load; the cuBLASLt that torch uses."""
-    call.say(
-        output_of(
-            call,
-            "nvidia-smi",
-            "--query-gpu=name,driver_version,clocks.sm,memory.used",
-            "--format=csv,noheader",
-        )
-    )
+    query = "--query-gpu=name,driver_version,clocks.sm,memory.used"
+    call.say(output_of(call, "nvidia-smi", query, "--format=csv,noheader"))
     call.say(f"python {sys.version.split()[0]}, {os.cpu_count()} cores")
-    loads = (
-        call.run(Step("the carried package loads", [sys.executable, "-c", LOADS], 60, tail=1))
-        or call.rehearse
-    )
-    missing = [
-        line
-        for name in call.programs()[:1]
-        for line in output_of(call, "ldd", call.bin / name).splitlines()
-        if "not found" in line
-    ]
-    if missing or not loads:
-        call.say(f"what was carried does not load here: building {missing}")
-        call.prepend("PYTHONPATH", call.work / "nanobind")
-        build = call.work / "build"
-        command = ["bash", GPU / "acceptance.sh", "build"]
-        call.run(
-            Step("build", command, 200, environment={"BUILD": str(build), "PYTHON": sys.executable}, tail=5)
-        )
-        shutil.copytree(build / "site", call.site, dirs_exist_ok=True)
-        for path in (build / "cmake/tests/cuda").glob("*_gpu"):
-            shutil.copy(path, call.bin)
-        call.prepend("PYTHONPATH", call.site)
-    library = "none" if call.rehearse else output_of(call, sys.executable, "-c", CUBLASLT).splitlines()[-1]
+    python = [sys.executable, "-c"]
+    options = ["rehearse"] if call.rehearse else []
+    loads = call.run(Step("the carried package loads", [*python, LOADS, *options], 60, tail=1))
+    linked = [output_of(call, "ldd", call.bin / name) for name in call.programs()[:1]]
+    if not loads or "not found" in "".join(linked):
+        call.say("what was carried does not load here: building")
+        build_here(call)
+    if call.rehearse:
+        return "none"
+    library = output_of(call, *python, CUBLASLT).splitlines()[-1]
     call.say(f"cuBLASLt: {library}")
+    call.note("cuBLASLt is found", status=0 if Path(library).is_file() else "no")
     return library
+
+
+def build_here(call: Call) -> None:
+    """Package and programs in place of those that were carried."""
+    call.prepend("PYTHONPATH", call.work / "nanobind")
+    build = call.work / "build"
+    environment = {"BUILD": str(build), "PYTHON": sys.executable}
+    command = ["bash", GPU / "acceptance.sh", "build"]
+    call.run(Step("build", command, 200, environment=environment, tail=5))
+    if (build / "site").is_dir():
+        shutil.rmtree(call.site, ignore_errors=True)
+        shutil.copytree(build / "site", call.site)
+        call.prepend("PYTHONPATH", call.site)
+    for path in (build / "cmake/tests/cuda").glob("*_gpu"):
+        shutil.copy(path, call.bin)
 
 
 def start_peers(call: Call) -> threading.Thread | None:
@@ -271,6 +270,7 @@ def start_peers(call: Call) -> threading.Thread | None:
 
 def bench(call: Call, name: str, only: str, seconds: float, rounds: int) -> Step:
     options = ["--rates", call.out / "rates.json", "--peers", call.work / "peers", "--rounds", str(rounds)]
+    only = "scan,train" if call.rehearse else only  # all of it is tried out in test_gpu_bench.py
     options += ["--only", only] if only else []
     command = [sys.executable, GPU / "bench.py", *call.device, *options, "--seconds", str(seconds)]
     return Step(name, [*command, "--json", call.out / "bench.json"], seconds + 25, tail=80)

@@ -26,13 +26,13 @@ from vimcore_shim.tools.selftest import gradients, kernels
 SLOW_PRODUCTS = """
 import warnings
 import shim
-from helpers import SMALL, build, images_for
+from helpers import SMALL, build, images_for, small
 from shim import twin, vimcore_shim
 import pytest, torch
 
 with pytest.MonkeyPatch.context() as patch, torch.no_grad():
     shim.pretend(patch)
-    model, images = twin(build(SMALL.replace(num_classes=13)).eval()), images_for(SMALL, 2, torch.float32)
+    model, images = twin(build(small(num_classes=13)).eval()), images_for(SMALL, 2, torch.float32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):

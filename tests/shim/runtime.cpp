@@ -134,7 +134,11 @@ void set_architecture(int number) { state().architecture = number; }
 int device_count() { return state().devices; }
 int current_device() { return device_in_use; }
 std::int64_t allocations() { return allocation_count; }
-std::int64_t launches() { return launch_count; }
+std::int64_t launches()
+{
+    run_everything();
+    return launch_count;
+}
 std::size_t most_memory()
 {
     const std::lock_guard lock(state_lock());
