@@ -80,7 +80,7 @@ class Call:
     def __init__(self, args: argparse.Namespace) -> None:
         self.rehearse: bool = args.rehearse
         self.out: Path = args.out
-        self.work: Path = args.work
+        self.work: Path = args.work / "vimcore-gpu-call"
         self.begin = time.monotonic()
         self.end = self.begin + args.seconds
         self.suffix = "" if self.rehearse else "_gpu"
@@ -90,7 +90,8 @@ class Call:
         self.lock = threading.Lock()
         signal.signal(signal.SIGTERM, self.stop)
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.work / "logs").mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)  # of a call before, on the same machine
+        (self.work / "logs").mkdir(parents=True)
         with tarfile.open(args.carried / "carried.tar.xz") as archive:
             archive.extractall(self.work, filter="tar")
         self.bin, self.site = self.work / "bin", self.work / "site"
@@ -415,7 +416,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("which", choices=("first", "second"))
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--carried", type=Path, default=ROOT / ".gpu", help="what prepare.sh made (.gpu)")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/vimcore-gpu"), help="folder to unpack into")
+    parser.add_argument("--work", type=Path, default=Path("/tmp"), help="where to unpack (/tmp)")
     parser.add_argument("--after", type=Path, help="steps.json of the first call, for the second")
     parser.add_argument("--seconds", type=float, help="for everything (first: 320, second: 290)")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: tiny sizes on the CPU")
