@@ -17,6 +17,7 @@ steps' own. Programs that do not load here are built here. 1 is returned if a st
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -123,23 +124,12 @@ def rates(call: Call) -> None:
 
 
 def pytest(call: Call, name: str, limit: float, workers: int, *options: str) -> bool:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--tb",
-        "short",
-        "-n",
-        str(workers),
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb", "short"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(workers)]
     command += ["--collect-only"] if call.rehearse else ["--maxfail", "60"]
-    step = Step(
-        name, [*command, *options], limit, "pytest.txt", environment={"OMP_NUM_THREADS": "2"}, tail=15
-    )
-    return call.run(step)
+    threads = {"OMP_NUM_THREADS": "2"}
+    return call.run(Step(name, [*command, *options], limit, "pytest.txt", environment=threads, tail=15))
 
 
 def failed_tests(out: Path) -> list[str]:
@@ -213,9 +203,8 @@ def sanitizers(call: Call) -> list[Step]:
             if not program.exists():
                 continue
             options = [tool, "--tool", kind, "--error-exitcode", "3"]
-            options += (
-                ["--report-api-errors", "no"] if kind == "memcheck" else []
-            )  # calls that fail are tested
+            if kind == "memcheck":
+                options += ["--report-api-errors", "no"]  # calls that fail are tested
             command = [*options, program, ROOT / "tests/golden"]
             steps.append(Step(f"{kind} {name}", command, 80, environment=environment, cut_is_failure=False))
     return steps
@@ -226,7 +215,13 @@ def second(call: Call, args: argparse.Namespace) -> None:
     before: dict[str, Any] = json.loads(args.after.read_text()) if args.after else {}
     library = load(call)
     wrong = {name.split()[0] for name, facts in before.items() if facts.get("status", 0) != 0}
-    call.together([call.program(name, 90, library) for name in call.programs() if name in wrong])
+    call.together(
+        [
+            call.program(name, 90, library)
+            for name in [*call.programs(), f"gemm_check{call.suffix}"]
+            if name in wrong
+        ]
+    )
     tests = [f"{GPU / 'test_cuda.py'}::{name}" for name in before.get("failed tests", {}).get("names", [])]
     if tests:
         pytest(call, "tests that failed", 60, 4, *tests)

@@ -3,8 +3,8 @@
 #
 #   bash tests/gpu/prepare.sh [FOLDER]      default: .gpu; makes FOLDER/carried.tar.xz, a few MB
 #
-# Needs nvcc 13, a C++20 compiler, and a Python of at least 3.12 with its headers: pyenv's or Ubuntu 24.04's 3.12
-# (python3.12-dev), Debian 13's 3.13 (python3-dev). The extension uses the stable ABI of 3.12, so it loads in all later
+# Needs nvcc 13, a C++20 compiler, and a Python of at least 3.12 with its headers: pyenv's (tried: 3.12.1) or Ubuntu 24.04's
+# 3.12 (python3.12-dev), Debian 13's 3.13 (python3-dev). The extension uses the stable ABI of 3.12, so it loads in all later
 # ones. CMake, Ninja and nanobind come from PyPI into an environment of the build folder.
 #   PYTHON         that Python (the first of python3.12, python3.13, python3.14, python3 that will do)
 #   BUILD          where to build (build/gpu-carried)
