@@ -473,8 +473,14 @@ def check_file(path: Path, more: bool = False) -> tuple[dict[str, str], list[str
     """
 
 def foreign_kind(head: bytes, size: int) -> str: ...
-def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] = {}) -> None:
-    """Writes a file whole or not at all."""
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] = {}, dtype: str | None = None
+) -> None:
+    """
+    Writes a file whole or not at all.
+
+    dtype: "float32", or a 16-bit type for the weights of linear maps, the rest float32; None: as given.
+    """
 
 def decode_image(data: bytes, name: str = "<memory>") -> NDArray[numpy.uint8]: ...
 def upright(image: Array, file: bytes) -> NDArray[numpy.uint8]: ...

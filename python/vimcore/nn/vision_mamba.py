@@ -211,18 +211,30 @@ class VisionMamba(NetworkBase):
 
     # ---- files ---------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str], labels: Sequence[str] | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        labels: Sequence[str] | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
         """Writes weights, architecture and labels to one safetensors file, whole or not at all.
 
         Of a parametrised weight (torch.nn.utils.parametrize) its value in eval mode is written, under its
         plain name. The tensors that a class derived from `VisionMamba` has besides are written under their
         names, for `load` of that class.
 
+        Args:
+            labels: one name for each class.
+            dtype: of the file: "float32", or "bfloat16" or "float16" (or torch's) for the weights of linear
+                maps, which 16-bit computing rounds in any case; the rest, some per cent, is float32 beside
+                them. None: as the parameters are, 16 bits widened to float32.
+
         Raises:
             ValueError: the file could not describe the network: another head, pruned weights, adapters, ...;
                 names what and the remedy. Nothing is written then.
+            vimcore.Error: a weight is too large for float16.
         """
-        saving.save(self, path, labels)
+        saving.save(self, path, labels, dtype=dtype)
 
     @classmethod
     def load(
