@@ -36,6 +36,8 @@ BuildInfo build_info()
     return info;
 }
 
+std::string bf16_unit() { return cpu::bf16_in_use(); }
+
 double fma_peak(int threads)
 {
     if (threads < 1)

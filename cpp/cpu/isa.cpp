@@ -19,27 +19,35 @@ bool has_avx512()
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
 #endif
+#if defined(VIMCORE_HAVE_AVX512BF16)
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 
 struct Entry {
     const char* name;
     bool (*available)();
     const Kernels<float>* (*f32)();
     const Kernels<double>* (*f64)();
+    const Kernels<bf16>* (*b16)();
+    bool bf16_unit;  // else bf16 is emulated
 };
 
 constexpr Entry entries[] = {
 // widest last
 #if defined(VIMCORE_HAVE_BASELINE)
-    {"baseline", always, kernels_baseline<float>, kernels_baseline<double>},
+    {"baseline", always, kernels_baseline<float>, kernels_baseline<double>, kernels_baseline<bf16>, false},
 #endif
 #if defined(VIMCORE_HAVE_NEON)
-    {"neon", always, kernels_neon<float>, kernels_neon<double>},
+    {"neon", always, kernels_neon<float>, kernels_neon<double>, kernels_neon<bf16>, false},
 #endif
 #if defined(VIMCORE_HAVE_AVX2)
-    {"avx2", has_avx2, kernels_avx2<float>, kernels_avx2<double>},
+    {"avx2", has_avx2, kernels_avx2<float>, kernels_avx2<double>, kernels_avx2<bf16>, false},
 #endif
 #if defined(VIMCORE_HAVE_AVX512)
-    {"avx512", has_avx512, kernels_avx512<float>, kernels_avx512<double>},
+    {"avx512", has_avx512, kernels_avx512<float>, kernels_avx512<double>, kernels_avx512<bf16>, false},
+#endif
+#if defined(VIMCORE_HAVE_AVX512BF16)
+    {"avx512bf16", has_avx512bf16, kernels_avx512<float>, kernels_avx512<double>, kernels_avx512bf16<bf16>, true},
 #endif
 };
 
@@ -70,10 +78,14 @@ const Entry& chosen()
     return entry;
 }
 
+bool isa_named() { return std::getenv("VIMCORE_ISA") != nullptr; }
+
 template <class T>
 const Kernels<T>& table(const Entry& entry)
 {
-    if constexpr (sizeof(T) == sizeof(float))
+    if constexpr (sizeof(T) == sizeof(bf16))
+        return *entry.b16();
+    else if constexpr (sizeof(T) == sizeof(float))
         return *entry.f32();
     else
         return *entry.f64();
@@ -92,12 +104,32 @@ const Kernels<T>& kernels(const std::string& isa)
 {
     return table<T>(find(isa));
 }
+template <>
+const Kernels<bf16>& kernels<bf16>()
+{
+    static const Kernels<bf16>& of_choice = []() -> const Kernels<bf16>& {
+        if (bf16_in_use().empty())
+            throw Error(
+                "[isa] bfloat16 on this CPU needs a processor with amx_bf16, avx512_bf16 or (ARM) bf16; use "
+                "float32, or name kernels by VIMCORE_ISA=" +
+                isa_in_use() + " for an exact but slow emulation");
+        return table<bf16>(chosen());
+    }();
+    return of_choice;
+}
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
 template const Kernels<float>& kernels<float>(const std::string& isa);
 template const Kernels<double>& kernels<double>(const std::string& isa);
+template const Kernels<bf16>& kernels<bf16>(const std::string& isa);
 
 std::string isa_in_use() { return chosen().name; }
+
+std::string bf16_in_use()
+{
+    if (chosen().bf16_unit) return chosen().name;
+    return isa_named() ? "emulated" : "";
+}
 
 std::vector<std::string> isas_built()
 {
@@ -111,6 +143,13 @@ std::vector<std::string> isas_available()
     std::vector<std::string> names;
     for (const Entry& entry : entries)
         if (entry.available()) names.push_back(entry.name);
+    return names;
+}
+
+std::vector<std::string> isas_of_float()
+{
+    std::vector<std::string> names = isas_available();
+    std::erase_if(names, [](const std::string& name) { return kernels<float>(name).isa != name; });
     return names;
 }
 

@@ -19,6 +19,10 @@ std::string cuda_description(int device);  // name, compute capability, memory, 
 
 BuildInfo build_info();  // vimcore::Error when VIMCORE_ISA names kernels that are unknown or not available
 
+// What multiplies bfloat16 on this CPU: "avx512bf16", ...; "emulated" where VIMCORE_ISA names kernels without such a
+// unit, exact but slow; "" where there is no unit: then operators refuse activations of DType::bf16 on the CPU.
+std::string bf16_unit();
+
 // float32 multiply-add rate of `threads` busy threads in GFLOP/s, measured now for a few milliseconds.
 double fma_peak(int threads);
 
