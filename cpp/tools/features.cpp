@@ -79,7 +79,7 @@ int features(const std::vector<std::string>& words)
     const LoadedModel loaded = load_model(options);
     const vimcore::Config& config = loaded.model->config();
     const std::int64_t batch = batch_of(options, config), length = config.tokens(), width = config.embed_dim;
-    vimcore::Session session(loaded.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    vimcore::Session session(loaded.model, session_options(options, batch));
     vimcore::Context cpu(vimcore::Device::cpu(), 1);
     const std::int64_t row = all_tokens ? length * width : width;
     std::vector<float> tokens(static_cast<std::size_t>(batch * length * width)), pooled, kept;

@@ -38,10 +38,10 @@ class VisionMamba(NetworkBase):
     and a head that is no plain Linear, or has hooks, is called as a module. Weights may be written in any way
     (fused optimizers, `.data`, numpy views, other processes): every call looks, see `constant_weights`.
 
-    Computes on the CPU in the type of the parameters, float32 or float64; under `torch.autocast("cpu")` in
-    float32. Computes on CUDA with float32 parameters and gradients of them, and activations of the images'
-    type: float32, bfloat16 or float16; under `torch.autocast("cuda")` of its type. With float16 scale the
-    loss (`torch.amp.GradScaler`).
+    Parameters and their gradients are float32, activations of the images' type: float32 or bfloat16, on CUDA
+    also float16; under `torch.autocast` of its type. bfloat16 on the CPU needs a processor with a unit for it
+    (`vimcore doctor` names it). With float16 scale the loss (`torch.amp.GradScaler`). On the CPU everything
+    may be float64, which autocast leaves alone.
 
     Args:
         img_size: side or (height, width) in pixels; images of another size are an error, unless
@@ -262,14 +262,15 @@ class VisionMamba(NetworkBase):
         """Logits of normalised images.
 
         Args:
-            images: (B, C, H, W) in the type of the parameters, on CUDA also in a 16-bit type. Of `img_size`,
-                with `dynamic_img_size` of any size.
+            images: (B, C, H, W) in the type of the parameters, or in a 16-bit type beside float32. Of
+                `img_size`, with `dynamic_img_size` of any size.
 
         Returns:
             (B, num_classes); (B, L, num_classes) with pool="all"; features (B, D) without a head.
 
         Raises:
             ValueError: shape, type or device of the images or of a parameter do not fit.
+            vimcore.Error: this CPU does not compute in bfloat16.
         """
         if self._head_is_fused():
             return self._call("logits", images)[0]

@@ -57,7 +57,7 @@ class Loop:
         lr: learning rate of update 0, 1, ...; a parameter group may scale it by its `lr_scale`.
         loss: of model and batch.
         clip: largest norm of the gradient.
-        precision: type of activations under autocast on CUDA; float16 brings a gradient scaler.
+        precision: type of activations under autocast; float16, on CUDA, brings a gradient scaler.
     """
 
     def __init__(
