@@ -101,6 +101,7 @@ def test_dense_networks_train_under_autocast() -> None:
     found = []
     for enabled in (False, True):
         net.zero_grad(set_to_none=True)
+        torch.manual_seed(2)  # for the head's dropout
         with torch.autocast("cpu", enabled=enabled):
             logits, extra = net(images)
             loss = torch.nn.functional.cross_entropy(logits, truth) + extra.float().square().mean()
@@ -109,7 +110,7 @@ def test_dense_networks_train_under_autocast() -> None:
             (loss.item(), torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
         )
     assert abs(found[1][0] - found[0][0]) < 0.02 * found[0][0]
-    assert 0 < float((found[1][1] - found[0][1]).norm()) < 0.1 * float(found[0][1].norm())
+    assert 0 < float((found[1][1] - found[0][1]).norm()) < 0.03 * float(found[0][1].norm())
     pytest.importorskip("torchvision")
     from detection_helpers import detector, target
 
