@@ -34,7 +34,7 @@ CONVOLUTION = 4  # taps
 HEADER = (
     "pixels",
     "batch",
-    "peer".rjust(11),
+    "peer".rjust(15),
     "ours ms/img",
     "peer ms/img",
     "ratio",
