@@ -75,14 +75,14 @@ static void conv_forward_width(const ConvForwardArgs<T>& args)
                     const Vec<T> tap = load_upto<Wide<T>>(args.f.weight + k * args.f.dim + e, n);
                     for (int s = 0; s < block; s++) p[s] = fma(tap, x[s + k], p[s]);
                 }
-                for (int s = 0; s < block; s++) p[s] = Silu ? silu(p[s]) : p[s];
+                for (int s = 0; s < block; s++) p[s] = Silu ? silu_of<T>(p[s]) : p[s];
                 for (int s = 0; s < block; s++) store_upto<T>(to + s * step, p[s], n);
             });
             i += block;
         } else {
             each_channels<T>(args.f, [&](Index e, Index n) VIM_INLINE_LAMBDA {
                 const Vec<T> p = conv_token<T, W>(args.f, rows, t, e, n);
-                store_upto<T>(u + i * step + e, Silu ? silu(p) : p, n);
+                store_upto<T>(u + i * step + e, Silu ? silu_of<T>(p) : p, n);
             });
             i++;
         }
