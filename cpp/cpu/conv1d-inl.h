@@ -124,7 +124,7 @@ VIM_INLINE void conv_backward_window(const ConvBackwardArgs<T>& args, Index e, I
             if (args.f.silu) {
                 Vec<T> p = bias;
                 for (int k = 0; k < W; k++) p = fma(tap[k], window[k], p);
-                dp *= silu_gradient(p);
+                dp *= silu_gradient_of<T>(p);
             }
             for (int k = 0; k < W; k++) dtap[k] = fma(dp, window[k], dtap[k]);
             dbias += dp;
@@ -156,7 +156,7 @@ VIM_INLINE void conv_backward_any(const ConvBackwardArgs<T>& args, Index e, Inde
         const Index row = args.f.reverse ? total - 1 - t : t;
         if (!args.add_dx) store_upto<T>(args.dx + row * args.lddx + e, Vec<T>{}, n);
         Vec<T> dp = load_upto<T>(args.du + row * args.lddu + e, n);
-        if (args.f.silu) dp *= silu_gradient(conv_token<T, 0>(args.f, rows, t, e, n));
+        if (args.f.silu) dp *= silu_gradient_of<T>(conv_token<T, 0>(args.f, rows, t, e, n));
         dbias += dp;
         for (Index k = 0; k < args.f.width; k++) {
             const Index s = t - args.f.width + 1 + k;

@@ -209,15 +209,18 @@ VIM_INLINE Vec<float> brief_exp2(Vec<float> x)
                                      _mm512_maskz_slli_epi32(0xffff, bits, 19));
     return fma(scale * r, fma(r, splat(0.2402265f), splat(0.69314718f)), scale);
 }
-VIM_INLINE Vec<float> brief_silu(Vec<float> x)
+VIM_INLINE Vec<float> brief_reciprocal(Vec<float> x) { return (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x); }
+VIM_INLINE Vec<float> brief_sigmoid(Vec<float> x)
 {
     const Vec<float> y = at_most(at_least(x * -1.44269504f, splat(-126.0f)), splat(126.0f));
-    return x * (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)(1 + brief_exp2(y)));
+    return brief_reciprocal(1 + brief_exp2(y));
 }
-VIM_INLINE Vec<float> brief_softplus(Vec<float> x)
+// log(1 + e^x), and its derivative.
+VIM_INLINE Vec<float> brief_softplus(Vec<float> x, Vec<float>& slope)
 {
     const Vec<float> down = (Vec<float>)((Simd<float>::I)x | (int)0x80000000);
     const Vec<float> y = brief_exp2(at_least(down * 1.44269504f, splat(-126.0f)));
+    slope = (x < 0 ? y : splat(1.0f)) * brief_reciprocal(1 + y);
     Vec<float> p = fma(y, splat(-2.38688812e-2f), splat(1.01221643e-1f));  // log(1 + y) / y, relative error 8e-6
     p = fma(p, y, splat(-2.10048169e-1f));
     p = fma(p, y, splat(3.25206518e-1f));
@@ -234,15 +237,35 @@ template <class T>
 VIM_INLINE Vec<T> silu_of(Vec<T> x)
 {
 #if VIM_AVX512
-    if constexpr (brief<T>) return brief_silu(x);
+    if constexpr (brief<T>) return x * brief_sigmoid(x);
 #endif
     return silu(x);
+}
+template <class T>
+VIM_INLINE Vec<T> silu_gradient_of(Vec<T> x)
+{
+#if VIM_AVX512
+    if constexpr (brief<T>) {
+        const Vec<float> s = brief_sigmoid(x);
+        return s * (1 + x * (1 - s));
+    }
+#endif
+    return silu_gradient(x);
+}
+template <class T>
+VIM_INLINE Vec<T> softplus_of(Vec<T> x, Vec<T>& slope)
+{
+#if VIM_AVX512
+    if constexpr (brief<T>) return brief_softplus(x, slope);
+#endif
+    return softplus(x, slope);
 }
 template <class T>
 VIM_INLINE Vec<T> softplus_of(Vec<T> x)
 {
 #if VIM_AVX512
-    if constexpr (brief<T>) return brief_softplus(x);
+    Vec<float> slope;
+    if constexpr (brief<T>) return brief_softplus(x, slope);
 #endif
     return softplus(x);
 }
