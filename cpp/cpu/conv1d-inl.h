@@ -75,14 +75,14 @@ static void conv_forward_width(const ConvForwardArgs<T>& args)
                     const Vec<T> tap = load_upto<Wide<T>>(args.f.weight + k * args.f.dim + e, n);
                     for (int s = 0; s < block; s++) p[s] = fma(tap, x[s + k], p[s]);
                 }
-                for (int s = 0; s < block; s++) p[s] = Silu ? silu(p[s]) : p[s];
+                for (int s = 0; s < block; s++) p[s] = Silu ? silu_of<T>(p[s]) : p[s];
                 for (int s = 0; s < block; s++) store_upto<T>(to + s * step, p[s], n);
             });
             i += block;
         } else {
             each_channels<T>(args.f, [&](Index e, Index n) VIM_INLINE_LAMBDA {
                 const Vec<T> p = conv_token<T, W>(args.f, rows, t, e, n);
-                store_upto<T>(u + i * step + e, Silu ? silu(p) : p, n);
+                store_upto<T>(u + i * step + e, Silu ? silu_of<T>(p) : p, n);
             });
             i++;
         }
@@ -124,7 +124,7 @@ VIM_INLINE void conv_backward_window(const ConvBackwardArgs<T>& args, Index e, I
             if (args.f.silu) {
                 Vec<T> p = bias;
                 for (int k = 0; k < W; k++) p = fma(tap[k], window[k], p);
-                dp *= silu_gradient(p);
+                dp *= silu_gradient_of<T>(p);
             }
             for (int k = 0; k < W; k++) dtap[k] = fma(dp, window[k], dtap[k]);
             dbias += dp;
@@ -156,7 +156,7 @@ VIM_INLINE void conv_backward_any(const ConvBackwardArgs<T>& args, Index e, Inde
         const Index row = args.f.reverse ? total - 1 - t : t;
         if (!args.add_dx) store_upto<T>(args.dx + row * args.lddx + e, Vec<T>{}, n);
         Vec<T> dp = load_upto<T>(args.du + row * args.lddu + e, n);
-        if (args.f.silu) dp *= silu_gradient(conv_token<T, 0>(args.f, rows, t, e, n));
+        if (args.f.silu) dp *= silu_gradient_of<T>(conv_token<T, 0>(args.f, rows, t, e, n));
         dbias += dp;
         for (Index k = 0; k < args.f.width; k++) {
             const Index s = t - args.f.width + 1 + k;

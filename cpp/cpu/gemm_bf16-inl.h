@@ -1,39 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Matrix products of bf16 with float32 sums, as in gemm-inl.h. Neighbours along the sum go in pairs, a pair in a 32-bit
-// word, the earlier in its lower half, and one instruction adds both products of every word:
-//   dot(sum, a, b) = (sum + a_odd b_odd) + a_even b_even, rounded after each of the two
-// Where the machine has no such instruction the same is written in plain arithmetic. Weights are packed in pairs once,
+// word (pairs.h), and one instruction adds both products of every word. Weights are packed in pairs once,
 // [ceil(n / nr)][ceil(k / 2)][nr], zero-padded. A sum runs over its pairs in ascending order in one accumulator,
 // whatever tile it falls into.
 #pragma once
 
 #include "gemm-inl.h"
+#include "pairs.h"
 
 namespace vimcore::cpu::VIM_ISA {
-
-typedef unsigned Word __attribute__((may_alias));
-using PairWords = Simd<bf16>::W;
-using UnalignedPairs = Simd<bf16>::UW;
-
-VIM_INLINE Vec<float> dot(Vec<float> sum, PairWords a, PairWords b)
-{
-#if defined(__AVX512BF16__)
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-    sum = fma((Vec<float>)(a & 0xffff0000u), (Vec<float>)(b & 0xffff0000u), sum);
-    return fma((Vec<float>)(a << 16), (Vec<float>)(b << 16), sum);
-#endif
-}
-
-VIM_INLINE unsigned pair_at(const bf16* p)
-{
-    unsigned word;
-    __builtin_memcpy(&word, p, sizeof word);
-    return word;
-}
-VIM_INLINE unsigned pair_of(bf16 even, bf16 odd) { return even.bits | unsigned(odd.bits) << 16; }
-
-VIM_INLINE Index pairs_of(Index k) { return (k + 1) / 2; }
 
 // One tile: the pair (r, p) of the left side is at a[r * row_stride + p * step]; b is a panel; y is the tile's corner.
 template <class Y>

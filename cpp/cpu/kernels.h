@@ -146,9 +146,9 @@ struct ScanArgs {
     const T* u;
     Index ldu;
     const T* dt;
-    Index lddt;                // rank > 0: (len, R) low-rank; rank 0: (len, E) delta before bias and softplus
-    const Wide<T>* dt_weight;  // (R, E) transposed, or null when rank is 0
-    const Wide<T>* dt_bias;    // (E) or null
+    Index lddt;              // rank > 0: (len, R) low-rank; rank 0: (len, E) delta before bias and softplus
+    const T* dt_weight;      // (R, E) transposed, or null when rank is 0; bf16: pairs along R, (ceil(R / 2), E, 2)
+    const Wide<T>* dt_bias;  // (E) or null
     bool softplus;
     const Wide<T>* A;  // (N, E): A * log2(e), transposed
     const Wide<T>*B, *C;

@@ -11,7 +11,7 @@
 // several calls changes no bit.
 #pragma once
 
-#include "simd.h"
+#include "pairs.h"
 
 namespace vimcore::cpu::VIM_ISA {
 
@@ -56,11 +56,22 @@ static void scan_delta(const ScanArgs<T>& f, Rows<const T> dt, Index count, Inde
             row[i] = dt.at(s0 + i < count ? s0 + i : count - 1);
             sum[i] = bias;
         }
-        const W* weight = f.dt_weight + e;
-        for (Index r = 0; r < f.rank; r++, weight += f.dim) {
-            const Vec<W> w = load_upto<W>(weight, live);
+        if constexpr (narrow<T>) {
+            const Word* weight = reinterpret_cast<const Word*>(f.dt_weight) + e;
+            for (Index r = 0; r < f.rank; r += 2, weight += f.dim) {
+                const PairWords w = load_words(weight, live);
+                const bool odd = r + 1 == f.rank;
 #pragma GCC unroll 8
-            for (int i = 0; i < wide; i++) sum[i] = fma(w, splat(row[i][r]), sum[i]);
+                for (int i = 0; i < wide; i++)
+                    sum[i] = dot(sum[i], (odd ? row[i][r].bits : pair_at(row[i] + r)) - PairWords{}, w);
+            }
+        } else {
+            const T* weight = f.dt_weight + e;
+            for (Index r = 0; r < f.rank; r++, weight += f.dim) {
+                const Vec<W> w = load_upto<T>(weight, live);
+#pragma GCC unroll 8
+                for (int i = 0; i < wide; i++) sum[i] = fma(w, splat(row[i][r]), sum[i]);
+            }
         }
         for (int i = 0; i < wide; i++)
             if (s0 + i < count) store<W>(out + (s0 + i) * lanes<W>, sum[i]);
@@ -84,7 +95,7 @@ static void scan_recur(const Wide<T>* A, Wide<T>* state, const Wide<T>* delta, c
         if constexpr (output) sum[0] = load<W>(y + s * w);
 #pragma GCC unroll 16
         for (int n = 0; n < G; n++) {
-            const Vec<W> a = exp2_product<far>(d, load<W>(A + n * w));
+            const Vec<W> a = decay_of<T, far>(d, load<W>(A + n * w));
             h[n] = fma(a, h[n], x * b[n]);
             if constexpr (output) sum[n & 1] = fma(h[n], splat(c[n]), sum[n & 1]);
         }
@@ -117,8 +128,8 @@ template <class T, bool output>
 static void scan_groups(Vec<Wide<T>> largest, Index count, const Wide<T>* A, Wide<T>* h, const Wide<T>* delta,
                         const Wide<T>* du, Rows<const Wide<T>> B, Rows<const Wide<T>> C, Index tokens, Wide<T>* y)
 {
-    if constexpr (exp2_has_far<Wide<T>>)
-        if (exp2_is_far<Wide<T>>(delta, tokens, largest))
+    if constexpr (exp2_has_far<T>)
+        if (exp2_is_far<T>(delta, tokens, largest))
             return scan_groups<T, output, true>(count, A, h, delta, du, B, C, tokens, y);
     scan_groups<T, output, false>(count, A, h, delta, du, B, C, tokens, y);
 }
@@ -164,7 +175,7 @@ static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index
         scan_delta(f, rows(f.dt, f.lddt, token, f.reverse), count, e, live, delta);
         for (Index s = 0; s < count; s++) {
             Vec<W> d = load<W>(delta + s * w);
-            if (f.softplus) d = softplus(d);
+            if (f.softplus) d = softplus_of<T>(d);
             const Vec<W> in = load_upto<T>(u.at(s) + e, live);
             prefetch(u.at(s + scan_block) + e);
             store<W>(delta + s * w, d);
@@ -178,7 +189,7 @@ static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index
             prefetch(out.at(s + scan_block) + e);
             if (finish && f.z) prefetch(z.at(s + scan_block) + e);
             if (add) v += load_upto<T>(out.at(s) + e, live);
-            if (finish) v *= f.z ? scale * silu(load_upto<T>(z.at(s) + e, live)) : scale;
+            if (finish) v *= f.z ? scale * silu_of<T>(load_upto<T>(z.at(s) + e, live)) : scale;
             store_upto<T>(out.at(s) + e, v, live);
         }
     }

@@ -35,6 +35,21 @@ const Wide<T>* packed_A(Context& ctx, const Tensor& A_log)
                      [&](W* out) { kernels<W>().prepare_A(A_log.as<W>(), dim, state, out); });
 }
 
+template <class T>
+const T* packed_dt(Context& ctx, const Tensor& weight)
+{
+    const Index dim = weight.size(0), rank = weight.size(1);
+    if constexpr (std::is_same_v<T, Wide<T>>)
+        return packed_transpose<T>(ctx, weight, dim, rank);
+    else
+        return packed<T>(ctx, weight, WeightForm::transposed, round_up(rank, 2) * dim, [&](T* out) {
+            const Wide<T>* in = weight.as<Wide<T>>();
+            for (Index e = 0; e < dim; e++)
+                for (Index r = 0; r < round_up(rank, 2); r++)
+                    out[(r / 2 * dim + e) * 2 + r % 2] = T(r < rank ? in[e * rank + r] : Wide<T>(0));
+        });
+}
+
 // B and C in the type of the sums: as they are, or converted once for all channels.
 template <class T>
 void set_BC(Context& ctx, ScanArgs<T>& s, const T* B, const T* C, Index ld, Index rows)
@@ -78,7 +93,7 @@ Pass<T> make_pass(Context& ctx, const Scan& a, const Arguments& p, Index begin)
     s.ldu = inner;
     s.dt = p.q.template as<T>();
     s.lddt = pass.q_row;
-    s.dt_weight = packed_transpose<Wide<T>>(ctx, p.dt_weight, inner, rank);
+    s.dt_weight = packed_dt<T>(ctx, p.dt_weight);
     s.dt_bias = p.dt_bias.template as<Wide<T>>();
     s.softplus = true;
     s.A = packed_A<T>(ctx, p.A_log);

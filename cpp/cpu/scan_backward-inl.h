@@ -88,27 +88,29 @@ static Index scan_backward_scratch(Index state, Index chunk, Index channels)
 
 // G states of one tile, forward: keeps a and h[t - 1], adds C h to y and gy h to dC. Row s of the kept is at s * ld.
 template <class T, int G, bool far>
-static void scan_replay(const T* A, const T* start, const ScanTile<T>& tile, const T* dy, Rows<const T> B,
-                        Rows<const T> C, Index count, Index ld, T* decay, T* before, Rows<const T> dC_in, T* dC, T* y)
+static void scan_replay(const Wide<T>* A, const Wide<T>* start, const ScanTile<Wide<T>>& tile, const Wide<T>* dy,
+                        Rows<const Wide<T>> B, Rows<const Wide<T>> C, Index count, Index ld, Wide<T>* decay,
+                        Wide<T>* before, Rows<const Wide<T>> dC_in, Wide<T>* dC, Wide<T>* y)
 {
+    using W = Wide<T>;
     constexpr int w = lanes<T>;
-    Vec<T> h[G];
+    Vec<W> h[G];
 #pragma GCC unroll 16
-    for (int n = 0; n < G; n++) h[n] = load<T>(start + n * w);
-    const T *b = B.first, *c = C.first;
+    for (int n = 0; n < G; n++) h[n] = load<W>(start + n * w);
+    const W *b = B.first, *c = C.first;
     for (Index s = 0; s < count; s++) {
-        const Vec<T> d = load<T>(tile.delta + s * w), x = load<T>(tile.du + s * w), gy = load<T>(dy + s * w);
-        Vec<T> sum[2] = {load<T>(y + s * w), splat(T(0))};
+        const Vec<W> d = load<W>(tile.delta + s * w), x = load<W>(tile.du + s * w), gy = load<W>(dy + s * w);
+        Vec<W> sum[2] = {load<W>(y + s * w), splat(W(0))};
 #pragma GCC unroll 16
         for (int n = 0; n < G; n++) {
-            const Vec<T> a = exp2_product<far>(d, load<T>(A + n * w));
-            store<T>(decay + n * w, a);
-            store<T>(before + n * w, h[n]);
+            const Vec<W> a = decay_of<T, far>(d, load<W>(A + n * w));
+            store<W>(decay + n * w, a);
+            store<W>(before + n * w, h[n]);
             h[n] = fma(a, h[n], x * b[n]);
             sum[n & 1] = fma(h[n], splat(c[n]), sum[n & 1]);
-            store<T>(dC + n * w, fma(gy, h[n], load<T>(dC_in.first + n * w)));
+            store<W>(dC + n * w, fma(gy, h[n], load<W>(dC_in.first + n * w)));
         }
-        store<T>(y + s * w, sum[0] + sum[1]);
+        store<W>(y + s * w, sum[0] + sum[1]);
         b += B.step;
         c += C.step;
         decay += ld;
@@ -179,7 +181,7 @@ struct ScanBackward {
             prefetch(u.at(s + scan_tile) + e);
             const Vec<W> in = load_upto<T>(u.at(s) + e, n), raw = load<W>(tile.delta + s * w);
             Vec<W> d = raw, slope = splat(W(1));
-            if (f.softplus) d = softplus(raw, slope);
+            if (f.softplus) d = softplus_of<T>(raw, slope);
             store<W>(tile.slope + s * w, slope);
             store<W>(tile.delta + s * w, d);
             store<W>(tile.u + s * w, in);
@@ -225,7 +227,7 @@ struct ScanBackward {
             prefetch(ddelta.at(s) + e + w);
             if (f.z) prefetch(z.at(s) + e + w);
             Vec<W> gate = scale;
-            if (f.z) gate *= silu(load_upto<T>(z.at(s) + e, n_live));
+            if (f.z) gate *= silu_of<T>(load_upto<T>(z.at(s) + e, n_live));
             store<W>(sums.gy + s * w, gate * load_upto<T>(dout.at(s) + e, n_live));
             store<W>(sums.y + s * w, D * load<W>(tile.u + s * w));
             store<W>(sums.lambda_B + s * w, splat(W(0)));
@@ -243,12 +245,12 @@ struct ScanBackward {
             }
         };
         auto groups = [&]<bool far>(Flag<far>) {
-            both(scan_replay<W, walk_group, far>, scan_walk<W, walk_group>, walk_group);
-            if constexpr (walk_group > 4) both(scan_replay<W, 4, far>, scan_walk<W, 4>, 4);
-            both(scan_replay<W, 1, far>, scan_walk<W, 1>, 1);
+            both(scan_replay<T, walk_group, far>, scan_walk<W, walk_group>, walk_group);
+            if constexpr (walk_group > 4) both(scan_replay<T, 4, far>, scan_walk<W, 4>, 4);
+            both(scan_replay<T, 1, far>, scan_walk<W, 1>, 1);
         };
-        if constexpr (exp2_has_far<W>)
-            exp2_is_far<W>(tile.delta, count, load<W>(scratch.largest + v * w)) ? groups(Flag<true>{})
+        if constexpr (exp2_has_far<T>)
+            exp2_is_far<T>(tile.delta, count, load<W>(scratch.largest + v * w)) ? groups(Flag<true>{})
                                                                                 : groups(Flag<false>{});
         else
             groups(Flag<false>{});
@@ -345,9 +347,9 @@ static void gate_backward(const GateBackwardArgs<T>& g)
             const Vec<W> y = load_upto<T>(g.y + t * g.ldy + e, live), z = load_upto<T>(g.z + t * g.ldz + e, live);
             if (g.dz) {
                 const Vec<W> dout = load_upto<T>(g.dout + t * g.lddout + e, live);
-                store_upto<T>(g.dz + t * g.lddz + e, scale * dout * y * silu_gradient(z), live);
+                store_upto<T>(g.dz + t * g.lddz + e, scale * dout * y * silu_gradient_of<T>(z), live);
             }
-            store_upto<T>(g.y + t * g.ldy + e, scale * y * silu(z), live);
+            store_upto<T>(g.y + t * g.ldy + e, scale * y * silu_of<T>(z), live);
         }
 }
 
