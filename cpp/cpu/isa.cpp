@@ -2,6 +2,14 @@
 #include "isa.h"
 
 #include <cstdlib>
+#if defined(VIMCORE_HAVE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(VIMCORE_HAVE_NEONBF16)
+#include <sys/auxv.h>
+#endif
 
 #include "vimcore/error.h"
 
@@ -23,6 +31,36 @@ bool has_avx512()
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
+#if defined(VIMCORE_HAVE_AMX)
+// The processor, and the system's permission for this process, asked for once: without it a tile is a fault.
+bool has_amx()
+{
+    static const bool granted = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+        if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+        if ((d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
+#if defined(__linux__)
+        constexpr long request_permission = 0x1023, tile_data = 18;
+        return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+        return false;
+#endif
+    }();
+    return granted;
+}
+#endif
+#if defined(VIMCORE_HAVE_NEONBF16)
+bool has_neonbf16()
+{
+#if defined(__linux__) && defined(HWCAP2_BF16)
+    return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
+#else
+    return false;
+#endif
+}
+#endif
+
 struct Entry {
     const char* name;
     bool (*available)();
@@ -40,6 +78,9 @@ constexpr Entry entries[] = {
 #if defined(VIMCORE_HAVE_NEON)
     {"neon", always, kernels_neon<float>, kernels_neon<double>, kernels_neon<bf16>, false},
 #endif
+#if defined(VIMCORE_HAVE_NEONBF16)
+    {"neonbf16", has_neonbf16, kernels_neon<float>, kernels_neon<double>, kernels_neonbf16<bf16>, true},
+#endif
 #if defined(VIMCORE_HAVE_AVX2)
     {"avx2", has_avx2, kernels_avx2<float>, kernels_avx2<double>, kernels_avx2<bf16>, false},
 #endif
@@ -48,6 +89,9 @@ constexpr Entry entries[] = {
 #endif
 #if defined(VIMCORE_HAVE_AVX512BF16)
     {"avx512bf16", has_avx512bf16, kernels_avx512<float>, kernels_avx512<double>, kernels_avx512bf16<bf16>, true},
+#endif
+#if defined(VIMCORE_HAVE_AMX)
+    {"amx", has_amx, kernels_avx512<float>, kernels_avx512<double>, kernels_amx<bf16>, true},
 #endif
 };
 

@@ -12,7 +12,9 @@
 #include "scan-inl.h"
 #include "scan_backward-inl.h"
 
-#if defined(VIM_BF16)
+#if defined(VIM_AMX) || defined(VIM_BFMMLA)
+#include "gemm_blocks-inl.h"
+#elif defined(VIM_BF16)
 #include "gemm_bf16-inl.h"
 #endif
 
@@ -24,15 +26,25 @@
 namespace vimcore::cpu {
 namespace VIM_ISA {
 
+#if defined(VIM_AMX) || defined(VIM_BFMMLA)
+template <class T>
+using TableTile = BlockUnit;
+#else
+template <class T>
+struct TableTile : GemmTile<T> {
+    static constexpr int depth = narrow<T> ? 2 : 1;
+};
+#endif
+
 template <class T>
 static constexpr Kernels<T> make_table()
 {
     Kernels<T> table = {
         .isa = VIM_NAME(VIM_ISA),
         .lanes = lanes<T>,
-        .mr = GemmTile<T>::rows,
-        .nr = GemmTile<T>::columns,
-        .depth = narrow<T> ? 2 : 1,
+        .mr = TableTile<T>::rows,
+        .nr = TableTile<T>::columns,
+        .depth = TableTile<T>::depth,
         .pack = pack<T>,
         .gemm = gemm<T>,
         .gemm_tn = gemm_tn<T>,

@@ -39,8 +39,8 @@ struct WideOf<bf16> {
 template <class T>
 using Wide = typename WideOf<T>::type;
 
-// Packed right-hand side: panels [ceil(n / nr)][k][nr], zero-padded. transposed: w is (k, n). bf16: pairs of k lie side
-// by side, and k is padded to a multiple of `depth`.
+// Packed right-hand side: panels [ceil(n / nr)][k][nr], zero-padded. transposed: w is (k, n). bf16: the order that the
+// unit wants, and k is padded to a multiple of `depth`.
 template <class T>
 struct PackArgs {
     const Wide<T>* w;
@@ -260,5 +260,9 @@ const Kernels<T>* kernels_neon();
 // With a unit for bf16, which is the only type that they are made for.
 template <class T>
 const Kernels<T>* kernels_avx512bf16();
+template <class T>
+const Kernels<T>* kernels_amx();
+template <class T>
+const Kernels<T>* kernels_neonbf16();
 
 }  // namespace vimcore::cpu

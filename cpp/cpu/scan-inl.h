@@ -7,6 +7,7 @@
 // One vector of channels at a time walks all tokens, with its states in registers. Tokens are taken in blocks: first
 // delta and delta u of the block, then the recurrence, then the gate, so that each part keeps the pipelines full. More
 // states than the registers hold are taken in groups within a block, and in passes over the tokens beyond 16.
+// A direction's y is rounded to bf16 before both are added, so that their order changes no bit.
 // Every token is computed by the same instructions wherever a block or a call begins, so cutting a sequence into
 // several calls changes no bit.
 #pragma once
@@ -15,8 +16,10 @@
 
 namespace vimcore::cpu::VIM_ISA {
 
-inline constexpr int scan_block = 32;   // tokens between two visits to the states in memory
-inline constexpr int scan_states = 16;  // states of one pass over the tokens
+inline constexpr int scan_block = 32;  // tokens between two visits to the states in memory
+// States of one pass over the tokens. bf16 wants all in one, as what a pass leaves is rounded.
+template <class T>
+inline constexpr int scan_states = narrow<T> ? 256 : 16;
 // States whose h stays in registers: 16 of 32 vector registers, or half of 16.
 #if VIM_AVX512 || defined(__aarch64__)
 inline constexpr int scan_group = 16;
@@ -149,7 +152,7 @@ static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index
 {
     using W = Wide<T>;
     constexpr int w = lanes<T>;
-    alignas(64) W A[scan_states * w], h[scan_states * w];
+    alignas(64) W A[scan_states<T> * w], h[scan_states<T> * w];
     alignas(64) W delta[scan_block * w], du[scan_block * w], y[scan_block * w];
     for (Index n = 0; n < states; n++) {
         store<W>(A + n * w, load_upto<W>(f.A + (n0 + n) * f.dim + e, live));
@@ -188,6 +191,8 @@ static void scan_pass(const ScanArgs<T>& f, Index e, Index live, Index n0, Index
             Vec<W> v = load<W>(y + s * w);
             prefetch(out.at(s + scan_block) + e);
             if (finish && f.z) prefetch(z.at(s + scan_block) + e);
+            if constexpr (narrow<T>)  // as the other direction's is, whichever comes first
+                if (add) v = widen(rounded(v));
             if (add) v += load_upto<T>(out.at(s) + e, live);
             if (finish) v *= f.z ? scale * silu_of<T>(load_upto<T>(z.at(s) + e, live)) : scale;
             store_upto<T>(out.at(s) + e, v, live);
@@ -213,8 +218,8 @@ static void scan_forward(const ScanArgs<T>& f)
 {
     for (Index e = f.e0; e < f.e1; e += lanes<T>) {
         const Index live = f.e1 - e < lanes<T> ? f.e1 - e : lanes<T>;
-        for (Index n = 0; n < f.state; n += scan_states) {
-            const Index states = f.state - n < scan_states ? f.state - n : scan_states;
+        for (Index n = 0; n < f.state; n += scan_states<T>) {
+            const Index states = f.state - n < scan_states<T> ? f.state - n : scan_states<T>;
             scan_pass(f, e, live, n, states, f.add || n > 0, f.finish && n + states == f.state);
         }
     }
