@@ -45,8 +45,9 @@ class Values {
 public:
     Values(const Config& config, DType dtype) : dtype_(dtype)
     {
-        for_each_param(config, params,
-                       [&](const std::string&, Tensor& tensor, const Shape& shape) { tensor = make(shape, wide(dtype_)); });
+        for_each_param(config, params, [&](const std::string&, Tensor& tensor, const Shape& shape) {
+            tensor = make(shape, wide(dtype_));
+        });
         params.changed();
     }
     Tensor make(const Shape& shape) { return make(shape, dtype_); }

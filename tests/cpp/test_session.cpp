@@ -119,15 +119,15 @@ void test_shared_model(const std::shared_ptr<const Model>& model, DType dtype)
 {
     const std::int64_t batch = 5;
     const std::vector<float> images = make_images(model->config(), batch);
-    const std::vector<float> expected = Session(model, {.max_batch = 8, .threads = 1, .dtype = dtype}).run(images.data(), batch);
+    const std::vector<float> expected =
+        Session(model, {.max_batch = 8, .threads = 1, .dtype = dtype}).run(images.data(), batch);
     std::vector<std::vector<float>> answers(8);
     std::vector<std::thread> callers;
     for (std::size_t i = 0; i < answers.size(); i++)
         callers.emplace_back([&, i] {
-            Session session(
-                model, {.max_batch = 1 + static_cast<std::int64_t>(i) % 4,
-                        .threads = 1 + static_cast<int>(i) % 3,
-                        .dtype = dtype});
+            Session session(model, {.max_batch = 1 + static_cast<std::int64_t>(i) % 4,
+                                    .threads = 1 + static_cast<int>(i) % 3,
+                                    .dtype = dtype});
             for (int round = 0; round < 3; round++) answers[i] = session.run(images.data(), batch);
         });
     for (std::thread& caller : callers) caller.join();

@@ -115,7 +115,7 @@ def test_floor_of_vim_tiny() -> None:
     model = vimcore.create_model("vim_tiny_patch16_224")
     sizes = cpu.Sizes(224, 192, model.flops())
     assert cpu.floor_flops(sizes) == 2 * linear + 20 * updates
-    narrow = 3 * 384 * 192 + 2 * 44 * 384  # in bfloat16 not: taps and time steps
+    narrow = per_token - 2 * 4 * 384  # in bfloat16: all but the taps
     assert cpu.linear_flops(sizes) == 2 * (197 * 24 * narrow + 196 * 768 * 192 + 192 * 1000)
 
 
