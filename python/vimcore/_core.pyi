@@ -30,8 +30,8 @@ def cuda_device_count() -> int: ...
 def cuda_description(device: int) -> str: ...
 def cuda_products() -> dict[str, Any]:
     """
-    Products of matrices on CUDA so far: by cuBLASLt; by built-in kernels, as it had no algorithm; by it with another
-    algorithm than other numbers of rows have.
+    Products of matrices on CUDA so far: by cuBLASLt, by built-in kernels as it had no algorithm,
+    by it with another algorithm than other numbers of rows have.
     """
 
 def fma_peak(threads: int) -> float: ...

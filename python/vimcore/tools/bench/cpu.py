@@ -29,8 +29,8 @@ from .memory import peak_bytes
 from .networks import OURS, WITHOUT_NECK, build, dtype_of, neck_flops, placed
 from .peers import load_module, quiet
 
-# Slots of the pipe that multiplies, times two: the exponential takes most of them. In bfloat16 it is shorter, and
-# what it adds goes elsewhere where the processor has a pipe for additions.
+# Slots of the pipe that multiplies, times two: the exponential takes most of them. In bfloat16 it is shorter,
+# and what it adds goes elsewhere where the processor has a pipe for additions.
 STATE_UPDATE_FLOPS = {"float32": 20, "bfloat16": 14}
 CONVOLUTION = 4  # taps
 HEADER = (
