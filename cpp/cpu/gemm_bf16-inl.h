@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Matrix products of bf16 with float32 sums, as in gemm-inl.h. Neighbours along the sum go in pairs, a pair in a 32-bit
-// word (pairs.h), and one instruction adds both products of every word. Weights are packed in pairs once,
+// word (pairs-inl.h), and one instruction adds both products of every word. Weights are packed in pairs once,
 // [ceil(n / nr)][ceil(k / 2)][nr], zero-padded. A sum runs over its pairs in ascending order in one accumulator,
 // whatever tile it falls into.
 #pragma once
 
 #include "gemm-inl.h"
-#include "pairs.h"
+#include "pairs-inl.h"
 
 namespace vimcore::cpu::VIM_ISA {
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products of bf16 on units that multiply blocks (block_units.h), float32 sums. Weights are packed once,
+// Matrix products of bf16 on units that multiply blocks (block_units-inl.h), float32 sums. Weights are packed once,
 // [ceil(n / columns)][ceil(k / depth)][depth / group][columns][group], zero-padded. A block's sums run over k in
 // ascending steps, whatever rows and panels a call computes; what a step lacks at the edges of x is zero.
 #pragma once
 
-#include "block_units.h"
+#include "block_units-inl.h"
 #include "gemm-inl.h"
 
 namespace vimcore::cpu::VIM_ISA {

@@ -12,7 +12,7 @@
 // several calls changes no bit.
 #pragma once
 
-#include "pairs.h"
+#include "pairs-inl.h"
 
 namespace vimcore::cpu::VIM_ISA {
 
