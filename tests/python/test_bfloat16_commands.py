@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +212,23 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plot", str(file), "--out", str(tmp_path)]) == 0
     assert main(["bench", *options, "--peers", "vimcore-float32"]) == 0
     assert "is measured beside 16 bits" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_digits_script_goes_on(tmp_path: Path) -> None:
+    """tests/bench/digits_bf16.py: one run in each type, not made again; the status follows from the means."""
+    file = Path(__file__).resolve().parents[1] / "bench" / "digits_bf16.py"
+    options = [sys.executable, str(file), "--epochs", "1", "--out", str(tmp_path)]
+    first = subprocess.run([*options, "--seeds", "0"], capture_output=True, text=True, check=False)
+    report = json.loads((tmp_path / "digits-bf16.json").read_text())
+    assert [(run["dtype"], run["seed"]) for run in report["runs"]] == [("float32", 0), ("bfloat16", 0)]
+    assert report["runs"][0]["loss"] != report["runs"][1]["loss"]
+    lost = report["mean"]["float32"] - report["mean"]["bfloat16"]
+    assert first.returncode == int(lost > report["allowed_loss"]), first.stderr
+    again = subprocess.run([*options, "--seeds", "0"], capture_output=True, text=True, check=False)
+    assert "[1/" in first.stderr
+    assert "[1/" not in again.stderr
+    assert again.stdout == first.stdout == (tmp_path / "digits-bf16.md").read_text()
 
 
 def test_wrong_types(weights: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
