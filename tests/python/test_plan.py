@@ -116,7 +116,7 @@ def test_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "img_size" in capsys.readouterr().err
     assert cli.main(["plan", "--weights", str(tmp_path / "none")]) == 1
     assert "none" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="dtype: expected float32 on cpu, got 'bfloat16'"):
-        plan.needed({}, 1, "inference", "cpu", "bfloat16")
+    with pytest.raises(ValueError, match="dtype: expected 'float32' or 'bfloat16' on cpu, got 'float16'"):
+        plan.needed({}, 1, "inference", "cpu", "float16")
     with pytest.raises(SystemExit, match="2"):
         cli.main(["plan", "--batch", "0"])
