@@ -30,7 +30,16 @@ CudaProducts cuda_products();
 
 BuildInfo build_info();  // vimcore::Error when VIMCORE_ISA names kernels that are unknown or not available
 
-// float32 multiply-add rate of `threads` busy threads in GFLOP/s, measured now for a few milliseconds.
+// What multiplies bfloat16 on this CPU: "avx512bf16", ...; "emulated" where VIMCORE_ISA names kernels without such a
+// unit, exact but slow; "" where there is no unit: then operators refuse activations of DType::bf16 on the CPU.
+std::string bf16_unit();
+
+// Why this CPU does not compute with activations of DType::bf16, and what to do; "" where it does.
+std::string bf16_refusal();
+
+// float32 multiply-add rate of `threads` busy threads in GFLOP/s, measured now for a few milliseconds; the same of what
+// multiplies bfloat16 (Error: nothing does).
 double fma_peak(int threads);
+double bf16_peak(int threads);
 
 }  // namespace vimcore

@@ -3,8 +3,8 @@
 // the context's backend. Gradients of parameters are added to; gradients of activations are overwritten.
 // Sizes: B batch, L tokens, D width, E inner width, N state, R dt rank, K conv width. All tensors are channel-last.
 // A tensor marked "or none" may be left out.
-// Types: activations are f32 or f64 on the CPU; f32, f16 or bf16 on CUDA. Parameters and their gradients, the residual
-// stream and its gradient, row_scale, dropout, tables and scan states are wide(that type): never below f32.
+// Types: activations are f32, f64 or bf16 on the CPU; f32, f16 or bf16 on CUDA. Parameters and their gradients, the
+// residual stream and its gradient, row_scale, dropout, tables and scan states are wide(that type): never below f32.
 #pragma once
 
 #include <array>

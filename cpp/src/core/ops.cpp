@@ -74,13 +74,14 @@ public:
 private:
     bool computes(DType dtype) const
     {
-        if (ctx_.device().type == Device::Type::cpu) return dtype == DType::f32 || dtype == DType::f64;
+        if (ctx_.device().type == Device::Type::cpu)
+            return dtype == DType::f32 || dtype == DType::f64 || dtype == DType::bf16;
         return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16;
     }
 
     const char* types() const
     {
-        return ctx_.device().type == Device::Type::cpu ? "f32 or f64 on the cpu" : "f32, f16 or bf16 on cuda";
+        return ctx_.device().type == Device::Type::cpu ? "f32, f64 or bf16 on the cpu" : "f32, f16 or bf16 on cuda";
     }
 
     const Check& exactly(const char* name, const Tensor& tensor, const Shape& shape, DType dtype) const
