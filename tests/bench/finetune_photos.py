@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tuning on few photographs by the preset `finetune`: from drawn weights, and from pretrained ones.
 
-    python tests/bench/finetune_photos.py --runs RUNS                  # twenty minutes of one core
+    python tests/bench/finetune_photos.py --runs RUNS                  # ten minutes of one core
     python tests/bench/finetune_photos.py --runs RUNS --jobs 2 --out tests/bench/results
 
 Needs scikit-image and scikit-learn: a class is one of the pictures in their packages, in grey. Squares

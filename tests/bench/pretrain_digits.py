@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pretraining without labels gives to handwritten digits of which few have labels.
 
-    python tests/bench/pretrain_digits.py --runs RUNS                        # an hour of one core
+    python tests/bench/pretrain_digits.py --runs RUNS                        # forty minutes of one core
     python tests/bench/pretrain_digits.py --runs RUNS --jobs 2 --out tests/bench/results
 
 Needs scikit-learn. `vimcore train` pretrains on the 1,438 training digits without their labels, by the
