@@ -62,7 +62,7 @@ nb::dict plan_bytes(const Config& config, std::int64_t batch, const std::string&
     if (memory.empty()) {
         out["scratch"] = forward_bytes(config, batch, type, threads, device);
     } else {
-        out["saved"] = saved_bytes(config, to_memory(memory), batch, type);
+        out["saved"] = saved_bytes(config, to_memory(memory), batch, type, device);
         out["scratch"] = training_bytes(config, to_memory(memory), batch, type, threads, device);
     }
     return out;

@@ -37,12 +37,27 @@ NB_MODULE(_core, m)
           "Version, compiler, kernels in use and built in, CUDA devices, JPEG, PNG, OpenMP.");
     m.def("cuda_device_count", cuda_device_count);
     m.def("cuda_description", cuda_description, nb::arg("device"));
+    m.def(
+        "cuda_products",
+        [] {
+            const CudaProducts products = cuda_products();
+            nb::dict out;
+            out["library"] = products.library;
+            out["built_in"] = products.built_in;
+            out["other_algorithm"] = products.other_algorithm;
+            out["first_built_in"] = products.first_built_in;
+            return out;
+        },
+        nb::sig("def cuda_products() -> dict[str, typing.Any]"),
+        "Products of matrices on CUDA so far: by cuBLASLt, by built-in kernels as it had no algorithm,\nby it with "
+        "another algorithm than other numbers of rows have.");
     m.def("fma_peak", fma_peak, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "release_memory",
         [] {
             contexts().clear();
             captured_saved().clear();
+            captured_weights().clear();
         },
         "Frees the scratch memory that calls keep for the next ones.\n\nCUDA graphs captured before must not run "
         "again.");

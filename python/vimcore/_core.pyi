@@ -23,6 +23,12 @@ def build_info() -> dict[str, Any]:
 
 def cuda_device_count() -> int: ...
 def cuda_description(device: int) -> str: ...
+def cuda_products() -> dict[str, Any]:
+    """
+    Products of matrices on CUDA so far: by cuBLASLt; by built-in kernels, as it had no algorithm; by it with another
+    algorithm than other numbers of rows have.
+    """
+
 def fma_peak(threads: int) -> float: ...
 def release_memory() -> None:
     """

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "check_cuda.h"
+#include "core/device_scratch.h"
 #include "scan/choice.h"
 #include "vimcore/ops.h"
 
@@ -95,7 +96,9 @@ Outputs run(Side& side, const Case& c, const Inputs& in)
         const Inputs::Pass& p = in.pass[i];
         passes[i].reverse = c.ways[i].reverse;
         passes[i].u = activation({c.batch, c.tokens(i), c.inner}, p.u);
-        passes[i].q = activation({c.batch, c.tokens(i), c.row()}, p.q);
+        const Index row =
+            c.len % 2 ? device_scratch::padded_columns(c.row(), side.dtype, side.ctx.device().type) : c.row();
+        passes[i].q = activation({c.batch, c.tokens(i), row}, with_rows(p.q, c.row(), row, std::nanf("")));
         passes[i].A_log = side.parameter({c.inner, c.state}, p.A_log);
         passes[i].D = side.parameter({c.inner}, p.D);
         passes[i].dt_weight = side.parameter({c.inner, c.rank}, p.dt_weight);
@@ -390,7 +393,7 @@ void test_extremes()
                         c.len = 500;
                         c.inner = 8;
                     }),
-               DType::f32, 1e-4);
+               DType::f32, 3e-4);  // a table of exponentials may err by 2 ulp and to one side near 0
 }
 
 // The same against the CPU backend, whose own tests check it against loops and finite differences.
@@ -563,7 +566,7 @@ void check_textbook(const Textbook& c, DType dtype)
     };
     Side cuda = Side::cuda(dtype), again = Side::cuda(dtype), cpu = Side::cpu();
     const Floats got = run_side(cuda);
-    CHECK_AGREE(got, run_side(cpu), tolerance(dtype));
+    CHECK_AGREE(got, run_side(cpu), dtype == DType::f32 ? 3e-5 : tolerance(dtype));  // a device's exp errs by 2 ulp
     CHECK(got == run_side(again));
 }
 

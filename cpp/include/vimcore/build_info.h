@@ -2,6 +2,7 @@
 // What this library was built with and what it uses on this machine.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,16 @@ struct BuildInfo {
 
 int cuda_device_count();                   // 0 where the build, the driver or the machine has none
 std::string cuda_description(int device);  // name, compute capability, memory, driver, BLAS in use
+
+// Products of matrices on CUDA in this process so far. Where cuBLASLt has no algorithm for a problem, a built-in kernel
+// multiplies, many times slower.
+struct CudaProducts {
+    std::int64_t library = 0;          // by cuBLASLt
+    std::int64_t built_in = 0;         // for which it had no algorithm
+    std::int64_t other_algorithm = 0;  // by another algorithm than other numbers of rows have: other bits, perhaps
+    std::string first_built_in;        // the first of those, for people
+};
+CudaProducts cuda_products();
 
 BuildInfo build_info();  // vimcore::Error when VIMCORE_ISA names kernels that are unknown or not available
 

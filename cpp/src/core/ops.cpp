@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "core/backend.h"
+#include "core/device_scratch.h"
 
 namespace vimcore {
 
@@ -55,6 +56,13 @@ public:
     void positive(const char* name, std::int64_t value) const
     {
         if (value <= 0) fail(name, "expected a positive number, got " + std::to_string(value));
+    }
+
+    // Elements of a row of `tensor`, which has `columns` columns: more than that where it is padded.
+    std::int64_t row_of(const Tensor& tensor, std::int64_t columns) const
+    {
+        const std::int64_t padded = device_scratch::padded_columns(columns, dtype_, ctx_.device().type);
+        return tensor.shape.rank() > 0 && tensor.shape[-1] == padded ? padded : columns;
     }
 
     void rank(const char* name, const Tensor& tensor, int rank) const
@@ -125,7 +133,8 @@ void linear_forward(Context& ctx, std::span<const LinearForward> args)
         Check check(ctx, "linear", "x", a.x);
         check.rank("weight", a.weight, 2);
         const std::int64_t outputs = a.weight.size(0);
-        check.required("x", a.x, with_last(a.x, a.weight.size(1))).required("y", a.y, with_last(a.x, outputs));
+        check.required("x", a.x, with_last(a.x, a.weight.size(1)));
+        check.required("y", a.y, with_last(a.x, check.row_of(a.y, outputs)));
         check.required_wide("weight", a.weight, a.weight.shape).optional_wide("bias", a.bias, {outputs});
     }
     backend_of(ctx).linear_forward(ctx, args);
@@ -135,7 +144,9 @@ void linear_backward(Context& ctx, std::span<const LinearBackward> args)
 {
     for (const LinearBackward& a : args) {
         Check check(ctx, "linear backward", "dy", a.dy);
-        const std::int64_t outputs = a.dy.shape[-1];
+        const Tensor& rows = a.dx ? a.weight : a.dweight;  // as many as dy has columns
+        std::int64_t outputs = a.dy.shape[-1];
+        if (!a.dbias && rows.shape.rank() == 2 && check.row_of(a.dy, rows.size(0)) == outputs) outputs = rows.size(0);
         if (a.dx) {
             check.rank("weight", a.weight, 2);
             check.required_wide("weight", a.weight, {outputs, a.weight.size(1)});
@@ -182,7 +193,8 @@ void check_scan_pass(const Check& check, const Tensor& xz, const Pass& p, std::i
     check.positive("dt_rank", rank);
     check.required_wide("A_log", p.A_log, {inner, state}).required_wide("D", p.D, {inner});
     check.required_wide("dt_weight", p.dt_weight, {inner, rank}).required_wide("dt_bias", p.dt_bias, {inner});
-    check.required("u", p.u, {batch, tokens, inner}).required("q", p.q, {batch, tokens, rank + 2 * state});
+    check.required("u", p.u, {batch, tokens, inner})
+        .required("q", p.q, {batch, tokens, check.row_of(p.q, rank + 2 * state)});
     if (begin < 0 || begin + tokens > len) check.fail("u", "tokens reach beyond xz, " + describe(xz));
     if (!checkpoints) return;
     check.positive("chunk", chunk);

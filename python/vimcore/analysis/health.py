@@ -28,6 +28,7 @@ Range = tuple[float, float]  # smallest and largest value, NaN where there was o
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ACTIVATIONS = ("norm", "mixer.xz", "mixer.u", "mixer.u_b", "mixer.q", "mixer.q_b", "mixer.y", "mixer.out")
 TOLERANCE = 0.05  # relative change of the outputs up to which a precision counts as safe
+NOISE = 4  # images where none are given
 HEADROOM = 8  # factor that activations must stay below the largest float16: other images, later steps
 
 
@@ -107,7 +108,7 @@ class Health:
         return "\n".join([*lines, f"advised: {self.precision}; {self.reason}"])
 
 
-def health(model: VisionMamba, images: Tensor) -> Health:
+def health(model: VisionMamba, images: Tensor | None = None) -> Health:
     """Finds the first non-finite value in a model, and checks whether bfloat16 or float16 is safe for it.
 
     The network is computed in plain torch operations on the model's parameters, in their type and on their
@@ -116,7 +117,7 @@ def health(model: VisionMamba, images: Tensor) -> Health:
     statistics stay wide there). Gradients are not examined. Takes seconds: a few images are enough.
 
     Args:
-        images: (B, C, H, W) as the model takes them, at least one.
+        images: (B, C, H, W) as the model takes them, at least one; None: four of random noise.
 
     Raises:
         TypeError: the model is no VisionMamba.
@@ -127,6 +128,8 @@ def health(model: VisionMamba, images: Tensor) -> Health:
     if not isinstance(model, VisionMamba):
         raise TypeError(f"[health] model: expected a VisionMamba, got {type(model).__name__}")
     like = model.norm_f.weight
+    if images is None:
+        images = _noise(model, NOISE).to(like)
     images = images.detach() if isinstance(images, Tensor) else images
     with torch.autocast(like.device.type, enabled=False):
         images = checked_images(images, like, model._config, model.dynamic_img_size)
@@ -157,20 +160,24 @@ def health_of_file(
         passed_over: counts files in the folders that are not images, by suffix.
     """
     model = load_model(weights)
-    channels, (height, width) = model.config["in_chans"], model.config["img_size"]
     if not pictures:
-        noise = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(0))
-        return health(model, noise)
+        return health(model, _noise(model, count))
     preprocess = unpack(_core.safetensors_header(weights)[1], weights).preprocess
     if preprocess is None:
         raise ValueError(f"{weights}: no preprocessing, so nothing that a picture could fill")
-    preprocess = preprocess.rescaled(height, width)
+    preprocess = preprocess.rescaled(*model._config.img_size)
     inputs = []
     for path in itertools.islice(find_images(pictures, passed_over), count):
         inputs.append(network_input(read_file(path), path, preprocess))
     if not inputs:
         raise ValueError("no pictures found (JPEG, PNG, PPM, PGM)")
     return health(model, torch.from_numpy(np.stack(inputs)))
+
+
+def _noise(model: VisionMamba, count: int) -> Tensor:
+    """Images (count, C, H, W) that are the same each time."""
+    c = model._config
+    return torch.randn(count, c.in_chans, *c.img_size, generator=torch.Generator().manual_seed(0))
 
 
 class _Stop(Exception):

@@ -84,7 +84,7 @@ class Plain:
         x = x.flatten(2).transpose(1, 2)
         names = ["cls_token_head", "cls_token_tail"] if c["class_token"] == "double" else ["cls_token"]
         for name, at in zip(names, class_rows(c["class_token"], self._here.patches)):
-            x = torch.cat([x[:, :at], self._weight(name).expand(len(x), 1, -1), x[:, at:]], 1)
+            x = torch.cat([x[:, :at], self._weight(name).expand(x.shape[0], 1, -1), x[:, at:]], 1)
         if c["pos_embed"]:
             x = x + resize_pos_embed(
                 self._weight("pos_embed"), self._made_for.grid, self._here.grid, c["class_token"]

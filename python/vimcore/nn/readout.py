@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._core import Config
 from ..utils.arguments import integer
 
 
-def readout(tokens: Tensor, config: Config, head: nn.Module) -> Tensor:
+def readout(tokens: Tensor, config: Config, head: Callable[[Tensor], Tensor]) -> Tensor:
     """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
     if config.class_token == "double":
         return head((tokens[:, 0] + tokens[:, -1]) / 2)

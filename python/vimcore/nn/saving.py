@@ -16,7 +16,7 @@ from ..utils.arguments import boolean, integer, sides
 from ..utils.files import listed
 from ..weights.checkpoints import read_checkpoint, tensor
 from ..weights.metadata import CONFIG_KEY, check_labels, pack, unpack
-from ..weights.task import SegmentTask, unpack_task
+from ..weights.task import holds, unpack_task
 from ..weights.wrappers import ROPE_TABLES
 from .base import NetworkBase
 from .state import computed, described, parametrised, tensors_to_save
@@ -87,8 +87,7 @@ def _refuse_dense(path: Path) -> None:
     """Says which function reads the file of a network with another head than a classifier's."""
     name = os.fsdecode(path)
     if task := unpack_task(_core.safetensors_header(path)[1], name):
-        module = "segmentation" if isinstance(task, SegmentTask) else "detection"
-        raise ValueError(f"{name}: holds more than a backbone with a head; vimcore.{module}.load reads it")
+        raise ValueError(f"{name}: holds more than a backbone with a head: {holds(task)}")
 
 
 def load_checkpoint(
