@@ -192,4 +192,21 @@ void gemm_tn<bf16>(const GemmTnArgs<bf16>& args)
     }
 }
 
+// As fma_peak in gemm-inl.h, of dot.
+static constexpr Index dot_per_round = Index(fma_chains) * lanes<float> * 4;
+
+static float dot_peak(Index rounds)
+{
+    Vec<float> chain[fma_chains] = {};
+    const PairWords a = pair_of(bf16(0.75f), bf16(0.5f)) - PairWords{},
+                    b = pair_of(bf16(0.5f), bf16(-0.5f)) - PairWords{};
+    for (Index i = 0; i < rounds; i++) {
+#pragma GCC unroll 12
+        for (int c = 0; c < fma_chains; c++) chain[c] = dot(chain[c], a, b);
+    }
+    Vec<float> total = chain[0];
+    for (int c = 1; c < fma_chains; c++) total += chain[c];
+    return sum<float>(total);
+}
+
 }  // namespace vimcore::cpu::VIM_ISA

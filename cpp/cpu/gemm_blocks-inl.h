@@ -137,4 +137,21 @@ void gemm_tn<bf16>(const GemmTnArgs<bf16>& args)
     }
 }
 
+// As fma_peak in gemm-inl.h, of the unit.
+static constexpr Index dot_per_round = 2 * BlockUnit::rows * BlockUnit::columns * BlockUnit::depth;
+
+static float dot_peak(Index rounds)
+{
+    constexpr Index rows = BlockUnit::rows, columns = BlockUnit::columns, depth = BlockUnit::depth;
+    alignas(64) bf16 a[rows * depth], b[depth * columns];
+    alignas(64) float sums[rows * columns];
+    for (Index i = 0; i < rows * depth; i++) a[i] = bf16(0.5f);
+    for (Index i = 0; i < depth * columns; i++) b[i] = bf16(i % 2 ? 0.5f : -0.5f);
+    BlockUnit unit;
+    unit.zero();
+    for (Index i = 0; i < rounds; i++) unit.add(a, depth, b);
+    unit.store(sums);
+    return sums[0];
+}
+
 }  // namespace vimcore::cpu::VIM_ISA

@@ -152,11 +152,7 @@ template <>
 const Kernels<bf16>& kernels<bf16>()
 {
     static const Kernels<bf16>& of_choice = []() -> const Kernels<bf16>& {
-        if (bf16_in_use().empty())
-            throw Error(
-                "[isa] bfloat16 on this CPU needs a processor with amx_bf16, avx512_bf16 or (ARM) bf16; use "
-                "float32, or name kernels by VIMCORE_ISA=" +
-                isa_in_use() + " for an exact but slow emulation");
+        if (const std::string why = bf16_missing(); !why.empty()) throw Error("[isa] " + why);
         return table<bf16>(chosen());
     }();
     return of_choice;
@@ -173,6 +169,13 @@ std::string bf16_in_use()
 {
     if (chosen().bf16_unit) return chosen().name;
     return isa_named() ? "emulated" : "";
+}
+
+std::string bf16_missing()
+{
+    if (!bf16_in_use().empty()) return "";
+    return "bf16 needs a CPU with amx_bf16, avx512_bf16 or (ARM) bf16: take float32, or VIMCORE_ISA=" + isa_in_use() +
+           " for an exact but slow emulation";
 }
 
 std::vector<std::string> isas_built()

@@ -63,6 +63,10 @@ static constexpr Kernels<T> make_table()
         .fma_peak = fma_peak<Wide<T>>,
         .fma_per_round = fma_per_round<Wide<T>>,
     };
+#if defined(VIM_BF16)
+    table.fma_peak = dot_peak;
+    table.fma_per_round = dot_per_round;
+#endif
     if constexpr (!narrow<T>) {
         table.relu = relu<T>;
         table.gelu = gelu<T>;

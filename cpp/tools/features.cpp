@@ -81,7 +81,7 @@ int features(const std::vector<std::string>& words)
     const LoadedModel loaded = load_model(options);
     const vimcore::Config& config = loaded.model->config();
     const std::int64_t batch = batch_of(options, config), length = config.tokens();
-    vimcore::Session session(loaded.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    vimcore::Session session(loaded.model, session_options(options, batch));
     const bool of_head = !all_tokens && vimcore::is_embedding(loaded.model->metadata());
     const std::int64_t width = of_head ? session.outputs() : config.embed_dim;
     vimcore::Context cpu(vimcore::Device::cpu(), 1);

@@ -119,7 +119,7 @@ int predict(const std::vector<std::string>& words)
     const vimcore::Config& config = loaded.model->config();
     check_head(*loaded.model);
     const std::int64_t batch = batch_of(options, config);
-    vimcore::Session session(loaded.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    vimcore::Session session(loaded.model, session_options(options, batch));
     const auto classes = static_cast<std::size_t>(session.outputs());
     std::vector<float> logits(static_cast<std::size_t>(batch) * classes);
 

@@ -55,7 +55,7 @@ T replaced(const T& value, const Options& changes)
 nb::dict plan_bytes(const Config& config, std::int64_t batch, const std::string& memory, const std::string& dtype,
                     int threads, bool cuda)
 {
-    const DType type = dtype == "bfloat16" ? DType::bf16 : dtype == "float16" ? DType::f16 : DType::f32;
+    const DType type = to_float_type("[plan] dtype", dtype);
     const Device device = cuda ? Device::cuda() : Device::cpu();
     nb::dict out;
     out["weights"] = weight_bytes(config);

@@ -15,6 +15,8 @@ from ._core import Config, Preprocess
 from .data.given import Given, given, input_of
 from .results import NOT_FINITE, Prediction, Predictions, prediction_of
 from .utils.arguments import gpu_number, integer, sides
+from .utils.extras import needs
+from .utils.precision import check_precision
 from .weights.metadata import EMBEDDING_KEY, unpack
 
 Images = NDArray[np.float32]
@@ -34,7 +36,8 @@ class Runtime:
         device: "cpu", "cuda" (the first GPU) or "cuda:N"; images and logits are in the host's memory anyway.
         threads: threads of one call on the CPU; None: as many as the machine has cores.
         img_size: side or (height, width) in pixels; None: as stored. Another size resizes the position table.
-        dtype: of activations, "float32"; on a GPU also "bfloat16" or "float16".
+        dtype: of activations, "float32" or "bfloat16" (on the CPU where the processor has a unit for it, see
+            `vimcore doctor`); on a GPU also "float16". Images and logits are float32 anyway.
 
     Attributes:
         config: the architecture, with the names of the `VisionMamba` constructor.
@@ -58,8 +61,7 @@ class Runtime:
         dtype: str = "float32",
     ) -> None:
         cuda = gpu_number("[Runtime] device", device)
-        if device == "cpu" and dtype != "float32":
-            raise ValueError(f"[Runtime] dtype: expected 'float32' on the cpu, got {dtype!r}")
+        check_precision("[Runtime] dtype", dtype, device)
         if threads is not None:
             threads = integer("[Runtime] threads", threads, 1)
         if img_size is not None:
@@ -228,7 +230,9 @@ def _bar(total: int, wanted: bool, terminal_only: bool) -> Callable[[int], None]
     """A progress bar by tqdm, where it is wanted and installed; 0 ends it."""
     try:
         from tqdm.auto import tqdm
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if wanted and not terminal_only:
+            raise ImportError(f"[Runtime] progress=True needs tqdm; {needs('demo')}") from error
         return lambda done: None
     bar = tqdm(
         total=total, unit="image", leave=False, disable=(None if terminal_only else False) if wanted else True

@@ -34,7 +34,12 @@ BuildInfo build_info();  // vimcore::Error when VIMCORE_ISA names kernels that a
 // unit, exact but slow; "" where there is no unit: then operators refuse activations of DType::bf16 on the CPU.
 std::string bf16_unit();
 
-// float32 multiply-add rate of `threads` busy threads in GFLOP/s, measured now for a few milliseconds.
+// Why this CPU does not compute with activations of DType::bf16, and what to do; "" where it does.
+std::string bf16_refusal();
+
+// float32 multiply-add rate of `threads` busy threads in GFLOP/s, measured now for a few milliseconds; the same of what
+// multiplies bfloat16 (Error: nothing does).
 double fma_peak(int threads);
+double bf16_peak(int threads);
 
 }  // namespace vimcore

@@ -115,7 +115,7 @@ class Settings:
         "optimizer", False, "let a young average forget faster; on where ema is given without it"
     )
     precision: str = key(
-        "optimizer", "float32", "of activations; 16 bits on CUDA", ("float32", "bfloat16", "float16")
+        "optimizer", "float32", "of activations; float16 on CUDA only", ("float32", "bfloat16", "float16")
     )
 
     epochs: int = key("schedule", 300, "passes over the training images")

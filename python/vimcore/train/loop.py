@@ -58,7 +58,7 @@ class Loop:
         loss: of model and batch.
         constrain: keeps weights in their range after an update.
         clip: largest norm of the gradient.
-        precision: type of activations under autocast on CUDA; float16 brings a gradient scaler.
+        precision: type of activations under autocast; float16, on CUDA, brings a gradient scaler.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("stride", "mean", "std", "img_size", "out"):
         if getattr(args, name) is not None:
             raise ValueError(f"{name}: not for image-text models; leave it away")
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.dtype, what="dtype")
     rows = [["weights", "images", "captions", *_HEADINGS]]
     for path in args.weights:
         files, config = weights_of(path)
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
                 batch_size=args.batch_size,
                 workers=args.workers,
                 device=device,
+                dtype=args.dtype,
             )
             if args.json:
                 facts = {"images": found.images, "captions": found.captions, "skipped": len(found.errors)}

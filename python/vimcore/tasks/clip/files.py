@@ -58,8 +58,12 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 2,
     device: torch.device | str = "cpu",
+    dtype: str = "float32",
 ) -> Evaluated:
     """The recalls of one file of weights.
+
+    Args:
+        dtype: of activations.
 
     Raises:
         ValueError: the images do not fit.
@@ -77,6 +81,6 @@ def evaluate(
     valid = Validation(data.images, eval_transform(of, data.images), shape)
     begin = time.perf_counter()
     batches = evaluation_loader(valid, batch_size, collate, workers)
-    found = embed(model, batches, data.captions, torch.device(device))
+    found = embed(model, batches, data.captions, torch.device(device), getattr(torch, dtype))
     seconds = time.perf_counter() - begin
     return Evaluated(path, recalls(found), len(found.images), len(found.captions), seconds, found.errors)
