@@ -170,7 +170,7 @@ void square(Context& ctx, const Square& args)
     "cpp/cpu/kernels-inl.h": lambda text: text.replace(
         '#include "scan-inl.h"', '#include "scan-inl.h"\n#include "square-inl.h"'
     ).replace(
-        "static const Kernels<T> table = {", "static const Kernels<T> table = {\n    .square = square<T>,"
+        "    Kernels<T> table = {", "    Kernels<T> table = {\n        .square = square<T>,"
     ),
 }
 
@@ -219,7 +219,7 @@ def build_and_run(tree: Path, shim: Path) -> None:
     # Core and CPU backend as CMake lists them: a new file that is not in the list is missed here, too.
     sources = re.findall(r"\bcpp/(?:src/core|cpu)/\w+\.cpp", (tree / "CMakeLists.txt").read_text())
     sources = [name for name in dict.fromkeys(sources) if "build_info" not in name and "checksum" not in name]
-    sources += ["cpp/cpu/kernels_baseline.cpp"]
+    sources += ["cpp/cpu/kernels_baseline.cpp", "cpp/cpu/bf16_baseline.cpp"]
     (tree / "test.cpp").write_text(TEST)
     jobs = dict.fromkeys([*sources, "cpp/src/core/no_cuda.cpp", "test.cpp"], options)
     jobs["test.cpp:simulated"] = simulated + options

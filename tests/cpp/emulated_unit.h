@@ -14,6 +14,8 @@ void VIM_FILL_TABLE(Kernels<bf16>& table)
     table.gemm = VIM_ISA::gemm<bf16>;
     table.gemm_tn = VIM_ISA::gemm_tn<bf16>;
     table.gemm_tn_scratch = VIM_ISA::gemm_tn_scratch<bf16>;
+    table.fma_peak = VIM_ISA::dot_peak;
+    table.fma_per_round = VIM_ISA::dot_per_round;
 }
 
 }  // namespace vimcore::cpu

@@ -118,6 +118,7 @@ void test_products(const Kernels<bf16>& k)
     for (Index m : {1, 2, 31, 256, 261})
         for (Index n : {Index(1), k.mr, k.mr + 3}) test_gemm_tn(k, m, n, n % 2 ? 12 : k.nr + 1);
     test_gemm_tn(k, 40, 203, 50);
+    CHECK(std::isfinite(k.fma_peak(3)) && k.fma_per_round > 0);
 }
 
 struct Memory {
