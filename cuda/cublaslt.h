@@ -76,6 +76,14 @@ struct Functions {
                      cudaStream_t);
 };
 
+// The library of this process, opened at first use.
+struct Library {
+    Functions call{};
+    std::string name;  // for people; with why where there is none
+    bool found = false;
+};
+const Library& library();
+
 }  // namespace lt
 
 // Runs args through cuBLASLt, `bias` being args.bias in the type args.y_dtype, at an address that 16 divides. False: it

@@ -53,8 +53,8 @@ NB_MODULE(_core, m)
             return out;
         },
         nb::sig("def cuda_products() -> dict[str, typing.Any]"),
-        "Products of matrices on CUDA so far: by cuBLASLt, by built-in kernels as it had no algorithm,\nby it with "
-        "another algorithm than other numbers of rows have.");
+        "Products of matrices on CUDA so far: by cuBLASLt, by built-in kernels as it had no algorithm,\nand by it with "
+        "another algorithm than for other numbers of rows.");
     m.def("fma_peak", fma_peak, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def("bf16_peak", bf16_peak, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def(

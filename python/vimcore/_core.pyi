@@ -31,7 +31,7 @@ def cuda_description(device: int) -> str: ...
 def cuda_products() -> dict[str, Any]:
     """
     Products of matrices on CUDA so far: by cuBLASLt, by built-in kernels as it had no algorithm,
-    by it with another algorithm than other numbers of rows have.
+    and by it with another algorithm than for other numbers of rows.
     """
 
 def fma_peak(threads: int) -> float: ...

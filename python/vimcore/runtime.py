@@ -15,6 +15,7 @@ from ._core import Config, Preprocess
 from .data.given import Given, given, input_of
 from .results import NOT_FINITE, Prediction, Predictions, prediction_of
 from .utils.arguments import gpu_number, integer, sides
+from .utils.extras import needs
 from .utils.precision import check_precision
 from .weights.metadata import EMBEDDING_KEY, unpack
 
@@ -229,7 +230,9 @@ def _bar(total: int, wanted: bool, terminal_only: bool) -> Callable[[int], None]
     """A progress bar by tqdm, where it is wanted and installed; 0 ends it."""
     try:
         from tqdm.auto import tqdm
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if wanted and not terminal_only:
+            raise ImportError(f"[Runtime] progress=True needs tqdm; {needs('demo')}") from error
         return lambda done: None
     bar = tqdm(
         total=total, unit="image", leave=False, disable=(None if terminal_only else False) if wanted else True

@@ -33,11 +33,13 @@ constexpr Projection projections[] = {
     {"Ti head", 192, 1000, true},   {"S in_proj", 384, 1536}, {"S x_proj", 768, 56},  {"S out_proj", 768, 384},
 };
 
-// Rows of whole batches of images at 224 px, and others.
+constexpr Index image_rows = 197;  // at 224 px
+
+// Rows of whole batches of images, and others.
 std::vector<Index> row_counts(Index most)
 {
     std::vector<Index> rows = {1, 7, 128, 591, 1025, 4100, 6085, 12170, 24340, 32800};
-    for (const Index batch : {1, 2, 3, 4, 5, 7, 8, 13, 16, 32, 64, 96, 127, 128}) rows.push_back(197 * batch);
+    for (const Index batch : {1, 2, 3, 4, 5, 7, 8, 13, 16, 32, 64, 96, 127, 128}) rows.push_back(image_rows * batch);
     std::erase_if(rows, [&](Index r) { return r > most; });
     return rows;
 }
@@ -88,12 +90,12 @@ public:
         const CudaProducts after = cuda_products();
         const double bytes = static_cast<double>(most_ * count_ * (p_.k + p_.n)) * static_cast<double>(size_of(dtype_));
         std::printf(
-            "%-4s %-11s other bits of a row at %d of %d sizes, %lld built-in, %lld by another algorithm; us forward "
-            "%.1f "
-            "dx %.1f dw %.1f (casts of weights included), copy at 4.3 TB/s %.1f\n",
+            "%-4s %-11s other bits of a row at %d of %d sizes, %lld built-in, %lld by another algorithm; us of %lld "
+            "rows: "
+            "forward %.1f dx %.1f dw %.1f (copy at 4.3 TB/s %.1f), of %lld: forward %.1f; with casts of weights\n",
             name_of(dtype_), p_.name, varies_, sizes_, static_cast<long long>(after.built_in - before.built_in),
-            static_cast<long long>(after.other_algorithm - before.other_algorithm), forward_us_, dx_us_, dw_us_,
-            bytes / 4.3e6);
+            static_cast<long long>(after.other_algorithm - before.other_algorithm), static_cast<long long>(most_),
+            forward_us_, dx_us_, dw_us_, bytes / 4.3e6, static_cast<long long>(image_rows), image_us_);
         std::fflush(stdout);
         CHECK(varies_ == 0 || std::getenv("VIMCORE_ALGORITHM_PER_BATCH"));
         CHECK(after.built_in == before.built_in);
@@ -127,6 +129,7 @@ private:
         expect("y", rows, side, y, with_rows(sums, p_.n, row_));
         expect("dx", rows, side, dx, Floats(static_cast<std::size_t>(dx.numel()), static_cast<float>(p_.n)));
         expect("dw", rows, side, dw, Floats(static_cast<std::size_t>(dw.numel()), static_cast<float>(rows + 1)));
+        if (rows == image_rows) image_us_ = microseconds(side.ctx, [&] { linear_forward(side.ctx, forward); });
         if (rows == most_) {
             forward_us_ = microseconds(side.ctx, [&] { linear_forward(side.ctx, forward); });
             dx_us_ = microseconds(side.ctx, [&] { linear_backward(side.ctx, to_x); });
@@ -162,7 +165,7 @@ private:
     Index most_, count_, row_;
     Floats some_, weights_, first_;
     int varies_ = 0, sizes_ = 0;
-    double forward_us_ = 0, dx_us_ = 0, dw_us_ = 0;
+    double forward_us_ = 0, dx_us_ = 0, dw_us_ = 0, image_us_ = 0;
 };
 
 }  // namespace

@@ -10,6 +10,9 @@
 #include "core/device_scratch.h"
 #include "scan/choice.h"
 #include "vimcore/ops.h"
+#ifdef VIMCORE_SHIM
+#include "runtime.h"
+#endif
 
 using namespace vimcore;
 using namespace vimcore::test;
@@ -588,10 +591,40 @@ void test_textbook()
             }
 }
 
+// Blocks of the tuned scans that an architecture's multiprocessor holds, by their shared memory and threads: as many as
+// registers are kept for (tests/cuda/registers.py has those), or what room there is.
+void test_residence()
+{
+    struct Architecture {
+        int number, shared, threads;  // of a multiprocessor
+        Index forward_tiny, forward_small, backward;
+    };
+    constexpr Architecture all[] = {{80, 164, 2048, 2, 2, 2}, {86, 100, 1536, 1, 1, 1},  {89, 100, 1536, 1, 1, 1},
+                                    {90, 228, 2048, 4, 3, 3}, {100, 228, 2048, 4, 3, 3}, {120, 100, 1536, 1, 1, 1}};
+    constexpr Index state = 16, threads = 128, reserved = 1024;
+    for (const Architecture& a : all) {
+        const auto blocks = [&](Index shared) {
+            return std::min(Index{a.shared} * 1024 / (2 * shared + reserved), a.threads / threads);
+        };
+        const auto forward = [&](Index rank) {
+            const Index row = device_scratch::padded_columns(rank + 2 * state, DType::bf16, Device::Type::cuda);
+            return blocks(device_scratch::wide_shared(2, state, rank, row));
+        };
+        CHECK(forward(12) == a.forward_tiny && forward(24) == a.forward_small);
+        CHECK(blocks(device_scratch::back_shared(state, 12)) == a.backward);
+#ifdef VIMCORE_SHIM
+        shim::set_architecture(a.number);  // and they run there
+        check_case(with({}, [](Case& c) { c.rank = 12, c.inner = 64, c.len = 40; }), DType::bf16);
+        shim::set_architecture(90);
+#endif
+    }
+}
+
 }  // namespace
 
 int main()
 {
+    test_residence();
     test_lengths();
     test_sizes();
     test_flags();

@@ -17,26 +17,21 @@ steps' own. Programs that do not load here are built here. 1 is returned if a st
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes.util
+import importlib.util
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-GPU = ROOT / "tests" / "gpu"
+from steps import GPU, ROOT, Call, Step
+
 SECONDS = {"first": 320.0, "second": 290.0}
 SANITIZED = ("scan", "scan_backward", "ops", "backward")
 FINDING = re.compile(r"=========.*(Invalid|Misaligned|Uninitialized|Race reported|hazard)")
@@ -53,160 +48,6 @@ built = vimcore.build_info()
 print(built)
 sys.exit(not built["cuda"] and "rehearse" not in sys.argv)
 """
-
-
-@dataclass(frozen=True)
-class Step:
-    """A program with a limit.
-
-    Attributes:
-        output: File in --out for what it prints; None: the log has the end of it.
-        tail: Lines of it that the log gets.
-        cut_is_failure: Whether it has to end by itself.
-    """
-
-    name: str
-    command: Sequence[str | Path]
-    limit: float
-    output: str | None = None
-    tail: int = 0
-    environment: dict[str, str] = field(default_factory=dict)
-    cut_is_failure: bool = True
-
-
-class Call:
-    """One call: what it has, how long it may take, what it found."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.rehearse: bool = args.rehearse
-        self.out: Path = args.out
-        self.work: Path = args.work
-        self.begin = time.monotonic()
-        self.end = self.begin + args.seconds
-        self.suffix = "" if self.rehearse else "_gpu"
-        self.device = ["--device", "cpu"] if self.rehearse else []
-        self.steps: dict[str, dict[str, Any]] = {}
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.lock = threading.Lock()
-        signal.signal(signal.SIGTERM, self.stop)
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.work / "logs").mkdir(parents=True, exist_ok=True)
-        with tarfile.open(args.carried / "carried.tar.xz") as archive:
-            archive.extractall(self.work, filter="tar")
-        self.bin, self.site = self.work / "bin", self.work / "site"
-        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        self.environment |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
-        self.prepend("PYTHONPATH", self.site)
-        if ctypes.util.find_library("gomp") is None:
-            self.prepend("LD_LIBRARY_PATH", self.work / "lib")
-
-    def prepend(self, variable: str, folder: Path) -> None:
-        if folder.is_dir():
-            before = self.environment.get(variable)
-            self.environment[variable] = f"{folder}:{before}" if before else str(folder)
-
-    def stop(self, *_: object) -> None:
-        """Nothing runs on when the call is ended from outside."""
-        for process in list(self.running):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        os._exit(143)
-
-    @property
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def say(self, text: str) -> None:
-        line = f"{time.monotonic() - self.begin:5.0f} s  {text}"
-        with self.lock, (self.out / "log.txt").open("a") as log:
-            print(line, flush=True)
-            log.write(line + "\n")
-
-    def note(self, name: str, **facts: Any) -> None:
-        """Into steps.json, which is whole at any moment."""
-        with self.lock:
-            self.steps.setdefault(name, {}).update(facts)
-            part = self.out / "steps.part"
-            part.write_text(json.dumps(self.steps, indent=1) + "\n")
-            part.replace(self.out / "steps.json")
-
-    def fail(self, name: str, log: Path) -> None:
-        """The beginning and the end of what a step printed, to failed.txt."""
-        lines = log.read_text(errors="replace").splitlines()
-        if len(lines) > 60:
-            lines = [*lines[:30], f"... {len(lines) - 60} lines ...", *lines[-30:]]
-        with self.lock, (self.out / "failed.txt").open("a") as failed:
-            failed.write("\n".join([f"== {name}", *lines, ""]) + "\n")
-
-    def run(self, step: Step) -> bool:
-        """Whether it passed."""
-        limit = min(step.limit, self.left - 3)
-        if limit < min(5.0, step.limit):
-            self.say(f"SKIPPED {step.name}: no time left")
-            self.note(step.name, status="skipped")
-            return False
-        log = self.work / "logs" / re.sub(r"\W+", "-", step.name)
-        own = self.out / step.output if step.output else log
-        folder = self.work / "folders" / log.name
-        folder.mkdir(parents=True, exist_ok=True)  # programs write into it
-        self.note(step.name, status="running")
-        begin = time.monotonic()
-        with own.open("ab") as output:
-            start = output.tell()
-            process = subprocess.Popen(
-                [str(part) for part in step.command],
-                cwd=folder,
-                env={**self.environment, **step.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
-            self.running.add(process)
-            status: int | str
-            try:
-                status = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                status = "cut" if step.cut_is_failure else "cut short"
-                end(process)
-            self.running.discard(process)
-        seconds = time.monotonic() - begin
-        self.note(step.name, status=status, seconds=round(seconds, 1))
-        passed = status in (0, "cut short")
-        how = "ok     " if status == 0 else "CUT    " if passed else "FAILED "
-        self.say(f"{how} {step.name} ({seconds:.0f} s{'' if status == 0 else f', {status}'})")
-        with own.open("rb") as printed:
-            printed.seek(start)
-            text = printed.read().decode(errors="replace")
-        for line in text.splitlines()[-step.tail :] if step.tail else ():
-            self.say(f"    {line[:200]}")
-        if not passed:
-            log.write_text(text) if own != log else None
-            self.fail(step.name, log)
-        return passed
-
-    def together(self, steps: Iterable[Step]) -> None:
-        with ThreadPoolExecutor(32) as pool:
-            list(pool.map(self.run, steps))
-
-    def program(self, name: str, limit: float, library: str, *, suffix: str = "", **options: Any) -> Step:
-        """A test program, whose products go to this library."""
-        arguments = [] if name.startswith("gemm") else [ROOT / "tests/golden"]
-        environment = {"VIMCORE_CUBLASLT": library, **options.pop("environment", {})}
-        label = f"{name}{suffix}" + (" built-in" if library == "none" and not self.rehearse else "")
-        return Step(label, [self.bin / name, *arguments], limit, environment=environment, **options)
-
-    def programs(self) -> list[str]:
-        return sorted(path.name for path in self.bin.glob(f"test_*{self.suffix}"))
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process and those that it started."""
-    for how, seconds in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
 
 
 def output_of(call: Call, *command: str | Path) -> str:
@@ -283,23 +124,12 @@ def rates(call: Call) -> None:
 
 
 def pytest(call: Call, name: str, limit: float, workers: int, *options: str) -> bool:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--tb",
-        "short",
-        "-n",
-        str(workers),
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb", "short"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(workers)]
     command += ["--collect-only"] if call.rehearse else ["--maxfail", "60"]
-    step = Step(
-        name, [*command, *options], limit, "pytest.txt", environment={"OMP_NUM_THREADS": "2"}, tail=15
-    )
-    return call.run(step)
+    threads = {"OMP_NUM_THREADS": "2"}
+    return call.run(Step(name, [*command, *options], limit, "pytest.txt", environment=threads, tail=15))
 
 
 def failed_tests(out: Path) -> list[str]:
@@ -373,9 +203,8 @@ def sanitizers(call: Call) -> list[Step]:
             if not program.exists():
                 continue
             options = [tool, "--tool", kind, "--error-exitcode", "3"]
-            options += (
-                ["--report-api-errors", "no"] if kind == "memcheck" else []
-            )  # calls that fail are tested
+            if kind == "memcheck":
+                options += ["--report-api-errors", "no"]  # calls that fail are tested
             command = [*options, program, ROOT / "tests/golden"]
             steps.append(Step(f"{kind} {name}", command, 80, environment=environment, cut_is_failure=False))
     return steps
@@ -386,7 +215,13 @@ def second(call: Call, args: argparse.Namespace) -> None:
     before: dict[str, Any] = json.loads(args.after.read_text()) if args.after else {}
     library = load(call)
     wrong = {name.split()[0] for name, facts in before.items() if facts.get("status", 0) != 0}
-    call.together([call.program(name, 90, library) for name in call.programs() if name in wrong])
+    call.together(
+        [
+            call.program(name, 90, library)
+            for name in [*call.programs(), f"gemm_check{call.suffix}"]
+            if name in wrong
+        ]
+    )
     tests = [f"{GPU / 'test_cuda.py'}::{name}" for name in before.get("failed tests", {}).get("names", [])]
     if tests:
         pytest(call, "tests that failed", 60, 4, *tests)
@@ -415,7 +250,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("which", choices=("first", "second"))
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--carried", type=Path, default=ROOT / ".gpu", help="what prepare.sh made (.gpu)")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/vimcore-gpu"), help="folder to unpack into")
+    parser.add_argument("--work", type=Path, default=Path("/tmp"), help="where to unpack (/tmp)")
     parser.add_argument("--after", type=Path, help="steps.json of the first call, for the second")
     parser.add_argument("--seconds", type=float, help="for everything (first: 320, second: 290)")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: tiny sizes on the CPU")

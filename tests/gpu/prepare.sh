@@ -3,8 +3,8 @@
 #
 #   bash tests/gpu/prepare.sh [FOLDER]      default: .gpu; makes FOLDER/carried.tar.xz, a few MB
 #
-# Needs nvcc 13, a C++20 compiler, and a Python of at least 3.12 with its headers: pyenv's or Ubuntu 24.04's 3.12
-# (python3.12-dev), Debian 13's 3.13 (python3-dev). The extension uses the stable ABI of 3.12, so it loads in all later
+# Needs nvcc 13, a C++20 compiler, and a Python of at least 3.12 with its headers: pyenv's (tried: 3.12.1) or Ubuntu 24.04's
+# 3.12 (python3.12-dev), Debian 13's 3.13 (python3-dev). The extension uses the stable ABI of 3.12, so it loads in all later
 # ones. CMake, Ninja and nanobind come from PyPI into an environment of the build folder.
 #   PYTHON         that Python (the first of python3.12, python3.13, python3.14, python3 that will do)
 #   BUILD          where to build (build/gpu-carried)
@@ -67,6 +67,13 @@ strip -s "$pack"/bin/*
 cp -L "$(${CC:-gcc} -print-file-name=libgomp.so.1)" "$pack/lib/"
 cp -r "$("$venv/bin/python" -c 'import nanobind, os; print(os.path.dirname(nanobind.__file__))')" "$pack/nanobind/"
 if [ -d "${MAMBA_SDIST:-}" ]; then cp "$MAMBA_SDIST"/*.tar.gz "$pack/sdist/"; fi
+"$venv/bin/python" - "$pack"/site/vimcore/_core*.so <<'END'
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_core", sys.argv[1])
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+print("the extension loads in Python", sys.version.split()[0], core.build_info()["compiler"], "CUDA:", core.build_info()["cuda"])
+END
 # Programs differ in little: a dictionary as long as all of them.
 tar -C "$pack" -cf - . | xz -6 --lzma2=dict=96MiB >"$target/carried.part"
 mv "$target/carried.part" "$target/carried.tar.xz"

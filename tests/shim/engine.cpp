@@ -210,6 +210,18 @@ void end_thread()
     engine.live--;
 }
 
+#if VIMCORE_SHIM_HARSH
+// Rubbish where a thread's local variables will lie: NaN, or -1.
+[[gnu::noinline]] void fill_stack()
+{
+    unsigned char rubbish[16 * 1024];
+    std::memset(rubbish, 0xff, sizeof rubbish);
+    asm volatile("" : : "r"(rubbish) : "memory");
+}
+#else
+void fill_stack() {}
+#endif
+
 // What a fiber does: threads, one after the other.
 void entry()
 {
@@ -217,6 +229,7 @@ void entry()
     for (;;) {
         Fiber& self = *engine.threads[engine.current].fiber;
         try {
+            fill_stack();
             engine.launch->thread();
             end_thread();
         } catch (...) {
