@@ -73,8 +73,8 @@ def test_runtime_from_several_threads(file: str) -> None:
     [
         ({"device": "cuda:7"}, vimcore_shim.Error, "cuda:7|7"),
         ({"device": "gpu"}, ValueError, "'cpu', 'cuda' or 'cuda:N', got 'gpu'"),
-        ({"device": "cuda", "dtype": "float64"}, ValueError, 'dtype: expected "float32", "bfloat16"'),
-        ({"device": "cpu", "dtype": "bfloat16"}, ValueError, "expected 'float32' on the cpu"),
+        ({"device": "cuda", "dtype": "float64"}, ValueError, "'bfloat16' or 'float16' on cuda"),
+        ({"device": "cpu", "dtype": "float16"}, ValueError, "expected 'float32' or 'bfloat16' on cpu"),
     ],
 )
 def test_runtime_errors(file: str, options: dict[str, str], error: type[Exception], message: str) -> None:
