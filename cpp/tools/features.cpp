@@ -17,19 +17,18 @@
 namespace vim_infer {
 namespace {
 
-// How the network itself reads its tokens out: the class token(s), or a pool over all tokens.
+// How the network itself reads its tokens out: the class token(s), of registers their mean, or a pool over all tokens.
 vimcore::ReadoutForward readout_of(const vimcore::Config& config)
 {
     vimcore::ReadoutForward readout;
     if (config.class_token != vimcore::ClassToken::none) {
         readout.reduce = vimcore::Reduce::select;
-        readout.index[0] = config.class_position();
-        if (config.class_tokens() == 2) readout.index[1] = config.tokens() - 1;
+        readout.places = config.class_places();
     } else if (config.pool == vimcore::Pool::max) {
         readout.reduce = vimcore::Reduce::max;
     } else if (config.pool == vimcore::Pool::last) {
         readout.reduce = vimcore::Reduce::select;
-        readout.index[0] = config.tokens() - 1;
+        readout.places = vimcore::ClassPlaces::one(config.tokens() - 1);
     }
     return readout;
 }

@@ -113,7 +113,7 @@ class Core:
             constant: what the parameters are bound to, if it is known that they did not change.
         """
         batch, at, weights = images.shape[0], place(images), constant or self.weights(params)
-        config = self.at(*images.shape[2:])
+        config = self.at(*images.shape[-2:])
         tokens = (batch, config.tokens, config.embed_dim)
         if request.kind == "layers":
             outputs = [images.new_empty(tokens) for _ in request.layers]
@@ -138,7 +138,9 @@ class Core:
 
     @staticmethod
     def _takes_part(name: str, kind: str, layers: Sequence[int]) -> bool:
-        if name.startswith("head.") or (kind == "layers" and name.startswith("norm_f.")):
+        if name.startswith(("head.", "neck.", "norm_neck.")) or (
+            kind == "layers" and name.startswith("norm_f.")
+        ):
             return False
         return kind == "tokens" or not name.startswith("layers.") or int(name.split(".")[1]) <= max(layers)
 
