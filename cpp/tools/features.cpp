@@ -17,12 +17,13 @@
 namespace vim_infer {
 namespace {
 
-// How the network itself reads its tokens out: the class token(s), of registers their mean, or a pool over all tokens.
+// How the network itself reads its tokens out: the class token(s), registers one after the other, or a pool over all.
 vimcore::ReadoutForward readout_of(const vimcore::Config& config)
 {
     vimcore::ReadoutForward readout;
     if (config.class_token != vimcore::ClassToken::none) {
-        readout.reduce = vimcore::Reduce::select;
+        const bool registers = config.class_token == vimcore::ClassToken::registers;
+        readout.reduce = registers ? vimcore::Reduce::join : vimcore::Reduce::select;
         readout.places = config.class_places();
     } else if (config.pool == vimcore::Pool::max) {
         readout.reduce = vimcore::Reduce::max;
@@ -65,7 +66,8 @@ int features(const std::vector<std::string>& words)
     options.add_size(arguments);
     options.add_pictures(arguments);
     arguments.text("--out", "FILE", out, "safetensors file to write (required)");
-    arguments.flag("--tokens", all_tokens, "all tokens of each picture (N, L, D) instead of one vector (N, D)");
+    arguments.flag("--tokens", all_tokens,
+                   "all tokens of each picture (N, L, D) instead of one vector (N, D), of registers (N, n D)");
     arguments.flag("--json", json, "print what was written as JSON");
     arguments.note(
         "The file holds the float32 tensor `features`, one row per good picture in order, and the metadata\n"
@@ -80,17 +82,18 @@ int features(const std::vector<std::string>& words)
     const std::int64_t batch = batch_of(options, config), length = config.tokens(), width = config.embed_dim;
     vimcore::Session session(loaded.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
     vimcore::Context cpu(vimcore::Device::cpu(), 1);
-    const std::int64_t row = all_tokens ? length * width : width;
-    std::vector<float> tokens(static_cast<std::size_t>(batch * length * width)), pooled, kept;
-    if (!all_tokens) pooled.resize(static_cast<std::size_t>(batch * width));
-    std::vector<std::string> names;
     vimcore::ReadoutForward readout = readout_of(config);
+    const std::int64_t pool_width = width * (readout.reduce == vimcore::Reduce::join ? readout.places.count : 1);
+    const std::int64_t row = all_tokens ? length * width : pool_width;
+    std::vector<float> tokens(static_cast<std::size_t>(batch * length * width)), pooled, kept;
+    if (!all_tokens) pooled.resize(static_cast<std::size_t>(batch * pool_width));
+    std::vector<std::string> names;
 
     const auto compute = [&](const float* pixels, std::int64_t count) {
         session.features(pixels, count, tokens.data());
         if (all_tokens) return;
         readout.x = {tokens.data(), {count, length, width}, vimcore::DType::f32, {}};
-        readout.out = {pooled.data(), {count, width}, vimcore::DType::f32, {}};
+        readout.out = {pooled.data(), {count, pool_width}, vimcore::DType::f32, {}};
         vimcore::readout_forward(cpu, readout);
     };
     const auto emit = [&](const std::string& path, const std::string&, std::int64_t position) -> std::string {
@@ -106,12 +109,12 @@ int features(const std::vector<std::string>& words)
     if (names.empty()) throw std::runtime_error("no picture gave features, so nothing is written to " + out);
 
     const auto count = static_cast<std::int64_t>(names.size());
-    const vimcore::Shape shape = all_tokens ? vimcore::Shape{count, length, width} : vimcore::Shape{count, width};
+    const vimcore::Shape shape = all_tokens ? vimcore::Shape{count, length, width} : vimcore::Shape{count, pool_width};
     vimcore::save_safetensors(out, {{"features", {kept.data(), shape, vimcore::DType::f32, {}}}},
                               {{"vimcore.images", json_list(names)}});
     if (json)
         print("{\"written\": " + json_text(out) + ", \"images\": " + std::to_string(count) +
-              ", \"failed\": " + std::to_string(counts.failed) + ", \"width\": " + std::to_string(width) +
+              ", \"failed\": " + std::to_string(counts.failed) + ", \"width\": " + std::to_string(all_tokens ? width : pool_width) +
               passed_over_json(counts.passed_over) + "}\n");
     else
         print(out + ": features " + vimcore::to_string(shape) + " of " + std::to_string(count) + " pictures\n");

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision Mamba in timm: `import vimcore.timm` registers "vimcore_" + each name of `vimcore.list_models()`.
+"""Vision Mamba in timm: `import vimcore.timm` registers "vimcore_" + each name of `vimcore.list_models()`,
+except networks of clips.
 
     timm.create_model("vimcore_vim_tiny_patch16_224", num_classes=10)
     timm.create_model("vimcore_vim_tiny_patch16_224", features_only=True)
@@ -419,12 +420,15 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     return create
 
 
+def _names() -> list[str]:
+    """The networks of images: timm has none of clips."""
+    return [name for name in list_models() if "frames" not in model_options(name)]
+
+
 if __name__ != "__main__":
     __all__ = ["TimmVisionMamba", "checkpoint_filter_fn"]
-    default_cfgs = generate_default_cfgs(
-        {f"vimcore_{n}": _default_cfg(model_options(n)) for n in list_models()}
-    )
-    globals().update({f"vimcore_{name}": register_model(_entrypoint(name)) for name in list_models()})
+    default_cfgs = generate_default_cfgs({f"vimcore_{n}": _default_cfg(model_options(n)) for n in _names()})
+    globals().update({f"vimcore_{name}": register_model(_entrypoint(name)) for name in _names()})
 elif len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
     print(f"usage: python -m vimcore.timm SCRIPT ...\n\n{__doc__}")
     sys.exit(0 if len(sys.argv) > 1 else 2)

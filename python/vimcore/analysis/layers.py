@@ -54,6 +54,7 @@ def network_of(op: str, model: Any) -> VisionMamba:
 
     Raises:
         TypeError: there is none.
+        ValueError: it takes clips, whose maps are no pictures.
     """
     for wrapped in ("module", "_orig_mod"):
         model = getattr(model, wrapped, model)
@@ -61,6 +62,8 @@ def network_of(op: str, model: Any) -> VisionMamba:
         inner = getattr(model, "backbone", None)
         hint = "; give its .backbone" if isinstance(inner, VisionMamba) else ""
         raise TypeError(f"[{op}] model: expected a VisionMamba, got {type(model).__name__}{hint}")
+    if model._config.frames:
+        raise ValueError(f"[{op}] model: expected a network of images, got one of clips")
     return model
 
 

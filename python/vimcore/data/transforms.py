@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 from .. import _core
 from .._core import Config, Preprocess
+from .sampling import seed_all
 
 Transform = Callable[[NDArray[Any]], Tensor]
 _FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0}
@@ -144,6 +145,28 @@ def _through(
     first: Callable[[NDArray[Any]], Any], steps: Callable[[Any], Tensor], image: NDArray[Any]
 ) -> Tensor:
     return steps(first(image))  # no lambda: loader processes may have to be sent it
+
+
+def clip_eval(of: Input) -> Transform:
+    """(T, H, W, 3) uint8 to (C, T, h, w), every frame as `picture_eval`."""
+    return partial(_frame_by_frame, picture_eval(of))
+
+
+def clip_train(of: Input, augment: Augment) -> Transform:
+    """(T, H, W, 3) uint8 to (C, T, h, w): `picture_train` with the same draws for every frame."""
+    return partial(_alike, picture_train(of, augment))
+
+
+def _frame_by_frame(transform: Transform, clip: NDArray[np.uint8]) -> Tensor:
+    return torch.stack([transform(frame) for frame in clip], 1)
+
+
+def _alike(transform: Transform, clip: NDArray[np.uint8]) -> Tensor:
+    seed, frames = int(torch.randint(2**62, ())), []
+    for frame in clip:
+        seed_all(seed)
+        frames.append(transform(frame))
+    return torch.stack(frames, 1)
 
 
 def array_eval(of: Input) -> Transform:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from .._core import Config, Preprocess
+from ..data.clip_files import find_clips, read_clip
 from ..data.picture_files import find_images, read_file, reason
 from ..data.pictures import network_input
 from ..runtime import Runtime
@@ -75,6 +76,8 @@ def predict(
 ) -> Iterator[Prediction]:
     """Predictions for images and folders of images, in order; a bad image becomes a Prediction with an error.
 
+    Of a network of clips, for folders of frames and .npy files, see `clip_files`.
+
     Args:
         passed_over: counts files in folders that are not images, by suffix.
 
@@ -99,22 +102,27 @@ def predict(
             f"[predict] weights: the network takes {config['in_chans']} channels, "
             f"its preprocessing gives {given}"
         )
-    steps = Preprocess(**preprocess)
+    steps, frames = Preprocess(**preprocess), config["frames"] or 0
     waiting: list[tuple[str, NDArray[np.float32] | str]] = []
-    for path in find_images(paths, passed_over):
-        waiting.append((path, _load(path, steps)))
+    found = (clip for path in paths for clip in find_clips(path, passed_over))
+    for path in found if frames else find_images(paths, passed_over):
+        waiting.append((path, _load(path, steps, frames)))
         if len(waiting) == BATCH:
             yield from _classify(runtime, waiting, topk)
             waiting = []
     yield from _classify(runtime, waiting, topk)
 
 
-def _load(path: str, steps: Preprocess) -> NDArray[np.float32] | str:
-    """The network's input (C, H, W), or the reason why the file cannot be read."""
+def _load(path: str, steps: Preprocess, frames: int) -> NDArray[np.float32] | str:
+    """The network's input (C, H, W), of a clip (C, T, H, W), or the reason why the file cannot be read."""
     try:
+        if frames:
+            clip = read_clip(path, frames)
+            inputs = [_core.preprocess_pixels(np.ascontiguousarray(frame), steps) for frame in clip]
+            return np.stack(inputs, 1)
         return network_input(read_file(path), "", steps)
     except (_core.Error, OSError, ValueError, MemoryError) as error:
-        return reason(error)  # the path is said by whoever prints this
+        return reason(error).removeprefix(f"{path}: ")  # the path is said by whoever prints this
 
 
 def _classify(

@@ -12,6 +12,9 @@ from ..settings import Settings, key
 class ClassificationSettings(Settings):
     """One label for an image; the defaults are the authors' recipe."""
 
+    frames: int | None = key(
+        "model", None, "of a clip: data are folders of frames or .npy clips (T, H, W, C)", later=True
+    )
     crop_pct: float = key("data", 0.875, "validation: image size over short side before the crop")
     augment: str = key(
         "augmentation",
@@ -32,6 +35,8 @@ class ClassificationSettings(Settings):
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"frames: expected 1 or more, got {self.frames}")
         if not self.crop_pct > 0:
             raise ValueError(f"crop_pct: expected more than 0, got {self.crop_pct}")
         for name in ("mixup", "cutmix"):
