@@ -84,7 +84,7 @@ PYTHON_FLOORS = [
     "timm data",
     "tasks",
     "train",
-    "analysis",
+    "analysis export",
     "plots",
     "tools",
     "cli",

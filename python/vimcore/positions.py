@@ -22,7 +22,7 @@ def class_rows(class_token: str, patches: int) -> list[int]:
 def with_class_tokens(x: Tensor, tokens: Tensor, at: list[int]) -> Tensor:
     """Patches (B, J, D) with class tokens (1, n, D) between them, which then stand at `at`, ascending."""
     for k, place in enumerate(at):
-        x = torch.cat([x[:, :place], tokens[:, k : k + 1].expand(len(x), -1, -1), x[:, place:]], 1)
+        x = torch.cat([x[:, :place], tokens[:, k : k + 1].expand(x.shape[0], -1, -1), x[:, place:]], 1)
     return x
 
 

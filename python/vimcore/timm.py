@@ -255,7 +255,7 @@ class TimmVisionMamba(VisionMamba):
             patches = patches_of(tokens, self._config)
             row = {"avg": patches.mean(1), "max": patches.amax(1)}.get(self._pool, tokens)
         else:
-            row = pooled(tokens, self)
+            row = pooled(tokens, self._config, self._weight)
         row = self.head_drop(row)
         return row if pre_logits else self.head(row)
 

@@ -35,7 +35,8 @@ def tracing_refusal(op: str, what: str) -> str:
     """The message for what records operators."""
     return (
         f"[{op}] {what} cannot follow the C++ core of vimcore, whose result would be recorded as a constant; "
-        "to run a network elsewhere save it (model.save) for vimcore.Runtime, vim-infer or the C++ library"
+        "to run a network elsewhere save it (model.save) for vimcore.Runtime, vim-infer or the C++ library; "
+        "`vimcore export` writes such a file for ONNX Runtime, OpenVINO or torch.export"
     )
 
 

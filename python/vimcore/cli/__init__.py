@@ -23,6 +23,7 @@ COMMANDS = {
     "predict": "classify image files (no torch needed)",
     "explain": "show what a network does with images, and why it decides: attention, features, relevance",
     "convert": "convert a PyTorch checkpoint, such as the authors', to a vimcore file",
+    "export": "write a network for ONNX Runtime, OpenVINO or torch.export, checked against the core",
     "info": "show what a vimcore file contains",
     "bench": "benchmark against other networks and libraries",
     "plot": "plot training curves, the confusion matrix and the worst mistakes of runs",

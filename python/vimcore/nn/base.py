@@ -19,8 +19,6 @@ class NetworkBase(nn.Module):
 
     _config: Config
     head: nn.Module
-    neck: nn.Linear  # with `neck_reduction` above 1, and its norm
-    norm_neck: Any
     dynamic_img_size: bool
 
     @property

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +12,22 @@ from torch import Tensor
 from .. import _core
 from .._core import Config
 from ..utils.arguments import integer
-from .base import NetworkBase
+
+Weight = Callable[[str], Tensor]  # a parameter by its state-dict key
 
 
-def readout(tokens: Tensor, model: NetworkBase) -> Tensor:
+def readout(tokens: Tensor, config: Config, weight: Weight, head: Callable[[Tensor], Tensor]) -> Tensor:
     """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
-    config, head = model._config, model.head
     if config.head_per_token:
-        logits: Tensor = head(tokens)
+        logits = head(tokens)
         return logits.amax(1) if config.pool == "max" else logits
-    return cast(Tensor, head(pooled(tokens, model)))
+    return head(pooled(tokens, config, weight))
 
 
-def pooled(tokens: Tensor, model: NetworkBase) -> Tensor:
+def pooled(tokens: Tensor, config: Config, weight: Weight) -> Tensor:
     """What a head that does not see every token sees: (B, readout width) of normalised tokens (B, L, D)."""
-    config = model._config
     if config.class_token == "registers":
-        return _through_neck(tokens[:, class_positions(tokens, config)], model)
+        return _through_neck(tokens[:, class_positions(tokens, config)], config, weight)
     if config.class_token == "double":
         return (tokens[:, 0] + tokens[:, -1]) / 2
     if config.class_token != "none":
@@ -37,16 +35,14 @@ def pooled(tokens: Tensor, model: NetworkBase) -> Tensor:
     return tokens[:, -1] if config.pool == "last" else tokens.mean(1)
 
 
-def _through_neck(registers: Tensor, model: NetworkBase) -> Tensor:
+def _through_neck(registers: Tensor, config: Config, weight: Weight) -> Tensor:
     """Registers (B, n, D) one beside the other, narrowed and normalised where the network has a neck."""
-    config = model._config
     if config.neck_reduction == 1:
         return registers.flatten(1)
-    x = F.linear(registers, model.neck.weight).flatten(1)
-    weight, eps = model.norm_neck.weight, config.norm_eps
+    x, eps = F.linear(registers, weight("neck.weight")).flatten(1), config.norm_eps
     if config.norm == "layer":
-        return F.layer_norm(x, x.shape[-1:], weight, model.norm_neck.bias, eps)
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return F.layer_norm(x, x.shape[-1:], weight("norm_neck.weight"), weight("norm_neck.bias"), eps)
+    return F.rms_norm(x, x.shape[-1:], weight("norm_neck.weight"), eps)
 
 
 def class_positions(tokens: Tensor, config: Config) -> list[int]:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -309,7 +310,12 @@ class VisionMamba(NetworkBase):
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
-        return readout(tokens, self)
+        return readout(tokens, self._config, self._weight, self.head)
+
+    def _weight(self, name: str) -> Tensor:
+        """A parameter by its state-dict key, also a parametrised one."""
+        weight: Tensor = attrgetter(name)(self)
+        return weight
 
     def _head_is_fused(self) -> bool:
         head = getattr(self, "head", None)

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,9 @@ from ..detection import CascadeMaskRCNN
 from ..tasks.detection.answers import shown_of, sure
 from ..tasks.detection.evaluation import Row, rows_of
 from ..utils.files import atomic, write_text
+from ..weights.task import DetectTask
 from .predict import json_text
+from .result_folder import ResultFolder
 
 RESULTS = "results.json"
 
@@ -133,52 +134,34 @@ def detect(
         OSError: a result cannot be written.
     """
     pictures = list(find_images(paths, passed_over))
-    output = _Output(out, pictures, network) if out is not None else None
+    folder = ResultFolder(out, pictures) if out is not None else None
+    results = _Results(network.task)
     for path in pictures:
         try:
             image = decode(read_file(path), "")
             rows = network.rows(image)
-            name = output.name(path) if output is not None else None
+            names = folder.names(path, "_overlay.jpg") if folder is not None else ()
         except (_core.Error, OSError, ValueError, MemoryError) as error:
             yield Predicted(path, error=reason(error))
             continue
         size = (image.shape[0], image.shape[1])
-        if output is not None and name is not None:
+        for name in names:
             with atomic(Path(name)) as file:
                 file.write(network.overlay(image, rows))
-            output.add(path, size, rows)
-        yield Predicted(path, size, rows, network.task.classes, name)
-    if output is not None:
-        output.finish()
+            results.add(path, size, rows)
+        yield Predicted(path, size, rows, network.task.classes, *names)
+    if folder is not None:
+        results.write(Path(folder.folder) / RESULTS)
 
 
-class _Output:
-    """A folder of results, none of which replaces a picture or another result."""
+class _Results:
+    """What results.json is going to say."""
 
-    def __init__(self, folder: str, pictures: Iterable[str], network: Detecting) -> None:
-        os.makedirs(folder, exist_ok=True)
-        self.folder, self.taken = folder, {os.path.realpath(picture) for picture in pictures}
-        classes = network.task.classes
-        self.ids = network.task.ids or tuple(range(1, len(classes) + 1))
+    def __init__(self, task: DetectTask) -> None:
+        self.ids = task.ids or tuple(range(1, len(task.classes) + 1))
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
-        self.categories = [{"id": number, "name": name} for number, name in zip(self.ids, classes)]
-
-    def name(self, picture: str) -> str:
-        """Of the overlay.
-
-        Raises:
-            ValueError: it is taken.
-        """
-        name = os.path.join(self.folder, os.path.splitext(os.path.basename(picture))[0]) + "_overlay.jpg"
-        place = os.path.realpath(name)
-        if place in self.taken:
-            raise ValueError(
-                f"{name} is another picture, or the result of one; pictures of the same name need runs of "
-                "their own with another --out"
-            )
-        self.taken.add(place)
-        return name
+        self.categories = [{"id": number, "name": name} for number, name in zip(self.ids, task.classes)]
 
     def add(self, picture: str, size: tuple[int, int], rows: Sequence[Row]) -> None:
         number = len(self.images) + 1
@@ -189,6 +172,6 @@ class _Output:
             about["area"] = width * height
             self.annotations.append({**about, **row, "category_id": self.ids[row["category_id"] - 1]})
 
-    def finish(self) -> None:
+    def write(self, path: Path) -> None:
         content = {"images": self.images, "annotations": self.annotations, "categories": self.categories}
-        write_text(Path(self.folder) / RESULTS, json.dumps(content) + "\n")
+        write_text(path, json.dumps(content) + "\n")

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from ..tasks.segmentation.windows import classes_of, logits_by_windows, starts
 from ..utils.files import atomic
 from ..weights.task import SegmentTask
 from .predict import json_text
+from .result_folder import ResultFolder
 
 MOST_WINDOWS = 65536  # for one picture, as vim-infer
 
@@ -162,23 +162,22 @@ def segment(
         OSError: a result cannot be written.
     """
     pictures = list(find_images(paths, passed_over))
-    output = _Output(out, pictures) if out is not None else None
+    folder = ResultFolder(out, pictures) if out is not None else None
     for path in pictures:
         try:
             image = decode(read_file(path), "")
             classes = network.classes(image)
-            names = output.names(path) if output is not None else None
+            names = folder.names(path, ".png", "_overlay.jpg") if folder is not None else ()
         except (_core.Error, OSError, ValueError, MemoryError) as error:
             yield Segmented(path, error=reason(error))
             continue
-        if names is not None:
-            for name, content in zip(
-                names,
-                (mask_png(classes, network.task.palette), overlay_jpeg(image, classes, network.task.palette)),
-            ):
+        if names:
+            palette = network.task.palette
+            contents = mask_png(classes, palette), overlay_jpeg(image, classes, palette)
+            for name, content in zip(names, contents):
                 with atomic(Path(name)) as file:
                     file.write(content)
-        yield Segmented(path, classes, areas(classes, network.task), *(names or ()))
+        yield Segmented(path, classes, areas(classes, network.task), *names)
 
 
 def areas(classes: NDArray[np.uint8], task: SegmentTask) -> list[Area]:
@@ -190,29 +189,3 @@ def areas(classes: NDArray[np.uint8], task: SegmentTask) -> list[Area]:
         for i in order
         if counts[i]
     ]
-
-
-class _Output:
-    """A folder of results, none of which replaces a picture or another result."""
-
-    def __init__(self, folder: str, pictures: Iterable[str]) -> None:
-        os.makedirs(folder, exist_ok=True)
-        self.folder, self.taken = folder, {os.path.realpath(picture) for picture in pictures}
-
-    def names(self, picture: str) -> tuple[str, str]:
-        """Of mask and overlay.
-
-        Raises:
-            ValueError: one of them is taken.
-        """
-        stem = os.path.join(self.folder, os.path.splitext(os.path.basename(picture))[0])
-        names = stem + ".png", stem + "_overlay.jpg"
-        for name in names:
-            place = os.path.realpath(name)
-            if place in self.taken:
-                raise ValueError(
-                    f"{name} is another picture, or the result of one; pictures of the same name need runs "
-                    "of their own with another --out"
-                )
-            self.taken.add(place)
-        return names

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 def needs(extra: str) -> str:
-    """How to install the packages of an extra, or several: torch, demo, train, dense, track, test or bench.
+    """How to install the packages of an extra, or several, of pyproject.toml: torch, demo, train, export ...
 
     vimcore is in no package registry, so it is named by its folder.
     """
