@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from . import _core
 from ._core import Preprocess
 from .utils.arguments import gpu_number, integer, sides
+from .utils.clips import clip_input
 from .weights.metadata import unpack
 
 
@@ -72,7 +73,7 @@ class Runtime:
         """Logits of normalised images.
 
         Args:
-            images: (B, C, H, W) float32.
+            images: (B, C, H, W) float32; of a network of clips (B, C, T, H, W), see `clip_input`.
 
         Returns:
             (B, num_classes) float32; (B, L, num_classes) with pool="all"; features where there is no head.
@@ -81,6 +82,22 @@ class Runtime:
             ValueError: shape or type do not fit.
         """
         return self._engine.run(np.ascontiguousarray(images))
+
+    def clip_input(self, clip: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """A batch of one (1, C, frames, h, w) of a clip (T, H, W, 1 or 3) uint8: frames chosen, preprocessed.
+
+        T is the network's number of frames, or a multiple of it: then the middle of each equal part is seen.
+
+        Raises:
+            ValueError: the network takes images, or the clip does not fit.
+        """
+        frames = self.config["frames"]
+        if not frames or self.preprocess is None:
+            raise ValueError("[Runtime] clip_input: the network takes no clips of pictures")
+        try:
+            return clip_input(clip, frames, Preprocess(**self.preprocess))[None]
+        except ValueError as error:
+            raise ValueError(f"[Runtime] clip: {error}") from None
 
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Normalised tokens (B, L, D), class tokens included, of normalised images (B, C, H, W); float32."""

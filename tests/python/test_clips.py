@@ -176,6 +176,18 @@ def test_published_checkpoints_load_strictly(tmp_path: Path) -> None:
     ):
         runtime(clip[:, :, :1].numpy())
 
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 250, 260, 3), np.uint8)
+    shown = runtime.clip_input(pixels)
+    assert shown.shape == (1, 3, 2, 224, 224)
+    steps = vimcore._core.Preprocess(**runtime.preprocess)
+    for place, frame in enumerate((1, 4)):  # the middle ones of the parts 0 1 2 and 3 4 5
+        np.testing.assert_array_equal(
+            shown[0, :, place], vimcore._core.preprocess_pixels(pixels[frame], steps)
+        )
+    with pytest.raises(ValueError, match="5 frames, which 2 do not divide"):
+        runtime.clip_input(pixels[:5])
+    assert main(["health", "--weights", str(tmp_path / "F.safetensors"), "--count", "1"]) == 0
+
     del state["temporal_pos_embedding"]
     torch.save({"model": state}, tmp_path / "cut.pth")
     with pytest.raises(ValueError, match=r"missing: temporal_pos_embedding \(1, 2, 24\)"):

@@ -157,10 +157,13 @@ def health_of_file(
         passed_over: counts files in the folders that are not images, by suffix.
     """
     model = load_model(weights)
-    channels, (height, width) = model.config["in_chans"], model.config["img_size"]
+    height, width = model._config.img_size
     if not pictures:
-        noise = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(0))
-        return health(model, noise)
+        frames = (model._config.frames,) if model._config.frames else ()
+        shape = (count, model._config.in_chans, *frames, height, width)
+        return health(model, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    if model._config.frames:
+        raise ValueError(f"{weights}: takes clips, not pictures; without any, its health is that on noise")
     preprocess = unpack(_core.safetensors_header(weights)[1], weights).preprocess
     if preprocess is None:
         raise ValueError(f"{weights}: no preprocessing, so nothing that a picture could fill")

@@ -13,7 +13,7 @@ from typing import Any
 from .. import tasks
 from ..tasks.settings import Settings, read_toml
 from ..train.folder import BEST, CHECKPOINT, CONFIG, LAST, LOG, resumed
-from ..train.presets import DEFAULTS, PRESETS, recipe, task_of
+from ..train.presets import DEFAULTS, FINE_TUNING, PRESETS, recipe, task_of
 from ..utils.extras import required
 from .output import print_json
 from .streams import complain
@@ -123,7 +123,7 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         of_file.pop("updates", None)
     task = next(name for name in tasks.NAMES if tasks.settings_type({"task": name}) is kind)
     settings, notes = recipe(kind, args.preset or DEFAULTS[task], {"task": task, **of_file, **flags})
-    if "-long-" in (args.preset or "") and settings.init is None:
+    if args.preset in FINE_TUNING and settings.init is None:
         raise ValueError(f"init: {args.preset} fine-tunes; name the weights to start from with --init")
     return settings, notes
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from ..utils.clips import checked_clip, chosen_frames
 from .picture_files import SUFFIXES, read_file, walk
 from .pictures import decode
 
@@ -66,12 +67,10 @@ def frames_of_clip(name: str, frames: int) -> NDArray[np.int64]:
         length = _array(name).shape[0]
     else:
         raise ValueError(f"{name}: a clip is a folder of pictures or a .npy file (T, H, W, C)")
-    if length == 0 or length % frames:
-        raise ValueError(
-            f"{name}: {length} frames, which {frames} do not divide: expected {frames} or a multiple"
-        )
-    part = length // frames
-    return np.arange(frames) * part + part // 2
+    try:
+        return chosen_frames(length, frames)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def read_clip(name: str, frames: int) -> NDArray[np.uint8]:
@@ -97,12 +96,6 @@ def read_clip(name: str, frames: int) -> NDArray[np.uint8]:
 def _array(name: str) -> NDArray[np.uint8]:
     """The array of a .npy file, not read before it is looked at."""
     try:
-        clip = np.load(name, mmap_mode="r", allow_pickle=False)
+        return checked_clip(np.load(name, mmap_mode="r", allow_pickle=False))
     except (EOFError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
-    shape = clip.shape if isinstance(clip, np.ndarray) else type(clip).__name__
-    if not isinstance(clip, np.ndarray) or clip.ndim != 4 or clip.shape[3] not in (1, 3) or 0 in clip.shape:
-        raise ValueError(f"{name}: expected an array (T, H, W, C) of 1 or 3 channels, got {shape}")
-    if clip.dtype != np.uint8:
-        raise ValueError(f"{name}: expected uint8, got {clip.dtype}")
-    return clip

@@ -59,7 +59,8 @@ class Augment:
     Attributes:
         crop_scale, crop_ratio: area and width over height of the random crop, from and to.
         hflip, random_erase: probabilities.
-        rand_augment: timm's notation; empty: none, colour jitter instead.
+        rand_augment: timm's notation; empty: none, colour jitter instead. "3a": solarised, grey or blurred
+            (3-Augment of DeiT III), and colour jitter.
     """
 
     crop_scale: tuple[float, ...] = (0.08, 1.0)
@@ -117,9 +118,12 @@ def picture_train(of: Input, augment: Augment) -> Transform:
 
 def _colours(of: Input, augment: Augment) -> Any:
     """RandAugment, or colour jitter where there is none of it."""
+    strength = augment.color_jitter
+    jitter = v2.ColorJitter(strength, strength, strength)
     if not augment.rand_augment:
-        strength = augment.color_jitter
-        return v2.ColorJitter(strength, strength, strength)
+        return jitter
+    if augment.rand_augment == "3a":
+        return v2.Compose([auto_augment.auto_augment_transform("3a"), jitter])
     fill = tuple(min(255, round(255 * value)) for value in of.mean) * (3 // of.channels)
     hints = {
         "translate_const": int(min(of.size) * 0.45),

@@ -36,7 +36,7 @@ class ExportNetwork(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of normalised images (B, C, H, W), or clips, as of the model; without a head what it sees."""
+        """Logits of normalised images or clips, as of the model; without a head what it would see."""
         weights = {name: self.get_buffer(buffer) for name, buffer in self._buffer_of.items()}
         self._plain.weights = weights
         try:

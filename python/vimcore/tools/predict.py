@@ -19,6 +19,7 @@ from ..data.clip_files import find_clips, read_clip
 from ..data.picture_files import find_images, read_file, reason
 from ..data.pictures import network_input
 from ..runtime import Runtime
+from ..utils.clips import clip_input
 
 BATCH = 8
 
@@ -117,9 +118,7 @@ def _load(path: str, steps: Preprocess, frames: int) -> NDArray[np.float32] | st
     """The network's input (C, H, W), of a clip (C, T, H, W), or the reason why the file cannot be read."""
     try:
         if frames:
-            clip = read_clip(path, frames)
-            inputs = [_core.preprocess_pixels(np.ascontiguousarray(frame), steps) for frame in clip]
-            return np.stack(inputs, 1)
+            return clip_input(read_clip(path, frames), frames, steps)
         return network_input(read_file(path), "", steps)
     except (_core.Error, OSError, ValueError, MemoryError) as error:
         return reason(error).removeprefix(f"{path}: ")  # the path is said by whoever prints this

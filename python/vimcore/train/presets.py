@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from ..data.digits import MEAN, SIDE, STD
 from ..tasks.settings import Settings
 from .presets_detect import DETECT
+from .presets_mambar import MAMBAR
 from .presets_pretrain import PRETRAIN
 from .presets_segment import SEGMENT
 from .schedule import bounded_warmup
@@ -96,10 +97,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small-long-paper": {**_LONG_PAPER, "model": "vim_small_patch16_stride8_224"},
     "base-long-paper": {**_LONG_PAPER, "model": "vim_base_patch16_stride8_224"},
     "digits": DIGITS,
+    **MAMBAR,
     **SEGMENT,
     **DETECT,
     **PRETRAIN,
 }
+
+# They go on from weights of another run.
+FINE_TUNING = {*(name for name in PRESETS if "-long-" in name), "mambar-base-224", "mambar-base-finetune"}
 
 # Where no preset is named, by task.
 DEFAULTS = {

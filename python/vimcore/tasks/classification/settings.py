@@ -25,8 +25,10 @@ class ClassificationSettings(Settings):
     crop_scale: tuple[float, ...] = key("augmentation", (0.08, 1.0), "area of the random crop, from and to")
     crop_ratio: tuple[float, ...] = key("augmentation", (3 / 4, 4 / 3), "its width over height, from and to")
     hflip: float = key("augmentation", 0.5, "probability")
-    rand_augment: str = key("augmentation", "rand-m9-mstd0.5-inc1", "timm's notation; empty: none")
-    color_jitter: float = key("augmentation", 0.3, "acts only without rand_augment")
+    rand_augment: str = key(
+        "augmentation", "rand-m9-mstd0.5-inc1", "timm's notation; 3a: 3-Augment; empty: none"
+    )
+    color_jitter: float = key("augmentation", 0.3, "acts only without rand_augment, or with 3a")
     random_erase: float = key("augmentation", 0.25, "probability")
     mixup: float = key("augmentation", 0.8, "alpha; 0: off")
     cutmix: float = key("augmentation", 1.0, "alpha; 0: off")
