@@ -233,7 +233,7 @@ vimcore_status vimcore_model_get_info(const vimcore_model* model, vimcore_model_
         const auto m = find(model);
         const vimcore::Config& c = m->model->config();
         *given("model", "info", info) = {c.in_chans,    c.img_height, c.img_width, m->outputs,
-                                         c.num_classes, c.tokens(),   c.embed_dim};
+                                         c.num_classes, c.tokens(),   c.embed_dim, c.frames};
     });
 }
 
