@@ -113,8 +113,8 @@ int features(const std::vector<std::string>& words)
     vimcore::save_safetensors(out, {{"features", {kept.data(), shape, vimcore::DType::f32, {}}}},
                               {{"vimcore.images", json_list(names)}});
     if (json)
-        print("{\"written\": " + json_text(out) + ", \"images\": " + std::to_string(count) +
-              ", \"failed\": " + std::to_string(counts.failed) + ", \"width\": " + std::to_string(all_tokens ? width : pool_width) +
+        print("{\"written\": " + json_text(out) + ", \"images\": " + std::to_string(count) + ", \"failed\": " +
+              std::to_string(counts.failed) + ", \"width\": " + std::to_string(all_tokens ? width : pool_width) +
               passed_over_json(counts.passed_over) + "}\n");
     else
         print(out + ": features " + vimcore::to_string(shape) + " of " + std::to_string(count) + " pictures\n");
