@@ -440,7 +440,7 @@ void test_configurations()
     CHECK(!c.composes_positions() && !other.at_size(12, 20).composes_positions());
     CHECK(other.at_size(12, 20).to_json() == c.to_json());
     CHECK(other.at_size(8, 8).table_grid() == c.grid());
-    CHECK(other.to_json() == c.to_json());      // of a file: the size that its table has
+    CHECK(other.to_json() == c.to_json());           // of a file: the size that its table has
     CHECK(!c.at_size(13, 23).composes_positions());  // other pixels, the same grid
     Params params;
     for_each_param(other, params, [&](const std::string& name, Tensor&, const Shape& shape) {
