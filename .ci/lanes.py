@@ -61,6 +61,11 @@ LANES = {
         ("bash tests/cuda/compile_all.sh build/cuda",),
         ("c++", "nvcc"),
     ),
+    "wheel": Lane(
+        "source archive, wheel with its libraries, Debian package, vim-infer without shared libraries",
+        (*BUILD, "python", "pyproject.toml", "README.md", "tests/package/wheel.sh", "tests/constraints.txt"),
+        ("bash tests/package/wheel.sh",),
+    ),
     "fuzz": Lane(
         "hostile input, half a minute for each reader of files",
         (*BUILD, "tests/fuzz"),

@@ -69,15 +69,27 @@ struct Functions {
     Status (*preference_destroy)(Preference);
     Status (*heuristic)(Handle, Matmul, Layout a, Layout b, Layout c, Layout d, Preference, int wanted,
                         HeuristicResult[], int* found);
+    Status (*algorithm_check)(Handle, Matmul, Layout a, Layout b, Layout c, Layout d, const Algorithm*,
+                              HeuristicResult*);
     Status (*matmul)(Handle, Matmul, const void* alpha, const void* a, Layout, const void* b, Layout, const void* beta,
                      const void* c, Layout, void* d, Layout, const Algorithm*, void* workspace, std::size_t,
                      cudaStream_t);
 };
 
+// The library of this process, opened at first use.
+struct Library {
+    Functions call{};
+    std::string name;  // for people; with why where there is none
+    bool found = false;
+};
+const Library& library();
+
 }  // namespace lt
 
-// Runs args through cuBLASLt, `bias` being args.bias in the type args.y_dtype. False: it is not there, or has no
-// algorithm for this problem; use gemm().
+// Runs args through cuBLASLt, `bias` being args.bias in the type args.y_dtype, at an address that 16 divides. False: it
+// is not there, or has no algorithm for this problem; use gemm().
+// A row of y has the same bits whatever the number of rows, because all numbers of rows share an algorithm
+// (VIMCORE_ALGORITHM_PER_BATCH=1 asks for one each). Sums over tokens have the same bits in every run.
 bool matmul(Context& ctx, const GemmArgs& args, const void* bias);
 
 bool has_cublaslt();

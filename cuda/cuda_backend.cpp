@@ -77,6 +77,9 @@ std::string missing_device()
     if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
     if (cudaRuntimeGetVersion(&runtime) != cudaSuccess) runtime = 0;
     (void)cudaGetLastError();
+    if (status == cudaErrorInitializationError)
+        return "CUDA cannot be used here (" + std::string(cudaGetErrorName(status)) +
+               "): a process that used it was forked; start processes by \"spawn\" or \"forkserver\"";
     if (driver == 0) return "this machine has no NVIDIA driver; install one, or use the CPU";
     if (status == cudaErrorInsufficientDriver)
         return "the NVIDIA driver is made for CUDA " + version(driver) + ", this build of vimcore for " +
@@ -297,13 +300,17 @@ int cuda_device_count()
 std::string cuda_description(int device)
 {
     (void)cuda_backend();  // says why there is no device
+    const CudaProducts products = cuda_products();
     cudaDeviceProp properties{};
     int driver = 0;
     VIM_CUDA(cudaGetDeviceProperties(&properties, device));
     VIM_CUDA(cudaDriverGetVersion(&driver));
     return std::string(properties.name) + ", compute capability " + std::to_string(properties.major) + "." +
            std::to_string(properties.minor) + ", " + cuda::mebibytes(properties.totalGlobalMem) + ", driver for CUDA " +
-           cuda::version(driver) + ", matrices by " + cuda::blas_name();
+           cuda::version(driver) + ", matrices by " + cuda::blas_name() +
+           (products.built_in == 0 ? std::string()
+                                   : ", but " + std::to_string(products.built_in) +
+                                         " products by slow built-in kernels, the first " + products.first_built_in);
 }
 
 }  // namespace vimcore

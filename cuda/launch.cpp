@@ -142,9 +142,10 @@ void allow_shared_memory(const void* kernel, std::size_t bytes)
         throw Error("[cuda] a kernel needs " + std::to_string(bytes) + " bytes of shared memory, device " +
                     std::to_string(device) + " grants a block " + std::to_string(limit));
     std::unique_lock lock(mutex);
-    VIM_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
     std::size_t& largest = allowed[key];
-    largest = std::max(largest, bytes);
+    if (largest >= bytes) return;  // another thread was here, with more: less would lower it
+    VIM_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    largest = bytes;
 }
 
 DeviceGuard::DeviceGuard(int device)

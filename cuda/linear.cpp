@@ -17,23 +17,39 @@ namespace vimcore::cuda {
 
 namespace {
 
-// copies(to): what makes up the packed form at `to`.
+// copies(to): what makes up the packed form at `to`, which has zeros elsewhere.
 template <class F>
 const void* packed(Context& ctx, const Tensor& weight, WeightForm form, DType dtype, Index count, F&& copies)
 {
     const auto bytes = static_cast<std::size_t>(count) * size_of(dtype);
     if (WeightCache* cache = internals(ctx).cache)
         return cache->get_copies(ctx, {weight.data, form, dtype}, bytes, copies);
-    void* memory = arena_of(ctx).take({count}, dtype).data;
-    for (const Copy& c : copies(memory)) copy(ctx, c.from, c.to);
-    return memory;
+    const Tensor memory = arena_of(ctx).take({count}, dtype);
+    const std::vector<Copy> parts = copies(memory.data);
+    if (copied_bytes(parts) < memory.bytes()) fill_zero(ctx, memory);
+    for (const Copy& c : parts) copy(ctx, c.from, c.to);
+    return memory.data;
 }
 
-const void* cast(Context& ctx, const Tensor& weight, DType dtype)
+const void* copied(Context& ctx, const Tensor& weight, DType dtype, Index count)
 {
-    if (!weight || weight.dtype == dtype) return weight.data;
-    return packed(ctx, weight, WeightForm::cast, dtype, weight.numel(),
+    return packed(ctx, weight, WeightForm::cast, dtype, count,
                   [&](void* to) { return std::vector<Copy>{{weight, {to, weight.shape, dtype, ctx.device()}}}; });
+}
+
+// A weight (N, K) as (rows, K), rows >= N.
+const void* cast(Context& ctx, const Tensor& weight, DType dtype, Index rows)
+{
+    if (weight.dtype == dtype) return weight.data;
+    return copied(ctx, weight, dtype, rows * weight.size(1));
+}
+
+// cuBLASLt reads a bias 16 bytes at a time, and does not ask where it lies.
+const void* cast_bias(Context& ctx, const Tensor& bias, DType dtype)
+{
+    const bool aligned = reinterpret_cast<std::uintptr_t>(bias.data) % 16 == 0;
+    if (!bias || (bias.dtype == dtype && aligned)) return bias.data;
+    return copied(ctx, bias, dtype, bias.numel());
 }
 
 // Both weights, the second `stride` elements behind the first.
@@ -54,11 +70,10 @@ GemmArgs problem(const LinearForward& a)
     g.x = a.x.data;
     g.bias = a.bias.as<float>();
     g.y = a.y.data;
-    g.n = a.weight.size(0);
+    g.n = g.ldy = a.y.shape[-1];  // rows of the weight, or padded
     g.k = a.weight.size(1);
     g.m = g.n ? a.y.numel() / g.n : 0;
     g.ldx = g.ldw = g.k;
-    g.ldy = g.n;
     return g;
 }
 
@@ -81,7 +96,7 @@ GemmArgs input_problem(const LinearBackward& a)
     g.w_across = true;
     g.y = a.dx.data;
     g.add = a.accumulate_dx;
-    g.k = g.ldx = a.weight.size(0);
+    g.k = g.ldx = a.dy.shape[-1];  // rows of the weight, or padded
     g.n = g.ldw = g.ldy = a.weight.size(1);
     g.m = g.n ? a.dx.numel() / g.n : 0;
     return g;
@@ -97,9 +112,10 @@ GemmArgs weight_problem(const LinearBackward& a)
     g.w = a.x.data;
     g.y = a.dweight.data;
     g.x_across = g.w_across = g.add = true;
-    g.m = g.ldx = a.dweight.size(0);
+    g.m = a.dweight.size(0);
     g.n = g.ldw = g.ldy = a.dweight.size(1);
-    g.k = g.m ? a.dy.numel() / g.m : 0;
+    g.ldx = a.dy.shape[-1];
+    g.k = g.ldx ? a.dy.numel() / g.ldx : 0;
     return g;
 }
 
@@ -114,21 +130,22 @@ std::optional<GemmArgs> pair(GemmArgs g, std::optional<Index> x, std::optional<I
     return g;
 }
 
-// Distance of the second weight in a cast pair.
-Index cast_distance(const Tensor& weight) { return round_up(weight.numel(), 64); }
+// Distance of the second weight of `rows` rows in a cast pair.
+Index cast_distance(const Tensor& weight, Index rows) { return round_up(rows * weight.size(1), 64); }
 
 // Both as one batch of two, where they are of one size and lie in the same order.
 std::optional<GemmArgs> pair(const LinearForward& a, const LinearForward& b)
 {
-    if (a.bias || b.bias || a.weight.shape != b.weight.shape || a.x.dtype != b.x.dtype || a.x.numel() != b.x.numel())
+    if (a.bias || b.bias || a.weight.shape != b.weight.shape || a.x.dtype != b.x.dtype || a.x.numel() != b.x.numel() ||
+        a.y.shape[-1] != b.y.shape[-1])
         return {};
-    return pair(problem(a), distance(a.x, b.x), cast_distance(a.weight), distance(a.y, b.y));
+    return pair(problem(a), distance(a.x, b.x), cast_distance(a.weight, a.y.shape[-1]), distance(a.y, b.y));
 }
 
 void multiply(Context& ctx, const GemmArgs& g, const Tensor& bias)
 {
     if (g.m == 0 || g.n == 0) return;
-    if (g.k > 0 && has_cublaslt() && matmul(ctx, g, cast(ctx, bias, g.y_dtype))) return;
+    if (g.k > 0 && has_cublaslt() && matmul(ctx, g, cast_bias(ctx, bias, g.y_dtype))) return;
     gemm(ctx, g);
 }
 
@@ -146,8 +163,8 @@ void input_gradients(Context& ctx, std::span<const LinearBackward> args)
         if (!a.dx) continue;
         if (i + 1 < args.size() && alike(a, args[i + 1])) {
             const LinearBackward& b = args[i + 1];
-            if (std::optional<GemmArgs> both =
-                    pair(input_problem(a), distance(a.dy, b.dy), cast_distance(a.weight), distance(a.dx, b.dx))) {
+            if (std::optional<GemmArgs> both = pair(input_problem(a), distance(a.dy, b.dy),
+                                                    cast_distance(a.weight, a.dy.shape[-1]), distance(a.dx, b.dx))) {
                 both->w = cast_pair(ctx, a.weight, b.weight, both->dtype, both->stride_w);
                 multiply(ctx, *both, {});
                 i++;
@@ -155,7 +172,7 @@ void input_gradients(Context& ctx, std::span<const LinearBackward> args)
             }
         }
         GemmArgs g = input_problem(a);
-        g.w = cast(ctx, a.weight, g.dtype);
+        g.w = cast(ctx, a.weight, g.dtype, g.k);
         multiply(ctx, g, {});
     }
 }
@@ -195,7 +212,7 @@ void linear_forward(Context& ctx, const std::span<const LinearForward>& args)
             }
         }
         GemmArgs g = problem(a);
-        g.w = cast(ctx, a.weight, g.dtype);
+        g.w = cast(ctx, a.weight, g.dtype, g.n);
         multiply(ctx, g, a.bias);
     }
 }

@@ -40,7 +40,13 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "mutants"
 TREE, BUILD = WORK / "tree", WORK / "build"
 FURTHER = {"test_shim_": "vimcore_shim_python", "vim_infer": "vim-infer"}  # targets of some Python tests
-OPTIONS = ("CMAKE_BUILD_TYPE=Release", "SKBUILD=ON", "VIMCORE_ISAS=native", "VIMCORE_UNITY=OFF")
+OPTIONS = (
+    "CMAKE_BUILD_TYPE=Release",
+    "SKBUILD=ON",
+    "VIMCORE_TESTS=ON",
+    "VIMCORE_ISAS=native",
+    "VIMCORE_UNITY=OFF",
+)
 # Kernels compile longer than they are tested: in half the time with -O1.
 FASTER = ("cpp/cmake/options.cmake", ",-O2,-O3>", ",-O2,-O1>")
 PRELOADED = ("pytest", "torch", "timm.data", "timm.optim", "timm.scheduler", "torchvision.transforms.v2")

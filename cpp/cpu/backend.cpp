@@ -35,11 +35,30 @@ void* CpuBackend::allocate(std::size_t bytes, int)
     return memory;
 }
 
-void CpuBackend::copy(Context&, const Tensor& from, const Tensor& to)
+void CpuBackend::copy(Context& ctx, const Tensor& from, const Tensor& to)
 {
-    if (from.dtype != to.dtype)
-        throw std::invalid_argument("[copy] to: expected " + describe(from) + ", got " + describe(to));
-    std::memcpy(to.data, from.data, to.bytes());
+    if (from.dtype == to.dtype) {
+        std::memcpy(to.data, from.data, to.bytes());
+        return;
+    }
+    for (const DType dtype : {from.dtype, to.dtype})
+        if (dtype != DType::f32 && dtype != DType::f64 && dtype != DType::bf16)
+            throw std::invalid_argument("[copy] to: expected " + describe(from) + ", got " + describe(to));
+    constexpr Index piece = 1 << 14;
+    dispatch(from.dtype, [&](auto source) {
+        dispatch(to.dtype, [&](auto target) {
+            using From = decltype(source);
+            using To = decltype(target);
+            const Index count = to.numel();
+            parallel_for(ctx, ceil_div(count, piece), [&](Index task) {
+                const Index end = std::min(count, (task + 1) * piece);
+                const From* x = from.as<From>();
+                To* y = to.as<To>();
+                for (Index i = task * piece; i < end; i++)
+                    y[i] = To(static_cast<Wide<To>>(static_cast<Wide<From>>(x[i])));
+            });
+        });
+    });
 }
 
 void CpuBackend::change_stream(Context&, void*, void*)

@@ -36,12 +36,19 @@ BuildInfo build_info()
     return info;
 }
 
-double fma_peak(int threads)
+std::string bf16_unit() { return cpu::bf16_in_use(); }
+std::string bf16_refusal() { return cpu::bf16_missing(); }
+
+namespace {
+
+template <class T>
+double peak(const char* op, int threads)
 {
     if (threads < 1)
-        throw std::invalid_argument("[fma_peak] threads: expected 1 or more, got " + std::to_string(threads));
+        throw std::invalid_argument(std::string("[") + op + "] threads: expected 1 or more, got " +
+                                    std::to_string(threads));
     using Clock = std::chrono::steady_clock;
-    const auto& kernel = cpu::kernels<float>();
+    const auto& kernel = cpu::kernels<T>();
     constexpr cpu::Index rounds = 200000;
     double best = 0;
     for (int repeat = 0; repeat < 9; repeat++) {
@@ -53,5 +60,10 @@ double fma_peak(int threads)
     }
     return best * 1e-9;
 }
+
+}  // namespace
+
+double fma_peak(int threads) { return peak<float>("fma_peak", threads); }
+double bf16_peak(int threads) { return peak<cpu::bf16>("bf16_peak", threads); }
 
 }  // namespace vimcore

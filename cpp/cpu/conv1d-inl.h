@@ -32,11 +32,11 @@ VIM_INLINE Vec<T> conv_token(const Conv<T>& f, const ConvRows<T>& rows, Index t,
 {
     const Index width = W ? W : f.width;
     Vec<T> p = {};
-    if (f.bias) p = load_upto<T>(f.bias + e, n);
+    if (f.bias) p = load_upto<Wide<T>>(f.bias + e, n);
     for (Index k = 0; k < width; k++) {
         const Index s = t - width + 1 + k;
         if (s < 0) continue;
-        p = fma(load_upto<T>(f.weight + k * f.dim + e, n), load_upto<T>(rows.x + s * rows.step + e, n), p);
+        p = fma(load_upto<Wide<T>>(f.weight + k * f.dim + e, n), load_upto<T>(rows.x + s * rows.step + e, n), p);
     }
     return p;
 }
@@ -69,20 +69,20 @@ static void conv_forward_width(const ConvForwardArgs<T>& args)
                 const T* from = rows.x + (t - W + 1) * rows.step + e;
                 T* to = u + i * step + e;
                 Vec<T> x[block + W], p[block] = {};
-                if (args.f.bias) p[0] = p[1] = p[2] = p[3] = load_upto<T>(args.f.bias + e, n);
+                if (args.f.bias) p[0] = p[1] = p[2] = p[3] = load_upto<Wide<T>>(args.f.bias + e, n);
                 for (int s = 0; s < block + W - 1; s++) x[s] = load_upto<T>(from + s * rows.step, n);
                 for (int k = 0; k < W; k++) {
-                    const Vec<T> tap = load_upto<T>(args.f.weight + k * args.f.dim + e, n);
+                    const Vec<T> tap = load_upto<Wide<T>>(args.f.weight + k * args.f.dim + e, n);
                     for (int s = 0; s < block; s++) p[s] = fma(tap, x[s + k], p[s]);
                 }
-                for (int s = 0; s < block; s++) p[s] = Silu ? silu(p[s]) : p[s];
+                for (int s = 0; s < block; s++) p[s] = Silu ? silu_of<T>(p[s]) : p[s];
                 for (int s = 0; s < block; s++) store_upto<T>(to + s * step, p[s], n);
             });
             i += block;
         } else {
             each_channels<T>(args.f, [&](Index e, Index n) VIM_INLINE_LAMBDA {
                 const Vec<T> p = conv_token<T, W>(args.f, rows, t, e, n);
-                store_upto<T>(u + i * step + e, Silu ? silu(p) : p, n);
+                store_upto<T>(u + i * step + e, Silu ? silu_of<T>(p) : p, n);
             });
             i++;
         }
@@ -110,8 +110,8 @@ VIM_INLINE void conv_backward_window(const ConvBackwardArgs<T>& args, Index e, I
     T* dx = args.dx + (args.f.reverse ? (total - 1) * args.lddx : 0) + e;
 
     Vec<T> tap[W], window[W] = {}, recent[W] = {}, dtap[W] = {}, bias = {}, dbias = {};
-    for (int k = 0; k < W; k++) tap[k] = load_upto<T>(args.f.weight + k * args.f.dim + e, n);
-    if (args.f.bias) bias = load_upto<T>(args.f.bias + e, n);
+    for (int k = 0; k < W; k++) tap[k] = load_upto<Wide<T>>(args.f.weight + k * args.f.dim + e, n);
+    if (args.f.bias) bias = load_upto<Wide<T>>(args.f.bias + e, n);
     for (Index t = 0; t < total + W - 1; t++) {
         for (int k = 0; k < W - 1; k++) {
             window[k] = window[k + 1];
@@ -124,7 +124,7 @@ VIM_INLINE void conv_backward_window(const ConvBackwardArgs<T>& args, Index e, I
             if (args.f.silu) {
                 Vec<T> p = bias;
                 for (int k = 0; k < W; k++) p = fma(tap[k], window[k], p);
-                dp *= silu_gradient(p);
+                dp *= silu_gradient_of<T>(p);
             }
             for (int k = 0; k < W; k++) dtap[k] = fma(dp, window[k], dtap[k]);
             dbias += dp;
@@ -139,10 +139,10 @@ VIM_INLINE void conv_backward_window(const ConvBackwardArgs<T>& args, Index e, I
         }
     }
     for (int k = 0; k < W; k++) {
-        T* out = args.dweight + k * args.f.dim + e;
-        if (args.dweight) store_upto<T>(out, load_upto<T>(out, n) + dtap[k], n);
+        Wide<T>* out = args.dweight + k * args.f.dim + e;
+        if (args.dweight) store_upto<Wide<T>>(out, load_upto<Wide<T>>(out, n) + dtap[k], n);
     }
-    if (args.dbias) store_upto<T>(args.dbias + e, load_upto<T>(args.dbias + e, n) + dbias, n);
+    if (args.dbias) store_upto<Wide<T>>(args.dbias + e, load_upto<Wide<T>>(args.dbias + e, n) + dbias, n);
 }
 
 // Any width: every dp is added to dx and dweight in memory as it appears.
@@ -156,19 +156,19 @@ VIM_INLINE void conv_backward_any(const ConvBackwardArgs<T>& args, Index e, Inde
         const Index row = args.f.reverse ? total - 1 - t : t;
         if (!args.add_dx) store_upto<T>(args.dx + row * args.lddx + e, Vec<T>{}, n);
         Vec<T> dp = load_upto<T>(args.du + row * args.lddu + e, n);
-        if (args.f.silu) dp *= silu_gradient(conv_token<T, 0>(args.f, rows, t, e, n));
+        if (args.f.silu) dp *= silu_gradient_of<T>(conv_token<T, 0>(args.f, rows, t, e, n));
         dbias += dp;
         for (Index k = 0; k < args.f.width; k++) {
             const Index s = t - args.f.width + 1 + k;
             if (s < 0) continue;
             T* dx = args.dx + (args.f.reverse ? total - 1 - s : s) * args.lddx + e;
-            store_upto<T>(dx, load_upto<T>(dx, n) + load_upto<T>(args.f.weight + k * args.f.dim + e, n) * dp, n);
+            store_upto<T>(dx, load_upto<T>(dx, n) + load_upto<Wide<T>>(args.f.weight + k * args.f.dim + e, n) * dp, n);
             if (!args.dweight) continue;
-            T* dw = args.dweight + k * args.f.dim + e;
-            store_upto<T>(dw, load_upto<T>(dw, n) + dp * load_upto<T>(rows.x + s * rows.step + e, n), n);
+            Wide<T>* dw = args.dweight + k * args.f.dim + e;
+            store_upto<Wide<T>>(dw, load_upto<Wide<T>>(dw, n) + dp * load_upto<T>(rows.x + s * rows.step + e, n), n);
         }
     }
-    if (args.dbias) store_upto<T>(args.dbias + e, load_upto<T>(args.dbias + e, n) + dbias, n);
+    if (args.dbias) store_upto<Wide<T>>(args.dbias + e, load_upto<Wide<T>>(args.dbias + e, n) + dbias, n);
 }
 
 template <class T>

@@ -16,8 +16,8 @@ Conv<T> conv_of(Context& ctx, const Tensor& x, const Pass& p, Index dim, bool si
     const Index width = p.weight.numel() / std::max<Index>(dim, 1);
     return {.x = x.as<T>(),
             .ldx = x.size(2),
-            .weight = packed_transpose<T>(ctx, p.weight, dim, width),
-            .bias = p.bias.template as<T>(),
+            .weight = packed_transpose<Wide<T>>(ctx, p.weight, dim, width),
+            .bias = p.bias.template as<Wide<T>>(),
             .total = x.size(1),
             .dim = dim,
             .e0 = 0,
@@ -67,13 +67,13 @@ void conv_backward(Context& ctx, const Conv1dBackward& a)
     const Index dim = a.passes[0].du.size(2), blocks = ceil_div(dim, conv_channels);
     Arena::Scope scope(arena_of(ctx));
     Conv<T> first[2];
-    T* sums[2];
+    Wide<T>* sums[2];
     for (Index p = 0; p < passes; p++) {
         first[p] = conv_of<T>(ctx, a.x, a.passes[static_cast<std::size_t>(p)], dim, a.silu);
-        sums[p] = scratch<T>(ctx, batch * (first[p].width + 1) * dim).template as<T>();
+        sums[p] = scratch<Wide<T>>(ctx, batch * (first[p].width + 1) * dim).template as<Wide<T>>();
     }
     if (counts(ctx)) return;
-    for (Index p = 0; p < passes; p++) std::fill_n(sums[p], batch * (first[p].width + 1) * dim, T(0));
+    for (Index p = 0; p < passes; p++) std::fill_n(sums[p], batch * (first[p].width + 1) * dim, Wide<T>(0));
     parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, e0 = task % blocks * conv_channels;
         for (Index p = 0; p < passes; p++) {
@@ -81,7 +81,7 @@ void conv_backward(Context& ctx, const Conv1dBackward& a)
             f.x += b * len * f.ldx;
             f.e0 = e0;
             f.e1 = std::min(dim, e0 + conv_channels);
-            T* own = sums[p] + b * (f.width + 1) * dim;
+            Wide<T>* own = sums[p] + b * (f.width + 1) * dim;
             kernel.conv_backward({.f = f,
                                   .du = a.passes[static_cast<std::size_t>(p)].du.template as<T>() + b * len * dim,
                                   .lddu = dim,
@@ -96,11 +96,11 @@ void conv_backward(Context& ctx, const Conv1dBackward& a)
         const ConvBackwardPass& pass = a.passes[static_cast<std::size_t>(p)];
         const Index width = first[p].width;
         for (Index b = 0; b < batch; b++) {
-            const T* own = sums[p] + b * (width + 1) * dim;
+            const Wide<T>* own = sums[p] + b * (width + 1) * dim;
             for (Index e = 0; e < dim; e++) {
                 if (pass.dweight)
-                    for (Index k = 0; k < width; k++) pass.dweight.as<T>()[e * width + k] += own[k * dim + e];
-                if (pass.dbias) pass.dbias.as<T>()[e] += own[width * dim + e];
+                    for (Index k = 0; k < width; k++) pass.dweight.as<Wide<T>>()[e * width + k] += own[k * dim + e];
+                if (pass.dbias) pass.dbias.as<Wide<T>>()[e] += own[width * dim + e];
             }
         }
     }

@@ -13,13 +13,29 @@
 #include "isa.h"
 #include "threads.h"
 
+namespace vimcore {
+template <>
+inline constexpr DType dtype_of<cpu::bf16> = DType::bf16;
+}
+
 namespace vimcore::cpu {
 
 inline Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 inline Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
+// f with a number of the type that activations have, or with one that wide tensors have.
 template <class F>
 void dispatch(DType dtype, F&& f)
+{
+    if (dtype == DType::f32)
+        f(float{});
+    else if (dtype == DType::bf16)
+        f(bf16{});
+    else
+        f(double{});
+}
+template <class F>
+void dispatch_wide(DType dtype, F&& f)
 {
     if (dtype == DType::f32)
         f(float{});
@@ -59,7 +75,7 @@ struct Gemm {
     const T* x;
     Index ldx;
     const T* packed;
-    const T* bias;
+    const Wide<T>* bias;
     T* y;
     Index ldy;
     Index m, n, k;
@@ -71,7 +87,7 @@ struct GemmTn {
     Index lddy;
     const T* x;
     Index ldx;
-    T* dw;
+    Wide<T>* dw;
     Index lddw;
     Index m, n, k;
 };

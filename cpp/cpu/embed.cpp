@@ -44,7 +44,7 @@ void patches_backward(Context& ctx, const Patches& a)  // patches may overlap: o
     parallel_for(ctx, a.images.size(0), [&](Index b) {
         for (Index j = a.begin; j < a.begin + a.cols.size(1); j++)
             for_each_run<T>(a, b, j, [&](T* pixels, const T* patch) {
-                for (Index i = 0; i < a.patch; i++) pixels[i] += patch[i];
+                for (Index i = 0; i < a.patch; i++) pixels[i] = T(Wide<T>(pixels[i]) + Wide<T>(patch[i]));
             });
     });
 }
@@ -61,17 +61,23 @@ T* class_row(const Tensor (&tokens)[2], Index k, Index dim)
 template <class T>
 void tokens_forward(Context& ctx, const TokensForward& a)
 {
+    using W = Wide<T>;
     const Index batch = a.out.size(0), len = a.out.size(1), dim = a.out.size(2), blocks = ceil_div(len, token_rows);
     parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, begin = task % blocks * token_rows;
         for (Index t = begin; t < std::min(len, begin + token_rows); t++) {
             const Index token = class_token_at(a.places, t);
-            const T* in = token >= 0 ? class_row<T>(a.class_token, token, dim)
-                                     : a.patches.as<T>() + (b * a.patches.size(1) + patch_at(a.places, t)) * dim;
             T* out = a.out.as<T>() + (b * len + t) * dim;
-            const T* pos = a.pos_embed ? a.pos_embed.as<T>() + t * dim : nullptr;
-            const T* dropout = a.dropout ? a.dropout.as<T>() + (b * len + t) * dim : nullptr;
-            for (Index d = 0; d < dim; d++) out[d] = (in[d] + (pos ? pos[d] : T(0))) * (dropout ? dropout[d] : T(1));
+            const W* pos = a.pos_embed ? a.pos_embed.as<W>() + t * dim : nullptr;
+            const W* dropout = a.dropout ? a.dropout.as<W>() + (b * len + t) * dim : nullptr;
+            const auto place = [&](const auto* in) {
+                for (Index d = 0; d < dim; d++)
+                    out[d] = T((W(in[d]) + (pos ? pos[d] : W(0))) * (dropout ? dropout[d] : W(1)));
+            };
+            if (token >= 0)
+                place(class_row<W>(a.class_token, token, dim));
+            else
+                place(a.patches.as<T>() + (b * a.patches.size(1) + patch_at(a.places, t)) * dim);
         }
     });
 }
@@ -79,20 +85,21 @@ void tokens_forward(Context& ctx, const TokensForward& a)
 template <class T>
 void tokens_backward(Context& ctx, const TokensBackward& a)
 {
+    using W = Wide<T>;
     const Index batch = a.dout.size(0), len = a.dout.size(1), dim = a.dout.size(2);
     parallel_for(ctx, len, [&](Index t) {  // one task per token: sums over images stay in order
         const Index token = class_token_at(a.places, t), patch = token < 0 ? patch_at(a.places, t) : -1;
-        T* dpos = a.dpos_embed ? a.dpos_embed.as<T>() + t * dim : nullptr;
-        T* dclass = token >= 0 ? class_row<T>(a.dclass_token, token, dim) : nullptr;
+        W* dpos = a.dpos_embed ? a.dpos_embed.as<W>() + t * dim : nullptr;
+        W* dclass = token >= 0 ? class_row<W>(a.dclass_token, token, dim) : nullptr;
         for (Index b = 0; b < batch; b++) {
             const T* dout = a.dout.as<T>() + (b * len + t) * dim;
-            const T* dropout = a.dropout ? a.dropout.as<T>() + (b * len + t) * dim : nullptr;
+            const W* dropout = a.dropout ? a.dropout.as<W>() + (b * len + t) * dim : nullptr;
             T* dpatch = patch >= 0 ? a.dpatches.as<T>() + (b * a.dpatches.size(1) + patch) * dim : nullptr;
             for (Index d = 0; d < dim; d++) {
-                const T g = dout[d] * (dropout ? dropout[d] : T(1));
+                const W g = W(dout[d]) * (dropout ? dropout[d] : W(1));
                 if (dpos) dpos[d] += g;
                 if (dclass) dclass[d] += g;
-                if (dpatch) dpatch[d] = g;
+                if (dpatch) dpatch[d] = T(g);
             }
         }
     });
@@ -102,15 +109,16 @@ template <class T>
 void rope(Context& ctx, const Rope& a)
 {
     const Index batch = a.x.size(0), len = a.x.size(1), dim = a.x.size(2);
-    const T sign = a.inverse ? T(-1) : T(1);
+    using W = Wide<T>;
+    const W sign = a.inverse ? W(-1) : W(1);
     parallel_for(ctx, batch * (len - a.skip), [&](Index task) {
         const Index b = task / (len - a.skip), t = task % (len - a.skip);
         T* x = a.x.as<T>() + (b * len + a.skip + t) * dim;
-        const T *cosine = a.cos.as<T>() + t * dim, *sine = a.sin.as<T>() + t * dim;
+        const W *cosine = a.cos.as<W>() + t * dim, *sine = a.sin.as<W>() + t * dim;
         for (Index d = 0; d + 1 < dim; d += 2) {
-            const T x0 = x[d], x1 = x[d + 1];
-            x[d] = x0 * cosine[d] - sign * x1 * sine[d];
-            x[d + 1] = x1 * cosine[d + 1] + sign * x0 * sine[d + 1];
+            const W x0 = W(x[d]), x1 = W(x[d + 1]);
+            x[d] = T(x0 * cosine[d] - sign * x1 * sine[d]);
+            x[d + 1] = T(x1 * cosine[d + 1] + sign * x0 * sine[d + 1]);
         }
     });
 }

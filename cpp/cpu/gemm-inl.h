@@ -24,6 +24,8 @@ struct GemmTile {
 #endif
     static constexpr int columns = vectors * lanes<T>;
 };
+template <>
+struct GemmTile<bf16> : GemmTile<float> {};
 
 constexpr Index gemm_block_rows = 128;  // rows that share a panel while it is in the first-level cache
 constexpr Index gemm_tn_block = 256;    // rows summed before they are added to dw

@@ -10,10 +10,40 @@ using Index = long long;
 
 inline constexpr int checksum_lanes = 64;
 
-// Packed right-hand side: panels [ceil(n / nr)][k][nr], zero-padded. transposed: w is (k, n).
+// bfloat16, the upper half of a float32: rounded to nearest, ties to even, and a NaN stays one. Always inline, so that
+// no copy compiled for a wide instruction set is left for the linker.
+struct bf16 {
+    unsigned short bits;
+
+    bf16() = default;
+    __attribute__((always_inline)) explicit bf16(float value)
+    {
+        const unsigned word = __builtin_bit_cast(unsigned, value);
+        bits = static_cast<unsigned short>(value != value ? word >> 16 | 64 : (word + 0x7fff + (word >> 16 & 1)) >> 16);
+    }
+    __attribute__((always_inline)) operator float() const
+    {
+        return __builtin_bit_cast(float, static_cast<unsigned>(bits) << 16);
+    }
+};
+
+// The type of parameters, residual stream, states and sums beside activations of T; all arithmetic is done in it.
+template <class T>
+struct WideOf {
+    using type = T;
+};
+template <>
+struct WideOf<bf16> {
+    using type = float;
+};
+template <class T>
+using Wide = typename WideOf<T>::type;
+
+// Packed right-hand side: panels [ceil(n / nr)][k][nr], zero-padded. transposed: w is (k, n). bf16: the order that the
+// unit wants, and k is padded to a multiple of `depth`.
 template <class T>
 struct PackArgs {
-    const T* w;
+    const Wide<T>* w;
     Index ldw;
     Index n, k;
     bool transposed;
@@ -26,7 +56,7 @@ struct GemmArgs {
     const T* x;
     Index ldx;
     const T* packed;
-    const T* bias;  // or null
+    const Wide<T>* bias;  // or null
     T* y;
     Index ldy;
     Index m, n, k;
@@ -42,7 +72,7 @@ struct GemmTnArgs {
     Index lddy;
     const T* x;
     Index ldx;
-    T* dw;
+    Wide<T>* dw;
     Index lddw;
     Index m, k, j_begin, j_end;
     T* scratch;
@@ -51,10 +81,12 @@ struct GemmTnArgs {
 // One image, rows [0, len) of width dim. layer false: RMSNorm. Null pointers where ops.h says "or none".
 template <class T>
 struct NormForwardArgs {
-    const T *h, *residual, *weight, *bias;
-    T *residual_out, *out;
-    T row_scale;
-    T eps;
+    const T* h;
+    const Wide<T>*residual, *weight, *bias;
+    Wide<T>* residual_out;
+    T* out;
+    Wide<T> row_scale;
+    Wide<T> eps;
     bool layer;
     Index len, dim;
 };
@@ -62,13 +94,16 @@ struct NormForwardArgs {
 // dweight and dbias are (dim), added to in row order.
 template <class T>
 struct NormBackwardArgs {
-    const T *x, *weight;
-    T row_scale;
-    T eps;
+    const Wide<T>*x, *weight;
+    Wide<T> row_scale;
+    Wide<T> eps;
     bool layer;
     Index len, dim;
-    const T *dout, *dresidual_out;
-    T *dresidual, *dh, *dweight, *dbias;
+    const T* dout;
+    const Wide<T>* dresidual_out;
+    Wide<T>* dresidual;
+    T* dh;
+    Wide<T>*dweight, *dbias;
 };
 
 // One image, one direction, a sequence of total tokens, channels [e0, e1). weight is (width, dim): transposed.
@@ -76,7 +111,7 @@ template <class T>
 struct Conv {
     const T* x;
     Index ldx;  // row 0 of the sequence
-    const T *weight, *bias;
+    const Wide<T>*weight, *bias;
     Index total, dim, e0, e1, width;
     bool reverse, silu;
 };
@@ -99,7 +134,7 @@ struct ConvBackwardArgs {
     T* dx;
     Index lddx;
     bool add_dx;
-    T *dweight, *dbias;
+    Wide<T>*dweight, *dbias;
 };
 
 // One image, one direction, len tokens, channels [e0, e1). All row pointers are at the first token of these len.
@@ -111,25 +146,25 @@ struct ScanArgs {
     const T* u;
     Index ldu;
     const T* dt;
-    Index lddt;          // rank > 0: (len, R) low-rank; rank 0: (len, E) delta before bias and softplus
-    const T* dt_weight;  // (R, E) transposed, or null when rank is 0
-    const T* dt_bias;    // (E) or null
+    Index lddt;              // rank > 0: (len, R) low-rank; rank 0: (len, E) delta before bias and softplus
+    const T* dt_weight;      // (R, E) transposed, or null when rank is 0; bf16: pairs along R, (ceil(R / 2), E, 2)
+    const Wide<T>* dt_bias;  // (E) or null
     bool softplus;
-    const T* A;  // (N, E): A * log2(e), transposed
-    const T *B, *C;
-    Index ldb;   // (len, N) rows of stride ldb
-    const T* D;  // (E) or null
-    T* h;        // (N, E) state in and out; null: starts at zero, not returned
+    const Wide<T>* A;  // (N, E): A * log2(e), transposed
+    const Wide<T>*B, *C;
+    Index ldb;         // (len, N) rows of stride ldb
+    const Wide<T>* D;  // (E) or null
+    Wide<T>* h;        // (N, E) state in and out; null: starts at zero, not returned
     T* y;
     Index ldy;    // out
     bool add;     // y += instead of y =
     bool finish;  // y = scale * y * silu(z)
     const T* z;
     Index ldz;  // or null: no gate
-    T scale;
+    Wide<T> scale;
     // states on entry of every chunk of `chunk` tokens, chunk c covering tokens [c chunk, (c+1) chunk) counted from
     // token 0 of the sequence (the first of these len is token `begin`): (chunks, N, E), or null
-    T* checkpoints;
+    Wide<T>* checkpoints;
     Index chunk, begin;
 };
 
@@ -143,11 +178,11 @@ struct ScanBackwardArgs {
     T* du;
     Index lddu;
     T* ddelta;
-    Index ldddelta;  // gradient of delta before bias and softplus, (len, E)
-    T *dB, *dC;      // (len, N) contiguous, overwritten: the sums over channels [e0, e1)
-    T* dA;           // (N, E): gradient of A (not of A log2 e), overwritten for [e0, e1)
-    T *dD, *dbias;   // (E) overwritten for [e0, e1), or null
-    T* scratch;      // scan_backward_scratch(state, chunk, e1 - e0) elements, 64-byte aligned, contents ignored
+    Index ldddelta;      // gradient of delta before bias and softplus, (len, E)
+    Wide<T>*dB, *dC;     // (len, N) contiguous, overwritten: the sums over channels [e0, e1)
+    Wide<T>* dA;         // (N, E): gradient of A (not of A log2 e), overwritten for [e0, e1)
+    Wide<T>*dD, *dbias;  // (E) overwritten for [e0, e1), or null
+    Wide<T>* scratch;    // scan_backward_scratch(state, chunk, e1 - e0) elements, 64-byte aligned, contents ignored
 };
 
 // Gate: with y the ungated sum of directions, dz = dout * scale * y * silu'(z) and y <- scale * y * silu(z).
@@ -162,7 +197,7 @@ struct GateBackwardArgs {
     Index lddout;
     T* dz;
     Index lddz;  // or null
-    T scale;
+    Wide<T> scale;
 };
 
 // Pixels of `channels` numbers at `row`, one after the other; result x lies between two of them.
@@ -185,6 +220,7 @@ struct Kernels {
     const char* isa;
     Index lanes;   // elements of a vector: channel ranges are multiples of it, except the last
     Index mr, nr;  // register tile of gemm
+    Index depth;   // packed weights are padded to multiples of it along k
 
     void (*pack)(const PackArgs<T>&);
     void (*gemm)(const GemmArgs<T>&);
@@ -194,19 +230,22 @@ struct Kernels {
     void (*norm_backward)(const NormBackwardArgs<T>&);
     void (*conv_forward)(const ConvForwardArgs<T>&);
     void (*conv_backward)(const ConvBackwardArgs<T>&);
+    void (*widen)(const T* from, Index ld, Index rows, Index columns, Wide<T>* to);  // to: contiguous rows
     void (*scan_forward)(const ScanArgs<T>&);
     void (*scan_backward)(const ScanBackwardArgs<T>&);
     Index (*scan_backward_scratch)(Index state, Index chunk, Index channels);
     void (*gate_backward)(const GateBackwardArgs<T>&);
-    void (*prepare_A)(const T* A_log, Index dim, Index state, T* out);  // out (N, E) = -exp(A_log) log2(e), transposed
-    void (*relu)(T* y, Index count);
-    void (*gelu)(T* y, Index count);
-    void (*blend)(const T* a, const T* b, T part, T* out, Index count);
-    void (*stretch)(const StretchArgs<T>&);
-    void (*arg_max)(const StretchArgs<T>&, unsigned char* out);
+    void (*prepare_A)(const Wide<T>* A_log, Index dim, Index state,
+                      Wide<T>* out);                                   // out (N, E) = -exp(A_log) log2(e), transposed
     void (*checksum)(const void* data, Index bytes, unsigned* state);  // state: checksum_lanes numbers, updated
-    T (*fma_peak)(Index rounds);  // busy loop of multiply-adds; returns a value so that it is not removed
-    Index fma_per_round;          // flops of one round
+    Wide<T> (*fma_peak)(Index rounds);  // busy loop of multiply-adds; returns a value so that it is not removed
+    Index fma_per_round;                // flops of one round
+    // Of heads, which have no bf16.
+    void (*relu)(T* y, Index count) = nullptr;
+    void (*gelu)(T* y, Index count) = nullptr;
+    void (*blend)(const T* a, const T* b, T part, T* out, Index count) = nullptr;
+    void (*stretch)(const StretchArgs<T>&) = nullptr;
+    void (*arg_max)(const StretchArgs<T>&, unsigned char* out) = nullptr;
 };
 
 // One per instruction set that was built; null entries where it was not.
@@ -218,5 +257,12 @@ template <class T>
 const Kernels<T>* kernels_avx512();
 template <class T>
 const Kernels<T>* kernels_neon();
+// With a unit for bf16, which is the only type that they are made for.
+template <class T>
+const Kernels<T>* kernels_avx512bf16();
+template <class T>
+const Kernels<T>* kernels_amx();
+template <class T>
+const Kernels<T>* kernels_neonbf16();
 
 }  // namespace vimcore::cpu

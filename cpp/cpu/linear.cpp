@@ -111,8 +111,9 @@ const T* packed_linear(Context& ctx, const Tensor& w, Index n, Index k, bool tra
 {
     const WeightForm form = transposed ? WeightForm::panels_transposed : WeightForm::panels;
     const Kernels<T>& kernel = kernels<T>();
-    return packed<T>(ctx, w, form, round_up(n, kernel.nr) * k, [&](T* out) {
-        kernel.pack({.w = w.as<T>(), .ldw = transposed ? n : k, .n = n, .k = k, .transposed = transposed, .out = out});
+    return packed<T>(ctx, w, form, round_up(n, kernel.nr) * round_up(k, kernel.depth), [&](T* out) {
+        kernel.pack(
+            {.w = w.as<Wide<T>>(), .ldw = transposed ? n : k, .n = n, .k = k, .transposed = transposed, .out = out});
     });
 }
 
@@ -130,13 +131,13 @@ namespace {
 
 // dbias += sum over rows, in blocks so that long sums stay accurate.
 template <class T>
-void add_column_sums(const T* dy, Index rows, Index columns, T* dbias)
+void add_column_sums(const T* dy, Index rows, Index columns, Wide<T>* dbias)
 {
     constexpr Index block = 256, width = 64;
     for (Index j0 = 0; j0 < columns; j0 += width) {
         const Index j1 = std::min(columns, j0 + width);
         for (Index begin = 0; begin < rows; begin += block) {
-            T sums[width] = {};
+            Wide<T> sums[width] = {};
             for (Index i = begin; i < std::min(rows, begin + block); i++)
                 for (Index j = j0; j < j1; j++) sums[j - j0] += dy[i * columns + j];
             for (Index j = j0; j < j1; j++) dbias[j] += sums[j - j0];
@@ -155,7 +156,7 @@ void forward(Context& ctx, std::span<const LinearForward> args)
         problems[count++] = {.x = a.x.as<T>(),
                              .ldx = k,
                              .packed = packed_linear<T>(ctx, a.weight, n, k, false),
-                             .bias = a.bias.as<T>(),
+                             .bias = a.bias.as<Wide<T>>(),
                              .y = a.y.as<T>(),
                              .ldy = n,
                              .m = n ? a.y.numel() / n : 0,
@@ -194,13 +195,13 @@ void backward(Context& ctx, std::span<const LinearBackward> args)
                                        .lddy = n,
                                        .x = a.x.as<T>(),
                                        .ldx = k,
-                                       .dw = a.dweight.as<T>(),
+                                       .dw = a.dweight.as<Wide<T>>(),
                                        .lddw = k,
                                        .m = m,
                                        .n = n,
                                        .k = k};
         }
-        if (a.dbias && !counts(ctx)) add_column_sums(a.dy.as<T>(), m, n, a.dbias.as<T>());
+        if (a.dbias && !counts(ctx)) add_column_sums(a.dy.as<T>(), m, n, a.dbias.as<Wide<T>>());
     }
     run_gemms<T>(ctx, std::span(inputs.data(), input_count));
     run_gemms_tn<T>(ctx, std::span(weights.data(), weight_count));
@@ -226,10 +227,13 @@ void CpuBackend::linear_backward(Context& ctx, const std::span<const LinearBackw
 
 template void run_gemms<float>(Context&, std::span<const Gemm<float>>);
 template void run_gemms<double>(Context&, std::span<const Gemm<double>>);
+template void run_gemms<bf16>(Context&, std::span<const Gemm<bf16>>);
 template void run_gemms_tn<float>(Context&, std::span<const GemmTn<float>>);
 template void run_gemms_tn<double>(Context&, std::span<const GemmTn<double>>);
+template void run_gemms_tn<bf16>(Context&, std::span<const GemmTn<bf16>>);
 template const float* packed_linear<float>(Context&, const Tensor&, Index, Index, bool);
 template const double* packed_linear<double>(Context&, const Tensor&, Index, Index, bool);
+template const bf16* packed_linear<bf16>(Context&, const Tensor&, Index, Index, bool);
 template const float* packed_transpose<float>(Context&, const Tensor&, Index, Index);
 template const double* packed_transpose<double>(Context&, const Tensor&, Index, Index);
 

@@ -131,12 +131,12 @@ void positions_backward(Context& ctx, const PositionsBackward& a)
 
 void CpuBackend::positions_forward(Context& ctx, const PositionsForward& args)
 {
-    dispatch(args.out.dtype, [&](auto t) { cpu::positions_forward<decltype(t)>(ctx, args); });
+    dispatch_wide(args.out.dtype, [&](auto t) { cpu::positions_forward<decltype(t)>(ctx, args); });
 }
 
 void CpuBackend::positions_backward(Context& ctx, const PositionsBackward& args)
 {
-    dispatch(args.dout.dtype, [&](auto t) { cpu::positions_backward<decltype(t)>(ctx, args); });
+    dispatch_wide(args.dout.dtype, [&](auto t) { cpu::positions_backward<decltype(t)>(ctx, args); });
 }
 
 }  // namespace vimcore::cpu

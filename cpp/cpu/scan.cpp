@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <numbers>
+#include <type_traits>
 
 #include "cpu_backend.h"
 
@@ -26,11 +27,51 @@ struct Pass {
 };
 
 template <class T>
-const T* packed_A(Context& ctx, const Tensor& A_log)
+const Wide<T>* packed_A(Context& ctx, const Tensor& A_log)
 {
+    using W = Wide<T>;
     const Index dim = A_log.size(0), state = A_log.size(1);
-    return packed<T>(ctx, A_log, WeightForm::decay, dim * state,
-                     [&](T* out) { kernels<T>().prepare_A(A_log.as<T>(), dim, state, out); });
+    return packed<W>(ctx, A_log, WeightForm::decay, dim * state,
+                     [&](W* out) { kernels<W>().prepare_A(A_log.as<W>(), dim, state, out); });
+}
+
+template <class T>
+const T* packed_dt(Context& ctx, const Tensor& weight)
+{
+    const Index dim = weight.size(0), rank = weight.size(1);
+    if constexpr (std::is_same_v<T, Wide<T>>)
+        return packed_transpose<T>(ctx, weight, dim, rank);
+    else
+        return packed<T>(ctx, weight, WeightForm::transposed, round_up(rank, 2) * dim, [&](T* out) {
+            const Wide<T>* in = weight.as<Wide<T>>();
+            for (Index e = 0; e < dim; e++)
+                for (Index r = 0; r < round_up(rank, 2); r++)
+                    out[(r / 2 * dim + e) * 2 + r % 2] = T(r < rank ? in[e * rank + r] : Wide<T>(0));
+        });
+}
+
+// B and C in the type of the sums: as they are, or converted once for all channels.
+template <class T>
+void set_BC(Context& ctx, ScanArgs<T>& s, const T* B, const T* C, Index ld, Index rows)
+{
+    if constexpr (std::is_same_v<T, Wide<T>>) {
+        s.B = B;
+        s.C = C;
+        s.ldb = ld;
+    } else {
+        constexpr Index block = 256;
+        using W = Wide<T>;
+        W* to = scratch<W>(ctx, 2 * rows * s.state).template as<W>();
+        s.B = to;
+        s.C = to + rows * s.state;
+        s.ldb = s.state;
+        const Index blocks = ceil_div(rows, block);
+        parallel_for(ctx, 2 * blocks, [&](Index task) {
+            const Index begin = task / 2 * block, count = std::min(block, rows - begin);
+            kernels<T>().widen((task % 2 ? C : B) + begin * ld, ld, count, s.state,
+                               to + (task % 2 * rows + begin) * s.state);
+        });
+    }
 }
 
 // What forward and backward share: tokens from `begin` on.
@@ -52,20 +93,19 @@ Pass<T> make_pass(Context& ctx, const Scan& a, const Arguments& p, Index begin)
     s.ldu = inner;
     s.dt = p.q.template as<T>();
     s.lddt = pass.q_row;
-    s.dt_weight = packed_transpose<T>(ctx, p.dt_weight, inner, rank);
-    s.dt_bias = p.dt_bias.template as<T>();
+    s.dt_weight = packed_dt<T>(ctx, p.dt_weight);
+    s.dt_bias = p.dt_bias.template as<Wide<T>>();
     s.softplus = true;
     s.A = packed_A<T>(ctx, p.A_log);
-    s.B = p.q.template as<T>() + rank;
-    s.C = s.B + state;
-    s.ldb = pass.q_row;
-    s.D = p.D.template as<T>();
+    const T* B = p.q.template as<T>() + rank;
+    set_BC<T>(ctx, s, B, B + state, pass.q_row, p.q.size(0) * pass.tokens);
+    s.D = p.D.template as<Wide<T>>();
     s.y = a.out.template as<T>() + begin * inner;
     s.ldy = inner;
     s.z = a.xz.template as<T>() + begin * 2 * inner + inner;
     s.ldz = 2 * inner;
-    s.scale = static_cast<T>(a.scale);
-    s.checkpoints = p.checkpoints.template as<T>();
+    s.scale = static_cast<Wide<T>>(a.scale);
+    s.checkpoints = p.checkpoints.template as<Wide<T>>();
     s.chunk = a.chunk;
     s.begin = begin;
     if (p.checkpoints) pass.chunks = p.checkpoints.size(1);
@@ -101,7 +141,7 @@ void forward(Context& ctx, const ScanForward& a)
     for (Index p = 0; p < passes; p++) {
         const ScanForwardPass& own = a.passes[static_cast<std::size_t>(p)];
         pass[p] = make_pass<T>(ctx, a, own, own.begin);
-        pass[p].args.h = own.state.as<T>();
+        pass[p].args.h = own.state.as<Wide<T>>();
         pass[p].args.add = own.add;
         pass[p].args.finish = own.finish;
     }
@@ -120,24 +160,23 @@ void forward(Context& ctx, const ScanForward& a)
 // Gradients that one task leaves behind for the sums over channel blocks and over images.
 template <class T>
 struct Partials {
-    T* ddelta;      // (B, L, E)
-    T* dBC;         // (B, blocks, 2, L, N)
-    T* dA;          // (B, N, E)
-    T *dD, *dbias;  // (B, E)
+    T* ddelta;           // (B, L, E)
+    Wide<T>* dBC;        // (B, blocks, 2, L, N)
+    Wide<T>* dA;         // (B, N, E)
+    Wide<T>*dD, *dbias;  // (B, E)
 };
 
 template <class T>
 Partials<T> make_partials(Context& ctx, Index batch, Index len, Index dim, Index state, Index blocks)
 {
-    return {scratch<T>(ctx, batch * len * dim).template as<T>(),
-            scratch<T>(ctx, batch * blocks * 2 * len * state).template as<T>(),
-            scratch<T>(ctx, batch * state * dim).template as<T>(), scratch<T>(ctx, batch * dim).template as<T>(),
-            scratch<T>(ctx, batch * dim).template as<T>()};
+    const auto sums = [&](Index count) { return scratch<Wide<T>>(ctx, count).template as<Wide<T>>(); };
+    return {scratch<T>(ctx, batch * len * dim).template as<T>(), sums(batch * blocks * 2 * len * state),
+            sums(batch * state * dim), sums(batch * dim), sums(batch * dim)};
 }
 
 template <class T>
 ScanBackwardArgs<T> backward_args(const ScanArgs<T>& f, const Partials<T>& part, Index len, Index b, Index block,
-                                  Index blocks, T* own)
+                                  Index blocks, Wide<T>* own)
 {
     ScanBackwardArgs<T> s{};
     s.f = f;
@@ -160,10 +199,12 @@ void reduce_BC(const Partials<T>& part, Index len, Index state, Index blocks, In
     for (Index which = 0; which < 2; which++)
         for (Index t = t0; t < t1; t++) {
             T* row = (which ? dC : dB) + t * ld;
-            for (Index block = 0; block < blocks; block++) {
-                const T* in = part.dBC + (((b * blocks + block) * 2 + which) * len + t) * state;
-                for (Index n = 0; n < state; n++) row[n] = (block ? row[n] : T(0)) + in[n];
+            Wide<T>* sum = part.dBC + ((b * blocks * 2 + which) * len + t) * state;  // of the first block
+            for (Index block = 1; block < blocks; block++) {
+                const Wide<T>* in = sum + block * 2 * len * state;
+                for (Index n = 0; n < state; n++) sum[n] += in[n];
             }
+            for (Index n = 0; n < state; n++) row[n] = T(sum[n]);
         }
 }
 
@@ -193,7 +234,7 @@ void backward(Context& ctx, const ScanBackward& a)
                                                                       std::min(inner, backward_channels)),
                                          16));
     }
-    T* memory = scratch<T>(ctx, space * batch * blocks).template as<T>();
+    Wide<T>* memory = scratch<Wide<T>>(ctx, space * batch * blocks).template as<Wide<T>>();
     parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, e0 = task % blocks * backward_channels;
         const Index e1 = std::min(inner, e0 + backward_channels);
@@ -218,7 +259,7 @@ void backward(Context& ctx, const ScanBackward& a)
                               .lddout = inner,
                               .dz = a.dxz.as<T>() + b * len * 2 * inner + inner,
                               .lddz = 2 * inner,
-                              .scale = static_cast<T>(a.scale)});
+                              .scale = static_cast<Wide<T>>(a.scale)});
     });
 
     const Index token_blocks = ceil_div(len, reduce_tokens);
@@ -253,20 +294,21 @@ void backward(Context& ctx, const ScanBackward& a)
                                        .lddy = inner,
                                        .x = sp.q.as<T>(),
                                        .ldx = row,
-                                       .dw = sp.ddt_weight.as<T>(),
+                                       .dw = sp.ddt_weight.as<Wide<T>>(),
                                        .lddw = rank,
                                        .m = batch * len,
                                        .n = inner,
                                        .k = rank};
         if (counts(ctx)) continue;
-        add_over_images(part[p].dD, batch, inner, sp.dD.as<T>());
-        add_over_images(part[p].dbias, batch, inner, sp.ddt_bias.as<T>());
+        add_over_images(part[p].dD, batch, inner, sp.dD.as<Wide<T>>());
+        add_over_images(part[p].dbias, batch, inner, sp.ddt_bias.as<Wide<T>>());
         if (!sp.dA_log) continue;
         for (Index b = 0; b < batch; b++)  // dA_log = dA A, and the packed A is A log2(e)
             for (Index e = 0; e < inner; e++)
                 for (Index n = 0; n < state; n++)
-                    sp.dA_log.as<T>()[e * state + n] += part[p].dA[(b * state + n) * inner + e] *
-                                                        (pass[p].args.A[n * inner + e] * std::numbers::ln2_v<T>);
+                    sp.dA_log.as<Wide<T>>()[e * state + n] +=
+                        part[p].dA[(b * state + n) * inner + e] *
+                        (pass[p].args.A[n * inner + e] * std::numbers::ln2_v<Wide<T>>);
     }
     run_gemms<T>(ctx, std::span<const Gemm<T>>(inputs, static_cast<std::size_t>(passes)));
     run_gemms_tn<T>(ctx, std::span<const GemmTn<T>>(weights, static_cast<std::size_t>(weight_count)));
@@ -278,11 +320,12 @@ template <class T, class Scan>
 Pass<T> textbook_pass(Context& ctx, const Scan& a)
 {
     const Index dim = a.u.size(2), state = a.A.size(1);
-    T* A = scratch<T>(ctx, dim * state).template as<T>();
+    using W = Wide<T>;
+    W* A = scratch<W>(ctx, dim * state).template as<W>();
     for (Index e = 0; e < dim && !counts(ctx); e++)
         for (Index n = 0; n < state; n++)  // finite, as the packed one
-            A[n * dim + e] = std::max(a.A.template as<T>()[e * state + n] * std::numbers::log2e_v<T>,
-                                      std::numeric_limits<T>::lowest());
+            A[n * dim + e] = std::max(a.A.template as<W>()[e * state + n] * std::numbers::log2e_v<W>,
+                                      std::numeric_limits<W>::lowest());
     Pass<T> pass;
     pass.tokens = a.u.size(1);
     ScanArgs<T>& s = pass.args;
@@ -295,19 +338,17 @@ Pass<T> textbook_pass(Context& ctx, const Scan& a)
     s.ldu = dim;
     s.dt = a.delta.template as<T>();
     s.lddt = dim;
-    s.dt_bias = a.delta_bias.template as<T>();
+    s.dt_bias = a.delta_bias.template as<W>();
     s.softplus = a.delta_softplus;
     s.A = A;
-    s.B = a.Bm.template as<T>();
-    s.C = a.Cm.template as<T>();
-    s.ldb = state;
-    s.D = a.D.template as<T>();
+    set_BC<T>(ctx, s, a.Bm.template as<T>(), a.Cm.template as<T>(), state, a.u.size(0) * pass.tokens);
+    s.D = a.D.template as<W>();
     s.y = a.out.template as<T>();
     s.ldy = dim;
     s.finish = true;
     s.z = a.z.template as<T>();
     s.ldz = dim;
-    s.scale = T(1);
+    s.scale = W(1);
     return pass;
 }
 
@@ -339,12 +380,12 @@ void textbook_backward(Context& ctx, const SelectiveScanBackward& a)
     Pass<T> pass = textbook_pass<T>(ctx, a);
     pass.chunks = ceil_div(len, chunk);
     pass.args.chunk = chunk;
-    pass.args.checkpoints = scratch<T>(ctx, batch * pass.chunks * state * dim).template as<T>();
+    pass.args.checkpoints = scratch<Wide<T>>(ctx, batch * pass.chunks * state * dim).template as<Wide<T>>();
     textbook_run(ctx, pass, batch);
     pass.args.finish = false;
     Partials<T> part = make_partials<T>(ctx, batch, len, dim, state, blocks);
     const Index space = round_up(kernel.scan_backward_scratch(state, chunk, std::min(dim, backward_channels)), 16);
-    T* memory = scratch<T>(ctx, space * batch * blocks).template as<T>();
+    Wide<T>* memory = scratch<Wide<T>>(ctx, space * batch * blocks).template as<Wide<T>>();
     parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, e0 = task % blocks * backward_channels, offset = b * len * dim;
         const Index e1 = std::min(dim, e0 + backward_channels);
@@ -367,21 +408,22 @@ void textbook_backward(Context& ctx, const SelectiveScanBackward& a)
                                   .lddout = dim,
                                   .dz = a.dz.as<T>() + offset,
                                   .lddz = dim,
-                                  .scale = T(1)});
+                                  .scale = Wide<T>(1)});
     });
     if (counts(ctx)) return;
     for (Index b = 0; b < batch; b++)
         reduce_BC(part, len, state, blocks, b, 0, len, a.dB.as<T>() + b * len * state, a.dC.as<T>() + b * len * state,
                   state);
-    auto overwrite = [&](const T* sums, const Tensor& out) {
+    using W = Wide<T>;
+    auto overwrite = [&](const W* sums, const Tensor& out) {
         if (!out) return;
-        std::fill_n(out.as<T>(), out.numel(), T(0));
-        add_over_images(sums, batch, out.numel(), out.as<T>());
+        std::fill_n(out.as<W>(), out.numel(), W(0));
+        add_over_images(sums, batch, out.numel(), out.as<W>());
     };
     overwrite(part.dD, a.dD);
     overwrite(part.dbias, a.ddelta_bias);
-    T* dA = a.dA.as<T>();
-    std::fill_n(dA, dim * state, T(0));
+    W* dA = a.dA.as<W>();
+    std::fill_n(dA, dim * state, W(0));
     for (Index b = 0; b < batch; b++)
         for (Index e = 0; e < dim; e++)
             for (Index n = 0; n < state; n++) dA[e * state + n] += part.dA[(b * state + n) * dim + e];

@@ -82,33 +82,35 @@ static Index scan_layout(ScanScratch<T>& s, T* p, Index state, Index chunk, Inde
 template <class T>
 static Index scan_backward_scratch(Index state, Index chunk, Index channels)
 {
-    ScanScratch<T> s;
-    return scan_layout<T>(s, nullptr, state, chunk, channels);
+    ScanScratch<Wide<T>> s;
+    return scan_layout<Wide<T>>(s, nullptr, state, chunk, channels);
 }
 
 // G states of one tile, forward: keeps a and h[t - 1], adds C h to y and gy h to dC. Row s of the kept is at s * ld.
 template <class T, int G, bool far>
-static void scan_replay(const T* A, const T* start, const ScanTile<T>& tile, const T* dy, Rows<const T> B,
-                        Rows<const T> C, Index count, Index ld, T* decay, T* before, Rows<const T> dC_in, T* dC, T* y)
+static void scan_replay(const Wide<T>* A, const Wide<T>* start, const ScanTile<Wide<T>>& tile, const Wide<T>* dy,
+                        Rows<const Wide<T>> B, Rows<const Wide<T>> C, Index count, Index ld, Wide<T>* decay,
+                        Wide<T>* before, Rows<const Wide<T>> dC_in, Wide<T>* dC, Wide<T>* y)
 {
+    using W = Wide<T>;
     constexpr int w = lanes<T>;
-    Vec<T> h[G];
+    Vec<W> h[G];
 #pragma GCC unroll 16
-    for (int n = 0; n < G; n++) h[n] = load<T>(start + n * w);
-    const T *b = B.first, *c = C.first;
+    for (int n = 0; n < G; n++) h[n] = load<W>(start + n * w);
+    const W *b = B.first, *c = C.first;
     for (Index s = 0; s < count; s++) {
-        const Vec<T> d = load<T>(tile.delta + s * w), x = load<T>(tile.du + s * w), gy = load<T>(dy + s * w);
-        Vec<T> sum[2] = {load<T>(y + s * w), splat(T(0))};
+        const Vec<W> d = load<W>(tile.delta + s * w), x = load<W>(tile.du + s * w), gy = load<W>(dy + s * w);
+        Vec<W> sum[2] = {load<W>(y + s * w), splat(W(0))};
 #pragma GCC unroll 16
         for (int n = 0; n < G; n++) {
-            const Vec<T> a = exp2_product<far>(d, load<T>(A + n * w));
-            store<T>(decay + n * w, a);
-            store<T>(before + n * w, h[n]);
+            const Vec<W> a = decay_of<T, far>(d, load<W>(A + n * w));
+            store<W>(decay + n * w, a);
+            store<W>(before + n * w, h[n]);
             h[n] = fma(a, h[n], x * b[n]);
             sum[n & 1] = fma(h[n], splat(c[n]), sum[n & 1]);
-            store<T>(dC + n * w, fma(gy, h[n], load<T>(dC_in.first + n * w)));
+            store<W>(dC + n * w, fma(gy, h[n], load<W>(dC_in.first + n * w)));
         }
-        store<T>(y + s * w, sum[0] + sum[1]);
+        store<W>(y + s * w, sum[0] + sum[1]);
         b += B.step;
         c += C.step;
         decay += ld;
@@ -159,30 +161,31 @@ static void scan_walk(const T* A, T* lambda, T* dA, const ScanTile<T>& tile, Sca
 
 template <class T>
 struct ScanBackward {
+    using W = Wide<T>;
     static constexpr int w = lanes<T>;
     const ScanBackwardArgs<T>& g;
     const ScanArgs<T>& f;
-    ScanScratch<T> scratch;
+    ScanScratch<W> scratch;
     Index vectors;
 
     Index channel(Index v) const { return f.e0 + v * w; }
     Index live(Index v) const { return f.e1 - channel(v) < w ? f.e1 - channel(v) : w; }
 
     // delta and delta u of one tile whose first token in scan order is `token`.
-    void prepare(Index v, Index token, Index count, ScanTile<T>& tile) const
+    void prepare(Index v, Index token, Index count, ScanTile<W>& tile) const
     {
         const Index e = channel(v), n = live(v);
         const Rows<const T> u = rows(f.u, f.ldu, token, f.reverse);
         scan_delta(f, rows(f.dt, f.lddt, token, f.reverse), count, e, n, tile.delta);
         for (Index s = 0; s < count; s++) {
             prefetch(u.at(s + scan_tile) + e);
-            const Vec<T> in = load_upto<T>(u.at(s) + e, n), raw = load<T>(tile.delta + s * w);
-            Vec<T> d = raw, slope = splat(T(1));
-            if (f.softplus) d = softplus(raw, slope);
-            store<T>(tile.slope + s * w, slope);
-            store<T>(tile.delta + s * w, d);
-            store<T>(tile.u + s * w, in);
-            store<T>(tile.du + s * w, d * in);
+            const Vec<W> in = load_upto<T>(u.at(s) + e, n), raw = load<W>(tile.delta + s * w);
+            Vec<W> d = raw, slope = splat(W(1));
+            if (f.softplus) d = softplus_of<T>(raw, slope);
+            store<W>(tile.slope + s * w, slope);
+            store<W>(tile.delta + s * w, d);
+            store<W>(tile.u + s * w, in);
+            store<W>(tile.du + s * w, d * in);
         }
     }
 
@@ -190,32 +193,32 @@ struct ScanBackward {
     void first_run(Index v, Index chunk, Index token, Index steps) const
     {
         const Index N = f.state, ld = vectors * N * w;
-        T* start = scratch.starts + v * N * w;
-        const T* entry = f.checkpoints + chunk * N * f.dim + channel(v);
-        for (Index n = 0; n < N; n++) store<T>(start + n * w, load_upto<T>(entry + n * f.dim, live(v)));
-        ScanTile<T>* tile = scratch.tiles + v;
+        W* start = scratch.starts + v * N * w;
+        const W* entry = f.checkpoints + chunk * N * f.dim + channel(v);
+        for (Index n = 0; n < N; n++) store<W>(start + n * w, load_upto<W>(entry + n * f.dim, live(v)));
+        ScanTile<W>* tile = scratch.tiles + v;
         for (Index done = 0; done < steps; done += scan_tile, start += ld, tile += vectors) {
             const Index first = f.reverse ? token - done : token + done, left = steps - done;
             prepare(v, first, left < scan_tile ? left : scan_tile, *tile);
             if (left <= scan_tile) break;
-            for (Index n = 0; n < N; n++) store<T>(start + ld + n * w, load<T>(start + n * w));
-            const Rows<const T> B = rows(f.B, f.ldb, first, f.reverse);
-            scan_groups<T, false>(load<T>(scratch.largest + v * w), N, scratch.A + v * N * w, start + ld, tile->delta,
+            for (Index n = 0; n < N; n++) store<W>(start + ld + n * w, load<W>(start + n * w));
+            const Rows<const W> B = rows(f.B, f.ldb, first, f.reverse);
+            scan_groups<T, false>(load<W>(scratch.largest + v * w), N, scratch.A + v * N * w, start + ld, tile->delta,
                                   tile->du, B, B, scan_tile, nullptr);
         }
     }
 
-    void run_tile(Index v, const T* start, const ScanTile<T>& tile, Index token, Index count) const
+    void run_tile(Index v, const W* start, const ScanTile<W>& tile, Index token, Index count) const
     {
         const Index e = channel(v), n_live = live(v), N = f.state, ld = N * w;
-        const Rows<const T> B = rows(f.B, f.ldb, token, f.reverse), C = rows(f.C, f.ldb, token, f.reverse);
+        const Rows<const W> B = rows(f.B, f.ldb, token, f.reverse), C = rows(f.C, f.ldb, token, f.reverse);
         const Rows<const T> z = rows(f.z, f.ldz, token, f.reverse), dout = rows(g.dout, g.lddout, token, f.reverse);
         const Rows<T> y = rows(f.y, f.ldy, token, f.reverse), du = rows(g.du, g.lddu, token, f.reverse);
         const Rows<T> ddelta = rows(g.ddelta, g.ldddelta, token, f.reverse);
-        const Vec<T> D = f.D ? load_upto<T>(f.D + e, n_live) : splat(T(0)), scale = splat(f.scale);
-        ScanSums<T> sums;
+        const Vec<W> D = f.D ? load_upto<W>(f.D + e, n_live) : splat(W(0)), scale = splat(f.scale);
+        ScanSums<W> sums;
         const Index old_ld = v ? ld : 0;  // the first vector adds to zeros
-        const T *old_B = v ? scratch.dB : scratch.zero, *old_C = v ? scratch.dC : scratch.zero;
+        const W *old_B = v ? scratch.dB : scratch.zero, *old_C = v ? scratch.dC : scratch.zero;
         for (Index s = 0; s < count; s++) {
             // the same rows for the vector that follows, which finds them in the first-level cache
             prefetch(dout.at(s) + e + w);
@@ -223,18 +226,18 @@ struct ScanBackward {
             prefetch(du.at(s) + e + w);
             prefetch(ddelta.at(s) + e + w);
             if (f.z) prefetch(z.at(s) + e + w);
-            Vec<T> gate = scale;
-            if (f.z) gate *= silu(load_upto<T>(z.at(s) + e, n_live));
-            store<T>(sums.gy + s * w, gate * load_upto<T>(dout.at(s) + e, n_live));
-            store<T>(sums.y + s * w, D * load<T>(tile.u + s * w));
-            store<T>(sums.lambda_B + s * w, splat(T(0)));
-            store<T>(sums.lambda_A + s * w, splat(T(0)));
+            Vec<W> gate = scale;
+            if (f.z) gate *= silu_of<T>(load_upto<T>(z.at(s) + e, n_live));
+            store<W>(sums.gy + s * w, gate * load_upto<T>(dout.at(s) + e, n_live));
+            store<W>(sums.y + s * w, D * load<W>(tile.u + s * w));
+            store<W>(sums.lambda_B + s * w, splat(W(0)));
+            store<W>(sums.lambda_A + s * w, splat(W(0)));
         }
-        T *A = scratch.A + v * N * w, *lambda = scratch.lambda + v * N * w, *dA = scratch.dA + v * N * w;
+        W *A = scratch.A + v * N * w, *lambda = scratch.lambda + v * N * w, *dA = scratch.dA + v * N * w;
         Index n = 0;
         auto both = [&](auto replay, auto walk, Index group) {
             for (; N - n >= group; n += group) {
-                const Rows<const T> b{B.first + n, B.step}, c{C.first + n, C.step};
+                const Rows<const W> b{B.first + n, B.step}, c{C.first + n, C.step};
                 replay(A + n * w, start + n * w, tile, sums.gy, b, c, count, ld, scratch.decay, scratch.before,
                        {old_C + n * w, old_ld}, scratch.dC + n * w, sums.y);
                 walk(A + n * w, lambda + n * w, dA + n * w, tile, sums, b, c, count, ld, scratch.decay, scratch.before,
@@ -242,44 +245,44 @@ struct ScanBackward {
             }
         };
         auto groups = [&]<bool far>(Flag<far>) {
-            both(scan_replay<T, walk_group, far>, scan_walk<T, walk_group>, walk_group);
-            if constexpr (walk_group > 4) both(scan_replay<T, 4, far>, scan_walk<T, 4>, 4);
-            both(scan_replay<T, 1, far>, scan_walk<T, 1>, 1);
+            both(scan_replay<T, walk_group, far>, scan_walk<W, walk_group>, walk_group);
+            if constexpr (walk_group > 4) both(scan_replay<T, 4, far>, scan_walk<W, 4>, 4);
+            both(scan_replay<T, 1, far>, scan_walk<W, 1>, 1);
         };
         if constexpr (exp2_has_far<T>)
-            exp2_is_far<T>(tile.delta, count, load<T>(scratch.largest + v * w)) ? groups(Flag<true>{})
+            exp2_is_far<T>(tile.delta, count, load<W>(scratch.largest + v * w)) ? groups(Flag<true>{})
                                                                                 : groups(Flag<false>{});
         else
             groups(Flag<false>{});
 
-        T* totals = scratch.dD_dbias + v * 2 * w;
-        Vec<T> dD = load<T>(totals), dbias = load<T>(totals + w);
+        W* totals = scratch.dD_dbias + v * 2 * w;
+        Vec<W> dD = load<W>(totals), dbias = load<W>(totals + w);
         for (Index s = 0; s < count; s++) {
-            const Vec<T> in = load<T>(tile.u + s * w), gy = load<T>(sums.gy + s * w);
-            const Vec<T> via_B = load<T>(sums.lambda_B + s * w), via_A = load<T>(sums.lambda_A + s * w);
-            Vec<T> out = load<T>(sums.y + s * w);
+            const Vec<W> in = load<W>(tile.u + s * w), gy = load<W>(sums.gy + s * w);
+            const Vec<W> via_B = load<W>(sums.lambda_B + s * w), via_A = load<W>(sums.lambda_A + s * w);
+            Vec<W> out = load<W>(sums.y + s * w);
             if (f.add) out += load_upto<T>(y.at(s) + e, n_live);
             store_upto<T>(y.at(s) + e, out, n_live);
-            store_upto<T>(du.at(s) + e, D * gy + load<T>(tile.delta + s * w) * via_B, n_live);
-            const Vec<T> change = in * via_B + via_A * T(0.69314718055994531);  // the kept A is A log2(e)
-            const Vec<T> raw = load<T>(tile.slope + s * w) * change;
+            store_upto<T>(du.at(s) + e, D * gy + load<W>(tile.delta + s * w) * via_B, n_live);
+            const Vec<W> change = in * via_B + via_A * W(0.69314718055994531);  // the kept A is A log2(e)
+            const Vec<W> raw = load<W>(tile.slope + s * w) * change;
             store_upto<T>(ddelta.at(s) + e, raw, n_live);
             dD += gy * in;
             dbias += raw;
         }
-        store<T>(totals, dD);
-        store<T>(totals + w, dbias);
+        store<W>(totals, dD);
+        store<W>(totals + w, dbias);
     }
 
     // The sums of a tile over the channels: out[s][n] is the sum of the vector in[s][n].
-    void sum_lanes(const T* in, Rows<T> out, Index count) const
+    void sum_lanes(const W* in, Rows<W> out, Index count) const
     {
         const Index N = f.state;
         for (Index s = 0; s < count; s++, in += N * w)
             for (Index n = 0; n < N; n += w) {
-                const T* row[w];
+                const W* row[w];
                 for (Index i = 0; i < w; i++) row[i] = in + (n + i < N ? n + i : N - 1) * w;
-                store_upto<T>(out.at(s) + n, sum_rows<T>(row), N - n < w ? N - n : w);
+                store_upto<W>(out.at(s) + n, sum_rows<W>(row), N - n < w ? N - n : w);
             }
     }
 
@@ -304,47 +307,49 @@ struct ScanBackward {
 template <class T>
 static void scan_backward(const ScanBackwardArgs<T>& g)
 {
+    using W = Wide<T>;
     constexpr int w = lanes<T>;
     const ScanArgs<T>& f = g.f;
     const Index channels = f.e1 - f.e0;
     ScanBackward<T> run{g, f, {}, scan_ceil(channels, w)};
-    ScanScratch<T>& s = run.scratch;
+    ScanScratch<W>& s = run.scratch;
     scan_layout(s, g.scratch, f.state, f.chunk, channels);
-    for (Index n = 0; n < f.state; n++) store<T>(s.zero + n * w, splat(T(0)));
+    for (Index n = 0; n < f.state; n++) store<W>(s.zero + n * w, splat(W(0)));
     for (Index v = 0; v < run.vectors; v++) {
         for (Index i = v * f.state, n = 0; n < f.state; i++, n++) {
-            store<T>(s.A + i * w, load_upto<T>(f.A + n * f.dim + run.channel(v), run.live(v)));
-            store<T>(s.lambda + i * w, splat(T(0)));
-            store<T>(s.dA + i * w, splat(T(0)));
+            store<W>(s.A + i * w, load_upto<W>(f.A + n * f.dim + run.channel(v), run.live(v)));
+            store<W>(s.lambda + i * w, splat(W(0)));
+            store<W>(s.dA + i * w, splat(W(0)));
         }
-        store<T>(s.largest + v * w, largest_of<T>(s.A + v * f.state * w, f.state));
-        store<T>(s.dD_dbias + 2 * v * w, splat(T(0)));
-        store<T>(s.dD_dbias + (2 * v + 1) * w, splat(T(0)));
+        store<W>(s.largest + v * w, largest_of<W>(s.A + v * f.state * w, f.state));
+        store<W>(s.dD_dbias + 2 * v * w, splat(W(0)));
+        store<W>(s.dD_dbias + (2 * v + 1) * w, splat(W(0)));
     }
     const Index chunks = scan_ceil(f.len, f.chunk);
     for (Index i = 0; i < chunks; i++) run.run_chunk(f.reverse ? i : chunks - 1 - i);
     for (Index v = 0; v < run.vectors; v++) {
         const Index e = run.channel(v), live = run.live(v);
         for (Index n = 0; n < f.state; n++)
-            store_upto<T>(g.dA + n * f.dim + e, load<T>(s.dA + (v * f.state + n) * w), live);
-        if (g.dD) store_upto<T>(g.dD + e, load<T>(s.dD_dbias + 2 * v * w), live);
-        if (g.dbias) store_upto<T>(g.dbias + e, load<T>(s.dD_dbias + (2 * v + 1) * w), live);
+            store_upto<W>(g.dA + n * f.dim + e, load<W>(s.dA + (v * f.state + n) * w), live);
+        if (g.dD) store_upto<W>(g.dD + e, load<W>(s.dD_dbias + 2 * v * w), live);
+        if (g.dbias) store_upto<W>(g.dbias + e, load<W>(s.dD_dbias + (2 * v + 1) * w), live);
     }
 }
 
 template <class T>
 static void gate_backward(const GateBackwardArgs<T>& g)
 {
-    const Vec<T> scale = splat(g.scale);
+    using W = Wide<T>;
+    const Vec<W> scale = splat(g.scale);
     for (Index t = 0; t < g.len; t++)
         for (Index e = g.e0; e < g.e1; e += lanes<T>) {
             const Index live = g.e1 - e < lanes<T> ? g.e1 - e : lanes<T>;
-            const Vec<T> y = load_upto<T>(g.y + t * g.ldy + e, live), z = load_upto<T>(g.z + t * g.ldz + e, live);
+            const Vec<W> y = load_upto<T>(g.y + t * g.ldy + e, live), z = load_upto<T>(g.z + t * g.ldz + e, live);
             if (g.dz) {
-                const Vec<T> dout = load_upto<T>(g.dout + t * g.lddout + e, live);
-                store_upto<T>(g.dz + t * g.lddz + e, scale * dout * y * silu_gradient(z), live);
+                const Vec<W> dout = load_upto<T>(g.dout + t * g.lddout + e, live);
+                store_upto<T>(g.dz + t * g.lddz + e, scale * dout * y * silu_gradient_of<T>(z), live);
             }
-            store_upto<T>(g.y + t * g.ldy + e, scale * y * silu(z), live);
+            store_upto<T>(g.y + t * g.ldy + e, scale * y * silu_of<T>(z), live);
         }
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of float or double by the compiler's vector extensions, and the few functions the network needs of them.
+// Vectors of float or double by the compiler's vector extensions, and the few functions the network needs of them. A
+// vector of bf16 is one of float: it is converted where it is loaded and stored.
 // Included once per instruction set inside its own namespace (VIM_ISA), with VIM_BYTES wide vectors. No standard
 // headers: see kernels.h.
 #pragma once
@@ -38,25 +39,53 @@ struct Simd<double> {
     typedef long long I __attribute__((vector_size(VIM_BYTES)));
     static constexpr int lanes = VIM_BYTES / 8;
 };
+template <>
+struct Simd<bf16> : Simd<float> {
+    typedef unsigned W __attribute__((vector_size(VIM_BYTES)));
+    typedef unsigned UW __attribute__((vector_size(VIM_BYTES), aligned(4), may_alias));
+    typedef unsigned short H __attribute__((vector_size(VIM_BYTES / 2)));
+    typedef unsigned short U __attribute__((vector_size(VIM_BYTES / 2), aligned(2), may_alias));
+};
 template <class T>
 using Vec = typename Simd<T>::V;
 template <class T>
 inline constexpr int lanes = Simd<T>::lanes;
 
 template <class T>
+inline constexpr bool narrow = sizeof(T) == 2;  // bf16
+
+VIM_INLINE Vec<float> widen(Simd<bf16>::H v) { return (Vec<float>)(__builtin_convertvector(v, Simd<bf16>::W) << 16); }
+VIM_INLINE Simd<bf16>::H rounded(Vec<float> v)
+{
+#if defined(__AVX512BF16__)
+    return (Simd<bf16>::H)_mm512_cvtneps_pbh((__m512)v);
+#else
+    using W = Simd<bf16>::W;
+    const W word = (W)v, nearest = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    return __builtin_convertvector(v != v ? word >> 16 | 64 : nearest, Simd<bf16>::H);
+#endif
+}
+
+template <class T>
 VIM_INLINE Vec<T> load(const T* p)
 {
-    return *reinterpret_cast<const typename Simd<T>::U*>(p);
+    if constexpr (narrow<T>)
+        return widen(*reinterpret_cast<const Simd<bf16>::U*>(p));
+    else
+        return *reinterpret_cast<const typename Simd<T>::U*>(p);
 }
 template <class T>
 VIM_INLINE void store(T* p, Vec<T> v)
 {
-    *reinterpret_cast<typename Simd<T>::U*>(p) = v;
+    if constexpr (narrow<T>)
+        *reinterpret_cast<Simd<bf16>::U*>(p) = rounded(v);
+    else
+        *reinterpret_cast<typename Simd<T>::U*>(p) = v;
 }
 template <class T>
 VIM_INLINE Vec<T> splat(T a)
 {
-    return a - Vec<T>{};
+    return Wide<T>(a) - Vec<T>{};
 }
 
 // The first n < lanes elements; the others read as zero and are not written.
@@ -64,7 +93,9 @@ template <class T>
 VIM_INLINE Vec<T> load(const T* p, Index n)
 {
 #if VIM_AVX512
-    if constexpr (sizeof(T) == 4)
+    if constexpr (narrow<T>)
+        return widen((Simd<bf16>::H)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+    else if constexpr (sizeof(T) == 4)
         return (Vec<T>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
     else
         return (Vec<T>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
@@ -78,12 +109,14 @@ template <class T>
 VIM_INLINE void store(T* p, Vec<T> v, Index n)
 {
 #if VIM_AVX512
-    if constexpr (sizeof(T) == 4)
+    if constexpr (narrow<T>)
+        _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)rounded(v));
+    else if constexpr (sizeof(T) == 4)
         _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
     else
         _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
 #else
-    for (Index i = 0; i < n; i++) p[i] = v[i];
+    for (Index i = 0; i < n; i++) p[i] = T(v[i]);
 #endif
 }
 template <class T>

@@ -44,8 +44,8 @@ struct vimcore_segmentation {
 };
 
 struct vimcore_segmentation_session {
-    vimcore_segmentation_session(std::shared_ptr<const vimcore_segmentation> loaded, int threads)
-        : model(std::move(loaded)), session(model->model, threads)
+    vimcore_segmentation_session(std::shared_ptr<const vimcore_segmentation> loaded, int threads, vimcore::DType dtype)
+        : model(std::move(loaded)), session(model->model, threads, dtype)
     {
     }
     const std::shared_ptr<const vimcore_segmentation> model;
@@ -164,12 +164,13 @@ T* given(const char* op, const char* name, T* pointer)
     return pointer;
 }
 
-vimcore::DType parse_dtype(const char* text)
+vimcore::DType parse_dtype(const char* op, const char* text)
 {
     const std::string dtype = text ? text : "f32";
     for (const vimcore::DType known : {vimcore::DType::f32, vimcore::DType::f16, vimcore::DType::bf16})
         if (dtype == vimcore::name_of(known)) return known;
-    throw std::invalid_argument("[session] dtype: expected \"f32\", \"f16\" or \"bf16\", got \"" + dtype + '"');
+    throw std::invalid_argument(std::string("[") + op + "] dtype: expected \"f32\", \"bf16\" or \"f16\", got \"" +
+                                dtype + '"');
 }
 
 void check_room(const char* op, std::int64_t batch, std::int64_t per_image, std::size_t capacity)
@@ -288,7 +289,7 @@ vimcore_status vimcore_session_create(const vimcore_model* model, int threads, i
         vimcore::SessionOptions options;
         options.max_batch = max_batch;
         options.threads = threads;
-        options.dtype = parse_dtype(dtype);
+        options.dtype = parse_dtype("session", dtype);
         *session = handles<vimcore_session>().add(std::make_shared<vimcore_session>(m, options));
     });
 }
@@ -362,14 +363,14 @@ vimcore_status vimcore_segmentation_class(const vimcore_segmentation* model, int
     });
 }
 
-vimcore_status vimcore_segmentation_session_create(const vimcore_segmentation* model, int threads,
+vimcore_status vimcore_segmentation_session_create(const vimcore_segmentation* model, int threads, const char* dtype,
                                                    vimcore_segmentation_session** session)
 {
     return guarded([&] {
         const auto m = find(model);
         given("segmentation_session", "session", session);
-        *session =
-            handles<vimcore_segmentation_session>().add(std::make_shared<vimcore_segmentation_session>(m, threads));
+        *session = handles<vimcore_segmentation_session>().add(
+            std::make_shared<vimcore_segmentation_session>(m, threads, parse_dtype("segmentation_session", dtype)));
     });
 }
 

@@ -49,7 +49,7 @@ struct Row {
 Row measure(const RunOptions& options, const LoadedModel& loaded, std::int64_t batch, double seconds)
 {
     const vimcore::Config& config = loaded.model->config();
-    vimcore::Session session(loaded.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    vimcore::Session session(loaded.model, session_options(options, batch));
     const std::vector<float> pixels = noise(config, batch);
     std::vector<float> out(static_cast<std::size_t>(batch * session.outputs()));
     for (int i = 0; i < 2; i++) session.run(pixels.data(), batch, out.data());  // packs weights, takes memory
@@ -82,7 +82,7 @@ Files measure_files(const RunOptions& options, const LoadedModel& loaded, double
     const Found found = find_images(options.images);
     const vimcore::Config& config = loaded.model->config();
     const std::int64_t batch = batch_of(options, config);
-    vimcore::Session session(loaded.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    vimcore::Session session(loaded.model, session_options(options, batch));
     const std::vector<float> pixels = noise(config, batch);
     std::vector<float> out(static_cast<std::size_t>(batch * session.outputs()));
     const auto compute = [&](const float* from, std::int64_t count) { session.run(from, count, out.data()); };
@@ -182,7 +182,8 @@ int bench(const std::vector<std::string>& words)
     }
     if (json)
         print("{\"weights\": " + json_text(options.weights) +
-              ", \"device\": " + json_text(vimcore::to_string(options.device)) + ", \"isa\": " + json_text(build.isa) +
+              ", \"device\": " + json_text(vimcore::to_string(options.device)) +
+              ", \"dtype\": " + json_text(vimcore::name_of(options.dtype)) + ", \"isa\": " + json_text(build.isa) +
               ", \"threads\": " + std::to_string(options.threads) + ", \"network\": [" + rows +
               "], \"files\": " + files_json + "}\n");
     return status;

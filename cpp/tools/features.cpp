@@ -11,6 +11,7 @@
 #include "find_images.h"
 #include "run.h"
 #include "text.h"
+#include "vimcore/model_file.h"
 #include "vimcore/ops.h"
 #include "vimcore/safetensors.h"
 
@@ -61,7 +62,8 @@ int features(const std::vector<std::string>& words)
     std::string out;
     bool all_tokens = false, json = false;
     Arguments arguments("features", "--weights FILE --out FILE [options] IMAGE|FOLDER|@LIST...",
-                        "Write the features of pictures, what the network's head sees, to a safetensors file.");
+                        "Write the features of pictures, what the network's head sees, to a safetensors file; of an\n"
+                        "image tower what its head gives.");
     options.add_network(arguments);
     options.add_size(arguments);
     options.add_pictures(arguments);
@@ -79,17 +81,21 @@ int features(const std::vector<std::string>& words)
     check_out(out);
     const LoadedModel loaded = load_model(options);
     const vimcore::Config& config = loaded.model->config();
-    const std::int64_t batch = batch_of(options, config), length = config.tokens(), width = config.embed_dim;
-    vimcore::Session session(loaded.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    const std::int64_t batch = batch_of(options, config), length = config.tokens();
+    vimcore::Session session(loaded.model, session_options(options, batch));
+    const bool of_head = !all_tokens && vimcore::is_embedding(loaded.model->metadata());
+    const std::int64_t width = of_head ? session.outputs() : config.embed_dim;
     vimcore::Context cpu(vimcore::Device::cpu(), 1);
     vimcore::ReadoutForward readout = readout_of(config);
-    const std::int64_t pool_width = width * (readout.reduce == vimcore::Reduce::join ? readout.places.count : 1);
+    const std::int64_t pool_width =
+        width * (!of_head && readout.reduce == vimcore::Reduce::join ? readout.places.count : 1);
     const std::int64_t row = all_tokens ? length * width : pool_width;
-    std::vector<float> tokens(static_cast<std::size_t>(batch * length * width)), pooled, kept;
+    std::vector<float> tokens(static_cast<std::size_t>(of_head ? 0 : batch * length * width)), pooled, kept;
     if (!all_tokens) pooled.resize(static_cast<std::size_t>(batch * pool_width));
     std::vector<std::string> names;
 
     const auto compute = [&](const float* pixels, std::int64_t count) {
+        if (of_head) return session.run(pixels, count, pooled.data());
         session.features(pixels, count, tokens.data());
         if (all_tokens) return;
         readout.x = {tokens.data(), {count, length, width}, vimcore::DType::f32, {}};

@@ -161,11 +161,11 @@ std::string build_text(bool json)
     if (json)
         return "\"build\": {\"version\": " + json_text(build.version) + ", \"compiler\": " + json_text(build.compiler) +
                ", \"isa\": " + json_text(build.isa) + ", \"isas\": " + list(build.isas, true) +
-               ", \"cuda\": " + yes(build.cuda) + ", \"jpeg\": " + yes(build.jpeg) + ", \"png\": " + yes(build.png) +
-               "}";
+               ", \"bf16\": " + json_text(vimcore::bf16_unit()) + ", \"cuda\": " + yes(build.cuda) +
+               ", \"jpeg\": " + yes(build.jpeg) + ", \"png\": " + yes(build.png) + "}";
     return "build       vimcore " + build.version + ", " + build.compiler + ", kernels " + build.isa + " of " +
-           list(build.isas, false) + ", CUDA: " + yes(build.cuda) + ", JPEG: " + yes(build.jpeg) +
-           ", PNG: " + yes(build.png) + "\n";
+           list(build.isas, false) + ", bf16: " + (vimcore::bf16_unit().empty() ? "no" : vimcore::bf16_unit()) +
+           ", CUDA: " + yes(build.cuda) + ", JPEG: " + yes(build.jpeg) + ", PNG: " + yes(build.png) + "\n";
 }
 
 }  // namespace

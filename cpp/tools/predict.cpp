@@ -10,6 +10,7 @@
 #include "find_images.h"
 #include "run.h"
 #include "text.h"
+#include "vimcore/model_file.h"
 
 namespace vim_infer {
 namespace {
@@ -81,8 +82,12 @@ std::string table(const Format& format, const std::string& path, const std::vect
     return text;
 }
 
-void check_head(const vimcore::Config& config)
+void check_head(const vimcore::Model& model)
 {
+    const vimcore::Config& config = model.config();
+    if (vimcore::is_embedding(model.metadata()))
+        throw std::runtime_error(
+            "[predict] weights: an image tower, whose outputs are no classes; `vim-infer features` writes them");
     if (config.num_classes == 0)
         throw std::runtime_error(
             "[predict] weights: the network has no head (num_classes=0), so there is nothing to predict");
@@ -112,9 +117,9 @@ int predict(const std::vector<std::string>& words)
 
     const LoadedModel loaded = load_model(options);
     const vimcore::Config& config = loaded.model->config();
-    check_head(config);
+    check_head(*loaded.model);
     const std::int64_t batch = batch_of(options, config);
-    vimcore::Session session(loaded.model, {.max_batch = batch, .threads = static_cast<int>(options.threads)});
+    vimcore::Session session(loaded.model, session_options(options, batch));
     const auto classes = static_cast<std::size_t>(session.outputs());
     std::vector<float> logits(static_cast<std::size_t>(batch) * classes);
 

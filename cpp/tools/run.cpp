@@ -41,6 +41,14 @@ vimcore::Device parse_device(const std::string& text)
     }
 }
 
+vimcore::DType parse_dtype(const std::string& text)
+{
+    if (text == "float32") return vimcore::DType::f32;
+    if (text == "bfloat16") return vimcore::DType::bf16;
+    if (text == "float16") return vimcore::DType::f16;
+    throw UsageError("argument --dtype: expected float32, bfloat16 or float16, got '" + text + "'");
+}
+
 }  // namespace
 
 void RunOptions::add_network(Arguments& arguments)
@@ -49,6 +57,9 @@ void RunOptions::add_network(Arguments& arguments)
     arguments.custom(
         "--device", "cpu|cuda[:N]", [this](const std::string& text) { device = parse_device(text); },
         "where to compute (default: cpu)");
+    arguments.custom(
+        "--dtype", "TYPE", [this](const std::string& text) { dtype = parse_dtype(text); },
+        "of activations: float32 (default), bfloat16, on cuda float16");
     arguments.positive("--threads", "N", threads, "default: all cores; does not change the result");
 }
 
@@ -75,6 +86,11 @@ LoadedModel load_model(const RunOptions& options)
     loaded.model = vimcore::Model::load(options.weights, options.device, options.img_height, options.img_width);
     loaded.labels = vimcore::labels_of(loaded.model->config(), loaded.model->metadata());
     return loaded;
+}
+
+vimcore::SessionOptions session_options(const RunOptions& options, std::int64_t batch)
+{
+    return {.max_batch = batch, .threads = static_cast<int>(options.threads), .dtype = options.dtype};
 }
 
 vimcore::Preprocess steps_of(const LoadedModel& loaded)

@@ -18,12 +18,13 @@ namespace vim_infer {
 struct RunOptions {
     std::string weights;
     vimcore::Device device;
+    vimcore::DType dtype = vimcore::DType::f32;
     std::int64_t threads = 0, batch = 0;         // 0: chosen by the tool
     std::int64_t img_height = 0, img_width = 0;  // 0: as stored
     bool progress = false;
     std::vector<std::string> images;  // files, folders, @lists
 
-    void add_network(Arguments& arguments);                        // --weights, --device, --threads
+    void add_network(Arguments& arguments);                        // --weights, --device, --dtype, --threads
     void add_size(Arguments& arguments);                           // --img-size
     void add_pictures(Arguments& arguments, bool batches = true);  // --list, --batch, --progress
 };
@@ -33,6 +34,7 @@ struct LoadedModel {
     std::vector<std::string> labels;
 };
 LoadedModel load_model(const RunOptions& options);
+vimcore::SessionOptions session_options(const RunOptions& options, std::int64_t batch);
 
 vimcore::Preprocess steps_of(const LoadedModel& loaded);  // an error where the input is no picture
 

@@ -134,7 +134,7 @@ int segment(const std::vector<std::string>& words)
     if (about.mean.empty())
         throw std::runtime_error("the network takes images of " + std::to_string(about.config.in_chans) +
                                  " channels, which no picture file has");
-    vimcore::SegmentationSession session(model, static_cast<int>(options.threads));
+    vimcore::SegmentationSession session(model, static_cast<int>(options.threads), options.dtype);
     const Found found = find_images(options.images);
     Output output(out, found.paths);
     if (!out.empty() && !(vimcore::has_jpeg() && vimcore::has_png()))

@@ -30,7 +30,7 @@ template <class T, class Scan, class Pass>
 GenericScan<T> generic_pass(const Scan& a, const Pass& p, Index begin)
 {
     const Index len = a.xz.size(1), inner = a.xz.size(2) / 2, state = p.A_log.size(1), rank = p.dt_weight.size(1);
-    const Index tokens = p.u.size(1), row = rank + 2 * state;
+    const Index tokens = p.u.size(1), row = p.q.size(2);
     const T* q = p.q.template as<T>();
     GenericScan<T> s{};
     s.batch = a.xz.size(0);

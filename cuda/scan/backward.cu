@@ -88,8 +88,9 @@ void run_pass(Context& ctx, const ScanBackward& a, const ScanBackwardPass& p, fl
     take_partials(ctx, s);
     run_generic(ctx, s);
     T* const dq = p.dq.as<T>();
+    const Index zeros = row - s.f.rank - 2 * state;
     const RowSum<T> rows{s.part,    batch,         s.f.groups, len, 2 * state, 2 * state,
-                         2 * state, dq + s.f.rank, nullptr,    row, 0};
+                         2 * state, dq + s.f.rank, nullptr,    row, 0,         zeros};
     sum_rows<T>(ctx, {&rows, 1});
     add_parameters(ctx, s, p.dA_log, p.dD, p.ddt_bias, false);
     dt_backward<T>(ctx, {static_cast<const float*>(s.draw.data), p.dt_weight.as<float>(), p.q.as<T>(), dq,
@@ -125,7 +126,7 @@ void run_textbook(Context& ctx, const SelectiveScanBackward& a)
     take_partials(ctx, s);
     run_generic(ctx, s);
     const RowSum<T> rows{s.part, batch,        s.f.groups,   len,   2 * state, 2 * state,
-                         state,  a.dB.as<T>(), a.dC.as<T>(), state, state};
+                         state,  a.dB.as<T>(), a.dC.as<T>(), state, state,     0};
     sum_rows<T>(ctx, {&rows, 1});
     add_parameters(ctx, s, a.dA, a.dD, a.ddelta_bias, true);
 }

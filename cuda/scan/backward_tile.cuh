@@ -140,13 +140,12 @@ __device__ __forceinline__ void store_part(V* to, int step, int count, const flo
 
 // ---- q to float ----------------------------------------------------------------------------------------------------
 
-// From the rows of q of one image to dt and BC, W columns at a time; zeros beyond the last token.
+// From the rows of q of one image, of `row` elements, to dt and BC, W columns at a time; zeros beyond the last token.
 template <int W, class Shape>
-__device__ __forceinline__ void back_load_q(const BackTile<Shape>& tile, const typename Shape::T* q, int rank,
+__device__ __forceinline__ void back_load_q(const BackTile<Shape>& tile, const typename Shape::T* q, int rank, int row,
                                             const BackRows& rows, int thread)
 {
     constexpr int K = Shape::tile, N = Shape::states, parts = 2 * N / W;
-    const int row = rank + 2 * N;
     auto load = [&](int s, int column) {
         device::Vec<float, W> to{};
         if (s >= rows.count) return to;

@@ -27,7 +27,7 @@ void run(Context& ctx, const ScanBackward& a)
     static_assert(Shape_::layout(1).bytes == device_scratch::back_shared(Shape_::states, 1) &&
                   Shape_::layout(100).bytes == device_scratch::back_shared(Shape_::states, 100));
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2, size = sizeof(T);
-    const Index state = Shape_::states, rank = a.passes[0].dt_weight.size(1), row = rank + 2 * state;
+    const Index state = Shape_::states, rank = a.passes[0].dt_weight.size(1), row = a.passes[0].q.size(2);
     const auto directions = static_cast<int>(a.passes.size());
     const int bytes = directions * Shape_::layout(static_cast<int>(rank)).bytes;
 
@@ -38,6 +38,7 @@ void run(Context& ctx, const ScanBackward& a)
     s.tokens = static_cast<int>(len);
     s.dim = static_cast<int>(inner);
     s.rank = static_cast<int>(rank);
+    s.row = static_cast<int>(row);
     s.pitch = static_cast<int>(own.pitch);
     s.directions = directions;
     s.chunk_tiles = static_cast<int>(own.tiles);
@@ -48,7 +49,7 @@ void run(Context& ctx, const ScanBackward& a)
     s.dout = a.dout.as<T>();
     s.out = a.out.as<T>();
     s.sum = static_cast<float*>(own.sum.data);
-    s.wide_q = rank % 4 == 0;
+    s.wide_q = rank % 4 == 0 && row % 4 == 0;
     const Index units = own.units, blocks = units * s.groups;
     s.segment_tiles = static_cast<int>(own.segment / Shape_::tile);
     s.segments = static_cast<int>(own.segments);
@@ -82,7 +83,8 @@ void run(Context& ctx, const ScanBackward& a)
         const ScanBackwardPass& p = a.passes[static_cast<std::size_t>(i)];
         const BackPass<T>& from = s.pass[i];
         T* const dq = p.dq.as<T>();
-        rows[i] = RowSum<T>{from.part, batch, s.groups, len, s.pitch, row, 2 * state, dq + rank, dq, row, row};
+        const Index width = rank + 2 * state, zeros = row - width;
+        rows[i] = RowSum<T>{from.part, batch, s.groups, len, s.pitch, width, 2 * state, dq + rank, dq, row, row, zeros};
         const float *const weight = from.parameters + state * inner, *const bias = weight + rank * inner;
         auto sum_of = [&](const float* part, Index count, const float* A_log, const Tensor& to) {
             return PartialSum{part, units, (state + rank + 2) * inner, count, inner, A_log, to.as<float>(), false};

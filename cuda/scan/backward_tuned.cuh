@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of the scan of d_state 8, 16 or 32, both directions in one launch (formulas: scan/backward_generic.cuh).
-// u, du, out, z, dout, dz (B, len, E); q (B, len, R + 2N); checkpoints (B, chunks, N, E).
+// u, du, out, z, dout, dz (B, len, E); q (B, len, row); checkpoints (B, chunks, N, E).
 // A block takes some channels of one image, with 64 threads for each direction, and walks through time in tiles of 16
 // tokens from where the scan ended, so that the two directions meet in the middle. Whichever comes first to a tile
 // leaves its y as float in `sum`; the other one adds, gates, and stores `out` and dz. A thread holds 2 channels x 4
@@ -42,7 +42,7 @@ struct TunedBack {
     float* sum;     // (B, len, E) for two directions
     float* starts;  // (blocks, directions, tiles of a chunk - 1, 2, 64, 4) or null: a chunk is a tile
     int groups;     // of channels
-    int tokens, dim, rank, pitch, directions;  // pitch: 2N + R, rounded up to 4
+    int tokens, dim, rank, row, pitch, directions;  // row: of q; pitch: 2N + R, rounded up to 4
     int chunk_tiles, chunks;
     int segment_tiles, segments;  // a segment is some chunks
     bool wide_q;                  // four elements of q may be read at once
@@ -138,12 +138,12 @@ struct BackBlock {
     __device__ __forceinline__ Index gate_of(const BackPart& own) const { return 2 * own.place - e0 - 2 * own.pair; }
     __device__ __forceinline__ void prepare(const BackRows& rows) const
     {
-        const T* const q = p.q + static_cast<Index>(b) * a.tokens * (a.rank + 2 * N);
+        const T* const q = p.q + static_cast<Index>(b) * a.tokens * a.row;
         sync();  // all have left the tile before
         if (a.wide_q)
-            back_load_q<4>(tile, q, a.rank, rows, thread);
+            back_load_q<4>(tile, q, a.rank, a.row, rows, thread);
         else
-            back_load_q<1>(tile, q, a.rank, rows, thread);
+            back_load_q<1>(tile, q, a.rank, a.row, rows, thread);
         sync();
         back_delta(tile, p.u, a.rank, part_of(rows));
     }

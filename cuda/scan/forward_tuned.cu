@@ -35,7 +35,7 @@ template <class T>
 TunedScan<T> tuned_args(Context& ctx, const ScanForward& a, std::span<const ScanForwardPass> passes)
 {
     const ScanForwardPass& first = passes[0];
-    const Index inner = a.xz.size(2) / 2, state = first.A_log.size(1), rank = first.dt_weight.size(1), size = sizeof(T);
+    const Index inner = a.xz.size(2) / 2, rank = first.dt_weight.size(1), size = sizeof(T);
     TunedScan<T> s{};
     s.directions = narrow(static_cast<Index>(passes.size()));
     s.tokens = narrow(first.u.size(1));
@@ -44,7 +44,7 @@ TunedScan<T> tuned_args(Context& ctx, const ScanForward& a, std::span<const Scan
     s.begin = narrow(first.begin);
     s.chunk = narrow(a.chunk);
     s.rank = narrow(rank);
-    s.row = narrow(rank + 2 * state);
+    s.row = narrow(first.q.size(2));
     s.scale = static_cast<float>(a.scale);
     s.z = a.xz.as<T>() + first.begin * 2 * inner + inner;
     s.out = a.out.as<T>() + first.begin * inner;
@@ -77,7 +77,7 @@ template <class Shape>
 bool applies(const ScanForward& a, const ScanForwardPass& p)
 {
     const Index rank = p.dt_weight.size(1);
-    if (rank > most_shared || 2 * Shape::layout(narrow(rank)).bytes > most_shared) return false;
+    if (rank > most_shared || 2 * Shape::layout(narrow(rank), narrow(p.q.size(2))).bytes > most_shared) return false;
     return !p.checkpoints || (a.chunk % Shape::tile == 0 && p.begin % Shape::tile == 0);
 }
 
@@ -89,7 +89,7 @@ void run_shape(Context& ctx, const ScanForward& a, std::span<const ScanForwardPa
     TunedScan<T> s = tuned_args<T>(ctx, a, passes);
     s.groups = narrow(ceil_div(s.dim, Shape::channels));
     const dim3 grid(static_cast<unsigned>(a.xz.size(0) * s.groups));
-    const int bytes = s.directions * Shape::layout(s.rank).bytes;
+    const int bytes = s.directions * Shape::layout(s.rank, s.row).bytes;
     VIM_LAUNCH((scan_tuned<Shape>), grid, s.directions * scan_threads, bytes, stream_of(ctx), s);
 }
 
@@ -99,8 +99,8 @@ bool run_tuned(Context& ctx, const ScanForward& a, std::span<const ScanForwardPa
 {
     using Widest = Wide<T, N>;
     static_assert(Widest::channels == device_scratch::wide_channels(N) && Widest::tile == device_scratch::wide_tile);
-    static_assert(Widest::layout(1).bytes == device_scratch::wide_shared(sizeof(T), N, 1) &&
-                  Widest::layout(100).bytes == device_scratch::wide_shared(sizeof(T), N, 100));
+    static_assert(Widest::layout(1, 130).bytes == device_scratch::wide_shared(sizeof(T), N, 1, 130) &&
+                  Widest::layout(100, 232).bytes == device_scratch::wide_shared(sizeof(T), N, 100, 232));
     const ScanKernel forced = forced_scan();
     auto all = [&]<class Shape>(Shape) {
         return std::all_of(passes.begin(), passes.end(),

@@ -40,8 +40,12 @@ template <class T>
 __global__ void sum_rows_kernel(RowTable<T> table)
 {
     const RowSum<T>& s = table.sum[blockIdx.y];
-    const Index i = device::flat_index(), token = i / s.width, column = i % s.width;
+    const Index columns = s.width + s.zeros, i = device::flat_index(), token = i / columns, column = i % columns;
     if (token >= s.batch * s.tokens) return;
+    if (column >= s.width) {
+        s.first[token * s.ld_first + s.split + column - s.width] = device::from_float<T>(0.0f);
+        return;
+    }
     const Index b = token / s.tokens, image = s.tokens * s.pitch;
     const float* part = s.part + b * s.groups * image + token % s.tokens * s.pitch + column;
     float sum = 0;
@@ -95,7 +99,7 @@ void sum_rows(Context& ctx, std::span<const RowSum<T>> sums)
 {
     RowTable<T> table{};
     std::copy(sums.begin(), sums.end(), table.sum);
-    const Index count = sums[0].batch * sums[0].tokens * sums[0].width;
+    const Index count = sums[0].batch * sums[0].tokens * (sums[0].width + sums[0].zeros);
     if (count == 0) return;
     const dim3 grid(flat_grid(count).x, static_cast<unsigned>(sums.size()));
     VIM_LAUNCH((sum_rows_kernel<T>), grid, flat_block, 0, stream_of(ctx), table);

@@ -20,13 +20,14 @@ struct PartialSum {
 void add_partials(Context& ctx, std::span<const PartialSum> sums);  // 8 at most; those without `to` are left out
 
 // The sums over groups of channels of rows of `width` elements: part (B, groups, L, width). The first `split` columns
-// go to `first`, the others to `second`, (B, L, ...) with rows of ld elements.
+// go to `first`, the others to `second`, (B, L, ...) with rows of ld elements; `zeros` columns of `first` behind its
+// own are set to zero.
 template <class T>
 struct RowSum {
     const float* part;
     Index batch, groups, tokens, pitch, width, split;
     T *first, *second;
-    Index ld_first, ld_second;
+    Index ld_first, ld_second, zeros;
 };
 template <class T>
 void sum_rows(Context& ctx, std::span<const RowSum<T>> sums);  // 2 at most, of one size

@@ -3,7 +3,7 @@
 //   delta[t, e] = softplus(dt_bias[e] + sum_r q[t, r] dt_weight[e, r]);  B = q[t, R : R + N], C = q[t, R + N :]
 //   h[n, e] = 2^(delta A[e, n]) h[n, e] + delta u[t, e] B[t, n];  y[t, e] = sum_n C[t, n] h[n, e] + D[e] u[t, e]
 //   out = scale (y_forward + y_reverse) silu(z)
-// u, out, z (B, len, E); q (B, len, R + 2N); state (B, N, E).
+// u, out, z (B, len, E); q (B, len, row), row >= R + 2N; state (B, N, E).
 // A block takes some channels of one image, with 64 threads for each direction, and walks through time in tiles, the
 // forward direction from the first tile, the reverse one from the last. Whichever direction comes first to a tile
 // leaves its y as float in `sum`, the other one adds, scales and gates. What is in shared memory is in the order of the
@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(2 * scan_threads, tuned_blocks<Shape>) scan_tu
     const int live = a.dim - e0 < channels ? a.dim - e0 : channels;
     const TunedPass<T> p = direction == 0 ? a.pass[0] : a.pass[1];
     const bool both = a.directions == 2;
-    const TunedLayout layout = Shape::layout(a.rank);
-    const TunedTile<Shape> tile(layout, direction * layout.bytes, a.rank);
+    const TunedLayout layout = Shape::layout(a.rank, a.row);
+    const TunedTile<Shape> tile(layout, direction * layout.bytes, a.rank, a.row);
     const int tiles = (a.tokens + Shape::tile - 1) / Shape::tile, way = p.reverse ? -1 : 1, row = way * a.dim;
 
     // These walk along: u to this thread's first copy of the next tile, q to the beginning of the next tile.
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(2 * scan_threads, tuned_blocks<Shape>) scan_tu
         device::cp_async_wait<0>();
         device::sync_block();
         if (meet) {
-            const TunedTile<Shape> other(layout, 0, a.rank);
+            const TunedTile<Shape> other(layout, 0, a.rank, a.row);
             if (direction == 1) tile_meet(tile, other, u_at, a.rank, rows.count, thread);
             device::sync_block();
         }
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(2 * scan_threads, tuned_blocks<Shape>) scan_tu
                         {out, sum, row, meet || second, p.add && !both, finishes, a.aligned, a.scale}, rows.count, live,
                         thread);
         }
-        if (left > 0) convert_q(tile, a.rank, next.count, p.reverse, thread);
+        if (left > 0) convert_q(tile, a.rank, a.row, next.count, p.reverse, thread);
         rows = next;
     }
     if (p.state) keep_states(p.state + b * N * a.dim);

@@ -40,7 +40,7 @@ struct TunedShape {
     __device__ static int row_of(int pair, int k) { return pair + k * pairs; }
     __device__ static int channel_of(int row) { return wide * (row % pairs) + row / pairs; }
 
-    __host__ __device__ static constexpr TunedLayout layout(int rank)
+    __host__ __device__ static constexpr TunedLayout layout(int rank, int row)  // row: of q
     {
         TunedLayout at{};
         const int size = sizeof(T);
@@ -54,7 +54,7 @@ struct TunedShape {
         at.dt = at.spread + spread_size * 4;
         at.weight = at.dt + rank * pitch * 4;
         at.q = at.weight + (rank + 2) * channels * 4;
-        at.bytes = at.q + K * (rank + 2 * N) * size;
+        at.bytes = at.q + K * row * size;
         return at;
     }
 };
@@ -71,13 +71,13 @@ struct TunedTile {
     device::Shared<float> sum;        // [token][channel]: y of the other direction
     device::Shared<float> spread;     // S = 1: [warp][token][lane]
 
-    __device__ TunedTile(const TunedLayout& at, int base, int rank)
+    __device__ TunedTile(const TunedLayout& at, int base, int rank, int row)
         : delta(device::shared<float>(base + at.delta, Shape::channels * Shape::pitch)),
           du(device::shared<float>(base + at.du, Shape::channels * Shape::pitch)),
           BC(device::shared<float>(base + at.BC, Shape::BC_size)),
           dt(device::shared<float>(base + at.dt, rank * Shape::pitch)),
           weight(device::shared<float>(base + at.weight, (rank + 2) * Shape::channels)),
-          q(device::shared<T>(base + at.q, Shape::tile * (rank + 2 * Shape::states))),
+          q(device::shared<T>(base + at.q, Shape::tile * row)),
           u(device::shared<T>(base + at.u, 2 * Shape::tile * Shape::channels)),
           z(device::shared<T>(base + at.z, Shape::tile * Shape::channels)),
           sum(device::shared<float>(base + at.out, Shape::tile * Shape::channels)),
@@ -173,11 +173,10 @@ __device__ __forceinline__ void convert_BC(device::Shared<float> to, int s, int 
 }
 
 template <int W, class Shape>
-__device__ __forceinline__ void convert_q_by(const TunedTile<Shape>& tile, int rank, int count, bool reverse,
+__device__ __forceinline__ void convert_q_by(const TunedTile<Shape>& tile, int rank, int row, int count, bool reverse,
                                              int thread)
 {
     constexpr int K = Shape::tile, parts = 2 * Shape::states / W;
-    const int row = rank + 2 * Shape::states;
     auto place = [&](int s) { return (reverse && s < count ? count - 1 - s : s) * row; };  // of token s of the scan
 #pragma unroll 1
     for (int i = thread; i < K * (rank / W); i += scan_threads) {
@@ -194,12 +193,13 @@ __device__ __forceinline__ void convert_q_by(const TunedTile<Shape>& tile, int r
 }
 
 template <class Shape>
-__device__ __forceinline__ void convert_q(const TunedTile<Shape>& tile, int rank, int count, bool reverse, int thread)
+__device__ __forceinline__ void convert_q(const TunedTile<Shape>& tile, int rank, int row, int count, bool reverse,
+                                          int thread)
 {
-    if (rank % 4 == 0)
-        convert_q_by<4>(tile, rank, count, reverse, thread);
+    if (rank % 4 == 0 && row % 4 == 0)
+        convert_q_by<4>(tile, rank, row, count, reverse, thread);
     else
-        convert_q_by<1>(tile, rank, count, reverse, thread);
+        convert_q_by<1>(tile, rank, row, count, reverse, thread);
 }
 
 // ---- delta ---------------------------------------------------------------------------------------------------------

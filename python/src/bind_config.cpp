@@ -56,14 +56,14 @@ T replaced(const T& value, const Options& changes)
 nb::dict plan_bytes(const Config& config, std::int64_t batch, const std::string& memory, const std::string& dtype,
                     int threads, bool cuda)
 {
-    const DType type = dtype == "bfloat16" ? DType::bf16 : dtype == "float16" ? DType::f16 : DType::f32;
+    const DType type = to_float_type("[plan] dtype", dtype);
     const Device device = cuda ? Device::cuda() : Device::cpu();
     nb::dict out;
     out["weights"] = weight_bytes(config);
     if (memory.empty()) {
         out["scratch"] = forward_bytes(config, batch, type, threads, device);
     } else {
-        out["saved"] = saved_bytes(config, to_memory(memory), batch, type);
+        out["saved"] = saved_bytes(config, to_memory(memory), batch, type, device);
         out["scratch"] = training_bytes(config, to_memory(memory), batch, type, threads, device);
     }
     return out;

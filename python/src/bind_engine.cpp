@@ -15,7 +15,7 @@ class Engine {
 public:
     Engine(nb::handle path, int threads, std::int64_t img_height, std::int64_t img_width, int cuda,
            const std::string& dtype)
-        : options_{.max_batch = 8, .threads = threads, .dtype = to_activation(dtype)}
+        : options_{.max_batch = 8, .threads = threads, .dtype = to_float_type("[Runtime] dtype", dtype)}
     {
         model_ = Model::load(path_of(path), cuda < 0 ? Device::cpu() : Device::cuda(cuda), img_height, img_width);
         sessions_.give(make_session());
@@ -63,15 +63,6 @@ private:
         nb::gil_scoped_release release;
         Reusable<Session>::Lease session(sessions_, sessions_.take([this] { return make_session(); }));
         f(*session);
-    }
-
-    static DType to_activation(const std::string& name)
-    {
-        if (name == "float32") return DType::f32;
-        if (name == "float16") return DType::f16;
-        if (name == "bfloat16") return DType::bf16;
-        throw std::invalid_argument("[Runtime] dtype: expected \"float32\", \"bfloat16\" or \"float16\", got \"" +
-                                    name + "\"");
     }
 
     SessionOptions options_;

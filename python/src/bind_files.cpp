@@ -122,9 +122,11 @@ nb::tuple check_file(nb::handle path, bool more)
     return nb::make_tuple(metadata, others);
 }
 
-void write_safetensors(nb::handle target, nb::dict tensors, nb::dict metadata)
+void write_safetensors(nb::handle target, nb::dict tensors, nb::dict metadata, const std::optional<std::string>& type)
 {
     const std::string path = path_of(target);
+    std::optional<DType> dtype;
+    if (type) dtype = to_float_type("[save] dtype", *type);
     std::vector<std::pair<std::string, Tensor>> list;
     std::vector<In> alive;
     for (auto [key, value] : tensors) {
@@ -143,7 +145,10 @@ void write_safetensors(nb::handle target, nb::dict tensors, nb::dict metadata)
         entries[nb::cast<std::string>(key)] = nb::cast<std::string>(value);
     }
     nb::gil_scoped_release release;
-    save_safetensors(path, list, entries);
+    if (dtype)
+        save_weights(path, list, entries, *dtype);
+    else
+        save_safetensors(path, list, entries);
 }
 
 }  // namespace
@@ -171,10 +176,11 @@ void bind_files(nb::module_& m)
         [](const nb::bytes& head, std::uint64_t size) { return foreign_kind({head.c_str(), head.size()}, size); },
         nb::arg("head"), nb::arg("size"));
     m.def("write_safetensors", &write_safetensors, nb::arg("path"), nb::arg("tensors"),
-          nb::arg("metadata") = nb::dict(),
+          nb::arg("metadata") = nb::dict(), nb::arg("dtype") = nb::none(),
           nb::sig("def write_safetensors(path: object, tensors: collections.abc.Mapping[str, typing.Any], "
-                  "metadata: collections.abc.Mapping[str, str] = {}) -> None"),
-          "Writes a file whole or not at all.");
+                  "metadata: collections.abc.Mapping[str, str] = {}, dtype: str | None = None) -> None"),
+          "Writes a file whole or not at all.\n\ndtype: \"float32\", or a 16-bit type for the weights of linear maps, "
+          "the rest float32; None: as given.");
 }
 
 }  // namespace vimcore::python

@@ -17,15 +17,15 @@ namespace {
 class BoundWeights {
 public:
     BoundWeights(Params params, std::vector<In> arrays, const std::vector<Tensor>& all)
-        : params_(std::move(params)),
-          arrays_(std::move(arrays)),
+        : bound_(std::make_shared<Bound>(std::move(params), std::move(arrays))),
           first_(all.front()),
           checksum_(on_cpu() ? all : std::vector<Tensor>{})
     {
-        params_.changed();
+        bound_->params.changed();
     }
 
-    const Params& params() const { return params_; }
+    const Params& params() const { return bound_->params; }
+    const std::shared_ptr<const void> memory() const { return bound_; }
     DType dtype() const { return first_.dtype; }
     Device device() const { return first_.device; }
 
@@ -34,12 +34,12 @@ public:
     std::uint64_t look(Context& ctx)
     {
         if (!on_cpu()) {
-            params_.changed();
+            bound_->params.changed();
             return 0;
         }
         const std::uint64_t now = checksum_(ctx);
         std::lock_guard lock(mutex_);  // no thread may take a sum for seen before the forms are stale
-        if (now != seen_) params_.changed();
+        if (now != seen_) bound_->params.changed();
         seen_ = now;
         return now;
     }
@@ -47,8 +47,11 @@ public:
 private:
     bool on_cpu() const { return device().type == Device::Type::cpu; }
 
-    Params params_;
-    std::vector<In> arrays_;
+    struct Bound {
+        Params params;
+        std::vector<In> arrays;
+    };
+    std::shared_ptr<Bound> bound_;
     Tensor first_;
     Checksum checksum_;
     std::mutex mutex_;
@@ -136,6 +139,7 @@ public:
         const Config config = at_size_of(x);
         const Outputs out = to_outputs(config, x, wanted);
         const Draws draws = to_draws(config, x, drawn);
+        if (place.capturing) captured_weights().insert(weights.memory());
         with_context(x.device, place, [&](Context& ctx) {
             if (!constant) weights.look(ctx);
             vimcore::forward(ctx, config, weights.params(), x, out, saved ? &**saved : nullptr, draws);
@@ -155,6 +159,7 @@ public:
         const Draws draws = to_draws(config, x, drawn);
         expect("dimages", dx, x.shape, x);
         Params dparams = to_gradients(weights, x, gradients);
+        if (place.capturing) captured_weights().insert(weights.memory());
         with_context(x.device, place, [&](Context& ctx) {
             vimcore::backward(ctx, config, weights.params(), x, saved, out, dparams, dx, draws);
         });

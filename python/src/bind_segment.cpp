@@ -14,7 +14,10 @@ namespace {
 // Usable from any number of threads.
 class SegmentEngine {
 public:
-    SegmentEngine(nb::handle path, int threads) : threads_(threads), model_(SegmentationModel::load(path_of(path)))
+    SegmentEngine(nb::handle path, int threads, const std::string& dtype)
+        : threads_(threads),
+          dtype_(to_float_type("[SegmentEngine] dtype", dtype)),
+          model_(SegmentationModel::load(path_of(path)))
     {
         sessions_.give(make_session());
     }
@@ -55,7 +58,7 @@ public:
 private:
     std::unique_ptr<SegmentationSession> make_session()
     {
-        return std::make_unique<SegmentationSession>(model_, threads_);
+        return std::make_unique<SegmentationSession>(model_, threads_, dtype_);
     }
 
     Tensor check(const In& images) const
@@ -80,6 +83,7 @@ private:
     }
 
     int threads_;
+    DType dtype_;
     std::shared_ptr<const SegmentationModel> model_;
     Reusable<SegmentationSession> sessions_;
 };
@@ -89,7 +93,8 @@ private:
 void bind_segment(nb::module_& m)
 {
     nb::class_<SegmentEngine>(m, "SegmentEngine")
-        .def(nb::init<nb::handle, int>(), nb::arg("path"), nb::arg("threads") = 0)
+        .def(nb::init<nb::handle, int, const std::string&>(), nb::arg("path"), nb::arg("threads") = 0,
+             nb::arg("dtype") = "float32")
         .def("logits", &SegmentEngine::logits, nb::arg("images").noconvert())
         .def("classes", &SegmentEngine::classes, nb::arg("images").noconvert())
         .def("segment", &SegmentEngine::segment, nb::arg("image").noconvert());

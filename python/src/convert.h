@@ -28,6 +28,15 @@ using Out = nb::ndarray<>;       // written
 using MaybeIn = std::optional<In>;
 using MaybeOut = std::optional<Out>;
 
+// "float32", "bfloat16" or "float16", as torch and numpy call them. `name` is for the error.
+inline DType to_float_type(const std::string& name, const std::string& type)
+{
+    if (type == "float32") return DType::f32;
+    if (type == "float16") return DType::f16;
+    if (type == "bfloat16") return DType::bf16;
+    throw std::invalid_argument(name + ": expected \"float32\", \"bfloat16\" or \"float16\", got \"" + type + "\"");
+}
+
 // The type, or nullopt where the library has none for it.
 inline std::optional<DType> to_dtype(nb::dlpack::dtype type)
 {

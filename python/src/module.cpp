@@ -16,6 +16,7 @@ nb::dict build_info_dict()
     out["compiler"] = info.compiler;
     out["isa"] = info.isa;
     out["isas"] = info.isas;
+    out["bf16"] = bf16_unit();
     nb::list devices;
     for (int i = 0, count = cuda_device_count(); i < count; i++) devices.append(cuda_description(i));
     out["cuda"] = info.cuda ? nb::object(devices) : nb::object(nb::bool_(false));
@@ -33,16 +34,35 @@ NB_MODULE(_core, m)
     nb::exception<Error>(m, "Error", PyExc_RuntimeError);
     m.attr("__version__") = VIMCORE_VERSION;
 
-    m.def("build_info", build_info_dict, nb::sig("def build_info() -> dict[str, typing.Any]"),
-          "Version, compiler, kernels in use and built in, CUDA devices, JPEG, PNG, OpenMP.");
+    m.def(
+        "build_info", build_info_dict, nb::sig("def build_info() -> dict[str, typing.Any]"),
+        "Version, compiler, kernels in use and built in, unit for bf16 (\"\": none), CUDA devices, JPEG, PNG, OpenMP.");
+    m.def("bf16_refusal", bf16_refusal,
+          "Why this CPU does not compute in bfloat16, and what to do; \"\" where it does.");
     m.def("cuda_device_count", cuda_device_count);
     m.def("cuda_description", cuda_description, nb::arg("device"));
+    m.def(
+        "cuda_products",
+        [] {
+            const CudaProducts products = cuda_products();
+            nb::dict out;
+            out["library"] = products.library;
+            out["built_in"] = products.built_in;
+            out["other_algorithm"] = products.other_algorithm;
+            out["first_built_in"] = products.first_built_in;
+            return out;
+        },
+        nb::sig("def cuda_products() -> dict[str, typing.Any]"),
+        "Products of matrices on CUDA so far: by cuBLASLt, by built-in kernels as it had no algorithm,\nand by it with "
+        "another algorithm than for other numbers of rows.");
     m.def("fma_peak", fma_peak, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
+    m.def("bf16_peak", bf16_peak, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "release_memory",
         [] {
             contexts().clear();
             captured_saved().clear();
+            captured_weights().clear();
         },
         "Frees the scratch memory that calls keep for the next ones.\n\nCUDA graphs captured before must not run "
         "again.");

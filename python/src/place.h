@@ -2,8 +2,10 @@
 // Where a call from Python computes, and the contexts that such calls share.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
+#include <string>
 #include <utility>
 
 #include "convert.h"
@@ -82,13 +84,29 @@ inline Contexts& contexts()
     return *all;
 }
 
+// A warning of Python, once a process: cuBLASLt had no algorithm for a product.
+inline void warn_of_slow_products()
+{
+    static std::atomic<bool> warned = false;
+    if (warned) return;
+    const CudaProducts products = cuda_products();
+    if (products.built_in == 0 || warned.exchange(true)) return;
+    const std::string text =
+        "cuBLASLt has no algorithm for a product of matrices (" + products.first_built_in +
+        "): a built-in kernel computes it, many times slower. vimcore.build_info() counts such products";
+    if (PyErr_WarnEx(PyExc_RuntimeWarning, text.c_str(), 1) < 0) throw nb::python_error();
+}
+
 // Runs f(context) with the GIL released.
 template <class F>
 void with_context(Device device, const Place& place, F&& f)
 {
-    nb::gil_scoped_release release;
-    Contexts::Lease context(contexts(), device, place);
-    f(*context);
+    {
+        nb::gil_scoped_release release;
+        Contexts::Lease context(contexts(), device, place);
+        f(*context);
+    }
+    if (device.type == Device::Type::cuda) warn_of_slow_products();
 }
 
 }  // namespace vimcore::python

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -24,6 +25,13 @@ using ReusableSaved = Reusable<Saved>;
 inline ReusableSaved& captured_saved()
 {
     static auto* all = new ReusableSaved;  // never destroyed, as contexts()
+    return *all;
+}
+
+// Likewise the weights, in their own memory and as packed. Under the GIL.
+inline std::set<std::shared_ptr<const void>>& captured_weights()
+{
+    static auto* all = new std::set<std::shared_ptr<const void>>;
     return *all;
 }
 

@@ -18,7 +18,7 @@ from .runtime import Runtime
 from .utils.extras import needs
 
 if TYPE_CHECKING:
-    from . import detection, io, ops, segmentation, train
+    from . import clip, detection, io, ops, segmentation, train
     from .analysis.attention import attention_maps
     from .analysis.features import feature_pca, token_norms
     from .analysis.health import health
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .nn.heads.pyramid import SimplePyramid
     from .nn.models import create_model
     from .nn.vision_mamba import VisionMamba
+    from .plots.show import show
 
 __version__: str = _core.__version__
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "attention_maps",
     "attention_rollout",
     "build_info",
+    "clip",
     "create_model",
     "cuda_is_available",
     "detection",
@@ -55,6 +57,7 @@ __all__ = [
     "relevance",
     "saliency",
     "segmentation",
+    "show",
     "token_norms",
     "train",
 ]
@@ -71,9 +74,10 @@ _LAZY = {
     "load_checkpoint": "io",
     "relevance": "analysis.relevance",
     "saliency": "analysis.saliency",
+    "show": "plots.show",
     "token_norms": "analysis.features",
 }
-_LAZY_MODULES = {"detection", "io", "nn", "ops", "segmentation", "train"}
+_LAZY_MODULES = {"clip", "detection", "io", "nn", "ops", "segmentation", "train"}
 
 
 def cuda_is_available() -> bool:
@@ -87,9 +91,10 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f".{_LAZY.get(name, name)}", __name__)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "torchvision"):
+        extras = {"torch": "torch", "torchvision": "train", "matplotlib": "demo"}
+        if error.name not in extras:
             raise
-        extra = "torch" if error.name == "torch" else "train"
+        extra = extras[error.name]
         raise ImportError(f"vimcore.{name} needs {error.name}; {needs(extra)}") from error
     value = module if name in _LAZY_MODULES else getattr(module, name)
     globals()[name] = value

@@ -18,12 +18,24 @@ class Error(RuntimeError):
 
 def build_info() -> dict[str, Any]:
     """
-    Version, compiler, kernels in use and built in, CUDA devices, JPEG, PNG, OpenMP.
+    Version, compiler, kernels in use and built in, unit for bf16 ("": none), CUDA devices, JPEG, PNG, OpenMP.
+    """
+
+def bf16_refusal() -> str:
+    """
+    Why this CPU does not compute in bfloat16, and what to do; "" where it does.
     """
 
 def cuda_device_count() -> int: ...
 def cuda_description(device: int) -> str: ...
+def cuda_products() -> dict[str, Any]:
+    """
+    Products of matrices on CUDA so far: by cuBLASLt, by built-in kernels as it had no algorithm,
+    and by it with another algorithm than for other numbers of rows.
+    """
+
 def fma_peak(threads: int) -> float: ...
+def bf16_peak(threads: int) -> float: ...
 def release_memory() -> None:
     """
     Frees the scratch memory that calls keep for the next ones.
@@ -495,8 +507,14 @@ def check_file(path: Path, more: bool = False) -> tuple[dict[str, str], list[str
     """
 
 def foreign_kind(head: bytes, size: int) -> str: ...
-def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] = {}) -> None:
-    """Writes a file whole or not at all."""
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] = {}, dtype: str | None = None
+) -> None:
+    """
+    Writes a file whole or not at all.
+
+    dtype: "float32", or a 16-bit type for the weights of linear maps, the rest float32; None: as given.
+    """
 
 def decode_image(data: bytes, name: str = "<memory>") -> NDArray[numpy.uint8]: ...
 def upright(image: Array, file: bytes) -> NDArray[numpy.uint8]: ...
@@ -506,7 +524,7 @@ def preprocess_image(data: bytes, name: str, preprocess: Preprocess) -> NDArray[
 def preprocess_pixels(image: Array, preprocess: Preprocess) -> NDArray[numpy.float32]: ...
 
 class SegmentEngine:
-    def __init__(self, path: Path, threads: int = 0) -> None: ...
+    def __init__(self, path: Path, threads: int = 0, dtype: str = "float32") -> None: ...
     def logits(self, images: Array) -> NDArray[numpy.float32]: ...
     def classes(self, images: Array) -> NDArray[numpy.uint8]: ...
     def segment(self, image: Array) -> NDArray[numpy.uint8]: ...

@@ -24,6 +24,7 @@ def save_model(
     path: Path,
     labels: Sequence[str] | None = None,
     preprocess: Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> None:
     """Writes weights, architecture, labels and preprocessing to one safetensors file, all or nothing.
 
@@ -34,11 +35,12 @@ def save_model(
         labels: one name for each class.
         preprocess: mean, std, resize, crop, interpolation; default: ImageNet evaluation at the model's image
             size. Networks with neither 1 nor 3 channels have none.
+        dtype: of the weights in the file, see `VisionMamba.save`.
 
     Raises:
         ValueError: the file could not describe the network, or labels or preprocessing do not fit.
     """
-    saving.save(_unwrapped(model), path, labels, preprocess)
+    saving.save(_unwrapped(model), path, labels, preprocess, dtype)
 
 
 def _unwrapped(model: Any) -> VisionMamba:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The differentiable pieces of Vision Mamba, channel-last, over the C++ core.
 
-Sizes: B batch, L tokens, D width, E inner width, N state, R rank of dt, K convolution width. On the CPU all
-tensors of a call are of one type, float32 or float64; under `torch.autocast("cpu")` half types are widened to
-float32. On CUDA the activations (x, u, delta, B, C, q, z and the result) and their gradients are of one type,
-float32, bfloat16 or float16, and the others float32; `torch.autocast("cuda")` converts. Arrays of other
-libraries on a CUDA device (CuPy, ...) are taken without a copy. What does not fit is a ValueError that names
-the argument. Second derivatives are an error.
+Sizes: B batch, L tokens, D width, E inner width, N state, R rank of dt, K convolution width. The
+activations (x, u, delta, B, C, q, z and the result) and their gradients are of one type: float32, float64 or
+bfloat16 on the CPU (the latter where the processor has a unit for it, see `vimcore doctor`), float32,
+bfloat16 or float16 on CUDA. The others are float64 beside float64, else float32. `torch.autocast` converts.
+Arrays of other libraries on a CUDA device (CuPy, ...) are taken without a copy. What does not fit is a
+ValueError that names the argument. Second derivatives are an error.
 """
 
 from __future__ import annotations
@@ -27,14 +27,22 @@ from .autograd.operators import (
     SelectiveScanFunction,
     block_parameters,
 )
-from .autograd.tensors import NAMES, autocast_type, describe, from_device, on_cuda, wide
+from .autograd.tensors import (
+    NAMES,
+    activation_types,
+    autocast_type,
+    describe,
+    from_device,
+    no_half,
+    on_cuda,
+    require_unit,
+    wide,
+)
 
 __all__ = ["bidirectional_scan", "causal_conv1d", "layer_norm", "rms_norm", "selective_scan", "vim_block"]
 
 
-_CPU_TYPES = (torch.float32, torch.float64)
-_CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Arguments that may be of a 16-bit type on CUDA; the others are float32 there.
+# Arguments that may be of a 16-bit type; the others are float32 then.
 _ACTIVATIONS = ("x", "u", "delta", "B", "C", "q", "z")
 
 
@@ -59,14 +67,19 @@ def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
         if autocast is not None and tensor.is_floating_point():
             tensor = tensor.to(autocast if activation else wide(tensor.dtype))
         if dtype is None:
-            types = _CUDA_TYPES if on_cuda(tensor) else _CPU_TYPES
+            types = activation_types(tensor)
             dtype, device = tensor.dtype, tensor.device
         else:
             types = (dtype if activation else wide(dtype),)
         if tensor.dtype not in types or tensor.device != device or tensor.is_meta:
             wanted = " or ".join(NAMES[t] for t in types)
             place = "the cpu or cuda" if tensor.is_meta else device
-            raise ValueError(f"[{op}] {name}: expected a {wanted} tensor on {place}, got {describe(tensor)}")
+            raise ValueError(
+                f"[{op}] {name}: expected a {wanted} tensor on {place}, got {describe(tensor)}"
+                f"{no_half(tensor.dtype) if activation and not on_cuda(tensor) else ''}"
+            )
+        if activation and not on_cuda(tensor):
+            require_unit(f"[{op}] {name}", tensor.dtype)
         out.append(tensor.resolve_neg().contiguous())
     return out
 

@@ -189,7 +189,12 @@ class TimmVisionMamba(VisionMamba):
         self._config = self._config.replace(**changes)
         self._core = self._places = None
 
-    def save(self, path: str | os.PathLike[str], labels: Sequence[str] | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        labels: Sequence[str] | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
         """As `VisionMamba.save`.
 
         Raises:
@@ -202,7 +207,7 @@ class TimmVisionMamba(VisionMamba):
             )
         if self._without_norm:
             raise ValueError("[VisionMamba] save: the last normalisation was pruned")
-        super().save(path, labels)
+        super().save(path, labels, dtype)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names from input to output, for layer-wise learning rates."""

@@ -103,14 +103,23 @@ def build(size: str, img_size: int, materialised: bool = False) -> DeiT:
     return DeiT(img_size, width=width, heads=heads, materialised=materialised)
 
 
-def openvino(model: nn.Module, images: Tensor, threads: int) -> Callable[[], Any]:
-    """A call of `model` on `images` (B, 3, H, W) by OpenVINO in float32; ImportError where not installed."""
+def openvino(model: nn.Module, images: Tensor, threads: int, dtype: str = "float32") -> Callable[[], Any]:
+    """A call of `model` on `images` (B, 3, H, W) by OpenVINO; ImportError where not installed.
+
+    Args:
+        dtype: "float32" or "bfloat16", of the arithmetic; images and logits are float32.
+
+    Raises:
+        NotImplementedError: OpenVINO would compute in another type here.
+    """
     import openvino as ov
 
+    if dtype == "bfloat16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise NotImplementedError("has no bfloat16 on this CPU")
     converted = ov.convert_model(model.eval(), example_input=images, input=[list(images.shape)])
     options = {
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = ov.compile_model(converted, "CPU", options)

@@ -152,5 +152,5 @@ int main(int argc, char** argv)
     for (int i = 1; i < argc && i <= 5; i++) *fields[i - 1] = std::atoll(argv[i]);
     std::printf("len %lld channels %lld state %lld rank %lld chunk %lld; ns per (token, channel, state)\n", s.len,
                 s.dim, s.state, s.rank, s.chunk);
-    for (const std::string& isa : isas_available()) bench(kernels<float>(isa), s);
+    for (const std::string& isa : isas_of_float()) bench(kernels<float>(isa), s);
 }

@@ -2,6 +2,7 @@
 // The C interface: the same numbers as the C++ one, and an error with a text for whatever is wrong.
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -201,8 +202,22 @@ void test_errors()
     CHECK(says(vimcore_session_create(model, -1, 1, nullptr, &session), bad, "threads"));
     CHECK(says(vimcore_session_create(model, 0, 0, nullptr, &session), bad, "max_batch"));
     CHECK(says(vimcore_session_create(model, 0, 1, "f64", &session), bad, "dtype"));
-    CHECK(vimcore_session_create(model, 0, 1, "bf16", &session) != VIMCORE_OK);  // CUDA only
+    CHECK(says(vimcore_session_create(model, 0, 1, "f16", &session), bad, "dtype: expected f32 or bf16 on cpu"));
+    if (vimcore::bf16_unit().empty())
+        CHECK(says(vimcore_session_create(model, 0, 1, "bf16", &session), VIMCORE_FAILED, "VIMCORE_ISA="));
     CHECK(session == nullptr);
+    if (!vimcore::bf16_unit().empty()) {
+        std::vector<float> wide(out.size()), narrow(out.size());
+        for (const char* dtype : {"f32", "bf16"}) {
+            CHECK(vimcore_session_create(model, 1, 1, dtype, &session) == VIMCORE_OK);
+            float* logits = dtype[0] == 'f' ? wide.data() : narrow.data();
+            CHECK(vimcore_session_run(session, image.data(), 1, logits, 3) == VIMCORE_OK);
+            vimcore_session_destroy(session);
+        }
+        CHECK(wide != narrow);
+        for (std::size_t i = 0; i < wide.size(); i++) CHECK_CLOSE(narrow[i], wide[i], 0.05 * std::abs(wide[i]) + 0.01);
+        session = nullptr;
+    }
     // a model is no session, a session no model
     CHECK(says(vimcore_session_run(reinterpret_cast<vimcore_session*>(model), image.data(), 1, out.data(), 3), bad,
                "not a session"));

@@ -395,7 +395,7 @@ void test_isa()
     CHECK_THROWS(isa_in_use(), vimcore::Error);
     unsetenv("VIMCORE_ISA");
     CHECK(isa_in_use() == isas_available().back());
-    CHECK(kernels<float>().isa == isa_in_use() && kernels<double>().isa == isa_in_use());
+    CHECK(isa_in_use().starts_with(kernels<float>().isa) && kernels<double>().isa == std::string(kernels<float>().isa));
     CHECK(isas_built().size() >= isas_available().size() && !isas_available().empty());
 }
 
@@ -449,7 +449,7 @@ void test_threads()
 int main()
 {
     test_isa();
-    for (const std::string& isa : isas_available()) {
+    for (const std::string& isa : isas_of_float()) {
         test_kernels<float>(isa);
         test_kernels<double>(isa);
     }

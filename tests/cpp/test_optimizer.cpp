@@ -261,6 +261,25 @@ void test_training()
     CHECK_THROWS(save_model(path, c, weights.params, {"a"}), std::invalid_argument);
     CHECK_THROWS(save_model(path, c, Params{}), std::invalid_argument);
     CHECK(Session(Model::load(path)).run(images.data(), batch) == logits);  // the refused saves changed nothing
+
+    for (const DType dtype : {DType::bf16, DType::f16}) {
+        save_model(path, c, weights.params, {}, steps, dtype);
+        const auto file = SafetensorsFile::open(path);
+        CHECK(file.find("layers.1.mixer.out_proj.weight")->dtype == dtype);
+        CHECK(file.find("layers.1.mixer.A_log")->dtype == DType::f32);
+        const double unit = dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
+        const auto rounded = Model::load(path);
+        for_each_param(c, rounded->params(), [&](const std::string& name, const Tensor& found, const Shape&) {
+            for_each_param(c, weights.params, [&](const std::string& other, const Tensor& wanted, const Shape&) {
+                for (std::int64_t i = 0; other == name && i < wanted.numel(); i++)
+                    CHECK_CLOSE(found.as<float>()[i], wanted.as<float>()[i],
+                                unit * std::abs(wanted.as<float>()[i]) + 1e-7);
+            });
+        });
+    }
+    CHECK_THROWS(save_model(path, c, weights.params, {}, {}, DType::f64), std::invalid_argument);
+    weights.params.blocks[0].in_proj.as<float>()[3] = 1e5f;
+    CHECK_THROWS(save_model(path, c, weights.params, {}, {}, DType::f16), Error);
     std::filesystem::remove(path);
 }
 

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The plans of a forward and of a training step against the memory that they take, to the byte: scratch memory that
 // stays, the most of it in the first call, and what is saved.
+#include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -43,16 +45,24 @@ class Values {
 public:
     Values(const Config& config, DType dtype) : dtype_(dtype)
     {
-        for_each_param(config, params,
-                       [&](const std::string&, Tensor& tensor, const Shape& shape) { tensor = make(shape); });
+        for_each_param(config, params, [&](const std::string&, Tensor& tensor, const Shape& shape) {
+            tensor = make(shape, wide(dtype_));
+        });
         params.changed();
     }
-    Tensor make(const Shape& shape)
+    Tensor make(const Shape& shape) { return make(shape, dtype_); }
+    Tensor make(const Shape& shape, DType dtype)
     {
-        Tensor tensor{nullptr, shape, dtype_, {}};
+        Tensor tensor{nullptr, shape, dtype, {}};
         tensor.data = memory_.emplace_back(tensor.bytes()).data();
-        for (std::int64_t i = 0; i < shape.numel(); i++)
-            dtype_ == DType::f64 ? void(tensor.as<double>()[i] = 0.01) : void(tensor.as<float>()[i] = 0.01f);
+        for (std::int64_t i = 0; i < shape.numel(); i++) {
+            if (dtype == DType::f64)
+                tensor.as<double>()[i] = 0.01;
+            else if (dtype == DType::f32)
+                tensor.as<float>()[i] = 0.01f;
+            else
+                tensor.as<std::uint16_t>()[i] = 0x3c24;  // bf16
+        }
         return tensor;
     }
     Params params;
@@ -123,6 +133,10 @@ void test_sizes()
     for (const std::int64_t batch : {1, 6, 7, 8, 22})
         for (const int threads : {1, 2, 3}) test_case({32, batch, threads});
     for (const std::int64_t batch : {1, 8}) test_case({32, batch, 1, Memory::lean, [](Config&) {}, DType::f64});
+    for (const std::int64_t batch : {1, 8})
+        for (const int threads : {1, 2}) test_case({32, batch, threads, Memory::lean, [](Config&) {}, DType::bf16});
+    for (const Memory memory : {Memory::least, Memory::fast})
+        test_case({96, 3, 2, memory, [](Config&) {}, DType::bf16});
     for (const std::int64_t size : {84, 96, 132})  // 441, 576 and 1089 patches
         for (const std::int64_t batch : {1, 3})
             for (const int threads : {1, 2, 3}) test_case({size, batch, threads});
@@ -235,6 +249,7 @@ void test_steps()
 
 int main()
 {
+    if (bf16_unit().empty()) setenv("VIMCORE_ISA", build_info().isa.c_str(), 1);  // emulated
     test_steps();
     test_sizes();
     test_options();

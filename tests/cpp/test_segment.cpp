@@ -405,7 +405,7 @@ void test_c(const Folder& folder)
     CHECK(vimcore_segmentation_class(model, 1, nullptr, nullptr) == VIMCORE_OK);
     CHECK(says(vimcore_segmentation_class(model, 4, &label, nullptr), VIMCORE_INVALID_ARGUMENT, "expected 0 to 3"));
 
-    CHECK(vimcore_segmentation_session_create(model, 2, &session) == VIMCORE_OK);
+    CHECK(vimcore_segmentation_session_create(model, 2, nullptr, &session) == VIMCORE_OK);
     const std::vector<std::uint8_t> expected =
         SegmentationSession(SegmentationModel::load(path), 1).segment(image).classes;
     std::int64_t height = 0, width = 0;

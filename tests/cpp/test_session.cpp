@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <memory>
@@ -89,7 +90,7 @@ std::vector<float> make_images(const Config& c, std::int64_t batch)
     return images;
 }
 
-void test_no_allocation(const std::shared_ptr<const Model>& model)
+void test_no_allocation(const std::shared_ptr<const Model>& model, DType dtype)
 {
     const Config& c = model->config();
     const std::int64_t batch = 7, sizes[] = {7, 1, 3, 4, 7, 2};  // more than max_batch, and less
@@ -98,7 +99,7 @@ void test_no_allocation(const std::shared_ptr<const Model>& model)
         tokens(static_cast<std::size_t>(batch * c.tokens() * c.embed_dim));
     for (const int threads : {1, 2, 4}) {
         const long before = allocations;
-        Session session(model, {.max_batch = 4, .threads = threads});
+        Session session(model, {.max_batch = 4, .threads = threads, .dtype = dtype});
         const auto run_all = [&] {
             for (const std::int64_t size : sizes) {
                 session.run(images.data(), size, logits.data());
@@ -114,21 +115,46 @@ void test_no_allocation(const std::shared_ptr<const Model>& model)
     }
 }
 
-void test_shared_model(const std::shared_ptr<const Model>& model)
+void test_shared_model(const std::shared_ptr<const Model>& model, DType dtype)
 {
     const std::int64_t batch = 5;
     const std::vector<float> images = make_images(model->config(), batch);
-    const std::vector<float> expected = Session(model, {.max_batch = 8, .threads = 1}).run(images.data(), batch);
+    const std::vector<float> expected =
+        Session(model, {.max_batch = 8, .threads = 1, .dtype = dtype}).run(images.data(), batch);
     std::vector<std::vector<float>> answers(8);
     std::vector<std::thread> callers;
     for (std::size_t i = 0; i < answers.size(); i++)
         callers.emplace_back([&, i] {
-            Session session(
-                model, {.max_batch = 1 + static_cast<std::int64_t>(i) % 4, .threads = 1 + static_cast<int>(i) % 3});
+            Session session(model, {.max_batch = 1 + static_cast<std::int64_t>(i) % 4,
+                                    .threads = 1 + static_cast<int>(i) % 3,
+                                    .dtype = dtype});
             for (int round = 0; round < 3; round++) answers[i] = session.run(images.data(), batch);
         });
     for (std::thread& caller : callers) caller.join();
     for (const std::vector<float>& answer : answers) CHECK(answer == expected);
+}
+
+void test_types(const std::shared_ptr<const Model>& model)
+{
+    if (bf16_unit().empty()) {
+        CHECK_THROWS(Session(model, {.dtype = DType::bf16}), Error);
+        setenv("VIMCORE_ISA", build_info().isa.c_str(), 1);  // asks for the emulation
+    }
+    CHECK(!bf16_unit().empty());
+    test_no_allocation(model, DType::bf16);
+    test_shared_model(model, DType::bf16);
+    const std::vector<float> images = make_images(model->config(), 3);
+    const std::vector<float> wide = Session(model).run(images.data(), 3);
+    const std::vector<float> narrow = Session(model, {.dtype = DType::bf16}).run(images.data(), 3);
+    double error = 0, size = 0;
+    for (std::size_t i = 0; i < wide.size(); i++) {
+        error += std::pow(wide[i] - narrow[i], 2);
+        size += std::pow(wide[i], 2);
+    }
+    CHECK(error > 0);
+    CHECK(error < 1e-4 * size);
+    for (const DType dtype : {DType::f16, DType::f64, DType::i32})
+        CHECK_THROWS(Session(model, {.dtype = dtype}), std::invalid_argument);
 }
 
 void test_arguments(const std::shared_ptr<const Model>& model)
@@ -149,8 +175,9 @@ int main()
 {
     const File file(small());
     std::shared_ptr<const Model> model = Model::load(file.path);
-    test_no_allocation(model);
-    test_shared_model(model);
+    test_no_allocation(model, DType::f32);
+    test_shared_model(model, DType::f32);
+    test_types(model);
     test_arguments(model);
     Session last(model);
     model.reset();  // the session keeps its model

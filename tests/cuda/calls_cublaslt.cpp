@@ -8,11 +8,13 @@
 
 #include "check_cuda.h"
 #include "cublaslt.h"
+#include "vimcore/build_info.h"
 #include "vimcore/error.h"
 #include "vimcore/ops.h"
 
 using namespace vimcore;
 using namespace vimcore::test;
+using Index = std::int64_t;
 
 namespace {
 
@@ -59,25 +61,29 @@ int main(int, char** arguments)
     CHECK((counts(library) == Counts{3, 7, 2}));
     CHECK(side.values(y) == Floats(2 * m * n, k));
     const LinearForward rest = {.x = x[0].slice(1, m), .weight = w[0], .y = y[0].slice(1, m)};
-    linear_forward(side.ctx, {&rest, 1});  // other sizes
-    CHECK((counts(library) == Counts{4, 8, 2}));
+    linear_forward(side.ctx, {&rest, 1});  // the algorithm of other numbers of rows
+    CHECK((counts(library) == Counts{3, 8, 2}));
 
     // A batch goes forward in memory.
     const LinearForward reversed[2] = {pair[1], pair[0]};
     linear_forward(side.ctx, reversed);
-    CHECK((counts(library) == Counts{4, 10, 2}));
+    CHECK((counts(library) == Counts{3, 10, 2}));
 
     // Without an algorithm our own kernel multiplies, and the library is not asked again.
     const LinearForward none = {.x = x[0], .weight = w.view({2 * n, k}).slice(0, 13), .y = odd};
     for (int i = 0; i < 2; i++) linear_forward(side.ctx, {&none, 1});
-    CHECK((counts(library) == Counts{5, 10, 2}));
+    CHECK((counts(library) == Counts{4, 10, 2}));
     CHECK(side.values(odd) == Floats(13 * m, k));
+    CudaProducts products = cuda_products();
+    CHECK(products.library == 10 && products.built_in == 2 && products.other_algorithm == 0);
+    CHECK(products.first_built_in == "m 10, n 13, k 24 bf16");
+    CHECK(cuda_description(0).ends_with(", but 2 products by slow built-in kernels, the first m 10, n 13, k 24 bf16"));
 
     // float32 by its own rules, which VIMCORE_TF32 changes.
     const Tensor wide = side.parameter({2, 4}, {1, 2, 3, 4, 5, 6, 7, 8}), product = side.wide_result({2, 2});
     const LinearForward full = {.x = wide, .weight = wide, .y = product};
     linear_forward(side.ctx, {&full, 1});
-    CHECK((counts(library) == Counts{6, 11, 2}));
+    CHECK((counts(library) == Counts{5, 11, 2}));
     CHECK(side.values(product) == (Floats{30, 70, 70, 174}));
 
     // Backward: both gradients of both projections in two batches; those of the weights are added to, in float32.
@@ -87,13 +93,31 @@ int main(int, char** arguments)
     LinearBackward gradients[2];
     for (int i = 0; i < 2; i++) gradients[i] = {.x = x[i], .weight = w[i], .dy = dy[i], .dx = dx[i], .dweight = dw[i]};
     for (int i = 0; i < 2; i++) linear_backward(side.ctx, gradients);
-    CHECK((counts(library) == Counts{8, 15, 6}));
+    CHECK((counts(library) == Counts{7, 15, 6}));
     CHECK(side.values(dx) == Floats(2 * m * k, n));
     CHECK(side.values(dw) == Floats(2 * n * k, 2 * m + 0.5f));
     gradients[0].accumulate_dx = true;  // not alike: one after the other
     linear_backward(side.ctx, gradients);
-    CHECK((counts(library) == Counts{11, 19, 6}));
+    CHECK((counts(library) == Counts{10, 19, 6}));
     CHECK(side.values(dx[0]) == Floats(m * k, 2 * n) && side.values(dx[1]) == Floats(m * k, n));
+
+    // Sums over tokens are cut where whole slices are summed; the rest is another product.
+    const Index tokens = 333;
+    const Tensor long_x = side.activation({tokens, k}, Floats(tokens * k, 1));
+    const Tensor long_dy = side.activation({tokens, n}, Floats(tokens * n, 1));
+    const LinearBackward over_tokens = {.x = long_x, .dy = long_dy, .dweight = dw[0]};
+    const Floats before = side.values(dw[0]);
+    linear_backward(side.ctx, {&over_tokens, 1});
+    CHECK((counts(library) == Counts{12, 21, 6}));
+    CHECK(side.values(dw[0])[0] == before[0] + tokens);
+
+    // An algorithm that does not take this many rows gives way to the next best, which is counted.
+    products = cuda_products();
+    const Tensor many = side.activation({400, k}, Floats(400 * k, 1)), eleven = side.result({400, 11});
+    const LinearForward odd_one = {.x = many, .weight = w.view({2 * n, k}).slice(0, 11), .y = eleven};
+    for (int i = 0; i < 2; i++) linear_forward(side.ctx, {&odd_one, 1});
+    CHECK(side.values(eleven) == Floats(400 * 11, k));
+    CHECK(cuda_products().other_algorithm == 2 && cuda_products().built_in == products.built_in);
 
     // What the library answers is in the error.
     std::string error;

@@ -75,6 +75,7 @@ static_assert(same_call(ours.preference_create, decltype(&cublasLtMatmulPreferen
 static_assert(same_call(ours.preference_set, decltype(&cublasLtMatmulPreferenceSetAttribute){}));
 static_assert(same_call(ours.preference_destroy, decltype(&cublasLtMatmulPreferenceDestroy){}));
 static_assert(same_call(ours.heuristic, decltype(&cublasLtMatmulAlgoGetHeuristic){}));
+static_assert(same_call(ours.algorithm_check, decltype(&cublasLtMatmulAlgoCheck){}));
 static_assert(same_call(ours.matmul, decltype(&cublasLtMatmul){}));
 static_assert(!same_call(ours.matmul, decltype(&cublasLtMatmulAlgoGetHeuristic){}));  // the comparison can fail
 

@@ -227,6 +227,17 @@ private:
     std::vector<Tensor> bands_;
 };
 
+// Rows of `from` elements as rows of `to`: those behind are `fill`, or are dropped.
+inline Floats with_rows(const Floats& values, std::int64_t from, std::int64_t to, float fill = 0)
+{
+    const auto width = static_cast<std::size_t>(from), wide = static_cast<std::size_t>(to);
+    Floats rows(values.size() / width * wide, fill);
+    for (std::size_t r = 0; r < values.size() / width; r++)
+        std::copy_n(values.begin() + static_cast<std::ptrdiff_t>(r * width), std::min(width, wide),
+                    rows.begin() + static_cast<std::ptrdiff_t>(r * wide));
+    return rows;
+}
+
 // ---- comparison ----------------------------------------------------------------------------------------------------
 // What rounding
 // a result to dtype costs, and for float32 the order of sums and the device's functions.

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // A cuBLASLt for host memory, to run cuda/cublaslt.cpp without a GPU: a shared library with the functions that it looks
 // up, naive loops, and checks of what it is told. What it gets wrong in its arguments it answers with an error.
+// What the real library does and nobody wishes for, it does too: another number of rows gets another algorithm, which
+// adds in another order; an algorithm that may cut sums leaves out what does not fill its last slice; algorithms know
+// only addresses, leading dimensions and sizes that they were made for; a bias is read 16 bytes at a time.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -43,10 +47,14 @@ constexpr Status invalid = static_cast<Status>(7);
 constexpr std::size_t workspace_bytes = 1000;
 int heuristics = 0, matmuls = 0, batches = 0;  // calls; of these, of more than one matrix
 
-// What an algorithm of ours remembers: the alignments that it was chosen for.
+// What an algorithm of ours remembers: the alignments that it was chosen for, the order of its sums, whether it cuts
+// them, the most rows that it takes.
 struct Chosen {
     std::uint64_t tag, align[3];
+    std::uint32_t chains, cuts;  // `chains` sums side by side
+    std::uint64_t most_rows;
 };
+constexpr std::int64_t slice = 64;  // of a cut sum
 
 std::size_t size(DataType type) { return type == real_f32 ? 4 : 2; }
 
@@ -167,21 +175,41 @@ EXPORT Status cublasLtMatmulAlgoGetHeuristic(Handle, Matmul m, Layout a, Layout,
     if (values[preference_max_workspace_bytes] < workspace_bytes || wanted < 2) return invalid;
     // sums over tokens may be cut, those along a row may not
     const bool over_tokens = m->transa == operation_n && m->transb == operation_t;
-    if (values[preference_reduction_scheme_mask] != (over_tokens ? reduction_compute_type : reduction_none))
-        return invalid;
+    const bool cuts = values[preference_reduction_scheme_mask] == reduction_compute_type;
+    if (values[preference_reduction_scheme_mask] != reduction_none && !(cuts && over_tokens)) return invalid;
     if (d->rows == 13) return status_not_supported;
-    const Chosen chosen = {0x5eed,
-                           {values[preference_min_alignment_a_bytes], values[preference_min_alignment_b_bytes],
-                            values[preference_min_alignment_d_bytes]}};
+    const auto chains = static_cast<std::uint32_t>(over_tokens ? 1 : 1 + d->columns % 5);
+    Chosen chosen = {0x5eed,
+                     {values[preference_min_alignment_a_bytes], values[preference_min_alignment_b_bytes],
+                      values[preference_min_alignment_d_bytes]},
+                     chains,
+                     cuts,
+                     std::uint64_t{1} << 40};
     for (std::uint64_t align : chosen.align)
         if (align < size(a->type) || align > 16) return invalid;
-    results[0] = {};
-    results[0].state = status_not_supported;  // must be passed over
-    results[1] = {};
+    for (int i = 0; i < 3; i++) results[i] = {};
+    results[0].state = status_not_supported;                    // must be passed over
+    chosen.most_rows = d->rows == 11 ? 300 : chosen.most_rows;  // for 11 columns the best one takes few rows only
     std::memcpy(&results[1].algorithm, &chosen, sizeof chosen);
-    results[1].workspace = workspace_bytes;
-    *found = 2;
+    chosen.most_rows = std::uint64_t{1} << 40;
+    chosen.chains += 3;
+    std::memcpy(&results[2].algorithm, &chosen, sizeof chosen);
+    results[1].workspace = results[2].workspace = workspace_bytes;
+    *found = std::min(wanted, 3);
     return status_success;
+}
+
+EXPORT Status cublasLtMatmulAlgoCheck(Handle handle, Matmul m, Layout a, Layout b, Layout c, Layout d,
+                                      const Algorithm* algorithm, HeuristicResult* result)
+{
+    Chosen chosen{};
+    std::memcpy(&chosen, algorithm, sizeof chosen);
+    if (!handle || !m || !a || !b || c != d || chosen.tag != 0x5eed) return invalid;
+    *result = {};
+    result->algorithm = *algorithm;
+    result->workspace = workspace_bytes;
+    result->state = d->columns <= chosen.most_rows ? status_success : status_not_supported;
+    return result->state;
 }
 
 EXPORT Status cublasLtMatmul(Handle handle, Matmul m, const void* alpha, const void* a, Layout la, const void* b,
@@ -197,6 +225,8 @@ EXPORT Status cublasLtMatmul(Handle handle, Matmul m, const void* alpha, const v
     const float old = *static_cast<const float*>(beta);
     if (!known || *static_cast<const float*>(alpha) != 1 || (old != 0 && old != 1)) return invalid;
     if (bytes < workspace_bytes || !workspace || !aligned(workspace, 256)) return invalid;
+    if (ld->columns > chosen.most_rows || (m->bias && !aligned(m->bias, 16))) return invalid;
+    if (la->rows == 0 || la->columns == 0 || ld->rows == 0 || ld->columns == 0) return invalid;
     if (!aligned(a, chosen.align[0]) || !aligned(b, chosen.align[1]) || !aligned(d, chosen.align[2])) return invalid;
     const bool ta = m->transa == operation_t, tb = m->transb == operation_t;
     const std::uint64_t sum_a = ta ? la->rows : la->columns, sum_b = tb ? lb->columns : lb->rows;
@@ -208,15 +238,21 @@ EXPORT Status cublasLtMatmul(Handle handle, Matmul m, const void* alpha, const v
     matmuls++;
     batches += ld->count > 1;
     const auto rows = static_cast<std::int64_t>(ld->rows), columns = static_cast<std::int64_t>(ld->columns);
+    auto length = static_cast<std::int64_t>(sum_a);
+    if (chosen.cuts) length -= length % slice;
+    const auto at_of = [](const Layout& l, std::int64_t i, std::int64_t j) { return j * l->ld + i; };
     for (std::int64_t batch = 0; batch < ld->count; batch++)
         for (std::int64_t j = 0; j < columns; j++)
             for (std::int64_t i = 0; i < rows; i++) {
-                const std::int64_t at = batch * ld->stride + j * ld->ld + i;
+                const std::int64_t at = batch * ld->stride + at_of(ld, i, j);
+                float sums[8] = {};
+                for (std::int64_t k = 0; k < length; k++)
+                    sums[k % chosen.chains] +=
+                        get(a, batch * la->stride + (ta ? at_of(la, k, i) : at_of(la, i, k)), la->type) *
+                        get(b, batch * lb->stride + (tb ? at_of(lb, j, k) : at_of(lb, k, j)), lb->type);
                 float sum = m->bias ? get(m->bias, i, ld->type) : 0;
                 if (old == 1) sum += get(d, at, ld->type);
-                for (std::int64_t k = 0; k < static_cast<std::int64_t>(sum_a); k++)
-                    sum += get(a, batch * la->stride + (ta ? i * la->ld + k : k * la->ld + i), la->type) *
-                           get(b, batch * lb->stride + (tb ? k * lb->ld + j : j * lb->ld + k), lb->type);
+                for (const float part : sums) sum += part;
                 put(d, at, ld->type, sum);
             }
     return status_success;

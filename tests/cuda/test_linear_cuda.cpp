@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Projections on the device against float64 on the CPU: types, sizes, bias, pairs, cached weights, repeated runs.
 #include <array>
+#include <memory>
 #include <string>
 
 #include "check_cuda.h"
@@ -55,6 +56,94 @@ void check_sizes()
                 CHECK_AGREE(got, run(cpu, p, bias), tolerance(dtype));
                 if (bias) CHECK(got == run(again, p, bias));
             }
+}
+
+// A row has the same bits whatever the rows around it, also where an image's rows begin at an odd address.
+void check_rows()
+{
+    for (DType dtype : device_types)
+        for (const auto& [k, n] : {std::pair<std::int64_t, std::int64_t>{192, 200}, {384, 44}, {31, 29}, {64, 1000}}) {
+            const std::int64_t most = brief ? 70 : 300;
+            const Problem p(dtype, {most}, k, n);
+            Side side = Side::cuda(dtype);
+            const Tensor x = side.activation({most, k}, p.x), y = side.result({most, n});
+            const Tensor w = side.parameter({n, k}, p.w), bias = side.parameter({n}, p.bias);
+            auto rows = [&](std::int64_t begin, std::int64_t end) {
+                const LinearForward args{.x = x.slice(begin, end), .weight = w, .bias = bias, .y = y.slice(begin, end)};
+                linear_forward(side.ctx, {&args, 1});
+                return side.values(y);
+            };
+            const Floats whole = rows(0, most);
+            for (const std::int64_t count : {1, 2, 7, 64, 69})
+                for (std::int64_t begin = 0; begin + count <= most; begin += std::max<std::int64_t>(count, 40))
+                    CHECK(same_bits(rows(begin, begin + count), whole));
+        }
+}
+
+// Parameters that are views of one flat tensor begin anywhere.
+void check_unaligned_parameters()
+{
+    for (DType dtype : device_types)
+        for (bool cached : {false, true}) {
+            const Problem p(dtype, {9}, 40, 24);
+            WeightCache cache;
+            Side side = Side::cuda(dtype), cpu = Side::cpu();
+            const Tensor y = side.result({9, 24});
+            const LinearForward args{.x = side.activation({9, 40}, p.x),
+                                     .weight = side.make({24, 40}, DType::f32, p.w, 3),
+                                     .bias = side.make({24}, DType::f32, p.bias, 1),
+                                     .y = y};
+            internals(side.ctx).cache = cached ? &cache : nullptr;
+            for (int i = 0; i < 2; i++) {
+                linear_forward(side.ctx, {&args, 1});
+                CHECK_AGREE(side.values(y), run(cpu, p, true), tolerance(dtype));
+            }
+            internals(side.ctx).cache = nullptr;
+        }
+}
+
+// Rows of y and dy padded to 16 bytes: zeros behind, the same values and gradients before; alone and in pairs.
+void check_padded()
+{
+    for (DType dtype : {DType::f16, DType::bf16})
+        for (bool cached : {false, true}) {
+            const std::int64_t m = 37, k = 24, n = 44, row = 48;
+            const Problem p[2] = {{dtype, {m}, k, n}, {dtype, {m}, k, n}};
+            WeightCache cache;
+            Side side = Side::cuda(dtype), cpu = Side::cpu();
+            const Tensor x = side.result({2, m, k}), y = side.result({2, m, row}), narrow = side.result({2, m, n});
+            const Tensor dx = side.result({2, m, k}), narrow_dx = side.result({2, m, k});
+            const Tensor dw = side.parameter({2, n, k}, Floats(2 * n * k)),
+                         narrow_dw = side.parameter({2, n, k}, Floats(2 * n * k));
+            LinearForward args[2], plain[2];
+            LinearBackward back[2], plain_back[2];
+            for (int i = 0; i < 2; i++) {
+                assign(side.ctx, x[i], p[i].x);
+                args[i] = {.x = x[i], .weight = side.parameter({n, k}, p[i].w), .y = y[i]};
+                plain[i] = {.x = x[i], .weight = args[i].weight, .y = narrow[i]};
+                back[i] = {.x = x[i], .weight = args[i].weight, .dy = y[i], .dx = dx[i], .dweight = dw[i]};
+                plain_back[i] = {
+                    .x = x[i], .weight = args[i].weight, .dy = narrow[i], .dx = narrow_dx[i], .dweight = narrow_dw[i]};
+            }
+            internals(side.ctx).cache = cached ? &cache : nullptr;
+            linear_forward(side.ctx, args);
+            linear_backward(side.ctx, back);
+            internals(side.ctx).cache = nullptr;
+            linear_forward(side.ctx, plain);
+            linear_backward(side.ctx, plain_back);
+            const Floats padded = side.values(y), values = side.values(narrow);
+            for (std::int64_t r = 0; r < 2 * m; r++)
+                for (std::int64_t c = 0; c < row; c++)
+                    CHECK(padded[static_cast<std::size_t>(r * row + c)] ==
+                          (c < n ? values[static_cast<std::size_t>(r * n + c)] : 0));
+            CHECK_AGREE(side.values(dx), side.values(narrow_dx), tolerance(dtype));
+            CHECK_AGREE(side.values(dw), side.values(narrow_dw), 1e-6);
+            for (int i = 0; i < 2; i++) CHECK_AGREE(side.values(narrow[i]), run(cpu, p[i], false), tolerance(dtype));
+        }
+    Side side = Side::cuda(DType::f32);
+    const LinearForward wide{
+        .x = side.result({3, 8}), .weight = side.parameter({6, 8}, Floats(48)), .y = side.result({3, 8})};
+    CHECK_THROWS(linear_forward(side.ctx, {&wide, 1}), std::invalid_argument);  // float32 is not padded
 }
 
 // No rows, no columns; nothing to sum up leaves the bias.
@@ -136,6 +225,30 @@ void check_cache()
     }
 }
 
+// A cast that one stream makes and another one uses.
+void check_streams()
+{
+    const std::int64_t m = 19, k = 40, n = 24;
+    const Problem p(DType::bf16, {m}, k, n);
+    Side side = Side::cuda(DType::bf16), cpu = Side::cpu();
+    const Floats want = run(cpu, p, false);
+    for (int turn = 0; turn < 10; turn++) {
+        WeightCache cache;
+        Context first(Device::cuda()), second(Device::cuda());
+        const std::shared_ptr<void> streams[] = {backend_of(first).make_stream(0), backend_of(first).make_stream(0)};
+        first.set_stream(streams[0].get());
+        second.set_stream(streams[1].get());
+        const Tensor x = side.activation({m, k}, p.x), w = side.parameter({n, k}, p.w), y = side.result({m, n});
+        for (Context* ctx : {&first, &second}) {
+            const LinearForward args{.x = x, .weight = w, .y = ctx == &first ? side.result({m, n}) : y};
+            internals(*ctx).cache = &cache;
+            linear_forward(*ctx, {&args, 1});
+        }
+        const Floats got = values_of(second, y);
+        CHECK_AGREE(got, want, tolerance(DType::bf16));
+    }
+}
+
 // After the first call of a size, scratch memory neither grows nor moves.
 void check_allocations()
 {
@@ -154,9 +267,13 @@ void check_allocations()
 int main()
 {
     check_sizes();
+    check_rows();
+    check_unaligned_parameters();
+    check_padded();
     check_empty();
     check_pairs();
     check_cache();
+    check_streams();
     check_allocations();
     return check_failures();
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The whole network on the device: the golden files, agreement with the CPU for every design and type, sessions with
 // and without recorded graphs, repeatability. Usage: test_network_cuda FOLDER_OF_GOLDEN_FILES
+#include <unistd.h>
+
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -103,7 +105,8 @@ void test_session()
     c.embed_dim = 32;
     c.depth = 3;
     c.num_classes = 7;
-    const std::string path = "test_network_cuda.safetensors";
+    // several runs of this program may share a folder
+    const std::string path = "test_network_cuda." + std::to_string(::getpid()) + ".safetensors";
     const NetworkWeights weights(
         cpu_context(), c, [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); });
     std::vector<std::pair<std::string, Tensor>> tensors;

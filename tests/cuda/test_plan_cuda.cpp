@@ -109,7 +109,8 @@ void test_case(const Case& test)
     Saved saved;
     saved.memory = test.memory;
     saved.prepare(c, test.batch, test.dtype, Device::cuda());
-    CHECK(static_cast<std::int64_t>(saved.storage.bytes()) == saved_bytes(c, test.memory, test.batch, test.dtype));
+    CHECK(static_cast<std::int64_t>(saved.storage.bytes()) ==
+          saved_bytes(c, test.memory, test.batch, test.dtype, Device::cuda()));
     Reserved steps;
     for (int step = 0; step < 2; step++) {
         forward(trainer, c, weights.params, images, out, &saved);

@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The shim's stand-in for the CUDA runtime: limits of launches, memory, streams, graphs; its 16-bit types and special
 // functions, bit by bit.
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "../cpp/check.h"
 #include "device.cuh"
+#include "launch.h"
 #include "runtime.h"
 
 using namespace vimcore;
@@ -18,6 +22,11 @@ namespace {
 __global__ void empty(int) {}
 __global__ void other(int) {}
 __global__ void increase(float* x) { x[threadIdx.x] += 1.0f; }
+__global__ void twice(float* x) { x[threadIdx.x] *= 2.0f; }
+template <int>
+__global__ void one_of_many(int)
+{
+}
 
 template <class... P, class... A>
 cudaError_t start(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared, cudaStream_t stream, A&&... args)
@@ -295,11 +304,107 @@ void check_most_memory()
     CHECK(cudaFree(y) == cudaSuccess);
 }
 
+// Work that runs late: a stream in its own order, others when an event or the host waits; else in any order.
+void check_late()
+{
+    constexpr int n = 4;
+    const auto run = [&](std::uint64_t seed, bool waits) {
+        shim::set_late(seed);
+        float *device = nullptr, host[n] = {3, 3, 3, 3};
+        CHECK(cudaMalloc(&device, sizeof host) == cudaSuccess);
+        {
+            Stream one, two;
+            Event event;
+            CHECK(cudaMemcpyAsync(device, host, sizeof host, cudaMemcpyHostToDevice, one) == cudaSuccess);
+            host[0] = 100;  // has been read
+            for (int i = 0; i < 3; i++) CHECK(start(increase, 1, n, 0, one, device) == cudaSuccess);
+            CHECK(cudaEventRecord(event, one) == cudaSuccess);
+            if (waits) CHECK(cudaStreamWaitEvent(two, event) == cudaSuccess);
+            CHECK(start(twice, 1, n, 0, two, device) == cudaSuccess);
+            CHECK(cudaMemcpyAsync(host, device, sizeof host, cudaMemcpyDeviceToHost, two) == cudaSuccess);
+            CHECK(cudaStreamSynchronize(two) == cudaSuccess);
+            CHECK(cudaEventSynchronize(event) == cudaSuccess && cudaEventQuery(event) == cudaSuccess);
+        }
+        CHECK(cudaFree(device) == cudaSuccess);
+        return host[0];
+    };
+    int wrong = 0;
+    for (std::uint64_t seed = 1; seed <= 20; seed++) {
+        CHECK(run(seed, true) == 12);
+        wrong += run(seed, false) != 12;
+    }
+    CHECK(wrong > 10);
+
+    // The default stream waits for streams that are blocking, and these for it.
+    for (std::uint64_t seed = 1; seed <= 20; seed++) {
+        shim::set_late(seed);
+        float *device = nullptr, host[n] = {1, 1, 1, 1};
+        CHECK(cudaMalloc(&device, sizeof host) == cudaSuccess);
+        CHECK(cudaMemcpy(device, host, sizeof host, cudaMemcpyHostToDevice) == cudaSuccess);
+        Stream blocking(cudaStreamDefault);
+        CHECK(start(increase, 1, n, 0, blocking, device) == cudaSuccess);
+        CHECK(start(twice, 1, n, 0, nullptr, device) == cudaSuccess);
+        CHECK(start(increase, 1, n, 0, blocking, device) == cudaSuccess);
+        CHECK(cudaDeviceSynchronize() == cudaSuccess);
+        CHECK(cudaMemcpy(host, device, sizeof host, cudaMemcpyDeviceToHost) == cudaSuccess && host[0] == 5);
+        CHECK(cudaFree(device) == cudaSuccess);
+    }
+    shim::set_late(0);
+}
+
+// Special functions that err: by up to 2 ulp, always alike, to the side that the seed says; 2^0 is 1.
+void check_errors_of_functions()
+{
+    for (const std::uint64_t seed : {3, 1, 2}) {
+        int up = 0, down = 0;
+        for (int i = 1; i < 2000; i++) {
+            const float x = -0.01f * static_cast<float>(i);
+            for (const bool inverse : {false, true}) {
+                const auto f = [&] { return inverse ? device::reciprocal(x) : device::exp2(x); };
+                shim::ulp_seed = 0;
+                const int exact = std::bit_cast<int>(f());
+                shim::ulp_seed = seed;
+                const int found = std::bit_cast<int>(f());
+                CHECK(std::abs(found - exact) <= 2 && found == std::bit_cast<int>(f()));
+                up += found > exact;
+                down += found < exact;
+            }
+        }
+        CHECK(device::exp2(0.0f) == 1 && device::exp2(-0.0f) == 1 && device::exp2(-200.0f) == 0);
+        CHECK((up > 1000) == (seed != 2) && (down > 1000) == (seed != 1));
+        CHECK((up == 0) == (seed == 2) && (down == 0) == (seed == 1));
+    }
+    shim::ulp_seed = 0;
+}
+
+// Two threads that use a kernel first, with two sizes of shared memory: the larger one stays allowed.
+template <int... kernels>
+void check_shared_memory_of_threads(std::integer_sequence<int, kernels...>)
+{
+    const auto race = [](void (*kernel)(int)) {
+        const auto* address = reinterpret_cast<const void*>(kernel);
+        std::atomic<int> ready = 0;
+        const auto allow_when_both_are_there = [&](std::size_t bytes) {
+            ready++;
+            while (ready < 2) std::this_thread::yield();
+            cuda::allow_shared_memory(address, bytes);
+        };
+        std::thread other(allow_when_both_are_there, 57 * 1024);
+        allow_when_both_are_there(65 * 1024);
+        other.join();
+        CHECK(start(kernel, 1, 1, 65 * 1024, nullptr, 1) == cudaSuccess);
+    };
+    (race(one_of_many<kernels>), ...);
+}
+
 }  // namespace
 
 int main()
 {
     check_launches();
+    check_late();
+    check_errors_of_functions();
+    check_shared_memory_of_threads(std::make_integer_sequence<int, 64>{});
     check_memory();
     check_replay();
     check_most_memory();

@@ -30,7 +30,7 @@ from pathlib import Path
 import hostile
 from lines import TRAIN, WORKING, Line, Maker
 
-JSON_LINES = {"predict", "info", "convert", "plan", "eval", "health", "plot", "features", "segment"}
+JSON_LINES = {"predict", "search", "info", "convert", "plan", "eval", "health", "plot", "features", "segment"}
 UNCAUGHT = 77  # status of an uncaught exception
 MEMORY = 8 << 30  # address space of a line
 LIMIT = 30.0  # seconds of a line, on a busy machine

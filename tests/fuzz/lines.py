@@ -20,6 +20,7 @@ WORKING = {
         "train": TRAIN,
         "eval": "run --data pictures --workers 0 --threads 1 --batch-size 4",
         "predict": "--weights good.safetensors --json pictures",
+        "search": "pictures/a/0.png pictures --weights good.safetensors --no-cache --json",
         "convert": "good.safetensors new.safetensors --json",
         "info": "good.safetensors --json",
         "bench": "--sizes 32 --batch 1 --pairs 1 --sample 0 --pause 0 --seconds 0 --threads 1 --peers=",

@@ -24,6 +24,7 @@ mkdir -p "$build/logs"
 build=$(cd "$build" && pwd)
 logs=$build/logs
 failed=()
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} # without a network, too
 
 say() { printf '%s  %s\n' "$(date +%T)" "$*"; }
 

@@ -197,6 +197,11 @@ def run(args: argparse.Namespace, device: Device, target: Path) -> int:
         print(f"{took:6.1f} s  {name}  {report['failed'].get(name, '')}", file=sys.stderr)
         device.release()
         save(report, target)
+    from vimcore import _core
+
+    report["products"] = _core.cuda_products()
+    if report["products"]["built_in"]:
+        report["failed"]["products of matrices"] = f"by slow built-in kernels: {report['products']}"
     save(report, target)
     return len(report["failed"])
 

@@ -84,6 +84,9 @@ def scan_inputs(
         "dt_weight": [torch.empty(inner, rank, device=device).uniform_(-1, 1) / rank**0.5 for _ in range(2)],
         "dt_bias": [(steps + (-torch.expm1(-steps)).log()).to(device) for _ in range(2)],
     }
+    # as the network has them on a GPU: rows of whole pieces of 16 bytes
+    more = -(rank + 2 * STATE) % 8 if device.type == "cuda" and dtype.itemsize == 2 else 0
+    pairs["rows"] = [F.pad(q, (0, more)) if more else q for q in pairs["q"]]
     return {"xz": torch.randn(batch, length, 2 * inner, device=device).to(dtype), **pairs}
 
 
@@ -94,7 +97,7 @@ def our_scan(inputs: Mapping[str, Any]) -> Tensor:
 
     xz = inputs["xz"]
     out = xz.new_empty(*xz.shape[:2], xz.shape[2] // 2)
-    names = ("u", "q", "A_log", "D", "dt_weight", "dt_bias")
+    names = ("u", "rows", "A_log", "D", "dt_weight", "dt_bias")
     passes = [[exported(inputs[name][d]) for name in names] for d in range(2)]
     _core.scan_forward(exported(xz), passes, [[None], [None]], 0.5, 64, exported(out), place(out))
     return out
@@ -126,7 +129,7 @@ def peer_scan(inputs: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
 def first(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
     """The inputs of the first images."""
     found = dict(inputs, xz=inputs["xz"][:batch])
-    for name in ("u", "q"):
+    for name in ("u", "q", "rows"):
         found[name] = [t[:batch].contiguous() for t in inputs[name]]
     return found
 
@@ -167,7 +170,7 @@ class OurScanGradients:
 
         xz, wide = inputs["xz"], inputs["D"][0].dtype
         (batch, length), inner = xz.shape[:2], xz.shape[2] // 2
-        names = ("u", "q", "A_log", "D", "dt_weight", "dt_bias")
+        names = ("u", "rows", "A_log", "D", "dt_weight", "dt_bias")
         self.gradients = [[torch.zeros_like(inputs[name][d]) for name in names] for d in range(2)]
         states = xz.new_empty(2, batch, -(-length // chunk), STATE, inner, dtype=wide)
         self.results = (torch.empty_like(dout), torch.empty_like(xz))

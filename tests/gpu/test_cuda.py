@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _gpu() -> None:
+def _gpu() -> Iterator[None]:
     assert torch.cuda.is_available(), "these tests need a GPU that torch can use"
     assert vimcore.cuda_is_available(), f"vimcore was built without CUDA: {vimcore.build_info()}"
     torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    products = vimcore._core.cuda_products()
+    assert products["built_in"] == 0, f"slow built-in kernels multiplied matrices: {products}"
 
 
 def run(model: vimcore.VisionMamba, images: Tensor, dtype: torch.dtype) -> Tensor:

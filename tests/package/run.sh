@@ -41,7 +41,7 @@ step 'install: static and shared'
 [ -f "$static_tree/CMakeCache.txt" ] || configure --preset release -B "$static_tree"
 needed=(vimcore vim-infer example_embed example_infer example_retrieval example_segment example_train)
 build "$static_tree" --target "${needed[@]}"
-configure -S . -B "$work-shared" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DVIMCORE_CUDA=OFF
+configure -S . -B "$work-shared" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DVIMCORE_EXAMPLES=ON -DVIMCORE_CUDA=OFF
 build "$work-shared" --target "${needed[@]}"
 for kind in static shared; do
     if [ $kind = static ]; then tree=$static_tree; else tree=$work-shared; fi

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import vimcore
 from hypothesis import HealthCheck, settings
 
 # The same examples on every run, so that a red test stays red; `--hypothesis-profile=wander` draws new ones.
@@ -19,6 +21,10 @@ settings.register_profile(
 )
 settings.register_profile("wander", deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 settings.load_profile("fixed")
+
+# Where the processor has no unit for bfloat16 its kernels are emulated, here and in the processes of tests.
+if not vimcore.build_info()["bf16"]:
+    os.environ["VIMCORE_ISA"] = vimcore.build_info()["isa"]
 
 # Where several processes share the tests (tests/run.sh), a file is one piece of work: the longest first.
 LONG = ["test_gpu_bench", "test_train_run", "test_bench", "test_demo", "test_ablation", "test_processes"]

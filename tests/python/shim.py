@@ -71,6 +71,36 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return state
 
 
+def runtime() -> Any:
+    """The fake runtime's functions for graphs (tests/shim/python/graphs.cpp)."""
+    library = ctypes.CDLL(vimcore_shim._core.__file__)
+    for name in ("begin", "end"):
+        getattr(library, f"vimcore_shim_{name}").restype = ctypes.c_void_p
+    for name in ("end", "replay"):
+        getattr(library, f"vimcore_shim_{name}").argtypes = [ctypes.c_void_p]
+    library.vimcore_shim_used_bytes.restype = ctypes.c_longlong
+    return library
+
+
+class Graph:
+    """What is called within is recorded, and computes in every replay: torch's own work is not."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state, self.runtime = state, runtime()
+
+    def __enter__(self) -> Graph:
+        self.stream = self.runtime.vimcore_shim_begin()
+        self.state.update(stream=self.stream, capturing=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.state.update(stream=0, capturing=False)
+        self.recorded = self.runtime.vimcore_shim_end(self.stream)
+
+    def replay(self) -> None:
+        self.runtime.vimcore_shim_replay(self.recorded)
+
+
 def twin(model: vimcore.VisionMamba) -> Any:
     """The same network in the shim's package."""
     other = vimcore_shim.VisionMamba(**model.config)

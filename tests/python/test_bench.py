@@ -95,13 +95,28 @@ def test_exported_peers_compute_the_same(name: str) -> None:
         assert golden.relative(torch.from_numpy(call().copy()), model(images)) < 1e-5
 
 
+def test_openvino_in_bfloat16() -> None:
+    deit, images = load("deit"), torch.randn(2, 3, 32, 32)
+    model = deit.DeiT(32, patch_size=8, width=24, heads=3, depth=2, num_classes=5).eval()
+    try:
+        with peers.quiet():
+            call = deit.openvino(model, images, 1, "bfloat16")
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    with torch.no_grad():
+        assert 1e-4 < golden.relative(torch.from_numpy(call().copy()), model(images)) < 3e-2
+
+
 def test_floor_of_vim_tiny() -> None:
     """By hand from the sizes of the paper: 197 tokens, 384 channels, 16 states, 2 directions, 24 layers."""
     updates = 197 * 384 * 16 * 2 * 24
     per_token = 3 * 384 * 192 + 2 * (4 * 384 + 44 * 384 + 12 * 384)
     linear = 197 * 24 * per_token + 196 * 768 * 192 + 192 * 1000
     model = vimcore.create_model("vim_tiny_patch16_224")
-    assert cpu.floor_flops(cpu.Sizes(224, 192, model.flops())) == 2 * linear + 20 * updates
+    sizes = cpu.Sizes(224, 192, model.flops())
+    assert cpu.floor_flops(sizes) == 2 * linear + 20 * updates
+    narrow = per_token - 2 * 4 * 384  # in bfloat16: all but the taps
+    assert cpu.linear_flops(sizes) == 2 * (197 * 24 * narrow + 196 * 768 * 192 + 192 * 1000)
 
 
 @pytest.mark.parametrize("mode", [(), ("--train",)])
@@ -156,7 +171,7 @@ def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--sizes", "32,8"), ValueError, "8 pixels is smaller than a patch"),
         (("--json", str(tmp_path / "no" / "x.json")), ValueError, "no file can be written there"),
         (("--json", str(tmp_path)), ValueError, "no file can be written there"),
-        (("--dtype", "float16"), ValueError, "the CPU computes in float32"),
+        (("--dtype", "float16"), ValueError, "expected 'float32' or 'bfloat16' on cpu, got 'float16'"),
         (("--device", "gpu"), ValueError, "expected 'cpu', 'cuda' or 'cuda:N', got 'gpu'"),
     ):
         with pytest.raises(error, match=text):

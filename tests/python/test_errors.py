@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import vimcore
 from golden import relative
-from helpers import SMALL, build, images_for, run
+from helpers import SMALL, build, images_for
 from torch import Tensor
 
 
@@ -23,19 +24,33 @@ def test_to_float64() -> None:
     assert torch.equal(model.float()(images), single)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_computes_in_float32(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16_on_the_cpu_is_an_error(autocast: bool) -> None:
+    model, images = build(SMALL), images_for(SMALL, 2, torch.float32 if autocast else torch.float16)
+    remedy = re.escape("got (2, 3, 8, 12) f16 cpu: the cpu has no arithmetic for it; torch.bfloat16")
+    with torch.autocast("cpu", torch.float16, autocast), pytest.raises(ValueError, match=remedy):
+        model(images)
+    x, weight = torch.zeros(1, 4, 8, dtype=images.dtype), torch.ones(8)
+    with torch.autocast("cpu", torch.float16, autocast), pytest.raises(ValueError, match=r"torch\.bfloat16"):
+        vimcore.ops.rms_norm(x, weight)
+
+
+def test_without_a_unit_for_bfloat16(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Never float32 in its place: an error with what to do, wherever the type comes from."""
+    path = tmp_path / "model.safetensors"
+    build(SMALL).save(path)
+    monkeypatch.setattr("vimcore._core.bf16_refusal", lambda: "no unit: take float32")
     model, images = build(SMALL), images_for(SMALL, 2, torch.float32)
-    wanted, grads = run(model, images)
-    with torch.autocast("cpu", dtype):
-        logits = model(images)
-        features = model.forward_features(images.to(dtype))
-    assert logits.dtype == torch.float32
-    assert torch.equal(logits, wanted)
-    assert torch.equal(features, model.forward_features(images.to(dtype).float()))
-    model.zero_grad(set_to_none=True)
-    logits.sum().backward()
-    assert all(torch.equal(p.grad, grads[k]) for k, p in model.named_parameters())
+    for run in (
+        lambda: model(images.bfloat16()),
+        lambda: vimcore.ops.rms_norm(torch.zeros(1, 4, 8, dtype=torch.bfloat16), torch.ones(8)),
+        lambda: vimcore.Runtime(path, dtype="bfloat16"),
+    ):
+        with pytest.raises(vimcore.Error, match="no unit: take float32"):
+            run()
+    with torch.autocast("cpu"), pytest.raises(vimcore.Error, match="no unit: take float32"):
+        model(images)
+    assert model(images).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "f16")])
@@ -51,9 +66,15 @@ GOOD = (2, 3, 8, 12)
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(2, 3, 12, 8), "images: expected (B, 3, 8, 12) f32 cpu, got (2, 3, 12, 8) f32 cpu"),
-        (torch.zeros(2, 1, 8, 12), "images: expected (B, 3, 8, 12) f32 cpu, got (2, 1, 8, 12) f32 cpu"),
-        (torch.zeros(3, 8, 12), "images: expected (B, 3, 8, 12) f32 cpu, got (3, 8, 12) f32 cpu"),
+        (
+            torch.zeros(2, 3, 12, 8),
+            "images: expected (B, 3, 8, 12) f32 or bf16 cpu, got (2, 3, 12, 8) f32 cpu",
+        ),
+        (
+            torch.zeros(2, 1, 8, 12),
+            "images: expected (B, 3, 8, 12) f32 or bf16 cpu, got (2, 1, 8, 12) f32 cpu",
+        ),
+        (torch.zeros(3, 8, 12), "images: expected (B, 3, 8, 12) f32 or bf16 cpu, got (3, 8, 12) f32 cpu"),
         (torch.zeros(GOOD, dtype=torch.float64), "got (2, 3, 8, 12) f64 cpu"),
         (torch.zeros(GOOD, dtype=torch.float16), "got (2, 3, 8, 12) f16 cpu"),
         (torch.zeros(GOOD, dtype=torch.uint8), "got (2, 3, 8, 12) uint8 cpu"),

@@ -218,7 +218,9 @@ def test_errors() -> None:
     model = build(small())
     with pytest.raises(TypeError, match=r"\[health\] model: expected a VisionMamba, got Linear"):
         vimcore.health(torch.nn.Linear(2, 2), torch.zeros(1, 2))
-    with pytest.raises(ValueError, match=r"images: expected \(B, 3, 8, 12\) f32 cpu, got \(1, 3, 8, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"images: expected \(B, 3, 8, 12\) f32 or bf16 cpu, got \(1, 3, 8, 8\)"
+    ):
         vimcore.health(model, torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="at least one"):
         vimcore.health(model, torch.zeros(0, 3, 8, 12))

@@ -43,6 +43,42 @@ def odd_address(tensor: Tensor) -> Tensor:
     return place.view(tensor.shape).copy_(tensor)
 
 
+def test_weights_stay_bound() -> None:
+    """A hook that brings back copies of parameters makes no call bind the network again."""
+    config = small()
+    model, images = build(config, dtype=torch.float32), images_for(config, 2, torch.float32)
+    wanted = gradients(model, images)
+    core = model._core
+    assert core is not None
+    bound = core._bound
+    for _ in range(2):
+        found = gradients(
+            model, images, lambda: saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t)
+        )
+        assert core._bound is bound
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+def test_parameters_gathered_elsewhere_between_forward_and_backward() -> None:
+    """As sharded models do it: memory freed, had again at another address, no version counted."""
+    config = small()
+    model, images = build(config, dtype=torch.float32), images_for(config, 2, torch.float32)
+    wanted = gradients(model, images)[1:]
+    model.zero_grad(set_to_none=True)
+    loss = model(images).square().sum()
+    fillers = []
+    for p in model.parameters():
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(p):
+            values, storage = p.detach().clone(), p.untyped_storage()
+            size = storage.nbytes()
+            storage.resize_(0)
+            fillers.append(torch.full_like(values, 7.0))
+            storage.resize_(size)
+            p.copy_(values)
+    loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), wanted))
+
+
 @pytest.mark.parametrize("memory", ["least", "lean", "fast"])
 @pytest.mark.parametrize("kind", ["save_on_cpu", "clone", "disk", "odd address"])
 def test_same_gradients(kind: str, memory: str, tmp_path: Path) -> None:

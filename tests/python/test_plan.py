@@ -42,10 +42,10 @@ def test_every_device_mode_and_batch(capsys: pytest.CaptureFixture[str]) -> None
     for device in ("cpu", "cuda"):
         by_mode = [rows[device, mode, 1]["bytes"] for mode in plan.MODES]  # from little to much
         assert by_mode == sorted(set(by_mode))
-    # 24 blocks of a million tokens: 3.2 KiB each on cuda, chunks of 64
+    # 24 blocks of a million tokens: 3.2 KiB each on cuda, rows of q padded from 44 to 48, chunks of 64
     assert rows["cuda", "training, least", 1]["fits"]  # a million tokens on a GPU of 80 GiB
     saved = rows["cuda", "training, lean", 1]["parts"]["saved"]
-    token = 4 * 192 + 2 * 768 + 2 * 2 * 44 + 2 * 16 * 384 * 4 / 64
+    token = 4 * 192 + 2 * 768 + 2 * 2 * 48 + 2 * 16 * 384 * 4 / 64
     assert saved == pytest.approx(24 * token * found["tokens"] + 4 * 192 * found["tokens"], rel=1e-4)
 
 
@@ -116,7 +116,7 @@ def test_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "img_size" in capsys.readouterr().err
     assert cli.main(["plan", "--weights", str(tmp_path / "none")]) == 1
     assert "none" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="dtype: expected float32 on cpu, got 'bfloat16'"):
-        plan.needed({}, 1, "inference", "cpu", "bfloat16")
+    with pytest.raises(ValueError, match="dtype: expected 'float32' or 'bfloat16' on cpu, got 'float16'"):
+        plan.needed({}, 1, "inference", "cpu", "float16")
     with pytest.raises(SystemExit, match="2"):
         cli.main(["plan", "--batch", "0"])

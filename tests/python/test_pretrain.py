@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import vimcore
-from train_helpers import folder
+from train_helpers import folder, log
 from vimcore import tasks
 from vimcore.cli import main
 from vimcore.data.unlabelled import open_unlabelled
@@ -86,6 +89,46 @@ def test_pretraining_then_classifying(
         n.removeprefix("backbone."): v for n, v in model.state_dict().items() if n.startswith("backbone.")
     }
     assert all(torch.equal(value, same[name]) for name, value in backbone.state_dict().items())
+
+
+def _rank(number: int, port: int, arguments: list[str]) -> None:
+    """One of two processes, as torchrun would start them."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os._exit(main(arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["mim", "ar2"])
+def test_two_processes(objective: str, tmp_path: Path) -> None:
+    """On gloo. Next patches: as one process with the doubled batch. Masks: each process draws its own.
+
+    Every weight that is trained has a gradient in every update, or DDP would stop.
+    """
+    flags = ["train", "--preset", f"digits-{objective}", *SMALL, "--augment", "none", "--epochs", "1"]
+    flags += ["--class-token", "middle", "--log-every", "1", "--lr", "5e-3", "--track", "none"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*flags, "--batch-size", "256", "--out", str(one)]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")  # torch need not be imported again
+    arguments = [*flags, "--batch-size", "128", "--out", str(two)]
+    ranks = [fork.Process(target=_rank, args=(number, port, arguments), daemon=True) for number in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    lines = [[line for line in log(run) if line["kind"] in ("step", "eval")] for run in (one, two)]
+    assert [line["kind"] for line in lines[0]] == ["step"] * 5 + ["eval"]
+    near = 1e-4 if objective == "ar2" else 0.1  # of other masks
+    for a, b in zip(*lines, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=near)
+    steps = lines[1][:5]
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
+    same = [a["loss"] == b["loss"] for a, b in zip(*lines)]
+    assert objective == "ar2" or not any(same)
 
 
 @pytest.mark.slow

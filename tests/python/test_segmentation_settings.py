@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import pytest
-from vimcore.tasks.segmentation.settings import SegmentationSettings
+from vimcore import VisionMamba
+from vimcore.segmentation.files import create
+from vimcore.tasks.segmentation.settings import HEADS, SegmentationSettings
 from vimcore.train.presets import recipe
 
 
@@ -22,3 +24,10 @@ def test_another_head_leaves_the_preset_s_options_of_the_former() -> None:
 def test_options_that_are_typed_have_to_fit() -> None:
     with pytest.raises(ValueError, match="head_convs: an option of the head fcn, not of segmenter"):
         recipe(SegmentationSettings, "digits-scenes", {"head": "segmenter", "head_convs": 1})
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_network_has_the_head_that_was_asked_for(head: str) -> None:
+    settings, _ = recipe(SegmentationSettings, "digits-scenes", {"head": head})
+    backbone = VisionMamba(16, 4, embed_dim=16, depth=4, num_classes=0, class_token="none")
+    assert create(head, backbone, 3, settings.head_options()).head == head

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import shim  # noqa: F401  makes vimcore_shim importable
+import shim
 import torch
 import vimcore
 import vimcore.tools.selftest.gradients
@@ -19,6 +22,44 @@ from vimcore_shim.cli import bench
 from vimcore_shim.tools.bench import Options
 from vimcore_shim.tools.bench import cuda as bench_cuda
 from vimcore_shim.tools.selftest import gradients, kernels
+
+SLOW_PRODUCTS = """
+import warnings
+import shim
+from helpers import SMALL, build, images_for, small
+from shim import twin, vimcore_shim
+import pytest, torch
+
+with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+    shim.pretend(patch)
+    model, images = twin(build(small(num_classes=13)).eval()), images_for(SMALL, 2, torch.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(images)
+    print([str(w.message) for w in caught])
+    print(vimcore_shim._core.cuda_products())
+    print(vimcore_shim._core.cuda_description(0))
+"""
+
+
+@pytest.mark.slow
+def test_a_product_without_an_algorithm_is_told() -> None:
+    """The stand-in for cuBLASLt has none for 13 columns: one warning, and a count that `doctor` shows."""
+    library = Path(shim.BUILD).parent / "tests/cuda/libfake_cublaslt.so"
+    environment = {**os.environ, "VIMCORE_CUBLASLT": str(library)}
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_PRODUCTS],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    warned, counted, described = done.stdout.splitlines()
+    assert warned.count("cuBLASLt has no algorithm for a product of matrices (m 2, n 13, k ") == 1
+    assert "'built_in': 2" in counted
+    assert "but 2 products by slow built-in kernels, the first m 2, n 13, k" in described
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from golden import relative
 from helpers import SMALL, build, images_for, small
-from shim import TOLERANCE, autocast, twin, vimcore_shim
+from shim import TOLERANCE, Graph, autocast, runtime, twin, vimcore_shim
 
 
 @pytest.mark.slow
@@ -111,6 +112,52 @@ def test_streams_and_captures(gpu: dict[str, Any]) -> None:
         assert torch.equal(model(images), wanted)
     vimcore_shim._core.release_memory()
     assert torch.equal(model(images), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_recorded_inference(dtype: torch.dtype, gpu: dict[str, Any]) -> None:
+    """Every replay reads the weights as they are, and eager calls between replays see them, too."""
+    model, images = twin(build(SMALL).eval()), images_for(SMALL, 2, dtype)
+    wanted = model(images)
+    model.layers[0].mixer.in_proj.weight.data.mul_(1.5)  # the recording brings casts up to date
+    with Graph(gpu) as graph:
+        found = model(images)
+    graph.replay()
+    assert torch.equal(found, twin(model)(images))
+    assert not torch.equal(found, wanted)
+    for factor in (1.5, 0.5):
+        for p in model.parameters():
+            p.data.mul_(factor)
+        graph.replay()
+        assert torch.equal(found, twin(model)(images))
+        assert torch.equal(found, model(images))
+    vimcore_shim._core.release_memory()
+
+
+@torch.no_grad()
+def test_a_recorded_inference_keeps_its_weights(gpu: dict[str, Any]) -> None:
+    """Parameters that moved are bound again; what a graph reads stays where it was."""
+    model, images = twin(build(SMALL).eval()), images_for(SMALL, 2, torch.bfloat16)
+    model(images)
+    with Graph(gpu) as graph:
+        found = model(images)
+    graph.replay()
+    wanted, used = found.clone(), runtime().vimcore_shim_used_bytes()
+    for p in model.parameters():
+        p.data = 2 * p.data
+    model(images)
+    gc.collect()
+    assert runtime().vimcore_shim_used_bytes() > used  # casts of both
+    rubbish = [
+        torch.full_like(p, 7.0) for p in model.parameters()
+    ]  # where the old ones were, if they were freed
+    graph.replay()
+    assert torch.equal(found, wanted)
+    del rubbish
+    vimcore_shim._core.release_memory()
+    gc.collect()
+    assert runtime().vimcore_shim_used_bytes() < used
 
 
 def test_batch_of_nothing(gpu: dict[str, Any]) -> None:

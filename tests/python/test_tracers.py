@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,15 +215,3 @@ def test_distributed_tensors_are_refused(tmp_path: Path) -> None:
             model(images)
     finally:
         dist.destroy_process_group()
-
-
-def test_autocast_on_the_cpu_says_that_it_changes_nothing() -> None:
-    from vimcore.autograd import tensors as place
-
-    place._say_wide.cache_clear()
-    model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="autocast"):
-        model(images)
-    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is said once
-        model(images)

@@ -113,7 +113,7 @@ def test_wrong_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--val-fraction", "0"], "holds out 0 of 4"),
         (["--in-chans", "4"], "expected 1 or 3 for pictures, got 4"),
         (["--mean", "0.5"], "mean and std: expected 3 values each"),
-        (["--precision", "bfloat16", "--device", "cpu"], "bfloat16 needs a CUDA device"),
+        (["--precision", "float16", "--device", "cpu"], "precision: expected 'float32' or 'bfloat16' on cpu"),
         (["--device", "tpu"], "device: expected auto, cpu, cuda"),
         (["--device", "cuda:99"], "device: cuda:99: "),
         (["--init", str(tmp_path / "absent.pth")], "absent.pth"),

@@ -15,9 +15,9 @@ from train_helpers import ONCE, SMALL, folder
 from vimcore import _core
 from vimcore.cli import main
 from vimcore.io import load_model, save_model
+from vimcore.results import softmax
 from vimcore.tasks.classification.evaluation import Outputs, ranks_of
 from vimcore.tasks.classification.predictions import Predictions
-from vimcore.tools.predict import softmax
 
 
 @pytest.fixture(scope="module")

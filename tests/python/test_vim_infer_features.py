@@ -64,6 +64,21 @@ def test_features(options: dict, pictures: Path, tmp_path: Path) -> None:
         assert np.array_equal(rows, runtime(np.stack(images)))
 
 
+def test_features_of_an_image_tower(pictures: Path, tmp_path: Path) -> None:
+    """What its head gives, as from Runtime; its outputs are no classes for predict."""
+    weights = save(tmp_path / "m.safetensors")
+    tensors, metadata = _core.read_safetensors(weights)
+    _core.write_safetensors(weights, tensors, {**metadata, "vimcore.embedding": "true"})
+    picture, out = pictures / "a.b" / "rgb.png", tmp_path / "features.safetensors"
+    done = run("features", "--weights", weights, "--out", out, picture)
+    assert done.returncode == 0, done.stderr
+    with safe_open(out, "np") as file:
+        assert np.array_equal(file.get_tensor("features")[0], vimcore.Runtime(weights).embed(picture))
+    done = run("predict", "--weights", weights, picture)
+    assert done.returncode == 1
+    assert "an image tower, whose outputs are no classes" in done.stderr
+
+
 def test_features_skip_bad_pictures(weights: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "features.safetensors"
     done = run("features", "--weights", weights, "--out", out, pictures)

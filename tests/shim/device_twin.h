@@ -13,9 +13,17 @@ namespace vimcore::device {
 
 // ---- special functions: subnormals count as zero -------------------------------------------------------------------
 inline float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
-inline float exp2(float x) { return flush(std::exp2(flush(x))); }
+inline float exp2(float x)
+{
+    const float input = flush(x), y = flush(std::exp2(input));
+    return shim::ulp_seed == 0 || input == 0 ? y : flush(shim::off_by_ulps(input, y));
+}
 inline float log2(float x) { return flush(std::log2(flush(x))); }
-inline float reciprocal(float x) { return flush(1.0f / flush(x)); }
+inline float reciprocal(float x)
+{
+    const float input = flush(x), y = flush(1.0f / input);
+    return shim::ulp_seed == 0 ? y : flush(shim::off_by_ulps(input, y));
+}
 
 // ---- global memory -------------------------------------------------------------------------------------------------
 template <int N, class T>

@@ -5,7 +5,9 @@
 #include "engine.h"
 
 #include <atomic>
+#include <bit>
 #include <cfenv>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -208,6 +210,18 @@ void end_thread()
     engine.live--;
 }
 
+#if VIMCORE_SHIM_HARSH
+// Rubbish where a thread's local variables will lie: NaN, or -1.
+[[gnu::noinline]] void fill_stack()
+{
+    unsigned char rubbish[16 * 1024];
+    std::memset(rubbish, 0xff, sizeof rubbish);
+    asm volatile("" : : "r"(rubbish) : "memory");
+}
+#else
+void fill_stack() {}
+#endif
+
 // What a fiber does: threads, one after the other.
 void entry()
 {
@@ -215,6 +229,7 @@ void entry()
     for (;;) {
         Fiber& self = *engine.threads[engine.current].fiber;
         try {
+            fill_stack();
             engine.launch->thread();
             end_thread();
         } catch (...) {
@@ -290,6 +305,22 @@ bool race_checks = [] {
     return !text || std::atoi(text) != 0;
 }();
 void set_race_checks(bool on) { race_checks = on; }
+
+std::uint64_t ulp_seed = [] {
+    const char* text = std::getenv("VIMCORE_SHIM_ULP");
+    return text ? std::strtoull(text, nullptr, 10) : std::uint64_t{0};
+}();
+float off_by_ulps(float argument, float exact)
+{
+    if (!std::isnormal(exact)) return exact;
+    std::uint64_t x = std::bit_cast<std::uint32_t>(argument) + ulp_seed * 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    const auto ulps = static_cast<std::int32_t>((x >> 40) % 3);  // 0, 1, 2
+    const bool down = ulp_seed % 3 == 2 || (ulp_seed % 3 == 0 && (x & 1) != 0);
+    const float y = std::bit_cast<float>(std::bit_cast<std::int32_t>(exact) + (down ? -ulps : ulps));
+    return std::isnormal(y) ? y : exact;
+}
 
 std::string at(const Where& where)
 {

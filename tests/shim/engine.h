@@ -4,7 +4,8 @@
 // early. What is wrong ends the launch with a Failure that names kernel, block and thread.
 //
 // Threads are fibers of one host thread, and blocks run one after the other, both in an order drawn from
-// VIMCORE_SHIM_SEED (0: the natural order). VIMCORE_SHIM_RACE=0 switches the race checks off.
+// VIMCORE_SHIM_SEED (0: the natural order). VIMCORE_SHIM_RACE=0 switches the race checks off. VIMCORE_SHIM_LATE and
+// VIMCORE_SHIM_ULP make it less kind: see streams.cpp and below.
 #pragma once
 
 #include <cstddef>
@@ -82,6 +83,11 @@ inline void check_alignment(const void* address, std::size_t bytes, const char* 
     if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) [[unlikely]]
         fail_alignment(bytes, what, where);
 }
+
+// Special functions of a device err by up to 2 ulp, always alike for an argument: VIMCORE_SHIM_ULP draws by how much
+// (0: not at all). Every third seed errs to both sides, the next ones only upwards and only downwards.
+extern std::uint64_t ulp_seed;
+float off_by_ulps(float argument, float exact);
 
 inline constexpr unsigned char poison[4] = {0xa0, 0x7f, 0xa0, 0x7f};  // a signalling NaN in float and in bfloat16
 void fill_poison(void* memory, std::size_t bytes);

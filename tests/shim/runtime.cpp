@@ -8,6 +8,7 @@
 #include <cstring>
 #include <iterator>
 #include <map>
+#include <vector>
 
 #include "engine.h"
 
@@ -133,7 +134,11 @@ void set_architecture(int number) { state().architecture = number; }
 int device_count() { return state().devices; }
 int current_device() { return device_in_use; }
 std::int64_t allocations() { return allocation_count; }
-std::int64_t launches() { return launch_count; }
+std::int64_t launches()
+{
+    run_everything();
+    return launch_count;
+}
 std::size_t most_memory()
 {
     const std::lock_guard lock(state_lock());
@@ -242,9 +247,13 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes)
 }
 cudaError_t cudaFree(void* memory)
 {
+    {
+        const std::lock_guard lock(state_lock());
+        if (const cudaError_t status = allow_unsafe("cudaFree")) return status;
+        if (!memory) return cudaSuccess;
+    }
+    run_everything();  // it waits for the device
     const std::lock_guard lock(state_lock());
-    if (const cudaError_t status = allow_unsafe("cudaFree")) return status;
-    if (!memory) return cudaSuccess;
     const auto found = state().memory.find(reinterpret_cast<std::uintptr_t>(memory));
     if (found == state().memory.end())
         return error(cudaErrorInvalidValue, "cudaFree: not from cudaMalloc, or freed before");
@@ -264,7 +273,15 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
 {
     if (bytes == 0) return cudaSuccess;
     if (const cudaError_t status = check_copy(to, from, bytes, kind)) return status;
-    return submit(stream, [=] { std::memcpy(to, from, bytes); });
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    if (stream && cudaStreamIsCapturing(stream, &capture) != cudaSuccess) return cudaPeekAtLastError();
+    if (kind != cudaMemcpyHostToDevice || capture != cudaStreamCaptureStatusNone)
+        return submit(stream, [=] { std::memcpy(to, from, bytes); });
+    // Ordinary host memory has been read when the call returns; that in a graph when it runs.
+    const auto* first = static_cast<const unsigned char*>(from);
+    return submit(stream, [to, values = std::vector<unsigned char>(first, first + bytes)] {
+        std::memcpy(to, values.data(), values.size());
+    });
 }
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind)
 {
@@ -272,7 +289,8 @@ cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpy
         const std::lock_guard lock(state_lock());
         if (const cudaError_t status = allow_unsafe("cudaMemcpy")) return status;
     }
-    return cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+    const cudaError_t status = cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+    return status ? status : cudaStreamSynchronize(nullptr);
 }
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t stream)
 {

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The fake runtime: streams, events, graphs. Work runs as it is queued; while a stream is being captured it is kept
 // instead, to be run by every launch of the graph.
+// With VIMCORE_SHIM_LATE=SEED work is queued by stream and runs late: when somebody waits for it, and now and then, in
+// an order drawn from the seed among what streams and events allow. A wait that is missing then shows as a wrong value.
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
+#include <deque>
 #include <memory>
 #include <set>
 #include <thread>
@@ -23,16 +27,33 @@ struct Capture {
     std::set<CUstream_st*> unjoined;  // with work that the origin does not wait for yet
 };
 
+constexpr auto not_ready = static_cast<cudaError_t>(600);  // cudaErrorNotReady
+
+// Work that has been queued, and what it waits for beside the work before it.
+using Done = std::shared_ptr<bool>;
+struct Work {
+    std::function<void()> run;
+    std::vector<Done> after;
+    Done done;
+};
+struct Queue {
+    std::deque<Work> work;
+    Done last;                  // of all that was queued
+    std::vector<Done> awaited;  // by the next work
+};
+
 }  // namespace
 
 struct CUstream_st {
     int device = 0;
     bool blocking = true;  // waits for the default stream and the other way round
     std::shared_ptr<Capture> capture;
+    Queue queue;
 };
 struct CUevent_st {
     int device = 0;
     bool recorded = false;
+    std::vector<Done> before;          // work that comes before the event
     std::shared_ptr<Capture> capture;  // recorded while this was going on
     std::set<CUstream_st*> behind;     // streams of that capture whose work comes before the event
     std::chrono::steady_clock::time_point time;
@@ -89,6 +110,108 @@ cudaError_t check_stream(cudaStream_t stream)
 
 }  // namespace
 
+namespace {
+
+// ---- work that runs late -------------------------------------------------------------------------------------------
+
+std::uint64_t late = [] {
+    const char* text = std::getenv("VIMCORE_SHIM_LATE");
+    return text ? std::strtoull(text, nullptr, 10) : std::uint64_t{0};
+}();
+
+Queue& default_queue()
+{
+    static Queue& value = *new Queue;
+    return value;
+}
+Queue& queue_of(cudaStream_t stream) { return stream ? stream->queue : default_queue(); }
+
+bool is_done(const Done& done) { return !done || *done; }
+
+// What the next work of a stream waits for in other streams: the default stream and blocking ones wait for each other.
+std::vector<Done> others_of(cudaStream_t stream)
+{
+    std::vector<Done> found;
+    if (!stream) {
+        for (const CUstream_st* other : handles().streams)
+            if (other->blocking && !is_done(other->queue.last)) found.push_back(other->queue.last);
+    } else if (stream->blocking && !is_done(default_queue().last)) {
+        found.push_back(default_queue().last);
+    }
+    return found;
+}
+
+// All that has been queued before now, as an event sees it.
+std::vector<Done> reached(cudaStream_t stream)
+{
+    const Queue& queue = queue_of(stream);
+    std::vector<Done> found = others_of(stream);
+    found.insert(found.end(), queue.awaited.begin(), queue.awaited.end());
+    if (!is_done(queue.last)) found.push_back(queue.last);
+    return found;
+}
+
+// One piece of work that can run, of a stream drawn at random. False: there is none. Never under state_lock().
+bool run_one()
+{
+    Work work;
+    {
+        const std::lock_guard lock(state_lock());
+        std::vector<Queue*> ready;
+        auto look = [&](Queue& queue) {
+            if (!queue.work.empty() && std::ranges::all_of(queue.work.front().after, is_done)) ready.push_back(&queue);
+        };
+        look(default_queue());
+        for (CUstream_st* stream : handles().streams) look(stream->queue);
+        if (ready.empty()) return false;
+        late = late * 6364136223846793005u + 1442695040888963407u;
+        Queue& queue = *ready[(late >> 33) % ready.size()];
+        work = std::move(queue.work.front());
+        queue.work.pop_front();
+    }
+    const std::shared_ptr<void> finished(nullptr, [&](void*) {  // also where it throws
+        const std::lock_guard lock(state_lock());
+        *work.done = true;
+    });
+    work.run();
+    return true;
+}
+
+std::mutex& running_lock()
+{
+    static std::mutex lock;
+    return lock;
+}
+
+// Runs work until all of these are done.
+void run_until(const std::vector<Done>& wanted)
+{
+    if (late == 0) return;
+    const std::lock_guard one_at_a_time(running_lock());
+    auto missing = [&] {
+        const std::lock_guard lock(state_lock());
+        return !std::ranges::all_of(wanted, is_done);
+    };
+    while (missing())
+        if (!run_one()) throw Failure("work waits for work that will never run");
+}
+
+}  // namespace
+
+void set_late(std::uint64_t seed)
+{
+    run_everything();
+    late = seed;
+}
+
+void run_everything()
+{
+    if (late == 0) return;
+    const std::lock_guard one_at_a_time(running_lock());
+    while (run_one()) {
+    }
+}
+
 // As in CUDA, a thread's mode says which captures forbid it unsafe calls.
 thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
@@ -113,8 +236,21 @@ cudaError_t submit(cudaStream_t stream, std::function<void()> work)
             if (stream != capture.origin) capture.unjoined.insert(stream);
             return cudaSuccess;
         }
+        if (late != 0) {
+            std::vector<Done> after = others_of(stream);
+            Queue& queue = queue_of(stream);
+            after.insert(after.end(), queue.awaited.begin(), queue.awaited.end());
+            queue.awaited.clear();
+            queue.last = std::make_shared<bool>(false);
+            queue.work.push_back({std::move(work), std::move(after), queue.last});
+        }
     }
-    work();
+    if (late == 0) {
+        work();
+    } else if ((late >> 40) % 4 == 0) {  // now and then something is as fast as its caller
+        const std::unique_lock one_at_a_time(running_lock(), std::try_to_lock);
+        if (one_at_a_time) run_one();
+    }
     return cudaSuccess;
 }
 
@@ -133,6 +269,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags)
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
 cudaError_t cudaStreamDestroy(cudaStream_t stream)
 {
+    run_everything();  // a real one goes on without its stream
     const std::lock_guard lock(state_lock());
     if (handles().streams.erase(stream) == 0) return unknown("a stream");
     if (stream->capture) {
@@ -145,16 +282,26 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
-    const std::lock_guard lock(state_lock());
-    if (stream && !handles().streams.contains(stream)) return unknown("a stream");
-    if (stream && stream->capture)
-        return refuse(*stream->capture, cudaErrorStreamCaptureUnsupported, "cudaStreamSynchronize");
-    return stream ? cudaSuccess : check_stream(stream);
+    std::vector<Done> wanted;
+    {
+        const std::lock_guard lock(state_lock());
+        if (stream && !handles().streams.contains(stream)) return unknown("a stream");
+        if (stream && stream->capture)
+            return refuse(*stream->capture, cudaErrorStreamCaptureUnsupported, "cudaStreamSynchronize");
+        if (const cudaError_t status = stream ? cudaSuccess : check_stream(stream)) return status;
+        wanted = reached(stream);
+    }
+    run_until(wanted);
+    return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize()
 {
-    const std::lock_guard lock(state_lock());
-    return allow_unsafe("cudaDeviceSynchronize");
+    {
+        const std::lock_guard lock(state_lock());
+        if (const cudaError_t status = allow_unsafe("cudaDeviceSynchronize")) return status;
+    }
+    run_everything();
+    return cudaSuccess;
 }
 
 // ---- events --------------------------------------------------------------------------------------------------------
@@ -184,6 +331,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
     event->recorded = true;
     event->capture = stream ? stream->capture : nullptr;
     event->behind = {stream};
+    event->before = reached(stream);
     event->time = std::chrono::steady_clock::now();
     return cudaSuccess;
 }
@@ -207,6 +355,9 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
         stream->capture->unjoined.insert(stream);
     } else if (event->capture) {
         return error(cudaErrorCapturedEvent, "the event belongs to a capture that has ended");
+    } else {
+        for (const Done& done : event->before)
+            if (!is_done(done)) queue_of(stream).awaited.push_back(done);
     }
     return cudaSuccess;
 }
@@ -215,9 +366,20 @@ cudaError_t cudaEventQuery(cudaEvent_t event)
     const std::lock_guard lock(state_lock());
     if (!handles().events.contains(event)) return unknown("an event");
     if (event->capture) return error(cudaErrorCapturedEvent, "the event was recorded while capturing");
+    return std::ranges::all_of(event->before, is_done) ? cudaSuccess : not_ready;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event)
+{
+    const cudaError_t status = cudaEventQuery(event);
+    if (status != not_ready) return status;
+    std::vector<Done> wanted;
+    {
+        const std::lock_guard lock(state_lock());
+        wanted = event->before;
+    }
+    run_until(wanted);
     return cudaSuccess;
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return cudaEventQuery(event); }
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end)
 {
     for (const cudaEvent_t event : {start, end}) {

@@ -67,7 +67,7 @@ VIMCORE_API vimcore_status vimcore_decode_image(const vimcore_model* model, cons
                                                 float* image, size_t capacity);
 
 /* threads 0: as many as the machine has cores, 1024 at most. At most max_batch images are worked on at a time; a larger
- * batch is cut. dtype of the activations: NULL or "f32", on CUDA also "f16" and "bf16". */
+ * batch is cut. dtype of the activations: NULL or "f32", "bf16", on CUDA also "f16". */
 VIMCORE_API vimcore_status vimcore_session_create(const vimcore_model* model, int threads, int64_t max_batch,
                                                   const char* dtype, vimcore_session** session);
 VIMCORE_API void vimcore_session_destroy(vimcore_session* session); /* NULL is allowed */
@@ -97,7 +97,9 @@ VIMCORE_API vimcore_status vimcore_segmentation_get_info(const vimcore_segmentat
 VIMCORE_API vimcore_status vimcore_segmentation_class(const vimcore_segmentation* model, int64_t index,
                                                       const char** label, uint8_t colour[3]);
 
+/* dtype of the backbone's activations: NULL or "f32", or "bf16"; the head computes in float32. */
 VIMCORE_API vimcore_status vimcore_segmentation_session_create(const vimcore_segmentation* model, int threads,
+                                                               const char* dtype,
                                                                vimcore_segmentation_session** session);
 VIMCORE_API void vimcore_segmentation_session_destroy(vimcore_segmentation_session* session); /* NULL is allowed */
 

@@ -123,7 +123,7 @@ private:
 struct SessionOptions {
     std::int64_t max_batch = 8;
     int threads = 0;
-    DType dtype = DType::f32;  // of activations; f16 and bf16 on CUDA
+    DType dtype = DType::f32;  // of activations; also bf16, and on CUDA f16
     bool graph = true;         // CUDA: replay a recorded graph from the second run of a batch size on
 };
 

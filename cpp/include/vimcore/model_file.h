@@ -24,9 +24,12 @@ struct ModelFile {
     static ModelFile describe(const std::map<std::string, std::string>& metadata, const std::string& path);
 };
 
-// The task in the metadata key vimcore.task, "segment" or "detect"; "classify" without the key. Error: "[load] PATH:
-// ..." where it is damaged.
+// The task in the metadata key vimcore.task, "segment", "detect" or "clip"; "classify" without the key. Error: "[load]
+// PATH: ..." where it is damaged.
 std::string task_of(const std::map<std::string, std::string>& metadata, const std::string& path);
+
+// Whether the head gives coordinates, as of an image tower, and no logits of classes: the key vimcore.embedding.
+bool is_embedding(const std::map<std::string, std::string>& metadata);
 
 // How given tensors differ from wanted ones: "missing: NAME SHAPE", "misshapen: NAME: expected SHAPE, got SHAPE",
 // "unexpected: NAME SHAPE".

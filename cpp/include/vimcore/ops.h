@@ -3,8 +3,8 @@
 // the context's backend. Gradients of parameters are added to; gradients of activations are overwritten.
 // Sizes: B batch, L tokens, D width, E inner width, N state, R dt rank, K conv width. All tensors are channel-last.
 // A tensor marked "or none" may be left out.
-// Types: activations are f32 or f64 on the CPU; f32, f16 or bf16 on CUDA. Parameters and their gradients, the residual
-// stream and its gradient, row_scale, dropout, tables and scan states are wide(that type): never below f32.
+// Types: activations are f32, f64 or bf16 on the CPU; f32, f16 or bf16 on CUDA. Parameters and their gradients, the
+// residual stream and its gradient, row_scale, dropout, tables and scan states are wide(that type): never below f32.
 #pragma once
 
 #include <cstdint>
@@ -47,19 +47,20 @@ struct NormBackward {
 void norm_backward(Context& ctx, const NormBackward& args);
 
 // ---- projections ---------------------------------------------------------------------------------------------------
-// y = x W^T + bias. Several independent projections run as one parallel region.
+// y = x W^T + bias. Several independent projections run as one parallel region. In 16-bit types on CUDA the rows of y
+// and dy may be padded to the next multiple of 8 elements: forward writes zeros there, backward wants zeros there.
 struct LinearForward {
     Tensor x;          // (..., K)
     Tensor weight;     // (N, K)
     Tensor bias = {};  // (N) or none
-    Tensor y;          // (..., N)
+    Tensor y;          // (..., N), or padded
 };
 void linear_forward(Context& ctx, std::span<const LinearForward> args);
 
 struct LinearBackward {
     Tensor x = {};               // (..., K), needed for dweight
     Tensor weight = {};          // (N, K), needed for dx
-    Tensor dy;                   // (..., N)
+    Tensor dy;                   // (..., N), or padded where dbias is none
     Tensor dx = {};              // (..., K) overwritten, or none
     bool accumulate_dx = false;  // add to dx instead
     Tensor dweight = {};         // (N, K) added to, or none
@@ -104,7 +105,7 @@ void conv1d_backward(Context& ctx, const Conv1dBackward& args);
 struct ScanForwardPass {
     bool reverse = false;
     Tensor u;                 // (B, T, E)
-    Tensor q;                 // (B, T, R + 2N)
+    Tensor q;                 // (B, T, R + 2N), or with rows padded as those of a projection
     Tensor A_log;             // (E, N)
     Tensor D;                 // (E)
     Tensor dt_weight;         // (E, R)
@@ -128,7 +129,7 @@ struct ScanBackwardPass {
     bool reverse = false;
     Tensor u, q, A_log, D, dt_weight, dt_bias;                    // as in forward, T = L
     Tensor checkpoints;                                           // that forward wrote
-    Tensor du, dq;                                                // like u and q, out
+    Tensor du, dq;                                                // like u and q, out; zeros where q is padded
     Tensor dA_log = {}, dD = {}, ddt_weight = {}, ddt_bias = {};  // added to, or none
 };
 struct ScanBackward {

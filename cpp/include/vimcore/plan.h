@@ -34,7 +34,8 @@ std::int64_t forward_bytes(const Config& config, std::int64_t batch, DType dtype
                            Device device = Device::cpu());
 
 // Bytes that a training forward keeps for its backward, as many as Saved takes.
-std::int64_t saved_bytes(const Config& config, Memory memory, std::int64_t batch, DType dtype = DType::f32);
+std::int64_t saved_bytes(const Config& config, Memory memory, std::int64_t batch, DType dtype = DType::f32,
+                         Device device = Device::cpu());
 
 // Bytes of scratch memory (`most`) that a training step needs, a forward and a backward in one context. Without
 // weights, images, what is saved, gradients of parameters and the optimiser's state.

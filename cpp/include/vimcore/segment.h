@@ -80,8 +80,10 @@ private:
 // size. Results depend neither on the number of threads nor on how many images are given at a time.
 class SegmentationSession {
 public:
-    // threads 0: as many as the machine has cores.
-    explicit SegmentationSession(std::shared_ptr<const SegmentationModel> model, int threads = 0);
+    // threads 0: as many as the machine has cores. dtype: of the backbone's activations, f32 or bf16; the head computes
+    // in float32.
+    explicit SegmentationSession(std::shared_ptr<const SegmentationModel> model, int threads = 0,
+                                 DType dtype = DType::f32);
     ~SegmentationSession();
     SegmentationSession(const SegmentationSession&) = delete;
     SegmentationSession& operator=(const SegmentationSession&) = delete;

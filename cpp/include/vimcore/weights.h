@@ -4,8 +4,10 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "vimcore/config.h"
@@ -35,8 +37,16 @@ private:
 // one's softplus(0).
 void initialize(const Config& config, Params& params, std::uint64_t seed);
 
-// Writes weights and architecture, labels (one per class, or none) and how pictures become input, to a vimcore file.
+// Writes weights and architecture, labels (one per class, or none) and how pictures become input, to a vimcore file; in
+// the type of the weights, or as save_weights does.
 void save_model(const std::string& path, const Config& config, const Params& params,
-                const std::vector<std::string>& labels = {}, const std::optional<Preprocess>& preprocess = {});
+                const std::vector<std::string>& labels = {}, const std::optional<Preprocess>& preprocess = {},
+                std::optional<DType> dtype = {});
+
+// save_safetensors with floats of another type: f32, or f16 or bf16 for the weights of linear maps and of convolutions
+// over pixels, which computing in 16 bits rounds in any case; the small rest (A_log, time steps, norms, biases, tables)
+// is then f32. Error names a weight that f16 cannot hold.
+void save_weights(const std::string& path, const std::vector<std::pair<std::string, Tensor>>& tensors,
+                  const std::map<std::string, std::string>& metadata, DType dtype);
 
 }  // namespace vimcore

@@ -37,7 +37,7 @@ public:
     {
         Arena::Scope scope(arena_of(ctx));
         for (const LinearForward& a : args) {
-            weight(ctx, a.weight, a.x.dtype);
+            weight(ctx, a.weight, a.x.dtype, a.y.shape[-1]);
             product(ctx, {a.y.numel(), a.weight.size(1)});
         }
     }
@@ -54,7 +54,7 @@ public:
         }
         for (const LinearBackward& a : args) {
             if (!a.dx) continue;
-            weight(ctx, a.weight, a.dy.dtype);
+            weight(ctx, a.weight, a.dy.dtype, a.dy.shape[-1]);
             product(ctx, {a.dx.numel(), a.weight.size(0)});
         }
     }
@@ -158,9 +158,9 @@ private:
         sum_columns(ctx, sums, [](std::span<const ColumnSum>, std::span<const ColumnSum>, Index) {});
     }
     // A cast of a weight that is not in the cache of weights: of a network's, gamma W alone.
-    static void weight(Context& ctx, const Tensor& weight, DType dtype)
+    static void weight(Context& ctx, const Tensor& weight, DType dtype, Index rows)
     {
-        if (!internals(ctx).cache && weight.dtype != dtype) arena_of(ctx).take({weight.numel()}, dtype);
+        if (!internals(ctx).cache && weight.dtype != dtype) arena_of(ctx).take({rows * weight.size(1)}, dtype);
     }
     void product(Context& ctx, const Shape& work) const
     {

@@ -30,6 +30,15 @@ inline constexpr Index undivided_tile = Index{1} << 40;  // tokens of an operato
 
 inline Tensor floats(Context& ctx, const Shape& shape) { return arena_of(ctx).take(shape, DType::f32); }
 
+// ---- rows of q -----------------------------------------------------------------------------------------------------
+
+// Elements from row to row of a projection's output with `columns` columns: in 16-bit types on a device whole pieces of
+// 16 bytes, as copies and products of matrices want them. What lies behind the columns is zero.
+constexpr Index padded_columns(Index columns, DType dtype, Device::Type device)
+{
+    return device == Device::Type::cuda && size_of(dtype) == 2 ? round_up(columns, 8) : columns;
+}
+
 // ---- products by cuBLASLt ------------------------------------------------------------------------------------------
 
 inline constexpr std::int64_t blas_workspace = std::int64_t{32} << 20;  // bytes of a product, at most
@@ -174,34 +183,37 @@ inline bool meet(const ScanForward& a)
     if (a.passes.size() != 2) return false;
     const ScanForwardPass &p = a.passes[0], &q = a.passes[1];
     return p.reverse != q.reverse && p.begin == q.begin && p.u.size(1) == q.u.size(1) && !p.add && !p.finish && q.add &&
-           p.A_log.size(1) == q.A_log.size(1) && p.dt_weight.size(1) == q.dt_weight.size(1);
+           p.A_log.size(1) == q.A_log.size(1) && p.dt_weight.size(1) == q.dt_weight.size(1) &&
+           p.q.size(2) == q.q.size(2);
 }
 inline bool meet(const ScanBackward& a)
 {
     if (a.passes.size() != 2) return false;
     const ScanBackwardPass &p = a.passes[0], &q = a.passes[1];
-    return p.reverse != q.reverse && p.A_log.size(1) == q.A_log.size(1) && p.dt_weight.size(1) == q.dt_weight.size(1);
+    return p.reverse != q.reverse && p.A_log.size(1) == q.A_log.size(1) && p.dt_weight.size(1) == q.dt_weight.size(1) &&
+           p.q.size(2) == q.q.size(2);
 }
 
 // The tuned forward in its widest shape: channels of a block, tokens of a tile, bytes of shared memory of a direction.
 inline constexpr Index wide_tile = 16;
 constexpr bool forward_has_states(Index n) { return n == 8 || n == 16 || n == 32 || n == 64; }
 constexpr Index wide_channels(Index states) { return states == 8 ? 64 : 1024 / states; }
-constexpr Index wide_shared(Index size, Index states, Index rank)
+constexpr Index wide_shared(Index size, Index states, Index rank, Index row)  // row: elements of a row of q
 {
     const Index channels = wide_channels(states), pitch = wide_tile + 4;
     return channels * (8 * pitch + 3 * wide_tile * size + 4 * wide_tile + 4 * (rank + 2)) + 8 * wide_tile * states +
-           4 * rank * pitch + wide_tile * (rank + 2 * states) * size;
+           4 * rank * pitch + wide_tile * row * size;
 }
 inline bool is_tuned(const ScanForward& a)
 {
     if (a.passes.empty()) return false;
     constexpr Index large = Index{1} << 30;
     const ScanForwardPass& first = a.passes[0];
-    const Index states = first.A_log.size(1), rank = first.dt_weight.size(1);
+    const Index states = first.A_log.size(1), rank = first.dt_weight.size(1), row = first.q.size(2);
     const auto size = static_cast<Index>(size_of(a.xz.dtype));
     return std::max({a.xz.size(1), a.xz.size(2), a.chunk}) < large && (a.passes.size() == 1 || meet(a)) &&
-           forward_has_states(states) && rank <= most_shared && 2 * wide_shared(size, states, rank) <= most_shared &&
+           forward_has_states(states) && rank <= most_shared &&
+           2 * wide_shared(size, states, rank, row) <= most_shared &&
            std::all_of(
                a.passes.begin(), a.passes.end(),
                [&](const ScanForwardPass& p) {

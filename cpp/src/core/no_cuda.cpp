@@ -15,6 +15,8 @@ Backend& cuda_backend()
 
 int cuda_device_count() { return 0; }
 
+CudaProducts cuda_products() { return {}; }
+
 std::string cuda_description(int) { return cuda_backend(), std::string(); }
 
 }  // namespace vimcore

@@ -6,6 +6,7 @@
 
 #include "core/backend.h"
 #include "core/class_places.h"
+#include "core/device_scratch.h"
 
 namespace vimcore {
 
@@ -58,6 +59,13 @@ public:
         if (value <= 0) fail(name, "expected a positive number, got " + std::to_string(value));
     }
 
+    // Elements of a row of `tensor`, which has `columns` columns: more than that where it is padded.
+    std::int64_t row_of(const Tensor& tensor, std::int64_t columns) const
+    {
+        const std::int64_t padded = device_scratch::padded_columns(columns, dtype_, ctx_.device().type);
+        return tensor.shape.rank() > 0 && tensor.shape[-1] == padded ? padded : columns;
+    }
+
     void rank(const char* name, const Tensor& tensor, int rank) const
     {
         if (tensor.shape.rank() != rank)
@@ -67,13 +75,14 @@ public:
 private:
     bool computes(DType dtype) const
     {
-        if (ctx_.device().type == Device::Type::cpu) return dtype == DType::f32 || dtype == DType::f64;
+        if (ctx_.device().type == Device::Type::cpu)
+            return dtype == DType::f32 || dtype == DType::f64 || dtype == DType::bf16;
         return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16;
     }
 
     const char* types() const
     {
-        return ctx_.device().type == Device::Type::cpu ? "f32 or f64 on the cpu" : "f32, f16 or bf16 on cuda";
+        return ctx_.device().type == Device::Type::cpu ? "f32, f64 or bf16 on the cpu" : "f32, f16 or bf16 on cuda";
     }
 
     const Check& exactly(const char* name, const Tensor& tensor, const Shape& shape, DType dtype) const
@@ -125,7 +134,8 @@ void linear_forward(Context& ctx, std::span<const LinearForward> args)
         Check check(ctx, "linear", "x", a.x);
         check.rank("weight", a.weight, 2);
         const std::int64_t outputs = a.weight.size(0);
-        check.required("x", a.x, with_last(a.x, a.weight.size(1))).required("y", a.y, with_last(a.x, outputs));
+        check.required("x", a.x, with_last(a.x, a.weight.size(1)));
+        check.required("y", a.y, with_last(a.x, check.row_of(a.y, outputs)));
         check.required_wide("weight", a.weight, a.weight.shape).optional_wide("bias", a.bias, {outputs});
     }
     backend_of(ctx).linear_forward(ctx, args);
@@ -135,7 +145,9 @@ void linear_backward(Context& ctx, std::span<const LinearBackward> args)
 {
     for (const LinearBackward& a : args) {
         Check check(ctx, "linear backward", "dy", a.dy);
-        const std::int64_t outputs = a.dy.shape[-1];
+        const Tensor& rows = a.dx ? a.weight : a.dweight;  // as many as dy has columns
+        std::int64_t outputs = a.dy.shape[-1];
+        if (!a.dbias && rows.shape.rank() == 2 && check.row_of(a.dy, rows.size(0)) == outputs) outputs = rows.size(0);
         if (a.dx) {
             check.rank("weight", a.weight, 2);
             check.required_wide("weight", a.weight, {outputs, a.weight.size(1)});
@@ -182,7 +194,8 @@ void check_scan_pass(const Check& check, const Tensor& xz, const Pass& p, std::i
     check.positive("dt_rank", rank);
     check.required_wide("A_log", p.A_log, {inner, state}).required_wide("D", p.D, {inner});
     check.required_wide("dt_weight", p.dt_weight, {inner, rank}).required_wide("dt_bias", p.dt_bias, {inner});
-    check.required("u", p.u, {batch, tokens, inner}).required("q", p.q, {batch, tokens, rank + 2 * state});
+    check.required("u", p.u, {batch, tokens, inner})
+        .required("q", p.q, {batch, tokens, check.row_of(p.q, rank + 2 * state)});
     if (begin < 0 || begin + tokens > len) check.fail("u", "tokens reach beyond xz, " + describe(xz));
     if (!checkpoints) return;
     check.positive("chunk", chunk);

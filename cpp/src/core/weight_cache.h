@@ -37,6 +37,13 @@ struct WeightKey {
     auto operator<=>(const WeightKey&) const = default;
 };
 
+inline std::size_t copied_bytes(const std::vector<Copy>& copies)
+{
+    std::size_t bytes = 0;
+    for (const Copy& c : copies) bytes += c.to.bytes();
+    return bytes;
+}
+
 class WeightCache {
 public:
     // The packed form of a weight; fill writes it when it is missing or stale. On a device with streams, `fill` queues
@@ -60,10 +67,10 @@ public:
         return entry.use(ctx);
     }
 
-    // A packed form that consists of copies(to). The first time it is made alone; later all of one format are
-    // renewed by one piece of work, as soon as one that is stale is asked for. While a graph is recorded, that is part
-    // of the graph: once for an inference whose forms are stale, and once for every training step, as weights will have
-    // changed when it is replayed.
+    // A packed form that consists of copies(to), with zeros elsewhere. The first time it is made alone; later all of
+    // one format are renewed by one piece of work, as soon as one that is stale is asked for. While a graph is
+    // recorded, that is part of the graph: once for an inference whose forms are stale, and once for every training
+    // step, as weights will have changed when it is replayed.
     const void* get_copies(Context& ctx, const WeightKey& key, std::size_t bytes,
                            const std::function<std::vector<Copy>(void*)>& copies)
     {
@@ -89,6 +96,9 @@ public:
             entry.of_copies = true;
             entry.copies = copies(entry.data);
             groups_[key.format].prepared = nullptr;  // has one more
+            if (copied_bytes(entry.copies) < bytes)
+                backend_of(ctx).fill_zero(ctx,
+                                          {entry.data, {static_cast<std::int64_t>(bytes)}, DType::u8, ctx.device()});
             for (const Copy& c : entry.copies) backend_of(ctx).copy(ctx, c.from, c.to);
             entry.filled_now(ctx, version_, backend_of(ctx).mark(ctx));
         }

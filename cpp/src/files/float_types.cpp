@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "files/float_types.h"
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -53,6 +55,29 @@ float from_byte(std::uint8_t bits, DType dtype)
     return bits & 0x80 ? -value : value;
 }
 
+std::uint16_t to_half(float value)
+{
+    const auto bits = std::bit_cast<std::uint32_t>(value), size = bits & 0x7fffffffu;
+    const auto sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
+    std::uint32_t half;
+    if (size > 0x7f800000u)
+        half = 0x7e00u;  // NaN
+    else if (size >= 0x477ff000u)
+        half = 0x7c00u;  // 65520 and more
+    else if (size < 0x38800000u)
+        half = static_cast<std::uint32_t>(std::nearbyint(std::ldexp(std::fabs(value), 24)));  // subnormal
+    else
+        half = (size + 0xfffu + ((size >> 13) & 1u) - 0x38000000u) >> 13;
+    return static_cast<std::uint16_t>(sign | half);
+}
+
+std::uint16_t to_bfloat(float value)
+{
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>(bits >> 16 | 0x40u);  // NaN stays one
+    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
 template <class T, class Convert>
 void convert(const Tensor& from, float* out, Convert&& to)
 {
@@ -83,6 +108,21 @@ void to_float(const Tensor& from, float* out)
     } else {
         convert<std::uint8_t>(from, out, [&](std::uint8_t value) { return from_byte(value, from.dtype); });
     }
+}
+
+bool from_float(const float* from, std::int64_t count, DType dtype, void* out)
+{
+    if (dtype != DType::f16 && dtype != DType::bf16)
+        throw std::invalid_argument(std::string("[from_float] expected f16 or bf16, got ") + name_of(dtype));
+    const bool half = dtype == DType::f16;
+    const std::uint32_t infinite = half ? 0x7c00u : 0x7f80u;
+    auto* const to = static_cast<std::uint16_t*>(out);
+    bool holds = true;
+    for (std::int64_t i = 0; i < count; i++) {
+        to[i] = half ? to_half(from[i]) : to_bfloat(from[i]);
+        holds &= (to[i] & 0x7fffu) != infinite || std::isinf(from[i]);
+    }
+    return holds;
 }
 
 void read_floats(const SafetensorsFile& file, const Tensor& tensor, float* out)

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/counting.h"
+#include "core/device_scratch.h"
 #include "vimcore/model.h"
 
 namespace vimcore {
@@ -42,13 +43,15 @@ Routes routes(const BlockConfig& config, const BlockParams& params, bool reverse
 }
 
 struct Sizes {
-    std::int64_t batch, len, dim, inner, state, q;
-    DType dtype;  // of activations
+    std::int64_t batch, len, dim, inner, state, q;  // q: elements of a row
+    DType dtype;                                    // of activations
 };
 
 Sizes sizes(const BlockConfig& config, const Tensor& x)
 {
-    return {x.size(0), x.size(1), config.embed_dim, config.inner(), config.d_state, config.rank() + 2 * config.d_state,
+    const std::int64_t q = config.rank() + 2 * config.d_state;
+    return {x.size(0),      x.size(1),      config.embed_dim,
+            config.inner(), config.d_state, device_scratch::padded_columns(q, x.dtype, x.device.type),
             x.dtype};
 }
 
@@ -284,6 +287,7 @@ void block_backward(Context& ctx, const BlockConfig& config, const BlockParams& 
     Arena::Scope scope(arena_of(ctx));
     Sizes s = sizes(config, saved.residual);
     s.dtype = saved.q.dtype;
+    s.q = saved.q.shape[-1];
     const Routes r = routes(config, params, block.reverse, &dparams);
     const auto passes = static_cast<std::size_t>(r.count), projections = static_cast<std::size_t>(r.projections);
     auto take = [&](const Shape& shape) { return arena_of(ctx).take(shape, s.dtype); };

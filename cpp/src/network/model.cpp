@@ -23,6 +23,10 @@ std::shared_ptr<const Model> Model::load(const std::string& path, Device device,
     if (const std::string task = task_of(file.metadata(), path); task == "segment")
         throw Error("[load] " + json::printable(path, 1000) +
                     ": a network for segmentation; `vim-infer segment` and `vimcore predict` run it");
+    else if (task == "clip")
+        throw Error("[load] " + json::printable(path, 1000) +
+                    ": an image tower and a text tower; `vimcore search` runs them, "
+                    "vimcore.clip.export_image_tower writes the image tower for this");
     else if (task != "classify")
         throw Error("[load] " + json::printable(path, 1000) + ": a network for the task \"" + json::printable(task) +
                     "\"; `vimcore predict` runs it");

@@ -81,6 +81,12 @@ std::string task_of(const std::map<std::string, std::string>& metadata, const st
     }
 }
 
+bool is_embedding(const std::map<std::string, std::string>& metadata)
+{
+    const auto found = metadata.find("vimcore.embedding");
+    return found != metadata.end() && found->second == "true";
+}
+
 std::vector<std::string> misfits(const NamedShapes& wanted, const NamedShapes& given)
 {
     std::unordered_map<std::string, const Shape*> shapes;

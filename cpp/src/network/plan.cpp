@@ -160,7 +160,7 @@ std::int64_t training_bytes(const Config& config, Memory memory, std::int64_t ba
     return training_scratch(config, memory, batch, dtype, threads, device).most;
 }
 
-std::int64_t saved_bytes(const Config& c, Memory memory, std::int64_t batch, DType dtype)
+std::int64_t saved_bytes(const Config& c, Memory memory, std::int64_t batch, DType dtype, Device device)
 {
     check(c, batch, 1);
     if (countless(c, batch)) return largest;
@@ -169,7 +169,7 @@ std::int64_t saved_bytes(const Config& c, Memory memory, std::int64_t batch, DTy
     auto bytes = [&](std::int64_t depth) {
         Config shallow = c;
         shallow.depth = depth;
-        return static_cast<double>(lay_out(saved, shallow, batch, dtype, Device::cpu(), placeholder_memory(0)));
+        return static_cast<double>(lay_out(saved, shallow, batch, dtype, device, placeholder_memory(0)));
     };
     const double one = bytes(1), two = bytes(2);  // every block takes as much
     return saturated(one + static_cast<double>(c.depth - 1) * (two - one));

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/device_scratch.h"
 #include "network/pass.h"
 
 namespace vimcore {
@@ -23,6 +24,7 @@ std::size_t lay_out(Saved& saved, const BlockConfig& c, std::int64_t depth, cons
     const std::int64_t n = c.two_directions() ? 2 : 1, projections = c.directions == Directions::ssm_conv ? 2 : 1;
     const std::int64_t batch = shape[0], len = shape[1];
     const std::int64_t chunk = Saved::chunk(saved.memory), chunks = (len + chunk - 1) / chunk;
+    const std::int64_t q = device_scratch::padded_columns(c.rank() + 2 * c.d_state, dtype, device.type);
     std::size_t used = 0;
     auto place = [&](const Shape& size, DType type) {
         Tensor tensor{static_cast<char*>(base) + used, size, type, device};
@@ -35,7 +37,7 @@ std::size_t lay_out(Saved& saved, const BlockConfig& c, std::int64_t depth, cons
         block.chunk = chunk;
         block.residual = place(shape, wide(dtype));
         block.xz = saved.memory == Memory::least ? Tensor{} : place({batch, len, 2 * c.inner()}, dtype);
-        block.q = place({projections, batch, len, c.rank() + 2 * c.d_state}, dtype);
+        block.q = place({projections, batch, len, q}, dtype);
         block.checkpoints = place({n, batch, chunks, c.d_state, c.inner()}, wide(dtype));
     }
     saved.residual = place(shape, wide(dtype));
@@ -46,6 +48,7 @@ void prepare(Saved& saved, const BlockConfig& c, std::int64_t depth, const Shape
 {
     saved.used = lay_out(saved, c, depth, shape, dtype, device, saved.storage.data());
     if (saved.used <= saved.storage.bytes() && saved.storage.device() == device) return;
+    saved.storage = Buffer();  // before the larger one is asked for
     saved.storage = Buffer(saved.used, device);
     lay_out(saved, c, depth, shape, dtype, device, saved.storage.data());
 }

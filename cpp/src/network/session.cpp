@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "core/activations.h"
 #include "core/backend.h"
 #include "vimcore/model.h"
 #include "vimcore/plan.h"
@@ -24,6 +25,18 @@ Outputs outputs_to(const Tensor& result, bool features)
     return out;
 }
 
+// x and y are float32; between them activations are of type `dtype`.
+void compute(Context& ctx, const Model& model, DType dtype, const Tensor& x, const Tensor& y, bool features)
+{
+    Arena::Scope scope(arena_of(ctx));
+    const bool narrow = dtype != DType::f32;
+    const Tensor images = narrow ? arena_of(ctx).take(x.shape, dtype) : x;
+    const Tensor result = narrow ? arena_of(ctx).take(y.shape, dtype) : y;
+    if (narrow) backend_of(ctx).copy(ctx, x, images);
+    forward(ctx, model.config(), model.params(), images, outputs_to(result, features));
+    if (narrow) backend_of(ctx).copy(ctx, result, y);
+}
+
 }  // namespace
 
 // Where images and results of a session lie on its device, and what was recorded there.
@@ -42,7 +55,7 @@ public:
         const Tensor x = place(images_, model_.config().images_shape(count));
         const Tensor y = place(results_, result_shape(model_.config(), count, features));
         backend.upload(ctx, images, x);
-        compute(ctx, x, y, features);
+        replay(ctx, x, y, features);
         backend.download(ctx, y, result);
     }
 
@@ -59,10 +72,10 @@ private:
     }
 
     // The first run of a batch size lays out memory and packs weights, the second is recorded.
-    void compute(Context& ctx, const Tensor& x, const Tensor& y, bool features)
+    void replay(Context& ctx, const Tensor& x, const Tensor& y, bool features)
     {
         if (allocations_ != arena_of(ctx).allocations()) recordings_.clear();  // scratch memory has moved
-        auto program = [&] { queue(ctx, x, y, features); };
+        auto program = [&] { compute(ctx, model_, options_.dtype, x, y, features); };
         auto found = recordings_.find({x.size(0), features});
         if (!options_.graph || found == recordings_.end()) {
             program();
@@ -74,17 +87,6 @@ private:
             found->second =
                 backend_of(ctx).record(ctx, [](void* f) { (*static_cast<decltype(program)*>(f))(); }, &program);
         backend_of(ctx).replay(ctx, found->second.get());
-    }
-
-    void queue(Context& ctx, const Tensor& x, const Tensor& y, bool features)
-    {
-        Arena::Scope scope(arena_of(ctx));
-        const bool narrow = options_.dtype != DType::f32;
-        const Tensor images = narrow ? arena_of(ctx).take(x.shape, options_.dtype) : x;
-        const Tensor result = narrow ? arena_of(ctx).take(y.shape, options_.dtype) : y;
-        if (narrow) backend_of(ctx).copy(ctx, x, images);
-        forward(ctx, model_.config(), model_.params(), images, outputs_to(result, features));
-        if (narrow) backend_of(ctx).copy(ctx, result, y);
     }
 
     const Model& model_;
@@ -103,9 +105,7 @@ Session::Session(std::shared_ptr<const Model> model, SessionOptions options)
         throw std::invalid_argument("[session] max_batch: expected at least 1, got " +
                                     std::to_string(options_.max_batch));
     const bool cpu = model_->device() == Device::cpu();
-    if (options_.dtype != DType::f32 && (cpu || (options_.dtype != DType::f16 && options_.dtype != DType::bf16)))
-        throw std::invalid_argument(std::string("[session] dtype: expected ") + (cpu ? "f32" : "f32, f16 or bf16") +
-                                    " on " + to_string(model_->device()) + ", got " + name_of(options_.dtype));
+    require_activations("session", options_.dtype, model_->device());
     if (cpu)
         require_memory("session", "batches of " + std::to_string(options_.max_batch) + " images",
                        forward_bytes(model_->config(), options_.max_batch, options_.dtype, ctx_.threads()));
@@ -138,7 +138,7 @@ void Session::run(const float* images, std::int64_t batch, float* result, bool f
         }
         const Tensor x{const_cast<float*>(images) + b * image, c.images_shape(count), DType::f32, {}};
         const Tensor y{result + b * row, result_shape(c, count, features), DType::f32, {}};
-        forward(ctx_, c, model_->params(), x, outputs_to(y, features));
+        compute(ctx_, *model_, options_.dtype, x, y, features);
     }
 }
 

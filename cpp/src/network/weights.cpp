@@ -6,7 +6,9 @@
 #include <numbers>
 #include <stdexcept>
 
+#include "files/float_types.h"
 #include "files/json.h"
+#include "vimcore/error.h"
 #include "vimcore/safetensors.h"
 
 namespace vimcore {
@@ -84,6 +86,14 @@ void initialize_tensor(const Config& config, const std::string& name, const Tens
     }
 }
 
+// Whether computing in 16 bits rounds this parameter: a matrix, or a convolution that is one. Those along the tokens
+// and the projection of time steps are not.
+bool is_rounded(const std::string& name, const Shape& shape)
+{
+    const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
+    return shape.rank() >= 2 && name.ends_with(".weight") && !has("conv1d") && !has("dt_proj");
+}
+
 }  // namespace
 
 Weights::Weights(const Config& config)
@@ -124,7 +134,8 @@ void initialize(const Config& config, Params& params, std::uint64_t seed)
 }
 
 void save_model(const std::string& path, const Config& config, const Params& params,
-                const std::vector<std::string>& labels, const std::optional<Preprocess>& preprocess)
+                const std::vector<std::string>& labels, const std::optional<Preprocess>& preprocess,
+                std::optional<DType> dtype)
 {
     std::map<std::string, std::string> metadata{{"vimcore.config", config.to_json()}};
     if (!labels.empty()) {
@@ -144,7 +155,36 @@ void save_model(const std::string& path, const Config& config, const Params& par
                                         " on the cpu, got " + (tensor ? describe(tensor) : "none"));
         tensors.emplace_back(name, tensor);
     });
-    save_safetensors(path, tensors, metadata);
+    if (dtype)
+        save_weights(path, tensors, metadata, *dtype);
+    else
+        save_safetensors(path, tensors, metadata);
+}
+
+void save_weights(const std::string& path, const std::vector<std::pair<std::string, Tensor>>& tensors,
+                  const std::map<std::string, std::string>& metadata, DType dtype)
+{
+    if (dtype != DType::f32 && dtype != DType::f16 && dtype != DType::bf16)
+        throw std::invalid_argument(std::string("[save] dtype: expected f32, f16 or bf16, got ") + name_of(dtype));
+    std::vector<std::pair<std::string, Tensor>> stored = tensors;
+    std::vector<Buffer> storage;
+    const auto make = [&](Tensor& tensor, DType type) {
+        const Tensor from = tensor;
+        tensor.dtype = type;
+        storage.emplace_back(tensor.bytes());
+        tensor.data = storage.back().data();
+        return from;
+    };
+    for (auto& [name, tensor] : stored) {
+        if (tensor.device != Device::cpu() || !is_float(tensor.dtype)) continue;  // the former is refused below
+        if (tensor.dtype != DType::f32) to_float(make(tensor, DType::f32), tensor.as<float>());
+        if (dtype == DType::f32 || !is_rounded(name, tensor.shape)) continue;
+        const Tensor from = make(tensor, dtype);
+        if (!from_float(from.as<float>(), from.numel(), dtype, tensor.data))
+            throw Error("[save] " + name + ": holds a number too large for " + name_of(dtype) +
+                        "; bf16 has the range of f32");
+    }
+    save_safetensors(path, stored, metadata);
 }
 
 }  // namespace vimcore

@@ -9,8 +9,8 @@ namespace vimcore {
 
 class SegmentationSession::Runner {
 public:
-    Runner(std::shared_ptr<const SegmentationModel> model, const SegmentationNetwork& network, int threads)
-        : model_(std::move(model)), windows_(model_->about(), network, threads), pictures_(windows_)
+    Runner(std::shared_ptr<const SegmentationModel> model, const SegmentationNetwork& network, int threads, DType dtype)
+        : model_(std::move(model)), windows_(model_->about(), network, threads, dtype), pictures_(windows_)
     {
     }
 
@@ -84,10 +84,10 @@ private:
     std::vector<float> coarse_;
 };
 
-SegmentationSession::SegmentationSession(std::shared_ptr<const SegmentationModel> model, int threads)
+SegmentationSession::SegmentationSession(std::shared_ptr<const SegmentationModel> model, int threads, DType dtype)
 {
     if (!model) throw std::invalid_argument("[segment] model: expected a loaded model, got none");
-    runner_ = std::make_unique<Runner>(model, *model->network_, threads);
+    runner_ = std::make_unique<Runner>(model, *model->network_, threads, dtype);
 }
 
 SegmentationSession::~SegmentationSession() = default;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "segment/window_runner.h"
 
+#include "core/activations.h"
 #include "core/counting.h"
 #include "core/weight_cache.h"
 #include "vimcore/error.h"
@@ -24,15 +25,17 @@ bool finite(const float* values, std::int64_t count)
 
 }  // namespace
 
-WindowRunner::WindowRunner(const SegmentationFile& file, const SegmentationNetwork& network, int threads)
+WindowRunner::WindowRunner(const SegmentationFile& file, const SegmentationNetwork& network, int threads, DType dtype)
     : about(file),
       ctx(Device::cpu(), threads),
       together(std::clamp<std::int64_t>(ctx.threads(), 1, 8)),
       classes(static_cast<std::int64_t>(file.classes.size())),
       rows(network.head->rows),
       columns(network.head->columns),
-      network_(network)
+      network_(network),
+      dtype_(dtype)
 {
+    require_activations("segment", dtype, ctx.device());
     bytes_ = counted_bytes();
     require_memory("segment", "a window", bytes_);
 }
@@ -49,14 +52,24 @@ void WindowRunner::run(Context& ctx, Streams& streams, const float* images, std:
     const Config& config = network_.window;
     Arena::Scope scope(arena_of(ctx));
     streams.outputs.layers = network_.head->layers;
-    streams.outputs.intermediates.clear();
+    const bool narrow = dtype_ != DType::f32;
+    streams.tokens.clear();
     for (std::size_t i = 0; i < streams.outputs.layers.size(); i++)
-        streams.outputs.intermediates.push_back(arena_of(ctx).take(config.tokens_shape(count), DType::f32));
-    const Tensor x{const_cast<float*>(images), config.images_shape(count), DType::f32, {}};
+        streams.tokens.push_back(arena_of(ctx).take(config.tokens_shape(count), DType::f32));
+    streams.outputs.intermediates = streams.tokens;
+    Tensor x{const_cast<float*>(images), config.images_shape(count), DType::f32, {}};
+    if (narrow) {
+        for (Tensor& tokens : streams.outputs.intermediates) tokens = arena_of(ctx).take(tokens.shape, dtype_);
+        const Tensor wide = x;
+        x = arena_of(ctx).take(wide.shape, dtype_);
+        backend_of(ctx).copy(ctx, wide, x);
+    }
     forward(ctx, config, network_.weights.params, x, streams.outputs);
+    for (std::size_t i = 0; narrow && i < streams.tokens.size(); i++)
+        backend_of(ctx).copy(ctx, streams.outputs.intermediates[i], streams.tokens[i]);
     for_each_step(ctx, 0, count, 1, [&](std::int64_t b) {
         streams.of_window.clear();
-        for (const Tensor& tokens : streams.outputs.intermediates) streams.of_window.push_back(tokens[b]);
+        for (const Tensor& tokens : streams.tokens) streams.of_window.push_back(tokens[b]);
         const Map logits{out + b * coarse(), rows, columns, classes, classes, columns * classes};
         run_together(ctx, [&] { network_.head->run(ctx, streams.of_window, logits); });
     });
@@ -65,7 +78,7 @@ void WindowRunner::run(Context& ctx, Streams& streams, const float* images, std:
 // Scratch memory of the network on `together` windows, and their logits.
 std::int64_t WindowRunner::counted_bytes() const
 {
-    const std::int64_t backbone = forward_bytes(network_.window, together, DType::f32, ctx.threads());
+    const std::int64_t backbone = forward_bytes(network_.window, together, dtype_, ctx.threads());
     if (backbone > machine_bytes()) return backbone;
     const std::unique_ptr<Backend> backend = counting_cpu();
     Context counted = ContextInternals::make(*backend, Device::cpu(), ctx.threads(), Arena::Mode::counting);

@@ -36,7 +36,7 @@ void for_pieces(Context& ctx, std::int64_t count, F&& f)
 class WindowRunner {
 public:
     // Error where the machine has too little memory.
-    WindowRunner(const SegmentationFile& about, const SegmentationNetwork& network, int threads);
+    WindowRunner(const SegmentationFile& about, const SegmentationNetwork& network, int threads, DType dtype);
 
     // count windows (count, channels, h, w) to their coarse logits (count, rows, columns, classes). Error where these
     // are not finite.
@@ -54,12 +54,14 @@ public:
 private:
     struct Streams {
         Outputs outputs;                // of all windows
+        std::vector<Tensor> tokens;     // the same in float32
         std::vector<Tensor> of_window;  // (L, D) of one
     };
     void run(Context& ctx, Streams& streams, const float* images, std::int64_t count, float* out) const;
     std::int64_t counted_bytes() const;
 
     const SegmentationNetwork& network_;
+    const DType dtype_;  // of the backbone's activations
     Streams streams_;
     std::int64_t bytes_ = 0;
 };

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from ..autograd.tensors import describe
+from ..autograd.network import Request
+from ..autograd.tensors import activation_types, describe, on_cuda
 from ..data.picture_files import find_images, read_file
 from ..data.pictures import network_input
 from ..io import load_model
@@ -28,6 +29,7 @@ Range = tuple[float, float]  # smallest and largest value, NaN where there was o
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ACTIVATIONS = ("norm", "mixer.xz", "mixer.u", "mixer.u_b", "mixer.q", "mixer.q_b", "mixer.y", "mixer.out")
 TOLERANCE = 0.05  # relative change of the outputs up to which a precision counts as safe
+NOISE = 4  # images where none are given
 HEADROOM = 8  # factor that activations must stay below the largest float16: other images, later steps
 
 
@@ -52,17 +54,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Precision:
-    """The outputs with activations rounded to a 16-bit type, as on CUDA under autocast.
+    """The outputs with activations rounded to a 16-bit type, as under autocast.
 
     Attributes:
         error: relative change of the outputs by the rounding (norms over the batch); NaN: not finite.
         same_top1: (number of images whose top-1 class is unchanged, number of images); None without classes.
         overflow: name of the first tensor that is not finite.
+        computed: the same change, of the outputs that vimcore itself computes in this type on the model's
+            device; None where it does not.
     """
 
     error: float
     same_top1: tuple[int, int] | None
     overflow: str | None
+    computed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,16 +112,17 @@ class Health:
         return "\n".join([*lines, f"advised: {self.precision}; {self.reason}"])
 
 
-def health(model: VisionMamba, images: Tensor) -> Health:
+def health(model: VisionMamba, images: Tensor | None = None) -> Health:
     """Finds the first non-finite value in a model, and checks whether bfloat16 or float16 is safe for it.
 
     The network is computed in plain torch operations on the model's parameters, in their type and on their
     device, as in eval mode; the model is not changed. Then once more for each 16-bit type, with activations
-    and weights of linear maps rounded as on CUDA under autocast (time steps, states, residual and norm
-    statistics stay wide there). Gradients are not examined. Takes seconds: a few images are enough.
+    and weights of linear maps rounded as under autocast (time steps, states, residual and norm statistics
+    stay wide there), and by vimcore itself where the device computes in that type. Gradients are not
+    examined. Takes seconds: a few images are enough.
 
     Args:
-        images: (B, C, H, W) as the model takes them, at least one.
+        images: (B, C, H, W) as the model takes them, at least one; None: four of random noise.
 
     Raises:
         TypeError: the model is no VisionMamba.
@@ -127,6 +133,8 @@ def health(model: VisionMamba, images: Tensor) -> Health:
     if not isinstance(model, VisionMamba):
         raise TypeError(f"[health] model: expected a VisionMamba, got {type(model).__name__}")
     like = model.norm_f.weight
+    if images is None:
+        images = _noise(model, NOISE).to(like)
     images = images.detach() if isinstance(images, Tensor) else images
     with torch.autocast(like.device.type, enabled=False):
         images = checked_images(images, like, model._config, model.dynamic_img_size)
@@ -157,23 +165,27 @@ def health_of_file(
         passed_over: counts files in the folders that are not images, by suffix.
     """
     model = load_model(weights)
-    height, width = model._config.img_size
     if not pictures:
-        frames = (model._config.frames,) if model._config.frames else ()
-        shape = (count, model._config.in_chans, *frames, height, width)
-        return health(model, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+        return health(model, _noise(model, count))
     if model._config.frames:
         raise ValueError(f"{weights}: takes clips, not pictures; without any, its health is that on noise")
     preprocess = unpack(_core.safetensors_header(weights)[1], weights).preprocess
     if preprocess is None:
         raise ValueError(f"{weights}: no preprocessing, so nothing that a picture could fill")
-    preprocess = preprocess.rescaled(height, width)
+    preprocess = preprocess.rescaled(*model._config.img_size)
     inputs = []
     for path in itertools.islice(find_images(pictures, passed_over), count):
         inputs.append(network_input(read_file(path), path, preprocess))
     if not inputs:
         raise ValueError("no pictures found (JPEG, PNG, PPM, PGM)")
     return health(model, torch.from_numpy(np.stack(inputs)))
+
+
+def _noise(model: VisionMamba, count: int) -> Tensor:
+    """Images (count, C, H, W), or clips (count, C, T, H, W), that are the same each time."""
+    c = model._config
+    frames = (c.frames,) if c.frames else ()
+    return torch.randn(count, c.in_chans, *frames, *c.img_size, generator=torch.Generator().manual_seed(0))
 
 
 class _Stop(Exception):
@@ -210,11 +222,27 @@ def _compare(model: VisionMamba, images: Tensor, wanted: Tensor | None, dtype: t
     ranges, found = _look(model, images, dtype)
     if found is None:
         return Precision(math.nan, None, next(reversed(ranges)))
-    error = float((found - wanted).double().norm() / wanted.double().norm().clamp_min(1e-300))
-    same = None
+    error, same = _change(found, wanted), None
     if found.ndim == 2 and model.num_classes > 1:
         same = int((found.argmax(1) == wanted.argmax(1)).sum()), len(found)
-    return Precision(error, same, None)
+    return Precision(error, same, None, _computed(model, images, wanted, dtype))
+
+
+def _change(found: Tensor, wanted: Tensor) -> float:
+    """Relative, by norm."""
+    return float((found - wanted).double().norm() / wanted.double().norm().clamp_min(1e-300))
+
+
+def _computed(model: VisionMamba, images: Tensor, wanted: Tensor, dtype: torch.dtype) -> float | None:
+    """The change of the outputs with the kernels of this type; None where there are none."""
+    core, params = model._weights()
+    if images.dtype != torch.float32 or dtype not in activation_types(images):
+        return None
+    if not on_cuda(images) and dtype == torch.bfloat16 and _core.bf16_refusal():
+        return None
+    (tokens,) = core.run(Request("tokens"), images.to(dtype), [p.detach() for p in params], None)
+    with torch.no_grad():
+        return _change(VisionMamba.forward_head(model, tokens.float()), wanted)
 
 
 def _advice(bad: str | None, largest: float, found: dict[str, Precision]) -> tuple[str, str]:
@@ -241,6 +269,8 @@ def _sentence(found: Precision) -> str:
     if found.overflow is not None:
         return f"{found.overflow} overflows"
     text = f"the outputs change by {100 * found.error:.2g} %"
+    if found.computed is not None:
+        text += f" ({100 * found.computed:.2g} % as computed here)"
     if found.same_top1 is not None:
         text += ", top-1 stays for {} of {} images".format(*found.same_top1)
     return text

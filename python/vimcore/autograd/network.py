@@ -26,11 +26,17 @@ class Request(NamedTuple):
     memory: str = "lean"
 
 
-class _Bound(NamedTuple):
+class Bound(NamedTuple):
+    """Parameters as the core sees them."""
+
     places: tuple[list[int], list[torch.Size], list[Any]]  # addresses, shapes, strides that matter
     held: list[Tensor]  # what the core's views point at
     copies: list[int]  # of these parameters, which are not contiguous
     weights: _core.BoundWeights
+
+    def state(self) -> list[tuple[int, int]]:
+        """Where the memory is, and how often torch saw it written to."""
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.held]
 
 
 class Core:
@@ -41,7 +47,7 @@ class Core:
         self.network = _core.BoundNetwork(config)
         self.names = list(config.param_shapes())
         self._sizes: dict[tuple[int, int], _core.Config] = {config.img_size: config}
-        self._bound: _Bound | None = None
+        self._bound: Bound | None = None
         self._lock = threading.Lock()
         self._parts: dict[tuple[str, tuple[int, ...]], list[bool]] = {}
         self._layouts: dict[tuple[bool, ...], tuple[int, list[int], list[int]]] = {}
@@ -60,11 +66,16 @@ class Core:
             self._sizes[height, width] = found
         return found
 
-    def weights(self, params: Sequence[Tensor], copy: bool = True) -> _core.BoundWeights:
-        """The parameters, in the order of `names`, as the core sees them; bound again when they moved.
+    def weights(self, params: Sequence[Tensor]) -> _core.BoundWeights:
+        """The parameters, in the order of `names`, as the core sees them; bound again when they moved."""
+        return self.bound(params).weights
+
+    def bound(self, params: Sequence[Tensor], copy: bool = True, keep: bool = True) -> Bound:
+        """As `weights`, with what that depends on.
 
         Args:
             copy: whether copies of parameters that are not contiguous are brought up to date.
+            keep: whether the next call is expected to have its parameters in the same place.
         """
         try:
             contiguous = all(map(Tensor.is_contiguous, params))  # of hundreds of tensors, at every call
@@ -80,7 +91,7 @@ class Core:
                 if copy:
                     for index in bound.copies:
                         bound.held[index].copy_(params[index].detach())
-                return bound.weights
+                return bound
             held = [p.detach() for p in params]
             for name, p in zip(self.names, held):
                 if p.is_meta or p.device != held[0].device:
@@ -96,8 +107,10 @@ class Core:
             held = [p.resolve_conj().resolve_neg().contiguous() for p in held]
             copies = [i for i, p in enumerate(params) if held[i].data_ptr() != p.data_ptr()]
             weights = self.network.bind([exported(p) for p in held])
-            self._bound = _Bound(places, held, copies, weights)
-            return weights
+            bound = Bound(places, held, copies, weights)
+            if keep:
+                self._bound = bound
+            return bound
 
     def run(
         self,
@@ -106,13 +119,16 @@ class Core:
         params: Sequence[Tensor],
         saved: _core.Saved | None,
         constant: _core.BoundWeights | None = None,
+        bound: Bound | None = None,
     ) -> tuple[Tensor, ...]:
         """The outputs that `request` names, freshly allocated.
 
         Args:
             constant: what the parameters are bound to, if it is known that they did not change.
+            bound: what they are bound to, if that is known.
         """
-        batch, at, weights = images.shape[0], place(images), constant or self.weights(params)
+        batch, at = images.shape[0], place(images)
+        weights = constant or (bound or self.bound(params)).weights
         config = self.at(*images.shape[-2:])
         tokens = (batch, config.tokens, config.embed_dim)
         if request.kind == "layers":
@@ -180,11 +196,12 @@ class NetworkFunction(torch.autograd.Function):
         *params: Tensor,
     ) -> tuple[Tensor, ...]:
         saved = core.network.saved(request.memory, place(images))
-        outputs = core.run(request, images, params, saved, constant)
+        bound = core.bound(params, copy=constant is None)
+        outputs = core.run(request, images, params, saved, constant, bound)
         # The token is what was saved: autograd frees it with its other saved tensors, hooks may move it.
         ctx.save_for_backward(from_dlpack(saved.token), images, *params)
         ctx.set_materialize_grads(False)
-        ctx.core, ctx.request = core, request
+        ctx.core, ctx.request, ctx.bound, ctx.state = core, request, bound, bound.state()
         return outputs
 
     @staticmethod
@@ -208,9 +225,14 @@ class NetworkFunction(torch.autograd.Function):
         wanted = tuple([want and p for want, p in zip(wanted, part)])
         total, offsets, sizes = core.layout(params, wanted)
         flat = params[0].new_zeros(total)
+        bound = ctx.bound
+        if (
+            bound.state() != ctx.state
+        ):  # what hooks on saved tensors brought back, or a sharded model gathered
+            bound = core.bound(params, copy=False, keep=False)
         if images.shape[0]:
             core.network.backward(
-                core.weights(params, copy=False),
+                bound.weights,
                 exported(images),
                 _core.Kept(exported(aligned(token)), request.memory),
                 outputs,

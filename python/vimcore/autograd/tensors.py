@@ -4,13 +4,14 @@
 On CUDA a call is queued on torch's current stream of the tensor's device, and what it writes was allocated by
 torch: streams, lifetimes and `torch.cuda.graph` work as with torch's own operators. Before a capture, run the
 call once. What was captured, an inference or a training step, reads the weights anew in every replay; an
-inference captured within `constant_weights` keeps the casts that it found.
+inference captured within `constant_weights` keeps the casts that it found. What a network saved for its
+backward is not torch's memory: a hook on saved tensors that copies it on another stream has to make the
+network's stream wait for that.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .. import _core
 
 NAMES = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 _CUDA = 2  # kDLCUDA
-_HALF = (torch.float16, torch.bfloat16)
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def on_cuda(tensor: Tensor) -> bool:
@@ -54,25 +55,36 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_type(tensor: Tensor) -> torch.dtype | None:
-    """The type that autocast wants activations to have beside this parameter; None without autocast.
+    """The type that autocast wants activations to have beside this tensor; None without autocast.
 
-    On the CPU the type of the parameter: there is no other arithmetic, which is said once.
+    On the CPU float64 stays, as it does in torch's own operators.
     """
-    if on_cuda(tensor):
-        return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    if not torch.is_autocast_enabled("cpu"):
+    kind = "cuda" if on_cuda(tensor) else "cpu"
+    if not torch.is_autocast_enabled(kind):
         return None
-    _say_wide()
-    return wide(tensor.dtype)
-
-
-@functools.cache
-def _say_wide() -> None:
-    warnings.warn(
-        "vimcore computes in the type of the parameters on the CPU: torch.autocast('cpu') changes nothing, "
-        "neither speed nor memory",
-        stacklevel=2,
+    return (
+        torch.float64 if kind == "cpu" and tensor.dtype == torch.float64 else torch.get_autocast_dtype(kind)
     )
+
+
+def activation_types(tensor: Tensor) -> tuple[torch.dtype, ...]:
+    """Types that activations may have where this tensor is."""
+    return (torch.float32, *_HALF) if on_cuda(tensor) else (torch.float32, torch.float64, torch.bfloat16)
+
+
+def no_half(dtype: torch.dtype) -> str:
+    """What to say besides, where activations of this type are refused on the CPU."""
+    if dtype != torch.float16:
+        return ""
+    return (
+        ": the cpu has no arithmetic for it; torch.bfloat16 is the 16-bit type there, for torch.autocast too"
+    )
+
+
+def require_unit(what: str, dtype: torch.dtype) -> None:
+    """vimcore.Error where activations of this type are on the CPU, which has no unit for them."""
+    if dtype == torch.bfloat16 and (why := _core.bf16_refusal()):
+        raise _core.Error(f"{what}: bf16: {why}")
 
 
 def from_device(value: Any) -> Any:

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train on your images with the paper's recipes; resumable, distributed",
     "eval": "evaluate weights: top-1, top-5, accuracy per class, confusion matrix",
     "predict": "classify image files (no torch needed)",
+    "search": "find pictures by a sentence or by an example picture",
     "explain": "show what a network does with images, and why it decides: attention, features, relevance",
     "convert": "convert a PyTorch checkpoint, such as the authors', to a vimcore file",
     "export": "write a network for ONNX Runtime, OpenVINO or torch.export, checked against the core",

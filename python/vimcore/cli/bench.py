@@ -14,6 +14,7 @@ from ..tools.bench import NECKS, PEERS, USUAL_PEERS, Options
 from ..tools.bench import run as measure
 from ..utils import options
 from ..utils.arguments import gpu_number
+from ..utils.precision import FLOATS, check_precision
 
 
 def _peer_names(text: str) -> list[str]:
@@ -39,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="type of activations (default: bfloat16 on cuda; the CPU computes in float32)",
+        choices=FLOATS,
+        help="type of activations, of the peers too (default: float32 on the cpu, bfloat16 on cuda)",
     )
     parser.add_argument(
         "--memory",
@@ -54,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         type=_peer_names,
-        default=list(USUAL_PEERS),
-        help=f"some of {','.join(PEERS)}; '' for none (default: {','.join(USUAL_PEERS)}, those installed)",
+        help=f"some of {','.join(PEERS)}; '' for none (default: {','.join(USUAL_PEERS)}; with bfloat16 on "
+        "the cpu also vimcore-float32)",
     )
     parser.add_argument(
         "--neck",
@@ -102,8 +103,10 @@ def run(args: argparse.Namespace) -> int:
     """
     dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     gpu_number("--device", args.device)
-    if args.device == "cpu" and dtype != "float32":
-        raise ValueError(f"--dtype {dtype}: the CPU computes in float32")
+    check_precision("--dtype", dtype, args.device)
+    if args.peers is None:
+        beside = ["vimcore-float32"] if args.device == "cpu" and dtype != "float32" else []
+        args.peers = [*beside, *USUAL_PEERS]
     if small := [side for side in args.sizes if side < 16]:
         raise ValueError(f"--sizes: an image of {small[0]} pixels is smaller than a patch of 16")
     if args.json not in (None, "-"):

@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="set an option of VisionMamba, or of a head, that the tensors do not determine; may be repeated",
     )
     parser.add_argument("--labels", metavar="FILE", help="class names, one per line or a JSON list")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights in the file, which 16 bits make about half as large (default: as the source, "
+        "float32 or wider)",
+    )
     parser.add_argument("--json", action="store_true", help="print configuration and assumptions as JSON")
 
 
@@ -40,7 +46,12 @@ def run(args: argparse.Namespace) -> int:
     settings = dict(parse_setting(text) for text in args.set)
     labels = read_labels(args.labels) if args.labels else None
     config, assumptions = convert(
-        args.source, args.destination, weights=args.weights, settings=settings, labels=labels
+        args.source,
+        args.destination,
+        weights=args.weights,
+        settings=settings,
+        labels=labels,
+        dtype=args.dtype,
     )
     if args.json:
         print_json({"config": config, "assumptions": assumptions, "written": args.destination})

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from .output import print_json, print_table
 
@@ -23,10 +24,16 @@ def run(args: argparse.Namespace) -> int:
     for title in ("build", "machine"):
         print(title)
         print_table(
-            [[k, ", ".join(v) or "none" if isinstance(v, list) else v] for k, v in facts[title].items()],
+            [[k, _shown(v)] for k, v in facts[title].items()],
             indent="  ",
         )
     print("self-test")
     print_table([[row["check"], row["status"], row["detail"]] for row in facts["checks"]], indent="  ")
     print("all is well" if facts["ok"] else "something is wrong: see the failed lines above")
     return status
+
+
+def _shown(value: Any) -> str:
+    """Lists as words; what there is nothing of (kernels, a unit for bf16) as "none"."""
+    text = ", ".join(value) if isinstance(value, list) else str(value)
+    return text or "none"

@@ -9,7 +9,14 @@ import json
 from ..weights.info import describe_file
 from .output import print_json, print_table
 
-_OF_TASKS = ("options", "window", "stride", "resize", "ids")  # of networks with heads, where they have them
+_OF_TASKS = (
+    "embed_dim",
+    "options",
+    "window",
+    "stride",
+    "resize",
+    "ids",
+)  # of networks with heads, where they have them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             ],
             *([["task", f"{facts['task']}, head {facts['head']}"]] if "task" in facts else []),
             *([[key, json.dumps(facts[key])] for key in _OF_TASKS if facts.get(key) is not None]),
-            ["classes" if "task" in facts else "labels", shown],
+            *([] if facts.get("task") == "clip" else [["classes" if "task" in facts else "labels", shown]]),
             ["preprocess", "none" if facts["preprocess"] is None else json.dumps(facts["preprocess"])],
         ]
     )

@@ -8,6 +8,7 @@ import argparse
 from ..config import WIDTHS
 from ..tools import plan
 from ..utils import options
+from ..utils.precision import FLOATS
 from .output import print_json, print_table
 
 
@@ -30,13 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"batch sizes (default: {' '.join(map(str, plan.BATCHES))})",
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), nargs="+", default=["cpu", "cuda"], help="default: both"
+        "--device",
+        choices=("cpu", "cuda"),
+        nargs="+",
+        help="default: both, as far as they compute in --dtype",
     )
     parser.add_argument(
         "--dtype",
-        choices=plan.DTYPES["cuda"],
-        default="bfloat16",
-        help="type of activations on cuda (default: %(default)s)",
+        choices=FLOATS,
+        help="type of activations (default: float32 on the cpu, bfloat16 on cuda)",
     )
     parser.add_argument("--threads", type=options.threads, help="CPU threads (default: all cores)")
     parser.add_argument(

@@ -15,7 +15,13 @@ from .output import print_json
 from .streams import complain
 
 # The module of vimcore.plots that draws the runs of a task.
-DRAWN_BY = {"classify": "runs", "segment": "segments", "detect": "objects", "pretrain": "reconstructions"}
+DRAWN_BY = {
+    "classify": "runs",
+    "segment": "segments",
+    "detect": "objects",
+    "pretrain": "reconstructions",
+    "clip": "captions",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import tasks
+from ..tasks.architecture import with_architecture
 from ..tasks.settings import Settings, read_toml
 from ..train.folder import BEST, CHECKPOINT, CONFIG, LAST, LOG, resumed
-from ..train.presets import DEFAULTS, FINE_TUNING, PRESETS, recipe, task_of
+from ..train.presets import DEFAULTS, FINE_TUNING, PRESETS, SAME, default_preset, overruled, recipe, task_of
 from ..utils.extras import required
 from .output import print_json
 from .streams import complain
@@ -39,12 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
     parser.add_argument(
         "--resume", metavar="RUN", help="resume a run from its checkpoint, with bit-identical results"
     )
+    tuned = default_preset(task, "")
+    of_init = f", with --init {tuned}" if tuned != DEFAULTS[task] else ""
     parser.add_argument(
         "--preset",
         choices=PRESETS,
         metavar="NAME",
         help=f"published recipe: {', '.join(name for name in PRESETS if task_of(name) == task)} "
-        f"(default: {DEFAULTS[task]})",
+        f"(default: {DEFAULTS[task]}{of_init})",
     )
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings, such as RUN/config.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the settings as TOML and stop")
@@ -117,15 +120,23 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         raise ValueError("write --task, --preset and --config in full: the settings follow from them")
     if args.config:
         of_file = read_toml(args.config, kind)
-    if "epochs" in flags:
-        if "updates" in flags:
-            raise ValueError("epochs, updates: both give the length of the run; name one of them")
-        of_file.pop("updates", None)
+    for name in flags:
+        if both := sorted(set(SAME.get(name, ())) & set(flags)):
+            what = "warm-up" if "warmup" in name else "the run"
+            raise ValueError(f"{name}, {both[0]}: both give the length of {what}; name one of them")
+    typed = {**{name: value for name, value in of_file.items() if name not in overruled(flags)}, **flags}
     task = next(name for name in tasks.NAMES if tasks.settings_type({"task": name}) is kind)
-    settings, notes = recipe(kind, args.preset or DEFAULTS[task], {"task": task, **of_file, **flags})
-    if args.preset in FINE_TUNING and settings.init is None:
-        raise ValueError(f"init: {args.preset} fine-tunes; name the weights to start from with --init")
-    return settings, notes
+    preset = args.preset or default_preset(task, typed.get("init"))
+    if typed.get("init") is None and preset in FINE_TUNING:
+        raise ValueError(f"init: {preset} fine-tunes; name the weights to start from with --init")
+    notes = []
+    if preset == "finetune":
+        if args.preset is None:
+            notes.append("preset finetune, as --init is given; --preset names another")
+        typed, more = with_architecture(typed)
+        notes += more
+    settings, more = recipe(kind, preset, {"task": task, **typed})
+    return settings, [*notes, *more]
 
 
 def _diagnose(model: Any, batch: Any) -> str:

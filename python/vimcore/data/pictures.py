@@ -15,7 +15,7 @@ from .._core import Preprocess
 from ..utils.files import printable
 
 _MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n"}
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr", "CMYK")  # 8 bits a channel
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr", "CMYK")  # 8 bits a channel
 
 
 def network_input(data: bytes, name: str, preprocess: Preprocess) -> NDArray[np.float32]:
@@ -59,7 +59,7 @@ def decode_with_pillow(data: bytes, name: str) -> NDArray[np.uint8]:
         if data.startswith(_MAGIC["png"]) and data[24:25] == b"\x10":
             return _core.upright(_sixteen_bit_png(data), data)
         with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in _MODES:
+            if image.mode not in MODES:
                 raise _core.Error(f"[decode_image] {name}: expected 8-bit grey or RGB, got mode {image.mode}")
             return _core.upright(np.asarray(image.convert("RGB")), data)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -27,10 +27,16 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Seeds Python, numpy and torch, CUDA included."""
+    """Seeds Python, numpy and torch, CUDA included where it is in use.
+
+    Not by torch.manual_seed, which makes a stack trace for every kind of device that is not in use: longer
+    than decoding a small image.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  timm draws from the global generators
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 class EpochSampler(Sampler[list[Key]]):

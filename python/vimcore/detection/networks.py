@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import _core
@@ -15,6 +16,7 @@ from ..nn.heads.masks import paste
 from ..nn.heads.pyramid import SimplePyramid
 from ..nn.heads.rpn import ProposalGenerator, wide
 from ..nn.heads.saving import tensors_to_save
+from ..nn.state import stored_type
 from ..nn.structure import made
 from ..nn.vision_mamba import VisionMamba
 from ..utils.arguments import integer, sides
@@ -264,6 +266,7 @@ class CascadeMaskRCNN(nn.Module):
         ids: Sequence[int] | None = None,
         resize: Sequence[int] | None = None,
         preprocess: Mapping[str, Any] | None = None,
+        dtype: str | torch.dtype | None = None,
     ) -> None:
         """Writes weights, architecture and what prediction needs to one safetensors file, all or nothing.
 
@@ -276,6 +279,7 @@ class CascadeMaskRCNN(nn.Module):
                 the backbone's image size.
             preprocess: mean, std, resize, crop, interpolation; default: ImageNet's mean and std. Networks
                 with neither 1 nor 3 channels have none.
+            dtype: of the weights in the file, see `VisionMamba.save`.
 
         Raises:
             ValueError: the file could not describe the network, or one of these does not fit.
@@ -297,7 +301,7 @@ class CascadeMaskRCNN(nn.Module):
         task = DetectTask(self.head, self.options, names, None if ids is None else tuple(ids), size)
         metadata = {**pack(config, None, preprocess), **pack_task(task)}
         arrays = tensors_to_save(self, self.backbone, self._made, self.shapes(), "CascadeMaskRCNN")
-        _core.write_safetensors(path, arrays, metadata)
+        _core.write_safetensors(path, arrays, metadata, stored_type(dtype))
 
 
 def _scaled(found: Detections, before: tuple[int, int], after: tuple[int, int]) -> Detections:

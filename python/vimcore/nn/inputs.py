@@ -10,7 +10,17 @@ from torch import Tensor
 
 from .._core import Config
 from ..autograd.checks import refuse_layout, refuse_wrapped
-from ..autograd.tensors import autocast_type, describe, from_device, on_cuda
+from ..autograd.tensors import (
+    NAMES,
+    activation_types,
+    autocast_type,
+    describe,
+    from_device,
+    no_half,
+    on_cuda,
+    require_unit,
+    wide,
+)
 
 
 def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) -> Tensor:
@@ -22,6 +32,7 @@ def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) ->
 
     Raises:
         ValueError: type, shape or device do not fit, of the images or of the parameter.
+        vimcore.Error: they are bfloat16, for which this CPU has no unit.
     """
     height, width = config.img_size
     channels, ndim = config.in_chans, 5 if config.frames else 4
@@ -29,7 +40,8 @@ def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) ->
     if like.is_meta or like.dtype not in ((torch.float32,) if cuda else (torch.float32, torch.float64)):
         raise ValueError(
             "[VisionMamba] parameters: expected f32 or f64 on the cpu, or f32 on cuda, got "
-            f"{describe(like)}; for 16-bit activations leave them in f32 and use torch.autocast on cuda"
+            f"{describe(like)}; for 16-bit activations leave them in f32 and use torch.autocast, or images "
+            "of that type"
         )
     images = from_device(images)
     if isinstance(images, Tensor):
@@ -38,7 +50,7 @@ def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) ->
     autocast = autocast_type(like)
     if autocast is not None and isinstance(images, Tensor) and images.is_floating_point():
         images = images.to(autocast)
-    types = (torch.float32, torch.bfloat16, torch.float16) if cuda else (like.dtype,)
+    types = [t for t in activation_types(like) if wide(t) == like.dtype]
     if (
         not isinstance(images, Tensor)
         or images.ndim != ndim
@@ -48,10 +60,11 @@ def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) ->
         or images.dtype not in types
         or images.device != like.device
     ):
-        names = "f32, bf16 or f16" if cuda else describe(like).split()[-2]
+        *others, last = [NAMES[t] for t in types]
+        names = f"{', '.join(others)} or {last}" if others else last
         axes = config.images_axes.replace(f"{height}, {width})", "H, W)") if any_size else config.images_axes
         expected = f"{axes} {names} {like.device}"
-        remedy = ""
+        remedy = no_half(images.dtype) if isinstance(images, Tensor) and not cuda else ""
         if not any_size and isinstance(images, Tensor) and images.ndim == ndim:
             size = tuple(images.shape[-2:])
             if size != (height, width):
@@ -60,4 +73,6 @@ def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) ->
                     f"load(..., img_size={size})"
                 )
         raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}{remedy}")
+    if not cuda:
+        require_unit("[VisionMamba] images", images.dtype)
     return images.resolve_neg().contiguous()

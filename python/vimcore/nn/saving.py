@@ -16,10 +16,10 @@ from ..utils.arguments import boolean, integer, sides
 from ..utils.files import listed
 from ..weights.checkpoints import read_checkpoint, tensor
 from ..weights.metadata import CONFIG_KEY, check_labels, pack, unpack
-from ..weights.task import SegmentTask, unpack_task
+from ..weights.task import holds, unpack_task
 from ..weights.wrappers import ROPE_TABLES
 from .base import NetworkBase
-from .state import computed, described, parametrised, tensors_to_save
+from .state import computed, described, parametrised, stored_type, tensors_to_save
 
 Network = TypeVar("Network", bound=NetworkBase)
 Path = str | os.PathLike[str]
@@ -30,6 +30,7 @@ def save(
     path: Path,
     labels: Sequence[str] | None = None,
     preprocess: Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> None:
     """Writes weights, architecture, labels and preprocessing to one safetensors file, all or nothing.
 
@@ -39,6 +40,7 @@ def save(
         labels: one name for each class.
         preprocess: mean, std, resize, crop, interpolation; default: ImageNet evaluation at the model's image
             size. Networks with neither 1 nor 3 channels have none.
+        dtype: of the weights in the file, see `VisionMamba.save`.
 
     Raises:
         ValueError: the file could not describe the network, or labels or preprocessing do not fit.
@@ -50,7 +52,8 @@ def save(
     if preprocess is None and (steps := Preprocess.default(config)):
         preprocess = steps.to_dict()
     metadata = pack(config, names, preprocess)
-    _core.write_safetensors(path, tensors_to_save(model, config.param_shapes()), metadata)
+    arrays = tensors_to_save(model, config.param_shapes())
+    _core.write_safetensors(path, arrays, metadata, stored_type(dtype))
 
 
 def load_as(
@@ -87,8 +90,7 @@ def _refuse_dense(path: Path) -> None:
     """Says which function reads the file of a network with another head than a classifier's."""
     name = os.fsdecode(path)
     if task := unpack_task(_core.safetensors_header(path)[1], name):
-        module = "segmentation" if isinstance(task, SegmentTask) else "detection"
-        raise ValueError(f"{name}: holds more than a backbone with a head; vimcore.{module}.load reads it")
+        raise ValueError(f"{name}: holds more than a backbone with a head: {holds(task)}")
 
 
 def load_checkpoint(

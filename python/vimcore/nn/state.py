@@ -126,6 +126,11 @@ def remedies(faults: Sequence[str], derived: bool = True) -> list[str]:
     return [*found, "torch.save(model.state_dict(), file) writes anything"]
 
 
+def stored_type(dtype: str | torch.dtype | None) -> str | None:
+    """The core's name of the type that a file is to have: "bfloat16" of that or of torch.bfloat16."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def plain_array(value: Tensor) -> Any:
     """A tensor as numpy's array, 16-bit numbers as float32."""
     value = value.detach().to("cpu")

@@ -39,10 +39,10 @@ class VisionMamba(NetworkBase):
     and a head that is no plain Linear, or has hooks, is called as a module. Weights may be written in any way
     (fused optimizers, `.data`, numpy views, other processes): every call looks, see `constant_weights`.
 
-    Computes on the CPU in the type of the parameters, float32 or float64; under `torch.autocast("cpu")` in
-    float32. Computes on CUDA with float32 parameters and gradients of them, and activations of the images'
-    type: float32, bfloat16 or float16; under `torch.autocast("cuda")` of its type. With float16 scale the
-    loss (`torch.amp.GradScaler`).
+    Parameters and their gradients are float32, activations of the images' type: float32 or bfloat16, on CUDA
+    also float16; under `torch.autocast` of its type. bfloat16 on the CPU needs a processor with a unit for it
+    (`vimcore doctor` names it). With float16 scale the loss (`torch.amp.GradScaler`). On the CPU everything
+    may be float64, which autocast leaves alone.
 
     Args:
         img_size: side or (height, width) in pixels; images of another size are an error, unless
@@ -223,18 +223,30 @@ class VisionMamba(NetworkBase):
 
     # ---- files ---------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str], labels: Sequence[str] | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        labels: Sequence[str] | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
         """Writes weights, architecture and labels to one safetensors file, whole or not at all.
 
         Of a parametrised weight (torch.nn.utils.parametrize) its value in eval mode is written, under its
         plain name. The tensors that a class derived from `VisionMamba` has besides are written under their
         names, for `load` of that class.
 
+        Args:
+            labels: one name for each class.
+            dtype: of the file: "float32", or "bfloat16" or "float16" (or torch's) for the weights of linear
+                maps, which 16-bit computing rounds in any case; the rest, some per cent, is float32 beside
+                them. None: as the parameters are, 16 bits widened to float32.
+
         Raises:
             ValueError: the file could not describe the network: another head, pruned weights, adapters, ...;
                 names what and the remedy. Nothing is written then.
+            vimcore.Error: a weight is too large for float16.
         """
-        saving.save(self, path, labels)
+        saving.save(self, path, labels, dtype=dtype)
 
     @classmethod
     def load(
@@ -262,8 +274,8 @@ class VisionMamba(NetworkBase):
         """Logits of normalised images.
 
         Args:
-            images: (B, C, H, W), with `frames` (B, C, T, H, W), in the type of the parameters, on CUDA also
-                in a 16-bit type. Of `img_size`, with `dynamic_img_size` of any size.
+            images: (B, C, H, W), with `frames` (B, C, T, H, W), in the type of the parameters, or in a 16-bit
+                type beside float32. Of `img_size`, with `dynamic_img_size` of any size.
 
         Returns:
             (B, num_classes); (B, L, num_classes) with pool="all"; without a head features (B, D), with
@@ -271,6 +283,7 @@ class VisionMamba(NetworkBase):
 
         Raises:
             ValueError: shape, type or device of the images or of a parameter do not fit.
+            vimcore.Error: this CPU does not compute in bfloat16.
         """
         if self._head_is_fused():
             return self._call("logits", images)[0]

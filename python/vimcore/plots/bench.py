@@ -23,6 +23,7 @@ NETWORKS: dict[str | None, tuple[str, str]] = {
     "openvino": ("DeiT, OpenVINO", GREEN),
     "onnxruntime": ("DeiT, ONNX Runtime", "#7b4fb5"),
     "vim-torch": ("Vim, plain torch", MUTED),
+    "vimcore-float32": ("Vim, vimcore in float32", "#6aa7d8"),
 }
 Series = dict[tuple[str | None, str], dict[int, tuple[float, float]]]  # (peer, neck): side: (rate, bytes)
 

@@ -146,5 +146,6 @@ def _of_backbone(fault: str) -> str:
 def create(head: str, backbone: VisionMamba, num_classes: int, options: Mapping[str, Any]) -> Segmentation:
     """The network with this head, as files call it: "fcn", "linear", "uper" or "segmenter"."""
     kind: Any = _KINDS[NAMES[head]]
-    network: Segmentation = kind(backbone, num_classes, **options)
+    of_head = {"convs": 0} if head == "linear" else {}
+    network: Segmentation = kind(backbone, num_classes, **{**of_head, **options})
     return network

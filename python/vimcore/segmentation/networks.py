@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from ..nn.heads.saving import tensors_to_save
 from ..nn.heads.segmenter import MaskTransformer
 from ..nn.heads.upernet import UPerHead
 from ..nn.readout import patches_of
+from ..nn.state import stored_type
 from ..nn.structure import made
 from ..nn.vision_mamba import VisionMamba
 from ..utils.arguments import integer, sides
@@ -158,6 +160,7 @@ class Segmentation(nn.Module):
         stride: int | Sequence[int] | None = None,
         resize: Sequence[int] | None = None,
         preprocess: Mapping[str, Any] | None = None,
+        dtype: str | torch.dtype | None = None,
     ) -> None:
         """Writes weights, architecture and what prediction needs to one safetensors file, all or nothing.
 
@@ -172,6 +175,7 @@ class Segmentation(nn.Module):
             resize: (short, long) that the sides of an image are fitted into before; default: none.
             preprocess: mean, std, resize, crop, interpolation; default: ImageNet's mean and std. Networks
                 with neither 1 nor 3 channels have none.
+            dtype: of the weights in the file, see `VisionMamba.save`.
 
         Raises:
             ValueError: the file could not describe the network, or one of these does not fit.
@@ -186,7 +190,7 @@ class Segmentation(nn.Module):
             preprocess = steps.to_dict() if steps else None
         metadata = {**pack(config, None, preprocess), **pack_task(task)}
         arrays = tensors_to_save(self, self.backbone, self._made, self.shapes(), name, self._published)
-        _core.write_safetensors(path, arrays, metadata)
+        _core.write_safetensors(path, arrays, metadata, stored_type(dtype))
 
     @staticmethod
     def _published(name: str) -> str:

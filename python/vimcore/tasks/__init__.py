@@ -21,6 +21,7 @@ TASKS = {
     "segment": ("segmentation", "Segmentation"),
     "detect": ("detection", "Detection"),
     "pretrain": ("pretraining", "Pretraining"),
+    "clip": ("clip", "Clip"),
 }
 NAMES = tuple(TASKS)
 _OLDER = {"classification": "classify"}  # as runs of version 0.2 have it

@@ -115,7 +115,7 @@ class Settings:
         "optimizer", False, "let a young average forget faster; on where ema is given without it"
     )
     precision: str = key(
-        "optimizer", "float32", "of activations; 16 bits on CUDA", ("float32", "bfloat16", "float16")
+        "optimizer", "float32", "of activations; float16 on CUDA only", ("float32", "bfloat16", "float16")
     )
 
     epochs: int = key("schedule", 300, "passes over the training images")
@@ -143,6 +143,9 @@ class Settings:
         None,
         "the same in updates, instead of warmup_epochs; at most a tenth of a run whose length is in epochs",
         later=True,
+    )
+    warmup_share: float | None = key(
+        "schedule", None, "the same as a share of the run, instead of both", later=True
     )
     warmup_lr: float = key("schedule", 1e-6, "where warm-up starts, never scaled")
     warmup_factor: float = key(
@@ -224,6 +227,13 @@ class Settings:
                 raise ValueError(
                     f"schedule_steps: {what} by updates, got {self.schedule_steps}; "
                     "add --schedule-steps update"
+                )
+        if self.warmup_share is not None:
+            if not 0 <= self.warmup_share < 1:
+                raise ValueError(f"warmup_share: expected 0 or more and less than 1, got {self.warmup_share}")
+            if self.warmup_updates is not None:
+                raise ValueError(
+                    "warmup_share, warmup_updates: both give the length of warm-up; name one of them"
                 )
         if not 0 < self.warmup_factor <= 1:
             raise ValueError(f"warmup_factor: expected more than 0 and at most 1, got {self.warmup_factor}")

@@ -150,6 +150,9 @@ class Task(ABC):
                 called once, as a module.
         """
 
+    def constrain(self, model: nn.Module) -> None:  # noqa: B027  most tasks have nothing to keep
+        """Brings weights that have a range back into it, after each update; of the bare model."""
+
     @abstractmethod
     def evaluate(
         self, model: nn.Module, batches: Iterable[Any], device: torch.device, precision: torch.dtype

@@ -24,11 +24,12 @@ from ..data.digits import MEAN, SIDE, STD, encode_png, jiggle, load_digits, pict
 from ..io import save_model
 from ..nn.vision_mamba import VisionMamba
 from ..plots.demo import plot_curve, plot_maps, plot_predictions
+from ..results import Prediction
 from ..runtime import Runtime
 from ..train.in_memory import evaluate, fit
 from ..train.presets import DIGITS
 from ..utils.files import write_text
-from .predict import Prediction, predict
+from .predict import predict
 
 LABELS = [str(digit) for digit in range(10)]
 PREPROCESS: dict[str, Any] = {

@@ -20,11 +20,11 @@ from ..data.picture_files import find_images, read_file, reason
 from ..data.pictures import decode
 from ..data.transforms import Input
 from ..detection import CascadeMaskRCNN
+from ..results import json_text
 from ..tasks.detection.answers import shown_of, sure
 from ..tasks.detection.evaluation import Row, rows_of
 from ..utils.files import atomic, write_text
 from ..weights.task import DetectTask
-from .predict import json_text
 from .result_folder import ResultFolder
 
 RESULTS = "results.json"

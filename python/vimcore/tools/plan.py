@@ -17,10 +17,11 @@ from typing import Any
 from .. import _core
 from .._core import Config
 from ..config import WIDTHS
+from ..utils.precision import check_precision
 from ..weights.metadata import unpack
 
 MODES = {"inference": "", "training, least": "least", "training, lean": "lean", "training, fast": "fast"}
-DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16", "float16")}
+USUAL = {"cpu": "float32", "cuda": "bfloat16"}  # type of activations where none is named
 BATCHES = (1, 8, 32, 128)
 MOST = 1 << 20  # the search for the largest batch ends here
 
@@ -39,16 +40,18 @@ def needed(
         config: constructor arguments of `VisionMamba`.
         mode: a key of `MODES`.
         device: "cpu" or "cuda", which need not be there.
-        dtype: of activations: "float32", on cuda also "bfloat16" or "float16".
+        dtype: of activations: "float32", "bfloat16", on cuda also "float16".
         threads: on the cpu.
+
+    Raises:
+        ValueError, vimcore.Error: activations are not of this type there.
     """
-    if dtype not in DTYPES[device]:
-        raise ValueError(f"dtype: expected {' or '.join(DTYPES[device])} on {device}, got {dtype!r}")
+    check_precision("dtype", dtype, device)
     architecture = Config(**config)
     parts = _core.plan_bytes(architecture, batch, MODES[mode], dtype, threads, device == "cuda")
     weights, half = parts["weights"], dtype != "float32"
-    # the CPU packs every weight; CUDA casts to 16 bits, and in float32 puts pairs side by side
-    parts["packed"] = weights if device == "cpu" else weights // 2 if half else weights // 8
+    # the CPU packs every weight; 16 bits are cast; CUDA puts pairs of float32 side by side
+    parts["packed"] = weights // 2 if half else weights if device == "cpu" else weights // 8
     pixels = batch * architecture.in_chans * (architecture.frames or 1) * math.prod(architecture.img_size)
     parts["images"] = pixels * (6 if half else 4)  # float32, and cast
     if MODES[mode]:
@@ -93,8 +96,8 @@ def report(
     *,
     size: tuple[int, int] | None = None,
     batches: Sequence[int] = BATCHES,
-    devices: Sequence[str] = ("cpu", "cuda"),
-    dtype: str = "bfloat16",
+    devices: Sequence[str] | None = None,
+    dtype: str | None = None,
     threads: int | None = None,
     memory: int | None = None,
 ) -> dict[str, Any]:
@@ -104,10 +107,16 @@ def report(
         model: a key of `config.WIDTHS`.
         weights: a vimcore file, whose architecture is taken instead.
         size: (height, width) in pixels; default: 224 x 224, or the file's.
-        dtype: of activations on cuda.
+        devices: some of "cpu" and "cuda"; default: both, as far as they compute in `dtype`.
+        dtype: of activations; default: those of `USUAL`.
         threads: on the cpu; default: all cores.
         memory: bytes to fit into; default on the cpu: this machine's.
+
+    Raises:
+        ValueError, vimcore.Error: activations are not of this type on one of the devices.
     """
+    if devices is None:
+        devices = [device for device in USUAL if dtype is None or _computes(dtype, device)]
     if weights:
         config = unpack(_core.safetensors_header(weights)[1], weights).config.to_dict()
     else:
@@ -119,7 +128,7 @@ def report(
     threads = threads or len(os.sched_getaffinity(0))
     rows, largest = [], []
     for device in dict.fromkeys(devices):
-        of_device = dtype if device == "cuda" else "float32"
+        of_device = dtype or USUAL[device]
         limit = memory or (_core.machine_bytes() if device == "cpu" else None)
         for mode in MODES:
             case = {"device": device, "dtype": of_device, "mode": mode}
@@ -132,6 +141,14 @@ def report(
                 batch = largest_batch(limit, config, mode, device, of_device, threads)
                 largest.append({**case, "memory": limit, "batch": batch})
     return {"config": config, "tokens": tokens, "threads": threads, "rows": rows, "largest": largest}
+
+
+def _computes(dtype: str, device: str) -> bool:
+    try:
+        check_precision("dtype", dtype, device)
+    except (ValueError, _core.Error):
+        return False
+    return True
 
 
 def table(found: dict[str, Any]) -> Sequence[Sequence[str]]:

@@ -18,12 +18,12 @@ from ..data.masks import mask_png, overlay_jpeg
 from ..data.picture_files import find_images, read_file, reason
 from ..data.pictures import decode
 from ..data.transforms import Input
+from ..results import json_text
 from ..segmentation import Segmentation
 from ..tasks.segmentation.evaluation import Sight, evaluating
 from ..tasks.segmentation.windows import classes_of, logits_by_windows, starts
 from ..utils.files import atomic
 from ..weights.task import SegmentTask
-from .predict import json_text
 from .result_folder import ResultFolder
 
 MOST_WINDOWS = 65536  # for one picture, as vim-infer

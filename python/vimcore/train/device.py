@@ -8,24 +8,28 @@ import resource
 import torch
 
 from .. import cuda_is_available
+from ..utils.precision import check_precision
 
 
-def choose_device(name: str, precision: str = "float32", local_rank: int = 0) -> torch.device:
+def choose_device(
+    name: str, precision: str = "float32", local_rank: int = 0, what: str = "precision"
+) -> torch.device:
     """Where to compute.
 
     Args:
         name: "auto", "cpu", "cuda" (that of this process) or "cuda:N".
+        what: names the precision in messages.
 
     Raises:
-        ValueError: there is no such device, or 16 bits are wanted of a CPU.
+        ValueError: there is no such device, or it does not compute in this type.
+        vimcore.Error: this CPU has no unit for bfloat16.
     """
     found = cuda_is_available() and torch.cuda.is_available()
     kind, _, number = name.partition(":")
     if name not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if name == "cpu" or (name == "auto" and not found):
-        if precision != "float32":
-            raise ValueError(f"precision: {precision} needs a CUDA device; the CPU computes in float32")
+        check_precision(what, precision, "cpu")
         return torch.device("cpu")
     if not found:
         reason = "torch finds no GPU" if cuda_is_available() else "this build of vimcore finds no GPU"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..tasks.classification.evaluation import cross_entropy, logits_of
+from ..utils.precision import check_precision
 from .ema import Ema
 from .loop import Loop, NonFiniteError
 from .optimizer import parameter_groups
@@ -44,14 +45,19 @@ class Evaluation:
     logits: torch.Tensor
 
 
-def evaluate(model: nn.Module, data: Data, batch_size: int = 128) -> Evaluation:
-    """Loss and accuracy of ``model`` in eval mode on ``data``; its mode is restored afterwards."""
+def evaluate(model: nn.Module, data: Data, batch_size: int = 128, precision: str = "float32") -> Evaluation:
+    """Loss and accuracy of ``model`` in eval mode on ``data``; its mode is restored afterwards.
+
+    Args:
+        precision: type of activations, "float32", "bfloat16" or, on CUDA, "float16".
+    """
     images, labels = data
     if len(images) == 0 or len(images) != len(labels):
         raise ValueError(
             f"[evaluate] data: expected as many labels as images, got {len(images)} and {len(labels)}"
         )
-    logits = torch.cat(list(logits_of(model, images.split(batch_size))))
+    check_precision("[evaluate] precision", precision, images.device.type)
+    logits = torch.cat(list(logits_of(model, images.split(batch_size), getattr(torch, precision))))
     loss = F.cross_entropy(logits.double(), labels).item()
     return Evaluation(loss, (logits.argmax(1) == labels).double().mean().item(), logits)
 
@@ -73,6 +79,7 @@ def fit(
     augment: Augment | None = None,
     decay: str = "authors",
     progress: bool = True,
+    precision: str = "float32",
 ) -> History:
     """Trains ``model`` in place and leaves it in eval mode.
 
@@ -89,10 +96,13 @@ def fit(
         augment: changes a batch of images, drawing only from the generator it is given.
         decay: "authors" or "mamba", see :func:`parameter_groups`.
         progress: a bar with loss and accuracy on stderr.
+        precision: type of activations, "float32", "bfloat16" or, on CUDA, "float16"; weights, their gradients
+            and the optimizer stay in float32.
 
     Raises:
         ValueError: an option or shape is out of range.
         FloatingPointError: the loss stopped being finite; names epoch and step.
+        vimcore.Error: this CPU has no unit for bfloat16.
     """
     images, labels = train
     if epochs < 1 or batch_size < 1:
@@ -112,6 +122,7 @@ def fit(
             f"[fit] warmup: {warmup:g} epochs do not fit into {epochs}: the learning rate rises to the end",
             stacklevel=2,
         )
+    check_precision("[fit] precision", precision, images.device.type)
     optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay, decay), lr=lr)
     steps_per_epoch = math.ceil(len(images) / batch_size)
     steps = epochs * steps_per_epoch
@@ -128,7 +139,7 @@ def fit(
     def rate(step: int) -> float:
         return cosine_lr(step, steps, warmup_steps, lr, min_lr)
 
-    loop = Loop(model, optimizer, rate, loss, ema=average)
+    loop = Loop(model, optimizer, rate, loss, ema=average, precision=getattr(torch, precision))
     history = History()
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), _progress_bar(steps, progress) as bar:
@@ -157,7 +168,7 @@ def fit(
             history.accuracy.append(right / len(images))
             history.lr.append(update.lr)
             if valid is not None:
-                result = evaluate(model if average is None else average.model, valid)
+                result = evaluate(model if average is None else average.model, valid, precision=precision)
                 history.valid_loss.append(result.loss)
                 history.valid_accuracy.append(result.accuracy)
             bar.update(

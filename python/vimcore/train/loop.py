@@ -56,8 +56,9 @@ class Loop:
         model: maybe wrapped in DistributedDataParallel.
         lr: learning rate of update 0, 1, ...; a parameter group may scale it by its `lr_scale`.
         loss: of model and batch.
+        constrain: keeps weights in their range after an update.
         clip: largest norm of the gradient.
-        precision: type of activations under autocast on CUDA; float16 brings a gradient scaler.
+        precision: type of activations under autocast; float16, on CUDA, brings a gradient scaler.
     """
 
     def __init__(
@@ -70,10 +71,11 @@ class Loop:
         ema: Ema | None = None,
         clip: float | None = None,
         precision: torch.dtype = torch.float32,
+        constrain: Callable[[], None] | None = None,
     ) -> None:
         self.model, self.optimizer, self.lr, self.loss, self.ema = model, optimizer, lr, loss, ema
         self.clip = math.inf if clip is None else clip
-        self.precision = precision
+        self.precision, self.constrain = precision, constrain
         self.scaler = torch.amp.GradScaler("cuda", enabled=precision == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
@@ -106,6 +108,8 @@ class Loop:
             raise NonFiniteError("gradient's norm", norm, self.step, lr, batches[-1])
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.constrain is not None:
+            self.constrain()
         if self.ema is not None:
             self.ema.update(self.step)
         self.step += 1

@@ -9,11 +9,12 @@ batch_size is that of one process, of the authors' eight: fewer scale the learni
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..data.digits import MEAN, SIDE, STD
 from ..tasks.settings import Settings
+from .presets_clip import CLIP
 from .presets_detect import DETECT
 from .presets_mambar import MAMBAR
 from .presets_pretrain import PRETRAIN
@@ -85,6 +86,28 @@ DIGITS: dict[str, Any] = {
     "threads": 1,
 }
 
+# From learnt weights to few images: hundreds of them, some dozen epochs. The first blocks, which fit already,
+# learn the least; no image is mixed with another; the average's window is a ninth of the run.
+FINETUNE: dict[str, Any] = {
+    "crop_scale": (0.3, 1.0),
+    "random_erase": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "repeats": 1,
+    "batch_size": 32,
+    "lr": 5e-4,
+    "scale_lr": False,
+    "weight_decay": 0.05,
+    "layer_decay": 0.75,
+    "ema": 0.9998,
+    "ema_ramp": True,
+    "epochs": 50,
+    "schedule_steps": "update",
+    "warmup_share": 0.1,
+    "warmup_lr": 0.0,
+    "min_lr": 0.0,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny-released": {"model": "vim_tiny_patch16_224"},
     "tiny-paper": {**_PAPER, "model": "vim_tiny_patch16_224"},
@@ -96,22 +119,38 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small-long-released": {**_LONG_RELEASED, "model": "vim_small_patch16_stride8_224"},
     "small-long-paper": {**_LONG_PAPER, "model": "vim_small_patch16_stride8_224"},
     "base-long-paper": {**_LONG_PAPER, "model": "vim_base_patch16_stride8_224"},
+    "finetune": FINETUNE,
     "digits": DIGITS,
     **MAMBAR,
     **SEGMENT,
     **DETECT,
     **PRETRAIN,
+    **CLIP,
 }
 
 # They go on from weights of another run.
-FINE_TUNING = {*(name for name in PRESETS if "-long-" in name), "mambar-base-224", "mambar-base-finetune"}
+FINE_TUNING = {
+    *(name for name in PRESETS if "-long-" in name),
+    "mambar-base-224",
+    "mambar-base-finetune",
+    "finetune",
+}
 
-# Where no preset is named, by task.
+# What else gives the same length, of the run and of its warm-up.
+SAME = {
+    "epochs": ("updates",),
+    "warmup_epochs": ("warmup_share", "warmup_updates"),
+    "warmup_updates": ("warmup_share",),
+    "warmup_share": ("warmup_updates",),
+}
+
+# Where no preset is named, by task; a classifier that starts from weights has "finetune".
 DEFAULTS = {
     "classify": "tiny-released",
     "segment": "seg-tiny-released",
     "detect": "det-tiny-released",
     "pretrain": "mim-base",
+    "clip": "clip-tiny",
 }
 
 
@@ -120,11 +159,26 @@ def task_of(preset: str) -> str:
     return str(PRESETS[preset].get("task", "classify"))
 
 
+def default_preset(task: str, init: str | None) -> str:
+    """The preset where none is named.
+
+    Args:
+        init: the weights to start from, if there are any.
+    """
+    return "finetune" if task == "classify" and init is not None else DEFAULTS[task]
+
+
+def overruled(typed: Iterable[str]) -> set[str]:
+    """Settings that say the same in other units as one that was typed, and were not typed themselves."""
+    names = set(typed)
+    return {other for name in names for other in SAME.get(name, ())} - names
+
+
 def recipe(kind: type[S], name: str, typed: Mapping[str, Any]) -> tuple[S, list[str]]:
     """The settings of a preset with those that were typed, and what else was changed, in words.
 
     A run that is shorter than the recipe gets at most a tenth of itself as warm-up, unless that was typed;
-    epochs that were typed take the place of the recipe's updates;
+    epochs that were typed take the place of the recipe's updates, and so with other units of warm-up;
     averaged weights whose decay was typed forget faster while they are young, unless something is said of it.
 
     Args:
@@ -134,11 +188,11 @@ def recipe(kind: type[S], name: str, typed: Mapping[str, Any]) -> tuple[S, list[
         ValueError: a setting does not exist or is out of range.
     """
     own = kind().merged(PRESETS[name])
-    settings = own.merged(typed)
-    if "epochs" in typed and "updates" not in typed:
-        settings = settings.merged({"updates": None})
+    settings = own.merged({**dict.fromkeys(overruled(typed)), **typed})
     if "ema" in typed and "ema_ramp" not in {*typed, *PRESETS[name]}:
         settings = settings.merged({"ema_ramp": True})
+    if settings.warmup_share is not None:
+        return settings, []
     if settings.updates is not None:
         return _bounded_updates(settings, own, "warmup_updates" in typed)
     if "warmup_epochs" in typed or settings.epochs >= own.epochs:

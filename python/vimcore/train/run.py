@@ -89,7 +89,7 @@ class Run:
             self._epoch()
             state.epoch, state.done = state.epoch + 1, 0
             self.log.errors(distributed.union(self.errors))
-            if state.epoch % self.settings.eval_every == 0 or state.epoch == self.settings.epochs:
+            if self._is_validated(state.epoch):
                 self._validate()
             self._save()
             self._stop_if(self._stop_signal())
@@ -139,7 +139,8 @@ class Run:
                 )
                 clock, images = time.perf_counter(), 0
             stop = self._stop_signal()
-            if stop or last or step % settings.checkpoint_every == 0:  # validation may take long
+            validates = last and self._is_validated(state.epoch + 1)  # which may take long
+            if stop or validates or step % settings.checkpoint_every == 0:
                 self._save()
             self._stop_if(stop)
 
@@ -159,6 +160,10 @@ class Run:
     def _stop_if(self, number: int) -> None:
         if number and self.state.epoch < self.settings.epochs:
             raise Stopped(number, self.folder, f"after update {self.loop.step}")
+
+    def _is_validated(self, epoch: int) -> bool:
+        """Whether so many epochs are followed by a validation."""
+        return epoch % self.settings.eval_every == 0 or epoch == self.settings.epochs
 
     def _validate(self) -> None:
         found = {"raw": self._evaluate(self.state.model)}

@@ -64,6 +64,9 @@ class Schedule:
             self.warmup = settings.warmup_updates
             if settings.updates is None:
                 self.warmup = min(self.warmup, updates // 10)
+        if settings.warmup_share is not None:
+            length = updates if self.when == "update" else settings.epochs
+            self.warmup = round(settings.warmup_share * length)
         self.warmup_lr, self.min_lr, self.factor = settings.warmup_lr, settings.min_lr, settings.warmup_factor
         self.power = settings.poly_power
         self.milestones = [round(share * updates) for share in settings.milestones]
@@ -130,6 +133,8 @@ def described(settings: Settings, images: int, peak: float) -> str:
 
 
 def _warmup_flag(settings: Settings) -> str:
+    if settings.warmup_share is not None:
+        return f"--warmup-share, {settings.warmup_share:g} of the run"
     if settings.warmup_updates is not None:
         return f"--warmup-updates, {settings.warmup_updates}"
     return f"--warmup-epochs, {settings.warmup_epochs:g} of {settings.epochs} epochs"

@@ -131,6 +131,7 @@ class Setup:
             ema=ema,
             clip=settings.clip_grad,
             precision=getattr(torch, settings.precision),
+            constrain=lambda: task.constrain(model),
         )
         identity = {"images": data.fingerprint, "per_update": self.per_update}
         self.state = State(model, optimizer, loop, ema, per_epoch, self.updates, identity)
@@ -145,6 +146,12 @@ class Setup:
         """A new loader of the validation data."""
         size = self.data.valid_batch_size or self.settings.batch_size
         return evaluation_loader(self.data.valid, size, self.data.collate, self.settings.workers, pin)
+
+    def _warmup(self) -> dict[str, Any]:
+        """Its length in the unit that counts."""
+        names = ("warmup_share", "warmup_updates", "warmup_epochs")
+        name = next(name for name in names if getattr(self.settings, name) is not None)
+        return {name: getattr(self.settings, name)}
 
     def _log_setup(self, of_weights: list[str], notes: list[str], in_folder: list[str]) -> None:
         s, step = self.settings, self.state.loop.step
@@ -169,7 +176,7 @@ class Setup:
             lr_batch=s.lr_batch,
             images_per_update=self.per_update,
             peak_lr=self.schedule.peak,
-            warmup_epochs=s.warmup_epochs,
+            **self._warmup(),
             epochs=s.epochs,
             updates=self.updates,
             notes=notes,

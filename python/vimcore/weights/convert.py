@@ -254,6 +254,7 @@ def convert(
     settings: Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
     preprocess: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Writes the authors' weights as a vimcore file.
 
@@ -263,6 +264,8 @@ def convert(
         settings: constructor arguments that override what was inferred or assumed.
         labels: one for each class.
         preprocess: default: ImageNet evaluation at the image size.
+        dtype: of the weights in the file: "float32", "bfloat16" or "float16", see `VisionMamba.save`; None:
+            as in the source, 16 bits widened to float32.
 
     Returns:
         (configuration in full, what was unwrapped and assumptions that were made and not overridden).
@@ -272,7 +275,7 @@ def convert(
             instead of weights; nothing is written then.
     """
     found = read(source, weights)
-    return convert_tensors(found, source, destination, settings, labels, preprocess)
+    return convert_tensors(found, source, destination, settings, labels, preprocess, dtype)
 
 
 def convert_tensors(
@@ -282,6 +285,7 @@ def convert_tensors(
     settings: Mapping[str, Any] | None,
     labels: Sequence[str] | None,
     preprocess: Mapping[str, Any] | None,
+    dtype: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """As `convert`, of what `read` found in the source."""
     settings = dict(settings or {})
@@ -313,7 +317,7 @@ def convert_tensors(
         preprocess = steps.to_dict()
         assumptions.append(f"preprocess={json.dumps(preprocess)}")
     ordered = {name: as_float(tensors[name], name) for name in config.param_shapes()}
-    _core.write_safetensors(os.fspath(destination), ordered, pack(config, names, preprocess))
+    _core.write_safetensors(os.fspath(destination), ordered, pack(config, names, preprocess), dtype)
     return config.to_dict(), assumptions
 
 

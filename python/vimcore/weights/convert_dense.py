@@ -13,7 +13,7 @@ from .._core import Config, Preprocess
 from ..utils.files import listed
 from .convert import as_float, convert_tensors, infer_config, overridden, read
 from .dense import check_backbone, checked_options, head_shapes
-from .metadata import check_labels, pack
+from .metadata import check_labels, pack, unpack
 from .task import TASK_KEY, SegmentTask, default_palette, named_classes, pack_task
 from .wrappers import ROPE_TABLES
 
@@ -30,6 +30,7 @@ def convert(
     settings: Mapping[str, Any] | None = None,
     labels: Sequence[str] | None = None,
     preprocess: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """As `vimcore.weights.convert.convert`, of a classifier or of a network for segmentation.
 
@@ -37,13 +38,17 @@ def convert(
     classes that the checkpoint names.
     """
     found = read(source, weights)
+    if TASK_KEY in found.metadata and dtype is not None and not settings and labels is None:
+        arrays, metadata = _core.read_safetensors(source)  # only the type of its weights is to be another
+        _core.write_safetensors(destination, arrays, metadata, dtype)
+        return unpack(metadata, source).config.to_dict(), []
     if TASK_KEY in found.metadata:
         raise ValueError(f"{source}: is a vimcore file of a network with heads, which needs no conversion")
     if not any(name.startswith(_HEAD) or f".{_HEAD}" in name for name in found.arrays):
-        return convert_tensors(found, source, destination, settings, labels, preprocess)
+        return convert_tensors(found, source, destination, settings, labels, preprocess, dtype)
     arrays, _, notes, meta = read(source, weights, keep=_PREFIX)
     of = _described(arrays, meta, source, settings or {}, labels, preprocess)
-    _core.write_safetensors(destination, of.arrays, of.metadata)
+    _core.write_safetensors(destination, of.arrays, of.metadata, dtype)
     return of.config, notes + of.assumptions
 
 

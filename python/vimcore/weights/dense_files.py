@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from .. import _core
 from .._core import Config, Preprocess
 from ..utils.files import listed
 from .dense import Shapes, check_backbone, check_classes, check_window, checked_options, head_shapes
-from .metadata import CONFIG_KEY, unpack
-from .task import DetectTask, Path, SegmentTask, unpack_task
+from .metadata import CONFIG_KEY, Contents, unpack
+from .task import AnyTask, Path, SegmentTask, holds, unpack_task
 
 Tensors = list[tuple[str, str, tuple[int, ...]]]  # name, type, shape
+T = TypeVar("T", bound=AnyTask)
 _COUNTER = "num_batches_tracked"
 
 
@@ -32,19 +33,36 @@ def segment_file(path: Path) -> SegmentFile:
         vimcore.Error: it is missing or damaged.
         ValueError: it is no such file, or does not fit together.
     """
-    name = os.fsdecode(path)
-    tensors, metadata = _core.safetensors_header(path)
-    task = unpack_task(metadata, name)
-    if task is None and CONFIG_KEY in metadata:
-        raise ValueError(f"{name}: holds a classifier or backbone; vimcore.VisionMamba.load reads it")
-    if isinstance(task, DetectTask):
-        raise ValueError(f"{name}: holds a detector; vimcore.detection.load reads it")
-    config, _, preprocess = unpack(metadata, name)
-    assert task is not None
+    tensors, (config, _, preprocess), task = opened(path, SegmentTask)
     try:
         return SegmentFile(config, _fitting(config, preprocess, task, tensors), preprocess)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{os.fsdecode(path)}: {error}") from None
+
+
+def opened(path: Path, kind: type[T]) -> tuple[Tensors, Contents, T]:
+    """Tensors, and what the metadata of a file of this task say, not compared with each other yet.
+
+    Raises:
+        vimcore.Error: it is missing or damaged.
+        ValueError: it is of another task, or no vimcore file.
+    """
+    name = os.fsdecode(path)
+    tensors, metadata = _core.safetensors_header(path)
+    task = unpack_task(metadata, name)
+    if not isinstance(task, kind) and (task is not None or CONFIG_KEY in metadata):
+        raise ValueError(f"{name}: holds {holds(task)}")
+    contents = unpack(metadata, name)
+    assert isinstance(task, kind)
+    return tensors, contents, task
+
+
+def check_channels(config: Config, preprocess: Preprocess | None) -> None:
+    """ValueError: pictures have another number of channels than the network takes."""
+    if preprocess is not None and len(preprocess.mean) != config.in_chans:
+        raise ValueError(
+            f"vimcore.preprocess: the network takes {config.in_chans} channels, got {len(preprocess.mean)}"
+        )
 
 
 def _fitting(
@@ -54,10 +72,7 @@ def _fitting(
     check_backbone(task.head, config)
     classes = check_classes("segmentation", len(task.classes))
     check_window("segmentation", task.window, config)
-    if preprocess is not None and len(preprocess.mean) != config.in_chans:
-        raise ValueError(
-            f"vimcore.preprocess: the network takes {config.in_chans} channels, got {len(preprocess.mean)}"
-        )
+    check_channels(config, preprocess)
     options = checked_options(task.head, task.options, config)
     backbone: Shapes = {f"backbone.{name}": shape for name, shape in config.param_shapes().items()}
     wanted = {**backbone, **head_shapes(task.head, options, classes, config)}

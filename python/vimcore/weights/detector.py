@@ -11,14 +11,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .. import _core
 from .._core import Config, Preprocess
 from ..utils.arguments import boolean, integer, native
 from ..utils.files import listed
 from .dense import Shapes, refuse_clips
-from .dense_files import tensor_faults
-from .metadata import CONFIG_KEY, unpack
-from .task import DetectTask, Path, SegmentTask, unpack_task
+from .dense_files import check_channels, opened, tensor_faults
+from .task import DetectTask, Path
 
 NAME = "CascadeMaskRCNN"
 STAGES = 3
@@ -280,29 +278,17 @@ def detect_file(path: Path) -> DetectFile:
         vimcore.Error: it is missing or damaged.
         ValueError: it is no such file, or does not fit together.
     """
-    name = os.fsdecode(path)
-    tensors, metadata = _core.safetensors_header(path)
-    task = unpack_task(metadata, name)
-    if task is None and CONFIG_KEY in metadata:
-        raise ValueError(f"{name}: holds a classifier or backbone; vimcore.VisionMamba.load reads it")
-    if isinstance(task, SegmentTask):
-        raise ValueError(f"{name}: holds a network for segmentation; vimcore.segmentation.load reads it")
-    config, labels, preprocess = unpack(metadata, name)
-    assert task is not None
+    tensors, (config, labels, preprocess), task = opened(path, DetectTask)
     try:
         if labels is not None:
             raise ValueError("has vimcore.labels, which are a classifier's; classes are in vimcore.task")
         check_backbone(config)
-        if preprocess is not None and len(preprocess.mean) != config.in_chans:
-            raise ValueError(
-                f"vimcore.preprocess: the network takes {config.in_chans} channels, "
-                f"got {len(preprocess.mean)}"
-            )
+        check_channels(config, preprocess)
         options = checked_options(task.options, config)
         backbone: Shapes = {f"backbone.{key}": shape for key, shape in config.param_shapes().items()}
         wanted = {**backbone, **detector_shapes(options, len(task.classes), config)}
         if faults := tensor_faults(wanted, tensors):
             raise ValueError("the tensors do not fit the metadata:\n  " + listed(faults, "\n  "))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{os.fsdecode(path)}: {error}") from None
     return DetectFile(config, DetectTask(task.head, options, task.classes, task.ids, task.resize), preprocess)

@@ -9,18 +9,20 @@ from typing import Any
 
 from .. import _core
 from .._core import Config, Preprocess
+from .clip import clip_file, clip_parameters
 from .dense import head_flops, head_shapes, parameters
 from .dense_files import segment_file
 from .detector import detect_file, detector_flops, detector_shapes
 from .metadata import unpack
-from .task import DetectTask, SegmentTask, unpack_task
+from .task import ClipTask, DetectTask, SegmentTask, unpack_task
 
 
 def describe_file(path: str) -> dict[str, Any]:
     """What a vimcore file holds; flops are multiply-adds of one image, scans included.
 
     Of a network with heads `config` is the backbone's, and there are, besides: task, head, options (of its
-    constructor), head_parameters, and what prediction needs: classes, palette, window, stride, resize, ids.
+    constructor), head_parameters, and what its use needs: classes, palette, window, stride, resize, ids,
+    embed_dim.
 
     Raises:
         ValueError, vimcore.Error: it is damaged, no vimcore file, or its tensors are not its architecture's.
@@ -31,6 +33,8 @@ def describe_file(path: str) -> dict[str, Any]:
         return _segmenter(path)
     if isinstance(task, DetectTask):
         return _detector(path)
+    if isinstance(task, ClipTask):
+        return _towers(path)
     config, labels, preprocess = unpack(_core.check_file(path)[0], path)
     learnt = sum(map(math.prod, config.param_shapes().values()))
     return _facts(path, config, labels, preprocess, learnt, config.flops())
@@ -94,4 +98,18 @@ def _detector(path: str) -> dict[str, Any]:
         "classes": list(task.classes),
         "ids": list(task.ids) if task.ids is not None else None,
         "resize": list(task.resize),
+    }
+
+
+def _towers(path: str) -> dict[str, Any]:
+    config, task, preprocess = clip_file(path)
+    image, text = clip_parameters(config, task)
+    flops = config.flops() + config.embed_dim * task.embed_dim
+    return {
+        **_facts(path, config, None, preprocess, image + text, flops),
+        "task": "clip",
+        "head": task.head,
+        "options": dict(task.options),
+        "head_parameters": text,
+        "embed_dim": task.embed_dim,
     }

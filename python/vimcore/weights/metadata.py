@@ -16,6 +16,7 @@ CONFIG_KEY = "vimcore.config"
 LABELS_KEY = "vimcore.labels"
 PREPROCESS_KEY = "vimcore.preprocess"
 TASK_KEY = "vimcore.task"
+EMBEDDING_KEY = "vimcore.embedding"  # "true": the head gives coordinates of a space, and no logits of classes
 
 
 def check_labels(labels: Sequence[str], num_classes: int) -> list[str]:
@@ -75,6 +76,6 @@ def task_of_file(path: str | os.PathLike[str]) -> str:
         name = json.loads(text)["task"]
     except (KeyError, TypeError, ValueError, RecursionError):
         name = None
-    if name not in ("segment", "detect"):
-        raise ValueError(f"{path}: {TASK_KEY}: expected a task, segment or detect, got {text!r:.60}")
+    if name not in ("segment", "detect", "clip"):
+        raise ValueError(f"{path}: {TASK_KEY}: expected a task, segment, detect or clip, got {text!r:.60}")
     return str(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the file of a dense network says besides its backbone: task, head, classes, sizes. Needs no torch.
+"""What the file of a network says besides its backbone: task, head, classes, sizes. Needs no torch.
 
 It is JSON under one key of the metadata, and hostile until it is parsed: every value is checked here, and
 values against the tensors by whoever knows the head.
@@ -16,8 +16,13 @@ from typing import Any, NoReturn, TypeVar
 from ..utils.arguments import native
 from .metadata import TASK_KEY
 
-HEADS = {"segment": ("fcn", "linear", "uper", "segmenter"), "detect": ("cascade",)}
+HEADS = {
+    "segment": ("fcn", "linear", "uper", "segmenter"),
+    "detect": ("cascade",),
+    "clip": ("clip", "siglip"),
+}
 MOST_CLASSES = 255  # of a mask of 8 bits, where 255 says "ignore"
+MOST_WIDTH = 1 << 16  # of a tower, of the space of two
 _MOST = 1 << 20  # pixels of a side, as of an image
 Path = str | os.PathLike[str]
 T = TypeVar("T")
@@ -65,9 +70,40 @@ class DetectTask:
     resize: tuple[int, int]
 
 
-def pack_task(task: SegmentTask | DetectTask) -> dict[str, str]:
+@dataclass(frozen=True)
+class ClipTask:
+    """Of an image tower and a text tower with a common space.
+
+    Attributes:
+        head: how pairs were told apart: "clip" by a softmax, "siglip" by a sigmoid, which has a bias.
+        options: of the text tower: width, layers, heads, context (the most tokens of a text).
+        embed_dim: dimensions of the common space.
+    """
+
+    head: str
+    options: Mapping[str, Any]
+    embed_dim: int
+
+
+AnyTask = SegmentTask | DetectTask | ClipTask
+_KINDS: dict[str, type[AnyTask]] = {"segment": SegmentTask, "detect": DetectTask, "clip": ClipTask}
+_HOLDS = {
+    SegmentTask: "a network for segmentation; vimcore.segmentation.load reads it",
+    DetectTask: "a detector; vimcore.detection.load reads it",
+    ClipTask: "an image tower and a text tower; vimcore.clip.load reads it",
+}
+
+
+def holds(task: AnyTask | None) -> str:
+    """What a file of this task holds, and what reads it."""
+    if task is None:
+        return "a classifier or backbone; vimcore.VisionMamba.load reads it"
+    return _HOLDS[type(task)]
+
+
+def pack_task(task: AnyTask) -> dict[str, str]:
     """The metadata; ValueError or TypeError where `unpack_task` would not take it."""
-    kind = "segment" if isinstance(task, SegmentTask) else "detect"
+    kind = next(name for name, of in _KINDS.items() if of is type(task))
     values: dict[str, Any] = {"task": kind, **asdict(task)}
     options = {key: native(f"[task] options: {key}", value) for key, value in task.options.items()}
     plain = {key: native(f"[task] {key}", value) for key, value in values.items() if key != "options"}
@@ -76,7 +112,7 @@ def pack_task(task: SegmentTask | DetectTask) -> dict[str, str]:
     return {TASK_KEY: text}
 
 
-def unpack_task(metadata: Mapping[str, str], path: Path) -> SegmentTask | DetectTask | None:
+def unpack_task(metadata: Mapping[str, str], path: Path) -> AnyTask | None:
     """What a file's metadata says of its task; None: nothing, as of a classifier.
 
     Raises:
@@ -121,7 +157,7 @@ def default_palette(classes: int) -> tuple[tuple[int, int, int], ...]:
 # ---- parsing -----------------------------------------------------------------------------------------------
 
 
-def _parsed(text: str) -> SegmentTask | DetectTask:
+def _parsed(text: str) -> AnyTask:
     try:
         values = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
     except RecursionError:
@@ -129,10 +165,9 @@ def _parsed(text: str) -> SegmentTask | DetectTask:
     if not isinstance(values, dict):
         raise ValueError(f"expected an object, got {_shown(values)}")
     task = values.pop("task", None)
-    if task not in ("segment", "detect"):
-        raise ValueError(f"task: expected 'segment' or 'detect', got {_shown(task)}")
-    kind: type[SegmentTask | DetectTask] = SegmentTask if task == "segment" else DetectTask
-    known = [field.name for field in fields(kind)]
+    if not isinstance(task, str) or task not in _KINDS:
+        raise ValueError(f"task: expected 'segment', 'detect' or 'clip', got {_shown(task)}")
+    known = [field.name for field in fields(_KINDS[task])]
     if missing := [name for name in known if name not in values]:
         raise ValueError(f"{missing[0]}: missing")
     if unknown := [name for name in values if name not in known]:
@@ -140,6 +175,9 @@ def _parsed(text: str) -> SegmentTask | DetectTask:
     head = values["head"]
     if head not in HEADS[task]:
         raise ValueError(f"head: expected one of {', '.join(HEADS[task])}, got {_shown(head)}")
+    if task == "clip":
+        dim = _integer("embed_dim", values["embed_dim"], 1, MOST_WIDTH)
+        return ClipTask(head, _options(values["options"]), dim)
     classes = _classes(values["classes"])
     if task == "detect":
         return DetectTask(

@@ -33,7 +33,7 @@ extern dim3 blockDim, gridDim;
 // ---- errors --------------------------------------------------------------------------------------------------------
 // clang-format off
 #define VIMCORE_SHIM_ERRORS(X)                                                                                          \
-    X(cudaSuccess, 0) X(cudaErrorInvalidValue, 1) X(cudaErrorMemoryAllocation, 2)                                      \
+    X(cudaSuccess, 0) X(cudaErrorInvalidValue, 1) X(cudaErrorMemoryAllocation, 2) X(cudaErrorInitializationError, 3)   \
     X(cudaErrorInvalidConfiguration, 9) X(cudaErrorInsufficientDriver, 35) X(cudaErrorNoDevice, 100)                   \
     X(cudaErrorInvalidDevice, 101) X(cudaErrorNoKernelImageForDevice, 209) X(cudaErrorECCUncorrectable, 214)           \
     X(cudaErrorInvalidResourceHandle, 400) X(cudaErrorIllegalAddress, 700) X(cudaErrorLaunchTimeout, 702)              \

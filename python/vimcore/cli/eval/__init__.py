@@ -10,6 +10,7 @@ from ... import tasks
 from ...tasks.settings import MOST_PROCESSES
 from ...train.folder import weights_of
 from ...utils.extras import required
+from ...utils.precision import FLOATS
 from ...weights.metadata import task_of_file
 
 
@@ -49,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, help="CPU threads; do not change the result")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=FLOATS,
+        default="float32",
+        help="type of activations: float32, bfloat16, on cuda float16 (default: %(default)s)",
+    )
     parser.add_argument(
         "--out", metavar="FILE", help="write labels, predictions, probabilities and file names (.npz)"
     )

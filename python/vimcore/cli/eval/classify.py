@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("whole", "reduce_zero_label"):
         if getattr(args, name):
             raise ValueError(f"{name}: goes with segmentation, {args.weights[0]} classifies images")
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.dtype, what="dtype")
     results = []
     for path in args.weights:
         files, config = weights_of(path)
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
                 batch_size=args.batch_size,
                 workers=args.workers,
                 device=device,
+                dtype=args.dtype,
             )
             results.append(found)
             if args.json:

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"out: expected a name that ends with .npz, which is what is written, got {args.out}"
         )
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.dtype, what="dtype")
     results = []
     for path in args.weights:
         files, config = weights_of(path)
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
                 batch_size=args.batch_size,
                 workers=args.workers,
                 device=device,
+                dtype=args.dtype,
             )
             results.append(found)
             if args.json:

@@ -7,6 +7,7 @@ import argparse
 import importlib
 
 from ...utils import options
+from ...utils.precision import FLOATS
 from ...weights.metadata import task_of_file
 
 
@@ -32,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=FLOATS,
         default="float32",
-        help="type of activations on cuda (default: %(default)s)",
+        help="type of activations: float32, bfloat16, on cuda float16 (default: %(default)s)",
     )
     parser.add_argument(
         "--out", metavar="FOLDER", help="segmentation, detection: write masks and overlays into this folder"

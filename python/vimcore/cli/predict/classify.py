@@ -12,8 +12,9 @@ from .results import tell
 
 
 def run(args: argparse.Namespace) -> int:
+    from ...results import Prediction
     from ...runtime import Runtime
-    from ...tools.predict import Prediction, predict
+    from ...tools.predict import predict
 
     if args.out is not None:
         raise ValueError(

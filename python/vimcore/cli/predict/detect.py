@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.logits:
         raise ValueError("logits: of classifiers only; leave it away")
-    device = choose_device(args.device, args.dtype)
+    device = choose_device(args.device, args.dtype, what="dtype")
     if args.threads:
         torch.set_num_threads(args.threads)
     network = Detecting(load(args.weights, device), getattr(torch, args.dtype))

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.logits:
         raise ValueError("logits: there are some for every pixel; vimcore.segmentation.load gives them")
-    device = choose_device(args.device, args.dtype)
+    device = choose_device(args.device, args.dtype, what="dtype")
     if args.threads:
         torch.set_num_threads(args.threads)
     network = Segmenting(load(args.weights, device), getattr(torch, args.dtype))

@@ -82,7 +82,11 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Ten
 def logits_of(
     model: nn.Module, batches: Iterable[Tensor], precision: torch.dtype = torch.float32
 ) -> Iterator[Tensor]:
-    """Logits (B, classes) of batches of images, in eval mode; the model's mode is restored afterwards."""
+    """Logits (B, classes) of batches of images, in eval mode; the model's mode is restored afterwards.
+
+    Args:
+        precision: of autocast; float32: none. Logits are float32 or wider anyway: losses are sums of them.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -90,7 +94,7 @@ def logits_of(
             for images in batches:
                 with torch.autocast(images.device.type, precision, precision != torch.float32):
                     logits = model(images) if len(images) else images.new_zeros(0, 1)
-                yield logits
+                yield logits.float() if logits.itemsize < 4 else logits
     finally:
         model.train(was_training)
 

@@ -63,12 +63,14 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 2,
     device: torch.device | str = "cpu",
+    dtype: str = "float32",
 ) -> Evaluated:
     """The outputs of one file of weights.
 
     Args:
         img_size, stride: pixels, other than stored; the position table is resized.
         mean, std: of .npy images where no run beside the weights tells them.
+        dtype: of activations.
 
     Raises:
         ValueError: classes, channels or sizes do not fit.
@@ -85,7 +87,8 @@ def evaluate(
     of = _input(model._config, stored, images, settings, mean, std)
     valid = Validation(images, eval_transform(of, images), shape_of(of, images.frames))
     batches = evaluation_loader(valid, batch_size, collate, workers)
-    return Evaluated(str(path), outputs(model, batches, torch.device(device)), images)
+    found = outputs(model, batches, torch.device(device), getattr(torch, dtype))
+    return Evaluated(str(path), found, images)
 
 
 def _input(

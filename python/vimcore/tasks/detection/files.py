@@ -41,6 +41,7 @@ def evaluate(
     batch_size: int = 8,
     workers: int = 2,
     device: torch.device | str = "cpu",
+    dtype: str = "float32",
 ) -> Evaluated:
     """The figures of one file.
 
@@ -48,6 +49,7 @@ def evaluate(
         data: as for training; None: the validation part of the run that the settings are of.
         images: folder with the pictures of a COCO file.
         img_size: pixels, other than stored; the position table is resized, pictures are fitted into it.
+        dtype: of activations.
 
     Raises:
         OSError, ValueError: there is no data, or its classes are not the network's.
@@ -65,7 +67,7 @@ def evaluate(
     masks = bool(model.options["masks"])
     framing = Framing(of, resize, Jitter(None, 0.0), masks)
     batches = evaluation_loader(Validation(objects, framing), batch_size, collate, workers)
-    found = detect(model, batches, torch.device(device), torch.float32)
+    found = detect(model, batches, torch.device(device), getattr(torch, dtype))
     truth = Truth(objects, masks)
     return Evaluated(path, objects, found, answers(truth, found), {**found.errors, **truth.errors})
 

@@ -65,6 +65,7 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 2,
     device: torch.device | str = "cpu",
+    dtype: str = "float32",
 ) -> Evaluated:
     """What one file of weights says of images with masks.
 
@@ -74,6 +75,7 @@ def evaluate(
         img_size: pixels, other than stored: of the network and its windows.
         whole: no windows.
         mean, std: of .npy images where no run beside the weights tells them.
+        dtype: of activations.
 
     Raises:
         ValueError: classes, channels or sizes do not fit.
@@ -92,7 +94,7 @@ def evaluate(
     model.backbone.dynamic_img_size = whole or window != model.backbone._config.img_size
     joint = Joint(_input(model, pairs, settings, mean, std), pairs.images.arrays, JointAugment(task.resize))
     batches = evaluation_loader(Validation(pairs, joint), batch_size, collate, workers)
-    sight = Sight(None if whole else window, stride)
+    sight = Sight(None if whole else window, stride, getattr(torch, dtype))
     found = answers(model, batches, torch.device(device), sight, pairs, task.palette, WORST)
     return Evaluated(path, *found, pairs)
 

@@ -15,7 +15,7 @@ from ...utils.machine import cpu_name, version_of
 
 Call = Callable[[], Any]
 
-PEERS = ("torch", "torch-materialised", "openvino", "onnxruntime", "vim-torch")
+PEERS = ("torch", "torch-materialised", "openvino", "onnxruntime", "vim-torch", "vimcore-float32")
 USUAL_PEERS = ("torch", "openvino", "onnxruntime", "vim-torch")
 NECKS = ("none", "simple")
 
@@ -30,10 +30,11 @@ class Options:
         batch: batch sizes.
         train: forward and backward with a cross-entropy loss, instead of the forward pass alone.
         device: "cpu", "cuda" or "cuda:N".
-        dtype: of activations.
+        dtype: of activations; of peers in torch also of the weights.
         memory: what backward keeps, as for `VisionMamba`.
         threads: on the CPU, for both sides.
-        peers: some of PEERS; "torch-materialised" is the transformer with its attention matrices in memory.
+        peers: some of PEERS; "torch-materialised" is the transformer with its attention matrices in memory,
+            "vimcore-float32" our own network in float32 beside 16 bits on the CPU.
         neck: "simple": the last map and ViTDet's feature pyramid instead of a classifier's head, for both.
         peak_memory: also measure the peak memory of a call, in processes of their own.
         peers_dir: folder of their sources; None: tests/bench of a checkout.

@@ -8,7 +8,8 @@ seconds, after a pause in which the worker threads of the other side go to sleep
     (2 * multiply-adds outside the scan + 20 * state updates) / (seconds * FMA peak)
 
 with state updates = tokens * inner * state * directions * depth per image, and the peak measured between
-the pairs.
+the pairs. In bfloat16 the multiply-adds of linear maps count at the peak of the unit that multiplies it,
+which is measured too, and all else (convolution, 14 for a state update) at the FMA peak.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ from ... import _core
 from ...config import WIDTHS
 from .common import Call, Options, forward_call, table_line, training_call
 from .memory import peak_bytes
-from .networks import WITHOUT_NECK, build, neck_flops
+from .networks import OURS, WITHOUT_NECK, build, dtype_of, neck_flops, placed
 from .peers import load_module, quiet
 
-STATE_UPDATE_FLOPS = 20  # 10 slots of the FMA pipe: the exponential takes most of them
+# Slots of the pipe that multiplies, times two: the exponential takes most of them. In bfloat16 it is shorter,
+# and what it adds goes elsewhere where the processor has a pipe for additions.
+STATE_UPDATE_FLOPS = {"float32": 20, "bfloat16": 14}
+CONVOLUTION = 4  # taps
 HEADER = (
     "pixels",
     "batch",
-    "peer".rjust(11),
+    "peer".rjust(15),
     "ours ms/img",
     "peer ms/img",
     "ratio",
@@ -53,12 +57,19 @@ class Sizes:
         self.tokens = (side // 16) ** 2 + 1
         self.inner = 2 * width
         self.multiply_adds = multiply_adds  # scan included, at 4 for each state update
+        self.channels = self.tokens * self.inner * self.scans * self.depth  # that are scanned
 
 
-def floor_flops(sizes: Sizes) -> float:
+def floor_flops(sizes: Sizes, dtype: str = "float32") -> float:
     """Flops that the forward pass of one image needs at least, exponentials at their cost."""
-    updates = sizes.tokens * sizes.inner * sizes.d_state * sizes.scans * sizes.depth
-    return 2.0 * (sizes.multiply_adds - 4 * updates) + STATE_UPDATE_FLOPS * updates
+    updates = sizes.channels * sizes.d_state
+    return 2.0 * (sizes.multiply_adds - 4 * updates) + STATE_UPDATE_FLOPS[dtype] * updates
+
+
+def linear_flops(sizes: Sizes) -> float:
+    """Those of linear maps among them, time steps included."""
+    rest = sizes.channels * (4 * sizes.d_state + CONVOLUTION)
+    return 2.0 * (sizes.multiply_adds - rest)
 
 
 def sample(call: Call, seconds: float, pause: float) -> float:
@@ -74,9 +85,13 @@ def sample(call: Call, seconds: float, pause: float) -> float:
 
 
 def interleave(
-    ours: Call, peer: Call | None, peak: Callable[[], float] | None, options: Options
+    ours: Call, peer: Call | None, peak: Callable[[], tuple[float, float]] | None, options: Options
 ) -> dict[str, Any]:
-    """Pairs of samples and the peaks between them: {"ours", "peer", "peak"}, lists of equal length."""
+    """Pairs of samples and the peaks between them: {"ours", "peer", "peak"}, lists of equal length.
+
+    Args:
+        peak: of multiply-adds in float32 and in the type of the activations, GFLOP/s.
+    """
     ours()  # warm up: memory, packed weights, compiled kernels
     if peer:
         peer()
@@ -99,15 +114,20 @@ def measure(
 ) -> list[dict[str, Any]]:
     """All rows of one image size and batch: one per peer, or one without a peer."""
     width = WIDTHS[options.model]
-    model = build(options, None, side, None)
-    images = torch.randn(batch, 3, side, side)
+    model = placed(build(options, None, side, None), torch.device("cpu"), dtype_of(options, None))
+    pixels = torch.randn(batch, 3, side, side)
+    images = pixels.to(dtype_of(options, None))
     targets = torch.randint(1000, (batch,)) if options.train else None
     ours = forward_call(model, images) if targets is None else training_call(model, images, targets)
     backbone: Any = model if options.neck == "none" else model.backbone
-    floor = batch * (floor_flops(Sizes(side, width, backbone.flops())) + 2.0 * neck_flops(options, side))
+    sizes = Sizes(side, width, backbone.flops())
+    narrow = options.dtype == "bfloat16"
+    floor = batch * (floor_flops(sizes, options.dtype) + 2.0 * neck_flops(options, side))
+    linear = batch * (linear_flops(sizes) + 2.0 * neck_flops(options, side)) if narrow else 0.0
 
-    def peak() -> float:
-        return _core.fma_peak(options.threads)
+    def peak() -> tuple[float, float]:
+        own = _core.fma_peak(options.threads)
+        return own, _core.bf16_peak(options.threads) if narrow else own
 
     peers: dict[str | None, Call | None] = {}
     for name in options.peers:
@@ -115,11 +135,17 @@ def measure(
             skipped[name] = "does not train"
         elif options.neck != "none" and name in WITHOUT_NECK:
             skipped[name] = "is measured as a classifier only"
-        elif folder is not None and name not in skipped:
+        elif name == "onnxruntime" and options.dtype != "float32":
+            skipped[name] = f"has no {options.dtype} on the CPU"
+        elif name in OURS and options.dtype == "float32":
+            skipped[name] = "is measured beside 16 bits"
+        elif (folder is not None or name in OURS) and name not in skipped:
             try:
-                peers[name] = _peer_call(name, folder, side, images, targets, options)
+                peers[name] = _peer_call(name, folder, side, pixels, targets, options)
             except ImportError as error:
                 skipped[name] = f"not installed ({error})"
+            except NotImplementedError as error:
+                skipped[name] = str(error)
     rows = []
     own_peak = _peak(options, None, side, batch, folder)
     for peer_name, peer in (peers or {None: None}).items():
@@ -130,15 +156,20 @@ def measure(
             "batch": batch,
             "mode": "train" if options.train else "forward",
             "neck": options.neck,
+            "dtype": options.dtype,
             "peer": peer_name,
             "pairs": len(found["ours"]),
             "ms_per_image": 1e3 * median(found["ours"]) / batch,
-            "peak_gflops": median(found["peak"]),
+            "peak_gflops": median(own for own, _ in found["peak"]),
             "samples": found,
         }
         if not options.train:
-            shares = [floor / (t * p * 1e9) for t, p in zip(found["ours"], found["peak"], strict=True)]
-            row["share_of_floor"] = median(shares)
+            row["share_of_floor"] = median(
+                ((floor - linear) / own + linear / unit) / (seconds * 1e9)
+                for seconds, (own, unit) in zip(found["ours"], found["peak"], strict=True)
+            )
+        if narrow:
+            row["bf16_peak_gflops"] = median(unit for _, unit in found["peak"])
         if peer:
             row["peer_ms_per_image"] = 1e3 * median(found["peer"]) / batch
             row["ratio"] = median(a / b for a, b in zip(found["ours"], found["peer"], strict=True))
@@ -152,14 +183,29 @@ def measure(
 
 
 def _peer_call(
-    name: str, folder: Path, side: int, images: torch.Tensor, targets: torch.Tensor | None, options: Options
+    name: str,
+    folder: Path | None,
+    side: int,
+    pixels: torch.Tensor,
+    targets: torch.Tensor | None,
+    options: Options,
 ) -> Call:
-    """The call of a peer; ImportError where something is not installed."""
+    """The call of a peer on float32 pixels.
+
+    Raises:
+        ImportError, NotImplementedError: something is not installed, or does not compute in this type.
+    """
     model = build(options, name, side, folder)
     if name in ("openvino", "onnxruntime"):
+        assert folder is not None
+        precision = {"openvino": {"dtype": options.dtype}}.get(name, {})
         with quiet():
-            call: Call = getattr(load_module(folder, "deit"), name)(model, images, options.threads)
+            call: Call = getattr(load_module(folder, "deit"), name)(
+                model, pixels, options.threads, **precision
+            )
         return call
+    dtype = dtype_of(options, name)
+    model, images = placed(model, torch.device("cpu"), dtype), pixels.to(dtype)
     return forward_call(model, images) if targets is None else training_call(model, images, targets)
 
 

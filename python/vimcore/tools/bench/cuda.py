@@ -131,7 +131,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """All rows of one image size and batch: with and without graph, one for each peer or one without any."""
     peers: list[str | None] = [None]
-    skipped.update({name: "runs on the CPU" for name in options.peers if name not in PEERS})
+    skipped.update({name: "is measured on the CPU" for name in options.peers if name not in PEERS})
     if folder is not None and any(name in PEERS for name in options.peers):
         peers = [name for name in options.peers if name in PEERS]
     if options.neck != "none" and WITHOUT_NECK & set(peers):

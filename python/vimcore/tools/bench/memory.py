@@ -57,7 +57,7 @@ def main() -> None:
     """Reads the task from stdin, prints the bytes."""
     import torch
 
-    from .networks import build, placed
+    from .networks import build, dtype_of, placed
 
     task: dict[str, Any] = json.load(sys.stdin)
     options = Options(**task["options"])
@@ -66,7 +66,7 @@ def main() -> None:
     torch.zeros(1, device=device).sum().item()  # what torch itself takes once
     before = _taken(device)
     folder = None if task["folder"] is None else Path(task["folder"])
-    dtype = getattr(torch, options.dtype)
+    dtype = dtype_of(options, task["peer"])
     model = placed(build(options, task["peer"], task["side"], folder), device, dtype)
     images = torch.randn(task["batch"], 3, task["side"], task["side"], device=device).to(dtype)
     if options.train:

@@ -25,6 +25,7 @@ TORCH_PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "vim-torch": ("vim_torch", {}),
 }
 WITHOUT_NECK = {"vim-torch"}
+OURS = (None, "vimcore-float32")
 
 
 class WithNeck(nn.Module):
@@ -57,13 +58,19 @@ def build(options: Options, peer: str | None, side: int, folder: Path | None) ->
     width = WIDTHS[options.model]
     classes = 1000 if options.neck == "none" else 0
     model: nn.Module
-    if peer is None:
+    if peer in OURS:
         model = VisionMamba(img_size=side, embed_dim=width, memory=options.memory, num_classes=classes)
     else:
+        assert peer is not None
         assert folder is not None
         module, arguments = TORCH_PEERS[peer]
         model = load_module(folder, module).build(options.model.removeprefix("vim_"), side, **arguments)
     return model if options.neck == "none" else WithNeck(model, width)
+
+
+def dtype_of(options: Options, peer: str | None) -> torch.dtype:
+    """Of the images that a network is given, and of the activations in it."""
+    return torch.float32 if peer == "vimcore-float32" else getattr(torch, options.dtype)
 
 
 def placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

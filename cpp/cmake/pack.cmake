@@ -1,0 +1,16 @@
+# Packages of the installed tree: `cpack -G DEB` (or TGZ, RPM) in a build tree of a release.
+if(NOT VIMCORE_INSTALL OR NOT PROJECT_IS_TOP_LEVEL)
+  return()
+endif()
+install(FILES ${PROJECT_SOURCE_DIR}/LICENSE DESTINATION ${CMAKE_INSTALL_DATAROOTDIR}/doc/vimcore RENAME copyright)
+set(CPACK_PACKAGE_NAME vimcore)
+set(CPACK_PACKAGE_VENDOR vimcore)
+set(CPACK_PACKAGE_CONTACT "the contributors of vimcore")
+set(CPACK_PACKAGE_DESCRIPTION_SUMMARY "Vision Mamba: images to logits and features, and training")
+set(CPACK_RESOURCE_FILE_LICENSE ${PROJECT_SOURCE_DIR}/LICENSE)
+set(CPACK_PACKAGING_INSTALL_PREFIX /usr)
+set(CPACK_STRIP_FILES ON)
+set(CPACK_DEBIAN_PACKAGE_SECTION libdevel)
+set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
+set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)  # of the programs; needs dpkg-shlibdeps
+include(CPack)

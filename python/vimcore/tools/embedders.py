@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures, and where the file has a text tower sentences, as unit vectors: by the file of any task."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._core import Preprocess
+from ..runtime import Runtime
+from ..utils.extras import required
+from ..weights.metadata import task_of_file
+
+Vectors = NDArray[np.float32]
+
+
+class Embedder(Protocol):
+    """Of one file of weights.
+
+    Attributes:
+        steps: how pictures become input.
+        reads_text: whether sentences have vectors, too.
+    """
+
+    steps: Preprocess
+    reads_text: bool
+
+    def images(self, images: Vectors) -> Vectors:
+        """(B, D) unit vectors of normalised images (B, C, H, W)."""
+
+    def text(self, sentence: str) -> tuple[Vectors, list[str]]:
+        """(D,) unit vector, and what a reader should know."""
+
+
+def open_embedder(path: str, device: str = "cpu", threads: int | None = None) -> Embedder:
+    """What the file of weights offers; classifiers and backbones need no torch.
+
+    Raises:
+        ValueError, vimcore.Error: it cannot be read, or takes no pictures.
+    """
+    task = task_of_file(path)
+    if task == "classify":
+        return _OfRuntime(Runtime(path, device, threads))
+    with required("search by this file", "clip" if task == "clip" else "dense"):
+        import torch
+        import torchvision  # noqa: F401
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return _OfTowers(path, device) if task == "clip" else _OfBackbone(path, task, device)
+
+
+def unit(vectors: Vectors) -> Vectors:
+    """(..., D) of length 1; what is not finite stays so."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=-1, keepdims=True)
+    return (vectors / np.maximum(lengths, 1e-30)).astype(np.float32)
+
+
+class _OfRuntime:
+    """A classifier or backbone: the vector that its head reads; an image tower: what its head gives."""
+
+    reads_text = False
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self.steps = runtime, runtime.picture_steps("search")
+
+    def images(self, images: Vectors) -> Vectors:
+        return unit(self.runtime.embeddings(images))
+
+    def text(self, sentence: str) -> tuple[Vectors, list[str]]:
+        raise ValueError("this file of weights has no text tower")
+
+
+class _OfBackbone:
+    """A network for segmentation or detection: the mean of its backbone's tokens."""
+
+    reads_text = False
+
+    def __init__(self, path: str, task: str, device: str) -> None:
+        from .. import detection, segmentation
+
+        model: Any = (segmentation if task == "segment" else detection).load(path, device)
+        self.backbone, self.device = model.backbone, device
+        config, stored = self.backbone._config, model.preprocess
+        steps = stored.rescaled(*config.img_size) if stored else Preprocess.default(config)
+        if steps is None:
+            raise ValueError(f"{path}: takes no pictures, so none can be searched")
+        self.steps = steps
+
+    def images(self, images: Vectors) -> Vectors:
+        import torch
+
+        with torch.no_grad():
+            tokens = self.backbone.forward_features(torch.from_numpy(images).to(self.device))
+        return unit(tokens.mean(1).cpu().numpy())
+
+    def text(self, sentence: str) -> tuple[Vectors, list[str]]:
+        raise ValueError("this file of weights has no text tower")
+
+
+class _OfTowers:
+    """An image tower and a text tower."""
+
+    reads_text = True
+
+    def __init__(self, path: str, device: str) -> None:
+        from ..clip import load
+
+        self.model, self.device = load(path, device), device
+        steps = self.model.visual.preprocess
+        if steps is None:
+            raise ValueError(f"{path}: takes no pictures, so none can be searched")
+        self.steps = Preprocess(**steps)
+
+    def images(self, images: Vectors) -> Vectors:
+        import torch
+
+        with torch.no_grad():
+            return unit(self.model.encode_image(torch.from_numpy(images).to(self.device)).cpu().numpy())
+
+    def text(self, sentence: str) -> tuple[Vectors, list[str]]:
+        from ..clip import Tokenizer
+        from ..clip.zero_shot import encode_texts
+
+        tokenizer = Tokenizer(self.model.context_length)
+        vector = unit(encode_texts(self.model, [sentence], tokenizer)[0].cpu().numpy())
+        cut = f"the sentence has more than {tokenizer.context} tokens: its end is not looked at"
+        return vector, [cut] if tokenizer.cut else []
