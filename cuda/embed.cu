@@ -7,6 +7,7 @@
 // consecutive threads along a row; patches: a block per row of cols, so that both sides are read and written in runs.
 #include <algorithm>
 
+#include "core/class_places.h"
 #include "cuda_operators.h"
 #include "vectors.cuh"
 
@@ -68,7 +69,8 @@ struct TokenParams {
     const T* patches;
     const float *class_token[2], *pos, *dropout;
     T* out;
-    Index position[2], batch, len, patch_len, dim;
+    ClassPlaces places;
+    Index held, batch, len, patch_len, dim;  // held: class tokens of the first of two tensors
 };
 
 template <class T, int V>
@@ -77,14 +79,13 @@ __global__ void tokens_kernel(TokenParams<T> p)
     const Index i = device::flat_index() * V, row = i / p.dim, d = i % p.dim, b = row / p.len, t = row % p.len;
     if (b >= p.batch) return;
     Floats<V> x;
-    if (t == p.position[0]) {
-        x = device::load_floats<V>(p.class_token[0] + d);
-    } else if (t == p.position[1]) {
+    const Index token = class_token_at(p.places, t);
+    if (token < 0)
+        x = device::load_floats<V>(p.patches + (b * p.patch_len + patch_at(p.places, t)) * p.dim + d);
+    else if (token < p.held)
+        x = device::load_floats<V>(p.class_token[0] + token * p.dim + d);
+    else
         x = device::load_floats<V>(p.class_token[1] + d);
-    } else {
-        const Index before = (p.position[0] >= 0 && t > p.position[0]) + (p.position[1] >= 0 && t > p.position[1]);
-        x = device::load_floats<V>(p.patches + (b * p.patch_len + t - before) * p.dim + d);
-    }
     if (p.pos) {
         const Floats<V> pos = device::load_floats<V>(p.pos + t * p.dim + d);
 #pragma unroll
@@ -102,11 +103,17 @@ template <class T>
 void run(Context& ctx, const TokensForward& a)
 {
     if (a.out.numel() == 0) return;
-    const TokenParams<T> p{a.patches.as<T>(),       {a.class_token[0].as<float>(), a.class_token[1].as<float>()},
-                           a.pos_embed.as<float>(), a.dropout.as<float>(),
-                           a.out.as<T>(),           {a.position[0], a.position[1]},
-                           a.out.size(0),           a.out.size(1),
-                           a.patches.size(1),       a.out.size(2)};
+    const TokenParams<T> p{a.patches.as<T>(),
+                           {a.class_token[0].as<float>(), a.class_token[1].as<float>()},
+                           a.pos_embed.as<float>(),
+                           a.dropout.as<float>(),
+                           a.out.as<T>(),
+                           a.places,
+                           held_by_first(a.class_token),
+                           a.out.size(0),
+                           a.out.size(1),
+                           a.patches.size(1),
+                           a.out.size(2)};
     constexpr int V = full_vector<T>;
     const bool vectors =
         p.dim % V == 0 && aligned(V, {a.patches, a.class_token[0], a.class_token[1], a.pos_embed, a.dropout, a.out});

@@ -4,6 +4,7 @@
 //   tokens   g = dout dropout;  dpatches[b, j] = g[b, t(j)];  dpos[t] += sum_b g[b, t];  dclass += sum_b g[b, position]
 // Parallel mapping: patches: a thread per pixel gathers, in order of the patches, so that overlapping ones need no
 // atomics; tokens: a thread per token and V neighbouring channels walks through the images in order.
+#include "core/class_places.h"
 #include "cuda_operators.h"
 #include "vectors.cuh"
 
@@ -70,7 +71,8 @@ struct TokenParams {
     const float* dropout;
     T* dpatches;
     float *dclass[2], *dpos;
-    Index position[2], batch, len, patch_len, dim;
+    ClassPlaces places;
+    Index held, batch, len, patch_len, dim;  // held: class tokens of the first of two tensors
 };
 
 template <class T, int V>
@@ -78,8 +80,7 @@ __global__ void tokens_backward_kernel(TokenParams<T> p)
 {
     const Index i = device::flat_index() * V, t = i / p.dim, d = i % p.dim;
     if (t >= p.len) return;
-    const int token = t == p.position[0] ? 0 : t == p.position[1] ? 1 : -1;
-    const Index before = (p.position[0] >= 0 && t > p.position[0]) + (p.position[1] >= 0 && t > p.position[1]);
+    const Index token = class_token_at(p.places, t), patch = token < 0 ? patch_at(p.places, t) : -1;
     Floats<V> sum = {};
 #pragma unroll 4
     for (Index b = 0; b < p.batch; b++) {
@@ -90,7 +91,7 @@ __global__ void tokens_backward_kernel(TokenParams<T> p)
 #pragma unroll
             for (int j = 0; j < V; j++) g[j] *= dropout[j];
         }
-        if (token < 0) device::store_floats<V>(p.dpatches + (b * p.patch_len + t - before) * p.dim + d, g);
+        if (patch >= 0) device::store_floats<V>(p.dpatches + (b * p.patch_len + patch) * p.dim + d, g);
 #pragma unroll
         for (int j = 0; j < V; j++) sum[j] += g[j];
     }
@@ -101,18 +102,26 @@ __global__ void tokens_backward_kernel(TokenParams<T> p)
         device::store_floats<V>(out, total);
     };
     if (p.dpos) add_to(p.dpos + i);
-    if (token >= 0 && p.dclass[token]) add_to(p.dclass[token] + d);
+    if (token < 0) return;
+    if (token >= p.held && p.dclass[1]) add_to(p.dclass[1] + d);
+    if (token < p.held && p.dclass[0]) add_to(p.dclass[0] + token * p.dim + d);
 }
 
 template <class T>
 void run(Context& ctx, const TokensBackward& a)
 {
     if (a.dout.numel() == 0) return;
-    const TokenParams<T> p{a.dout.as<T>(),           a.dropout.as<float>(),
-                           a.dpatches.as<T>(),       {a.dclass_token[0].as<float>(), a.dclass_token[1].as<float>()},
-                           a.dpos_embed.as<float>(), {a.position[0], a.position[1]},
-                           a.dout.size(0),           a.dout.size(1),
-                           a.dpatches.size(1),       a.dout.size(2)};
+    const TokenParams<T> p{a.dout.as<T>(),
+                           a.dropout.as<float>(),
+                           a.dpatches.as<T>(),
+                           {a.dclass_token[0].as<float>(), a.dclass_token[1].as<float>()},
+                           a.dpos_embed.as<float>(),
+                           a.places,
+                           held_by_first(a.dclass_token),
+                           a.dout.size(0),
+                           a.dout.size(1),
+                           a.dpatches.size(1),
+                           a.dout.size(2)};
     constexpr int V = 4;
     const Index count = p.len * p.dim;
     if (p.dim % V == 0 &&

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pools the tokens of an image to one row: out[b, d] = mean or maximum over t of x[b, t, d], or the mean of one or two
-// chosen tokens. x (B, L, D), out (B, D) T; sums float. A NaN among the tokens makes the maximum NaN.
+// Pools the tokens of an image to one row: out[b, d] = mean or maximum over t of x[b, t, d], or the mean of chosen
+// tokens; or these one after the other. x (B, L, D), out (B, D) or (B, n D) T; sums float. A NaN among the tokens makes
+// the maximum NaN.
 // Parallel mapping: a block per image, channel tile and chunk of tokens; its warps take every eighth token, a lane V
 // channels. The partial results are joined in order of the warps, those of several chunks by a second launch. Nothing
 // depends on the batch.
@@ -84,26 +85,31 @@ template <class T>
 struct SelectParams {
     const T* x;
     T* out;
-    Index len, dim, count, index[2];
+    Index len, dim, count;  // count: of elements of out
+    ClassPlaces places;
+    Index rows, joint;  // of an image in out; tokens of a row
 };
 
 template <class T>
 __global__ void select_tokens(SelectParams<T> p)
 {
-    const Index i = device::flat_index(), b = i / p.dim, d = i % p.dim;
+    const Index i = device::flat_index(), row = i / p.dim, d = i % p.dim, b = row / p.rows;
     if (i >= p.count) return;
-    float value = device::to_float(p.x[(b * p.len + p.index[0]) * p.dim + d]);
-    if (p.index[1] >= 0) value = 0.5f * (value + device::to_float(p.x[(b * p.len + p.index[1]) * p.dim + d]));
-    p.out[i] = device::from_float<T>(value);
+    float sum = 0;
+    for (Index k = row % p.rows * p.joint, end = k + p.joint; k < end; k++)
+        sum += device::to_float(p.x[(b * p.len + p.places.first + k * p.places.step) * p.dim + d]);
+    p.out[i] = device::from_float<T>(sum / static_cast<float>(p.joint));
 }
 
 template <class T>
 void run(Context& ctx, const ReadoutForward& a)
 {
-    const Index batch = a.x.size(0), len = a.x.size(1), dim = a.x.size(2);
+    const Index len = a.x.size(1), dim = a.x.size(2);
     if (a.out.numel() == 0) return;
-    if (a.reduce == Reduce::select) {
-        const SelectParams<T> p{a.x.as<T>(), a.out.as<T>(), len, dim, batch * dim, {a.index[0], a.index[1]}};
+    if (a.reduce == Reduce::select || a.reduce == Reduce::join) {
+        const Index rows = a.reduce == Reduce::join ? a.places.count : 1;
+        const SelectParams<T> p{a.x.as<T>(),   a.out.as<T>(), len,  dim,
+                                a.out.numel(), a.places,      rows, a.places.count / rows};
         VIM_LAUNCH((select_tokens<T>), flat_grid(p.count), flat_block, 0, stream_of(ctx), p);
         return;
     }

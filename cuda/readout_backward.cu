@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward of the read-out: dx[b, t, d] = dout[b, d] / L (mean), dout at the first of equal maxima of x[b, :, d] (max),
-// dout or half of it at the chosen tokens (select), 0 elsewhere. x, dx (B, L, D), dout (B, D) T.
-// Parallel mapping: mean, select: a thread per element. max: a block per image and 32 channels; its warps take every
-// eighth token, first to find the maximum, which is joined over the warps, then to write.
+// dout or a share of it at the chosen tokens (select), the part of each (join), 0 elsewhere. x, dx (B, L, D), dout (B,
+// D) or (B, n D) T. Parallel mapping: mean, select, join: a thread per element. max: a block per image and 32 channels;
+// its warps take every eighth token, first to find the maximum, which is joined over the warps, then to write.
+#include "core/class_places.h"
 #include "cuda_operators.h"
 #include "vectors.cuh"
 
@@ -16,8 +17,9 @@ template <class T>
 struct ReadoutParams {
     const T *x, *dout;
     T* dx;
-    Index count, len, dim, index[2];
-    bool mean;
+    Index count, len, dim;
+    ClassPlaces places;
+    bool mean, join;
 };
 
 template <class T>
@@ -25,13 +27,12 @@ __global__ void spread_tokens(ReadoutParams<T> p)
 {
     const Index i = device::flat_index(), row = i / p.dim, t = row % p.len;
     if (i >= p.count) return;
-    const float d = device::to_float(p.dout[row / p.len * p.dim + i % p.dim]);
-    const float share = p.index[1] >= 0 ? 0.5f : 1.0f;
+    const Index token = p.mean ? 0 : class_token_at(p.places, t), rows = p.join ? p.places.count : 1;
     float value = 0;
-    if (p.mean)
-        value = d / static_cast<float>(p.len);
-    else
-        value = share * d * static_cast<float>((t == p.index[0]) + (t == p.index[1]));
+    if (token >= 0) {
+        value = device::to_float(p.dout[(row / p.len * rows + (p.join ? token : 0)) * p.dim + i % p.dim]);
+        value /= static_cast<float>(p.mean ? p.len : p.join ? 1 : p.places.count);
+    }
     p.dx[i] = device::from_float<T>(value);
 }
 
@@ -83,8 +84,9 @@ void run(Context& ctx, const ReadoutBackward& a)
                              a.dx.numel(),
                              len,
                              dim,
-                             {a.index[0], a.index[1]},
-                             a.reduce == Reduce::mean};
+                             a.places,
+                             a.reduce == Reduce::mean,
+                             a.reduce == Reduce::join};
     if (a.reduce != Reduce::max) {
         VIM_LAUNCH((spread_tokens<T>), flat_grid(p.count), flat_block, 0, stream_of(ctx), p);
         return;

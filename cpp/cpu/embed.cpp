@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What happens once per image rather than once per block: patches, class tokens, position table, RoPE.
 // Copies and sums; the arithmetic that costs time is in the projections.
-#include <array>
 #include <cstring>
 
+#include "core/class_places.h"
 #include "cpu_backend.h"
 
 namespace vimcore::cpu {
@@ -49,23 +49,24 @@ void patches_backward(Context& ctx, const Patches& a)  // patches may overlap: o
     });
 }
 
-using Positions = std::array<std::int64_t, 2>;
-
-// Which class token stands at t: 0 or 1, or -1 for a patch.
-int class_token_at(const Positions& at, Index t) { return t == at[0] ? 0 : t == at[1] ? 1 : -1; }
-
-Index patch_index(const Positions& at, Index t) { return t - (at[0] >= 0 && t > at[0]) - (at[1] >= 0 && t > at[1]); }
+// Row k of class tokens, or of their gradients, in up to two tensors; null where it is in none.
+template <class T>
+T* class_row(const Tensor (&tokens)[2], Index k, Index dim)
+{
+    const Index first = held_by_first(tokens);
+    const Tensor& holder = tokens[k < first ? 0 : 1];
+    return holder ? holder.as<T>() + (k < first ? k * dim : 0) : nullptr;
+}
 
 template <class T>
 void tokens_forward(Context& ctx, const TokensForward& a)
 {
     using W = Wide<T>;
     const Index batch = a.out.size(0), len = a.out.size(1), dim = a.out.size(2), blocks = ceil_div(len, token_rows);
-    const Positions& at = a.position;
     parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, begin = task % blocks * token_rows;
         for (Index t = begin; t < std::min(len, begin + token_rows); t++) {
-            const int token = class_token_at(at, t);
+            const Index token = class_token_at(a.places, t);
             T* out = a.out.as<T>() + (b * len + t) * dim;
             const W* pos = a.pos_embed ? a.pos_embed.as<W>() + t * dim : nullptr;
             const W* dropout = a.dropout ? a.dropout.as<W>() + (b * len + t) * dim : nullptr;
@@ -74,9 +75,9 @@ void tokens_forward(Context& ctx, const TokensForward& a)
                     out[d] = T((W(in[d]) + (pos ? pos[d] : W(0))) * (dropout ? dropout[d] : W(1)));
             };
             if (token >= 0)
-                place(a.class_token[token].as<W>());
+                place(class_row<W>(a.class_token, token, dim));
             else
-                place(a.patches.as<T>() + (b * a.patches.size(1) + patch_index(at, t)) * dim);
+                place(a.patches.as<T>() + (b * a.patches.size(1) + patch_at(a.places, t)) * dim);
         }
     });
 }
@@ -86,15 +87,14 @@ void tokens_backward(Context& ctx, const TokensBackward& a)
 {
     using W = Wide<T>;
     const Index batch = a.dout.size(0), len = a.dout.size(1), dim = a.dout.size(2);
-    const Positions& at = a.position;
     parallel_for(ctx, len, [&](Index t) {  // one task per token: sums over images stay in order
-        const int token = class_token_at(at, t);
+        const Index token = class_token_at(a.places, t), patch = token < 0 ? patch_at(a.places, t) : -1;
         W* dpos = a.dpos_embed ? a.dpos_embed.as<W>() + t * dim : nullptr;
-        W* dclass = token >= 0 && a.dclass_token[token] ? a.dclass_token[token].as<W>() : nullptr;
+        W* dclass = token >= 0 ? class_row<W>(a.dclass_token, token, dim) : nullptr;
         for (Index b = 0; b < batch; b++) {
             const T* dout = a.dout.as<T>() + (b * len + t) * dim;
             const W* dropout = a.dropout ? a.dropout.as<W>() + (b * len + t) * dim : nullptr;
-            T* dpatch = token < 0 ? a.dpatches.as<T>() + (b * a.dpatches.size(1) + patch_index(at, t)) * dim : nullptr;
+            T* dpatch = patch >= 0 ? a.dpatches.as<T>() + (b * a.dpatches.size(1) + patch) * dim : nullptr;
             for (Index d = 0; d < dim; d++) {
                 const W g = W(dout[d]) * (dropout ? dropout[d] : W(1));
                 if (dpos) dpos[d] += g;

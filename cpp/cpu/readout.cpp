@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From tokens to rows: the mean, the maximum, or one or two chosen tokens.
+// From tokens to rows: the mean, the maximum, the mean of chosen tokens, or these one after the other.
 #include "cpu_backend.h"
 
 namespace vimcore::cpu {
@@ -13,12 +13,16 @@ void readout_forward(Context& ctx, const ReadoutForward& a)
     const Index len = a.x.size(1), dim = a.x.size(2);
     parallel_for(ctx, a.x.size(0), [&](Index b) {
         const T* x = a.x.as<T>() + b * len * dim;
-        T* out = a.out.as<T>() + b * dim;
+        T* out = a.out.as<T>() + b * a.out.size(1);
+        if (a.reduce == Reduce::join) {
+            for (Index k = 0; k < a.places.count; k++) std::copy_n(x + a.places.at(k) * dim, dim, out + k * dim);
+            return;
+        }
         if (a.reduce == Reduce::select) {
-            const bool two = a.index[1] >= 0;
             for (Index d = 0; d < dim; d++) {
-                const W first = W(x[a.index[0] * dim + d]);
-                out[d] = T(two ? (first + W(x[a.index[1] * dim + d])) / 2 : first);
+                W sum = W(x[a.places.at(0) * dim + d]);
+                for (Index k = 1; k < a.places.count; k++) sum += W(x[a.places.at(k) * dim + d]);
+                out[d] = T(sum / static_cast<W>(a.places.count));
             }
             return;
         }
@@ -46,17 +50,21 @@ void readout_backward(Context& ctx, const ReadoutBackward& a)
     const Index len = a.dx.size(1), dim = a.dx.size(2);
     parallel_for(ctx, a.dx.size(0), [&](Index b) {
         T* dx = a.dx.as<T>() + b * len * dim;
-        const T* dout = a.dout.as<T>() + b * dim;
+        const T* dout = a.dout.as<T>() + b * a.dout.size(1);
         if (a.reduce == Reduce::mean) {
             for (Index t = 0; t < len; t++)
                 for (Index d = 0; d < dim; d++) dx[t * dim + d] = T(W(dout[d]) / static_cast<W>(len));
             return;
         }
         std::fill_n(dx, len * dim, T(W(0)));
+        if (a.reduce == Reduce::join) {
+            for (Index k = 0; k < a.places.count; k++) std::copy_n(dout + k * dim, dim, dx + a.places.at(k) * dim);
+            return;
+        }
         if (a.reduce == Reduce::select) {
-            const W share = a.index[1] >= 0 ? W(0.5) : W(1);
-            for (Index i : a.index)
-                for (Index d = 0; i >= 0 && d < dim; d++) dx[i * dim + d] = T(W(dx[i * dim + d]) + share * W(dout[d]));
+            for (Index k = 0; k < a.places.count; k++)
+                for (Index d = 0; d < dim; d++)
+                    dx[a.places.at(k) * dim + d] = T(W(dout[d]) / static_cast<W>(a.places.count));
             return;
         }
         const T* x = a.x.as<T>() + b * len * dim;

@@ -33,12 +33,12 @@ public:
     {
         vimcore::load_image(picture, steps_, image_.data());
         session_.features(image_.data(), 1, tokens_.data());
-        std::int64_t first = 0, end = config_.tokens();
-        if (config_.class_tokens() > 0) first = config_.class_position(), end = first + 1;
+        vimcore::ClassPlaces read = config_.class_places();
+        if (read.count == 0) read = {0, 1, config_.tokens()};
         std::vector<float> sum(static_cast<std::size_t>(config_.embed_dim));
-        for (std::int64_t t = first; t < end; t++)
+        for (std::int64_t k = 0; k < read.count; k++)
             for (std::size_t d = 0; d < sum.size(); d++)
-                sum[d] += tokens_[static_cast<std::size_t>(t) * sum.size() + d];
+                sum[d] += tokens_[static_cast<std::size_t>(read.at(k)) * sum.size() + d];
         double squares = 1e-30;
         for (const float v : sum) squares += double{v} * v;
         for (float& v : sum) v = static_cast<float>(v / std::sqrt(squares));

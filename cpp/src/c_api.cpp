@@ -190,6 +190,9 @@ const vimcore::Preprocess& pictures_of(const vimcore_model& model, const char* o
     if (!model.preprocess)
         throw std::invalid_argument(std::string("[") + op + "] model: takes " + std::to_string(c.in_chans) +
                                     " channels, so no picture file can be its input");
+    if (c.frames > 0)
+        throw std::invalid_argument(std::string("[") + op + "] model: takes clips of " + std::to_string(c.frames) +
+                                    " frames, (channels, frames, height, width) floats that the caller fills");
     given(op, "image", image);
     check_room(op, 1, c.images_shape(1).numel(), capacity);
     return *model.preprocess;
@@ -231,7 +234,7 @@ vimcore_status vimcore_model_get_info(const vimcore_model* model, vimcore_model_
         const auto m = find(model);
         const vimcore::Config& c = m->model->config();
         *given("model", "info", info) = {c.in_chans,    c.img_height, c.img_width, m->outputs,
-                                         c.num_classes, c.tokens(),   c.embed_dim};
+                                         c.num_classes, c.tokens(),   c.embed_dim, c.frames};
     });
 }
 

@@ -18,19 +18,19 @@
 namespace vim_infer {
 namespace {
 
-// How the network itself reads its tokens out: the class token(s), or a pool over all tokens.
+// How the network itself reads its tokens out: the class token(s), registers one after the other, or a pool over all.
 vimcore::ReadoutForward readout_of(const vimcore::Config& config)
 {
     vimcore::ReadoutForward readout;
     if (config.class_token != vimcore::ClassToken::none) {
-        readout.reduce = vimcore::Reduce::select;
-        readout.index[0] = config.class_position();
-        if (config.class_tokens() == 2) readout.index[1] = config.tokens() - 1;
+        const bool registers = config.class_token == vimcore::ClassToken::registers;
+        readout.reduce = registers ? vimcore::Reduce::join : vimcore::Reduce::select;
+        readout.places = config.class_places();
     } else if (config.pool == vimcore::Pool::max) {
         readout.reduce = vimcore::Reduce::max;
     } else if (config.pool == vimcore::Pool::last) {
         readout.reduce = vimcore::Reduce::select;
-        readout.index[0] = config.tokens() - 1;
+        readout.places = vimcore::ClassPlaces::one(config.tokens() - 1);
     }
     return readout;
 }
@@ -68,7 +68,8 @@ int features(const std::vector<std::string>& words)
     options.add_size(arguments);
     options.add_pictures(arguments);
     arguments.text("--out", "FILE", out, "safetensors file to write (required)");
-    arguments.flag("--tokens", all_tokens, "all tokens of each picture (N, L, D) instead of one vector (N, D)");
+    arguments.flag("--tokens", all_tokens,
+                   "all tokens of each picture (N, L, D) instead of one vector (N, D), of registers (N, n D)");
     arguments.flag("--json", json, "print what was written as JSON");
     arguments.note(
         "The file holds the float32 tensor `features`, one row per good picture in order, and the metadata\n"
@@ -85,18 +86,20 @@ int features(const std::vector<std::string>& words)
     const bool of_head = !all_tokens && vimcore::is_embedding(loaded.model->metadata());
     const std::int64_t width = of_head ? session.outputs() : config.embed_dim;
     vimcore::Context cpu(vimcore::Device::cpu(), 1);
-    const std::int64_t row = all_tokens ? length * width : width;
-    std::vector<float> tokens(static_cast<std::size_t>(of_head ? 0 : batch * length * width)), pooled, kept;
-    if (!all_tokens) pooled.resize(static_cast<std::size_t>(batch * width));
-    std::vector<std::string> names;
     vimcore::ReadoutForward readout = readout_of(config);
+    const std::int64_t pool_width =
+        width * (!of_head && readout.reduce == vimcore::Reduce::join ? readout.places.count : 1);
+    const std::int64_t row = all_tokens ? length * width : pool_width;
+    std::vector<float> tokens(static_cast<std::size_t>(of_head ? 0 : batch * length * width)), pooled, kept;
+    if (!all_tokens) pooled.resize(static_cast<std::size_t>(batch * pool_width));
+    std::vector<std::string> names;
 
     const auto compute = [&](const float* pixels, std::int64_t count) {
         if (of_head) return session.run(pixels, count, pooled.data());
         session.features(pixels, count, tokens.data());
         if (all_tokens) return;
         readout.x = {tokens.data(), {count, length, width}, vimcore::DType::f32, {}};
-        readout.out = {pooled.data(), {count, width}, vimcore::DType::f32, {}};
+        readout.out = {pooled.data(), {count, pool_width}, vimcore::DType::f32, {}};
         vimcore::readout_forward(cpu, readout);
     };
     const auto emit = [&](const std::string& path, const std::string&, std::int64_t position) -> std::string {
@@ -112,12 +115,12 @@ int features(const std::vector<std::string>& words)
     if (names.empty()) throw std::runtime_error("no picture gave features, so nothing is written to " + out);
 
     const auto count = static_cast<std::int64_t>(names.size());
-    const vimcore::Shape shape = all_tokens ? vimcore::Shape{count, length, width} : vimcore::Shape{count, width};
+    const vimcore::Shape shape = all_tokens ? vimcore::Shape{count, length, width} : vimcore::Shape{count, pool_width};
     vimcore::save_safetensors(out, {{"features", {kept.data(), shape, vimcore::DType::f32, {}}}},
                               {{"vimcore.images", json_list(names)}});
     if (json)
-        print("{\"written\": " + json_text(out) + ", \"images\": " + std::to_string(count) +
-              ", \"failed\": " + std::to_string(counts.failed) + ", \"width\": " + std::to_string(width) +
+        print("{\"written\": " + json_text(out) + ", \"images\": " + std::to_string(count) + ", \"failed\": " +
+              std::to_string(counts.failed) + ", \"width\": " + std::to_string(all_tokens ? width : pool_width) +
               passed_over_json(counts.passed_over) + "}\n");
     else
         print(out + ": features " + vimcore::to_string(shape) + " of " + std::to_string(count) + " pictures\n");

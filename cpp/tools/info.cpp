@@ -114,7 +114,8 @@ std::string json_of(const File& file)
     return "\"file\": " + json_text(file.path) + ", \"bytes\": " + std::to_string(file.bytes) +
            ", \"types\": " + list(file.types, true) + ", \"parameters\": " + std::to_string(file.parameters) +
            ", \"flops\": " + std::to_string(file.flops) + ", \"tokens\": " + std::to_string(config.tokens()) +
-           ", \"grid\": [" + std::to_string(config.grid_height()) + ", " + std::to_string(config.grid_width()) +
+           ", \"class_tokens\": " + std::to_string(config.class_tokens()) + ", \"grid\": [" +
+           std::to_string(config.grid_height()) + ", " + std::to_string(config.grid_width()) +
            "], \"config\": " + config.to_json() +
            ", \"labels\": " + (file.about.labels.empty() ? "null" : list(file.about.labels, true)) +
            ", \"preprocess\": " + (file.about.preprocess ? file.about.preprocess->to_json() : "null") + ", " +
@@ -134,8 +135,10 @@ std::string text_of(const File& file, bool with_tensors)
     std::string text = "file        " + one_line(file.path) + size + list(file.types, false) + ")\n";
     text += "tensors     " + std::to_string(file.content.tensors().size()) + "\n";
     text += "parameters  " + grouped(file.parameters) + "\n";
-    text += std::string("flops       ") + flops + " multiply-adds per image, scans included\n";
-    text += "tokens      " + std::to_string(config.tokens()) + ": " + std::to_string(rows) + " x " +
+    text += std::string("flops       ") + flops + " multiply-adds per " + (config.frames > 0 ? "clip" : "image") +
+            ", scans included\n";
+    text += "tokens      " + std::to_string(config.tokens()) + ": " +
+            (config.frames > 0 ? std::to_string(config.frames) + " frames of " : "") + std::to_string(rows) + " x " +
             std::to_string(columns) + " patches, class tokens: " + std::to_string(config.class_tokens()) + "\n";
     if (file.segmentation) text += text_of(*file.segmentation);
     text += "labels      " + (labels.empty() ? "none" : one_line(list(labels, false)));

@@ -96,6 +96,9 @@ vimcore::SessionOptions session_options(const RunOptions& options, std::int64_t 
 vimcore::Preprocess steps_of(const LoadedModel& loaded)
 {
     const vimcore::Config& config = loaded.model->config();
+    if (config.frames > 0)
+        throw std::runtime_error("the network takes clips of " + std::to_string(config.frames) +
+                                 " frames, which are no pictures; `vimcore predict` classifies folders of frames");
     const auto steps = vimcore::preprocess_of(config, loaded.model->metadata());
     if (!steps)
         throw std::runtime_error("the network takes images of " + std::to_string(config.in_chans) +

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Config and Preprocess as values of Python, and what follows from a Config alone.
 #include <functional>
+#include <optional>
 #include <type_traits>
 
 #include "bindings.h"
@@ -122,6 +123,8 @@ void bind_preprocess(nb::module_& m)
              "The same steps for another crop: the short side before it keeps its proportion.");
 }
 
+std::optional<std::int64_t> positive(std::int64_t value) { return value > 0 ? std::optional(value) : std::nullopt; }
+
 void bind_fields(nb::class_<Config>& bound)
 {
     bound.def_prop_ro("img_size", [](const Config& c) { return std::pair(c.img_height, c.img_width); })
@@ -138,6 +141,8 @@ void bind_fields(nb::class_<Config>& bound)
         .def_prop_ro("directions", [](const Config& c) { return name_of(c.directions); })
         .def_ro("average_directions", &Config::average_directions)
         .def_prop_ro("class_token", [](const Config& c) { return name_of(c.class_token); })
+        .def_prop_ro("registers", [](const Config& c) { return positive(c.registers); })
+        .def_ro("neck_reduction", &Config::neck_reduction)
         .def_prop_ro("pool", [](const Config& c) { return name_of(c.pool); })
         .def_prop_ro("norm", [](const Config& c) { return name_of(c.norm); })
         .def_ro("norm_eps", &Config::norm_eps)
@@ -147,7 +152,8 @@ void bind_fields(nb::class_<Config>& bound)
         .def_ro("rope_grid", &Config::rope_grid)
         .def_ro("layer_scale", &Config::layer_scale)
         .def_ro("drop_rate", &Config::drop_rate)
-        .def_ro("drop_path_rate", &Config::drop_path_rate);
+        .def_ro("drop_path_rate", &Config::drop_path_rate)
+        .def_prop_ro("frames", [](const Config& c) { return positive(c.frames); });
 }
 
 void bind_facts(nb::class_<Config>& bound)
@@ -158,11 +164,22 @@ void bind_facts(nb::class_<Config>& bound)
             "(rows, columns) of patches.")
         .def_prop_ro("patches", &Config::patches)
         .def_prop_ro("tokens", &Config::tokens, "L, class tokens included.")
-        .def_prop_ro("class_tokens", &Config::class_tokens, "Their number: 0, 1 or 2.")
+        .def_prop_ro("class_tokens", &Config::class_tokens, "Their number.")
+        .def_prop_ro("readout_width", &Config::readout_width, "Numbers that the head sees of an image.")
+        .def_prop_ro("images_axes", &Config::images_axes, "Shape of a batch of images, as a text.")
         .def_prop_ro("class_position", &Config::class_position, "Index of the (first) class token in eval, or -1.")
+        .def_prop_ro(
+            "class_positions",
+            [](const Config& c) {
+                nb::list found;
+                const ClassPlaces places = c.class_places();
+                for (std::int64_t k = 0; k < places.count; k++) found.append(places.at(k));
+                return found;
+            },
+            nb::sig("def class_positions(self) -> list[int]"), "Indices of the class tokens in eval, ascending.")
         .def_prop_ro("two_directions", &Config::two_directions)
         .def_prop_ro("head_per_token", &Config::head_per_token, "Whether the head is applied to every token.")
-        .def_prop_ro("outputs", &Config::outputs, "Classes, or the width of features where there is no head.")
+        .def_prop_ro("outputs", &Config::outputs, "Classes, or the width of the read-out where there is no head.")
         .def(
             "logits_shape", [](const Config& c, std::int64_t batch) { return to_tuple(c.logits_shape(batch)); },
             nb::arg("batch"), nb::sig("def logits_shape(self, batch: int) -> tuple[int, ...]"))
@@ -205,9 +222,11 @@ void bind_config(nb::module_& m)
                 "stride: int | None = None, in_chans: int = 3, num_classes: int = 1000, embed_dim: int = 192, "
                 "depth: int = 24, d_state: int = 16, d_conv: int = 4, expand: int = 2, dt_rank: int | str = 'auto', "
                 "directions: str = 'ssm_conv', average_directions: bool = True, class_token: str = 'middle', "
-                "pool: str = 'mean', norm: str = 'rms', norm_eps: float = 1e-5, pos_embed: bool = True, "
+                "registers: int | None = None, neck_reduction: int = 1, pool: str = 'mean', norm: str = 'rms', "
+                "norm_eps: float = 1e-5, pos_embed: bool = True, "
                 "rope: bool = False, rope_residual: bool = False, rope_grid: int = 14, "
-                "layer_scale: float | None = None, drop_rate: float = 0.0, drop_path_rate: float = 0.0) -> None"));
+                "layer_scale: float | None = None, drop_rate: float = 0.0, drop_path_rate: float = 0.0, "
+                "frames: int | None = None) -> None"));
     bind_value(bound, "Config", "config");
     bind_fields(bound);
     bind_facts(bound);

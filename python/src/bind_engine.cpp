@@ -51,9 +51,8 @@ private:
         const Config& c = model_->config();
         const Tensor x = to_host_tensor(images, "Runtime", "images");
         if (x.dtype != DType::f32 || !(x.shape == c.images_shape(x.shape.rank() > 0 ? x.size(0) : 0)))
-            throw std::invalid_argument("[Runtime] images: expected (B, " + std::to_string(c.in_chans) + ", " +
-                                        std::to_string(c.img_height) + ", " + std::to_string(c.img_width) +
-                                        ") f32 cpu, got " + describe(x));
+            throw std::invalid_argument("[Runtime] images: expected " + c.images_axes() + " f32 cpu, got " +
+                                        describe(x));
         return x.size(0);
     }
 

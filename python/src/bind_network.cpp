@@ -182,9 +182,12 @@ private:
     // The weights may serve images of any size; which ones are wanted is decided in Python.
     Config at_size_of(const Tensor& x) const
     {
-        if (x.shape.rank() != 4) fail("images", "expected (B, C, H, W), got " + describe(x));
-        if (x.size(2) == config_.img_height && x.size(3) == config_.img_width) return config_;
-        return config_.at_size(x.size(2), x.size(3));
+        const int rank = config_.frames > 0 ? 5 : 4;
+        if (x.shape.rank() != rank)
+            fail("images",
+                 std::string("expected ") + (rank == 5 ? "(B, C, T, H, W)" : "(B, C, H, W)") + ", got " + describe(x));
+        const std::int64_t height = x.size(rank - 2), width = x.size(rank - 1);
+        return height == config_.img_height && width == config_.img_width ? config_ : config_.at_size(height, width);
     }
 
     Outputs to_outputs(const Config& config, const Tensor& x, const OutputArrays& arrays) const

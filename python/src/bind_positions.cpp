@@ -11,14 +11,21 @@ using Sides = std::pair<std::int64_t, std::int64_t>;  // rows, columns
 
 ClassToken to_class_token(const std::string& name)
 {
-    constexpr ClassToken all[] = {ClassToken::none, ClassToken::head, ClassToken::random, ClassToken::middle,
-                                  ClassToken::double_};
+    constexpr ClassToken all[] = {ClassToken::none,   ClassToken::head,    ClassToken::random,
+                                  ClassToken::middle, ClassToken::double_, ClassToken::registers};
     std::string names;
     for (const ClassToken token : all) {
         if (name == name_of(token)) return token;
         names += std::string(names.empty() ? "" : ", ") + name_of(token);
     }
     throw std::invalid_argument("class_token: expected one of " + names + ", got '" + name + "'");
+}
+
+std::vector<std::int64_t> listed(const ClassPlaces& places)
+{
+    std::vector<std::int64_t> found;
+    for (std::int64_t k = 0; k < places.count; k++) found.push_back(places.at(k));
+    return found;
 }
 
 TableResize to_resize(const std::string& class_token, Sides from, Sides to, const std::string& way)
@@ -60,12 +67,15 @@ void bind_positions(nb::module_& m)
     m.def(
         "class_rows",
         [](const std::string& class_token, std::int64_t patches) {
-            std::vector<std::int64_t> found;
-            for (const std::int64_t row : class_rows(to_class_token(class_token), patches).row)
-                if (row >= 0) found.push_back(row);
-            return found;
+            return listed(table_places(to_class_token(class_token), patches));
         },
         nb::arg("class_token"), nb::arg("patches"));
+    m.def(
+        "class_places",
+        [](const std::string& class_token, std::int64_t patches, std::int64_t registers) {
+            return listed(class_places(to_class_token(class_token), patches, registers));
+        },
+        nb::arg("class_token"), nb::arg("patches"), nb::arg("registers") = 0);
     m.def("resize_positions", &resize_positions, nb::arg("table").noconvert(), nb::arg("out").noconvert(),
           nb::arg("class_token"), nb::arg("old_grid"), nb::arg("new_grid"), nb::arg("way"),
           "The position table for another grid, written to `out`.");

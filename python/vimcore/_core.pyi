@@ -71,6 +71,8 @@ class Config:
         directions: str = "ssm_conv",
         average_directions: bool = True,
         class_token: str = "middle",
+        registers: int | None = None,
+        neck_reduction: int = 1,
         pool: str = "mean",
         norm: str = "rms",
         norm_eps: float = 1e-5,
@@ -81,6 +83,7 @@ class Config:
         layer_scale: float | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        frames: int | None = None,
     ) -> None: ...
     def replace(self, **changes: Any) -> Config:
         """The same with other options."""
@@ -125,6 +128,10 @@ class Config:
     @property
     def class_token(self) -> str: ...
     @property
+    def registers(self) -> int | None: ...
+    @property
+    def neck_reduction(self) -> int: ...
+    @property
     def pool(self) -> str: ...
     @property
     def norm(self) -> str: ...
@@ -145,6 +152,8 @@ class Config:
     @property
     def drop_path_rate(self) -> float: ...
     @property
+    def frames(self) -> int | None: ...
+    @property
     def inner(self) -> int:
         """E, the width of the mixers."""
 
@@ -160,11 +169,23 @@ class Config:
 
     @property
     def class_tokens(self) -> int:
-        """Their number: 0, 1 or 2."""
+        """Their number."""
+
+    @property
+    def readout_width(self) -> int:
+        """Numbers that the head sees of an image."""
+
+    @property
+    def images_axes(self) -> str:
+        """Shape of a batch of images, as a text."""
 
     @property
     def class_position(self) -> int:
         """Index of the (first) class token in eval, or -1."""
+
+    @property
+    def class_positions(self) -> list[int]:
+        """Indices of the class tokens in eval, ascending."""
 
     @property
     def two_directions(self) -> bool: ...
@@ -174,7 +195,7 @@ class Config:
 
     @property
     def outputs(self) -> int:
-        """Classes, or the width of features where there is no head."""
+        """Classes, or the width of the read-out where there is no head."""
 
     def logits_shape(self, batch: int) -> tuple[int, ...]: ...
     def flops(self) -> int:
@@ -448,6 +469,7 @@ def block_backward(
     place: Place,
 ) -> None: ...
 def class_rows(class_token: str, patches: int) -> list[int]: ...
+def class_places(class_token: str, patches: int, registers: int = 0) -> list[int]: ...
 def resize_positions(
     table: Array, out: Array, class_token: str, old_grid: tuple[int, int], new_grid: tuple[int, int], way: str
 ) -> None:

@@ -20,6 +20,40 @@ _MODELS: dict[str, dict[str, Any]] = {
     for patches, stride in _STRIDES.items()
     for size, width in WIDTHS.items()
 }
+_MAMBAR = {
+    "tiny": (192, 24, 12, 1),
+    "small": (384, 24, 12, 2),
+    "base": (768, 24, 12, 4),
+    "large": (1024, 48, 16, 8),
+}
+_VIDEOMAMBA = {"tiny": (192, 24), "small": (384, 24), "middle": (576, 32)}
+_MODELS |= {  # Mamba-R, arXiv 2405.14858
+    f"mambar_{size}_patch16_224": {
+        "img_size": 224,
+        "patch_size": 16,
+        "stride": 16,
+        "embed_dim": width,
+        "depth": depth,
+        "class_token": "registers",
+        "registers": registers,
+        "neck_reduction": reduction,
+    }
+    for size, (width, depth, registers, reduction) in _MAMBAR.items()
+}
+_MODELS |= {  # VideoMamba, arXiv 2403.06977
+    f"videomamba_{size}_patch16_224": {
+        "img_size": 224,
+        "patch_size": 16,
+        "stride": 16,
+        "embed_dim": width,
+        "depth": depth,
+        "average_directions": False,
+        "class_token": "head",
+        "frames": 16,
+        "num_classes": 400,
+    }
+    for size, (width, depth) in _VIDEOMAMBA.items()
+}
 
 
 def list_models() -> list[str]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,41 @@ from .config import image_size, patch_grid
 def class_rows(class_token: str, patches: int) -> list[int]:
     """Rows of a position table that belong to class tokens, for ``patches`` patches."""
     return _core.class_rows(class_token, patches)
+
+
+def with_class_tokens(x: Tensor, tokens: Tensor, at: list[int]) -> Tensor:
+    """Patches (B, J, D) with class tokens (1, n, D) between them, which then stand at `at`, ascending."""
+    for k, place in enumerate(at):
+        x = torch.cat([x[:, :place], tokens[:, k : k + 1].expand(x.shape[0], -1, -1), x[:, place:]], 1)
+    return x
+
+
+def embedded(
+    patches: Tensor, weight: Callable[[str], Tensor], made_for: _core.Config, here: _core.Config
+) -> Tensor:
+    """The tokens (B, L, D) that enter the first layer: class tokens put in place, positions added.
+
+    Args:
+        patches: (B, J, D), of clips those of the frames in order.
+        weight: a parameter by its state-dict key.
+        made_for, here: the configuration that the position tables are of, and that of these images.
+    """
+    names = [name for name in here.param_shapes() if name.startswith("cls_token")]
+    at = here.class_positions
+    x = patches
+    if names:
+        x = with_class_tokens(x, torch.cat([weight(name) for name in names], 1), at)
+    if not here.pos_embed:
+        return x
+    table = resize_pos_embed(weight("pos_embed"), made_for.grid, here.grid, here.class_token)
+    if here.class_token != "registers" and not here.frames:
+        return x + table
+    rows = class_rows(here.class_token, here.grid[0] * here.grid[1])
+    own = weight("pos_embed_cls") if here.class_token == "registers" else table[:, rows]
+    table = table[:, [row for row in range(table.shape[1]) if row not in rows]]
+    if here.frames:
+        table = (table[:, None] + weight("temporal_pos_embedding")[:, :, None]).flatten(1, 2)
+    return x + with_class_tokens(table, own, at)
 
 
 class _Resized(torch.autograd.Function):

@@ -15,6 +15,7 @@ from ._core import Config, Preprocess
 from .data.given import Given, given, input_of
 from .results import NOT_FINITE, Prediction, Predictions, prediction_of
 from .utils.arguments import gpu_number, integer, sides
+from .utils.clips import clip_input
 from .utils.extras import needs
 from .utils.precision import check_precision
 from .weights.metadata import EMBEDDING_KEY, unpack
@@ -93,7 +94,7 @@ class Runtime:
         """Logits of normalised images.
 
         Args:
-            images: (B, C, H, W) float32.
+            images: (B, C, H, W) float32; of a network of clips (B, C, T, H, W), see `clip_input`.
 
         Returns:
             (B, num_classes) float32; (B, L, num_classes) with pool="all"; features where there is no head.
@@ -102,6 +103,22 @@ class Runtime:
             ValueError: shape or type do not fit.
         """
         return self._engine.run(np.ascontiguousarray(images))
+
+    def clip_input(self, clip: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """A batch of one (1, C, frames, h, w) of a clip (T, H, W, 1 or 3) uint8: frames chosen, preprocessed.
+
+        T is the network's number of frames, or a multiple of it: then the middle of each equal part is seen.
+
+        Raises:
+            ValueError: the network takes images, or the clip does not fit.
+        """
+        frames = self.config["frames"]
+        if not frames or self.preprocess is None:
+            raise ValueError("[Runtime] clip_input: the network takes no clips of pictures")
+        try:
+            return clip_input(clip, frames, Preprocess(**self.preprocess))[None]
+        except ValueError as error:
+            raise ValueError(f"[Runtime] clip: {error}") from None
 
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Normalised tokens (B, L, D), class tokens included, of normalised images (B, C, H, W); float32."""
@@ -112,12 +129,15 @@ class Runtime:
 
         Returns:
             (B, D): the class token after the last norm (the mean of two), else the mean of all tokens, or
-            what pool="max" and "last" take; of image towers (`is_embedding`) what their head gives.
+            what pool="max" and "last" take; all registers (B, n D); of image towers (`is_embedding`) what
+            their head gives.
         """
         c = Config(**self.config)
         if self.is_embedding or (not c.num_classes and not c.head_per_token):
             return self(images)
         tokens = self.features(images)
+        if c.class_token == "registers":
+            return tokens[:, c.class_positions].reshape(len(tokens), -1)
         if c.class_token == "double":
             return (tokens[:, 0] + tokens[:, -1]) * np.float32(0.5)
         if c.class_token != "none":
@@ -182,13 +202,18 @@ class Runtime:
         found = np.concatenate([np.empty((0, width), np.float32), *rows])
         return found[0] if single else found
 
-    def picture_steps(self, what: str, classes: bool = False) -> Preprocess:
-        """How pictures become input.
+    def picture_steps(self, what: str, classes: bool = False, clips: bool = False) -> Preprocess:
+        """How pictures, or with `clips` also the frames of clips, become input.
 
         Raises:
             ValueError: the network takes none, or has no classes where they are asked for.
         """
         c, steps = self.config, self.preprocess
+        if c["frames"] and not clips:
+            raise ValueError(
+                f"[{what}] weights: the network takes clips of {c['frames']} frames, no pictures; "
+                "runtime(runtime.clip_input(clip)) and `vimcore predict` classify them"
+            )
         if classes:
             if self.is_embedding:
                 raise ValueError(

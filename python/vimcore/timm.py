@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision Mamba in timm: `import vimcore.timm` registers "vimcore_" + each name of `vimcore.list_models()`.
+"""Vision Mamba in timm: `import vimcore.timm` registers "vimcore_" + each name of `vimcore.list_models()`,
+except networks of clips.
 
     timm.create_model("vimcore_vim_tiny_patch16_224", num_classes=10)
     timm.create_model("vimcore_vim_tiny_patch16_224", features_only=True)
@@ -33,7 +34,7 @@ from . import ops
 from ._core import Preprocess
 from .config import list_models, model_options
 from .nn import saving
-from .nn.readout import class_position, patches_of
+from .nn.readout import class_positions, map_shape, patches_of, pooled
 from .nn.structure import does_more
 from .nn.vision_mamba import Network, VisionMamba
 from .utils.arguments import integer, native, sides
@@ -94,7 +95,7 @@ class TimmVisionMamba(VisionMamba):
             )
         super().__init__(drop_rate=pos_drop_rate, **options)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head_hidden_size = self.embed_dim
+        self.head_hidden_size = self._config.readout_width
         self._pool: str | None = None  # of a network with class tokens whose head reads the patches
         self._without_norm = False
         self._describe_features()
@@ -152,6 +153,10 @@ class TimmVisionMamba(VisionMamba):
         """
         if global_pool is not None and global_pool != self.global_pool:
             tokens = self._config.class_token != "none"
+            if self._config.class_token == "registers":
+                raise ValueError(
+                    f"[VisionMamba] global_pool: the head of registers reads 'token', got {global_pool!r}"
+                )
             if global_pool not in _POOLS or (global_pool == "token" and not tokens):
                 expected = ", ".join(repr(pool) for pool in _POOLS if tokens or pool != "token")
                 raise ValueError(
@@ -207,8 +212,8 @@ class TimmVisionMamba(VisionMamba):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names from input to output, for layer-wise learning rates."""
         return {
-            "stem": r"^cls_token|^pos_embed|^patch_embed",
-            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+            "stem": r"^cls_token|^pos_embed|^temporal_pos_embedding|^patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f|^neck|^norm_neck", (99999,))],
         }
 
     def load_pretrained(self, path: str) -> None:
@@ -245,23 +250,19 @@ class TimmVisionMamba(VisionMamba):
         """Pools normalised tokens (B, L, D) and applies the head.
 
         Args:
-            pre_logits: stop before the head: (B, D), or (B, L, D) where the head sees every token, that is
-                with global_pool "max" and "".
+            pre_logits: stop before the head: (B, head_hidden_size), or (B, L, D) where the head sees every
+                token, that is with global_pool "max" and "".
         """
         c = self._config
         if c.head_per_token:
             return tokens if pre_logits else super().forward_head(tokens)
         if self._pool is not None:
             patches = patches_of(tokens, self._config)
-            pooled = {"avg": patches.mean(1), "max": patches.amax(1)}.get(self._pool, tokens)
-        elif c.class_token == "double":
-            pooled = (tokens[:, 0] + tokens[:, -1]) / 2
-        elif c.class_token != "none":
-            pooled = tokens[:, class_position(tokens, self._config)]
+            row = {"avg": patches.mean(1), "max": patches.amax(1)}.get(self._pool, tokens)
         else:
-            pooled = tokens[:, -1] if c.pool == "last" else tokens.mean(1)
-        pooled = self.head_drop(pooled)
-        return pooled if pre_logits else self.head(pooled)
+            row = pooled(tokens, self._config, self._weight)
+        row = self.head_drop(row)
+        return row if pre_logits else self.head(row)
 
     def forward_intermediates(  # timm's arguments and result
         self,
@@ -280,7 +281,7 @@ class TimmVisionMamba(VisionMamba):
             x: images (B, C, H, W).
             indices: entries of `feature_info`: the last n for a number, all for None, negative ones counted
                 from the end. With directions="block" there is one for each pair of layers.
-            return_prefix_tokens: add the class tokens (B, 1 or 2, D) of each.
+            return_prefix_tokens: add the class tokens (B, their number, D) of each.
             norm: apply the last normalisation to each.
             stop_early: stop at the last of these layers, also for the final features.
             output_fmt: "NCHW" for (B, D, h, w), "NLC" for (B, h w, D).
@@ -298,7 +299,7 @@ class TimmVisionMamba(VisionMamba):
         chosen = [self._normalised(streams[i]) if norm else streams[i] for i in sorted(set(wanted))]
         maps = [patches_of(y, self._config) for y in chosen]
         if output_fmt == "NCHW":
-            grid = self._config_for(x).grid
+            grid = map_shape(self._config_for(x))
             maps = [y.transpose(1, 2).unflatten(2, grid).contiguous() for y in maps]
         prefix = [self._class_tokens(y) for y in chosen] if self._config.class_tokens else None
         if output_dict:
@@ -320,10 +321,7 @@ class TimmVisionMamba(VisionMamba):
         return ops.rms_norm(stream, norm.weight, eps=c.norm_eps)  # type: ignore[return-value]
 
     def _class_tokens(self, tokens: Tensor) -> Tensor:
-        at = class_position(tokens, self._config)
-        if self._config.class_tokens == 2:
-            return tokens[:, [0, -1]]
-        return tokens[:, at : at + 1]
+        return tokens[:, class_positions(tokens, self._config)]
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -427,12 +425,15 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     return create
 
 
+def _names() -> list[str]:
+    """The networks of images: timm has none of clips."""
+    return [name for name in list_models() if "frames" not in model_options(name)]
+
+
 if __name__ != "__main__":
     __all__ = ["TimmVisionMamba", "checkpoint_filter_fn"]
-    default_cfgs = generate_default_cfgs(
-        {f"vimcore_{n}": _default_cfg(model_options(n)) for n in list_models()}
-    )
-    globals().update({f"vimcore_{name}": register_model(_entrypoint(name)) for name in list_models()})
+    default_cfgs = generate_default_cfgs({f"vimcore_{n}": _default_cfg(model_options(n)) for n in _names()})
+    globals().update({f"vimcore_{name}": register_model(_entrypoint(name)) for name in _names()})
 elif len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
     print(f"usage: python -m vimcore.timm SCRIPT ...\n\n{__doc__}")
     sys.exit(0 if len(sys.argv) > 1 else 2)

@@ -260,7 +260,7 @@ struct Yardstick {
         std::vector<double> patches = linear(cols, p.patch_weight, p.patch_bias), residual(h.size());
         tokens_forward(ctx, {.patches = tensor(patches, {1, len - 1, c.embed_dim}),
                              .class_token = {p.class_token, {}},
-                             .position = {c.class_position(), -1},
+                             .places = c.class_places(),
                              .pos_embed = p.pos_embed,
                              .out = tensor(h, {1, len, c.embed_dim})});
         for (const BlockParams& block : p.blocks) h = mixer(block, norm(h, residual, block.norm_weight));

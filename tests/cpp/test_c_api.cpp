@@ -150,6 +150,22 @@ void test_other_networks()
     CHECK(vimcore_model_get_info(model, &info) == VIMCORE_OK && info.classes == 0 && info.outputs == 24);
     CHECK(vimcore_model_label(model, 0, &label) == VIMCORE_INVALID_ARGUMENT);
     vimcore_model_destroy(model);
+
+    c = small();
+    c.frames = 2;
+    const File clips(c);
+    CHECK(vimcore_model_load(clips.path.c_str(), "cpu", 0, 0, &model) == VIMCORE_OK);
+    CHECK(vimcore_model_get_info(model, &info) == VIMCORE_OK && info.frames == 2 && info.tokens == 25);
+    CHECK(says(vimcore_load_image(model, "x.png", &value, 1), VIMCORE_INVALID_ARGUMENT, "clips of 2 frames"));
+    vimcore_session* session = nullptr;
+    CHECK(vimcore_session_create(model, 1, 1, "f32", &session) == VIMCORE_OK);
+    std::vector<float> clip(static_cast<std::size_t>(c.images_shape(1).numel())), logits(3);
+    for (std::size_t i = 0; i < clip.size(); i++) clip[i] = static_cast<float>(i % 7) - 3;
+    CHECK(vimcore_session_run(session, clip.data(), 1, logits.data(), 3) == VIMCORE_OK);
+    vimcore::Session own(vimcore::Model::load(clips.path));
+    CHECK(own.run(clip.data(), 1) == logits);
+    vimcore_session_destroy(session);
+    vimcore_model_destroy(model);
 }
 
 void test_errors()

@@ -130,9 +130,11 @@ void test_config_json()
     const std::string all =
         "{\"img_size\": [32, 48], \"patch_size\": 8, \"stride\": 8, \"in_chans\": 1, \"num_classes\": 0, "
         "\"embed_dim\": 36, \"depth\": 2, \"d_state\": 8, \"d_conv\": 3, \"expand\": 3, \"dt_rank\": 5, "
-        "\"directions\": \"block\", \"average_directions\": false, \"class_token\": \"none\", \"pool\": \"all\", "
-        "\"norm\": \"layer\", \"norm_eps\": 1e-06, \"pos_embed\": false, \"rope\": true, \"rope_residual\": true, "
-        "\"rope_grid\": 7, \"layer_scale\": 0.1, \"drop_rate\": 0.25, \"drop_path_rate\": 0.5}";
+        "\"directions\": \"block\", \"average_directions\": false, \"class_token\": \"none\", \"registers\": null, "
+        "\"neck_reduction\": 1, \"pool\": \"all\", \"norm\": \"layer\", \"norm_eps\": 1e-06, \"pos_embed\": false, "
+        "\"rope\": true, \"rope_residual\": true, "
+        "\"rope_grid\": 7, \"layer_scale\": 0.1, \"drop_rate\": 0.25, \"drop_path_rate\": 0.5, "
+        "\"frames\": null}";
     const Config config = Config::from_json(all);
     CHECK(config.to_json() == all);
     CHECK(config.img_height == 32 && config.img_width == 48 && config.grid_width() == 6 && config.patches() == 24);
@@ -141,7 +143,7 @@ void test_config_json()
 
     for (const char* name : {"none", "sequence", "block", "ssm", "ssm_conv"})
         CHECK(contains(Config::from_json(std::string("{\"directions\": \"") + name + "\"}").to_json(), name));
-    for (const char* name : {"none", "head", "double", "middle", "random"})
+    for (const char* name : {"none", "head", "double", "middle", "random", "registers"})
         CHECK(contains(Config::from_json(std::string("{\"class_token\": \"") + name + "\"}").to_json(), name));
     CHECK(Config::from_json("{\"img_size\": 64}").img_width == 64);
     CHECK(Config::from_json("{\"patch_size\": 32}").stride == 32);
@@ -180,6 +182,21 @@ void test_config_json()
         {"{\"rope\": true, \"class_token\": \"head\", \"stride\": 8}", "stride"},
         {"{\"rope\": true, \"class_token\": \"head\", \"embed_dim\": 190}", "divisible by 4"},
         {"{\"rope_residual\": true}", "needs rope"},
+        {"{\"rope\": true, \"class_token\": \"registers\"}", "class_token"},
+        {"{\"registers\": 12}", "registers: needs class_token \"registers\", got \"middle\""},
+        {"{\"registers\": 0}", "registers: expected at least 1"},
+        {"{\"class_token\": \"registers\", \"registers\": 196}", "expected 1 to 195, fewer than the patches"},
+        {"{\"class_token\": \"registers\", \"registers\": 65537}", "registers"},
+        {"{\"neck_reduction\": 2}", "neck_reduction: needs class_token"},
+        {"{\"class_token\": \"registers\", \"neck_reduction\": 5}", "neck_reduction: expected a divisor"},
+        {"{\"class_token\": \"registers\", \"neck_reduction\": 0}", "neck_reduction: expected 1 to"},
+        {"{\"frames\": 0}", "frames: expected at least 1"},
+        {"{\"frames\": 65537}", "frames"},
+        {"{\"frames\": 8, \"stride\": 8}", "frames: needs stride equal to patch_size"},
+        {"{\"frames\": 8, \"img_size\": [224, 230]}", "expected multiples of patch_size, 16, got 224 x 230"},
+        {"{\"frames\": 8, \"class_token\": \"random\"}", "does not go with class_token"},
+        {"{\"frames\": 8, \"class_token\": \"head\", \"rope\": true}", "does not go with rope"},
+        {"{\"frames\": 65536, \"img_size\": 1048576}", "tokens"},
     };
     for (const auto& [text, part] : cases) CHECK(contains(config_error(text), part));
 
@@ -205,6 +222,13 @@ void test_config_tokens()
     CHECK(config.tokens() == 731 && config.class_position() == 0);
     config.class_token = ClassToken::random;
     CHECK(config.tokens() == 730 && config.class_position() == 0);
+    config.class_token = ClassToken::registers;
+    config.registers = 12;
+    config.neck_reduction = 4;
+    CHECK(config.tokens() == 741 && config.class_position() == 56 && config.class_places().at(11) == 56 + 11 * 57);
+    CHECK(config.readout_width() == 576);
+    config.registers = 0;
+    config.neck_reduction = 1;
     config.class_token = ClassToken::none;
     CHECK(config.tokens() == 729 && config.class_position() == -1);
     config.directions = Directions::ssm;

@@ -168,6 +168,8 @@ void test_options()
         [](Config& c) { c.class_token = ClassToken::none, c.pool = Pool::last; },
         [](Config& c) { c.class_token = ClassToken::none, c.pool = Pool::max, c.num_classes = 0; },
         [](Config& c) { c.class_token = ClassToken::head; },
+        [](Config& c) { c.class_token = ClassToken::registers, c.registers = 4, c.neck_reduction = 2; },
+        [](Config& c) { c.class_token = ClassToken::head, c.frames = 3; },
         [](Config& c) { c.class_token = ClassToken::double_; },
         [](Config& c) { c.class_token = ClassToken::random, c.num_classes = 0; },
         [](Config& c) { c.class_token = ClassToken::head, c.rope = true, c.rope_residual = true; },

@@ -39,13 +39,10 @@ Tensor view(const Values<T>& values, const Shape& shape)
     return {const_cast<T*>(values.data()), shape, dtype_of<T>, {}};
 }
 
-constexpr ClassToken tokens[] = {ClassToken::none, ClassToken::head, ClassToken::middle, ClassToken::double_,
-                                 ClassToken::random};
+constexpr ClassToken tokens[] = {ClassToken::none,    ClassToken::head,   ClassToken::middle,
+                                 ClassToken::double_, ClassToken::random, ClassToken::registers};
 
-std::int64_t class_tokens(ClassToken token)
-{
-    return token == ClassToken::none ? 0 : token == ClassToken::double_ ? 2 : 1;
-}
+std::int64_t class_tokens(ClassToken token) { return table_places(token, 1).count; }
 
 // ---- the resize ----------------------------------------------------------------------------------------------------
 
@@ -72,10 +69,13 @@ double share_of(std::int64_t in, std::int64_t at, std::int64_t from, std::int64_
 Values<double> matrix(const TableResize& r, std::int64_t rows, std::int64_t old_rows)
 {
     Values<double> shares(static_cast<std::size_t>(rows * old_rows));
-    auto patches = [](const std::int64_t (&classes)[2], std::int64_t count) {  // rows that are not of class tokens
+    auto patches = [](const ClassPlaces& classes, std::int64_t count) {  // rows that are not of class tokens
         std::vector<std::int64_t> found;
-        for (std::int64_t row = 0; row < count; row++)
-            if (row != classes[0] && row != classes[1]) found.push_back(row);
+        for (std::int64_t row = 0; row < count; row++) {
+            bool of_token = false;
+            for (std::int64_t k = 0; k < classes.count; k++) of_token |= row == classes.at(k);
+            if (!of_token) found.push_back(row);
+        }
         return found;
     };
     const auto to = patches(r.to_class, rows), from = patches(r.from_class, old_rows);
@@ -86,8 +86,8 @@ Values<double> matrix(const TableResize& r, std::int64_t rows, std::int64_t old_
                 share_of(x / r.from.columns, y / r.to.columns, r.from.rows, r.to.rows) *
                 share_of(x % r.from.columns, y % r.to.columns, r.from.columns, r.to.columns);
         }
-    for (int k = 0; k < 2; k++)
-        if (r.to_class[k] >= 0) shares[static_cast<std::size_t>(r.to_class[k] * old_rows + r.from_class[k])] = 1;
+    for (std::int64_t k = 0; k < r.to_class.count; k++)
+        shares[static_cast<std::size_t>(r.to_class.at(k) * old_rows + r.from_class.at(k))] = 1;
     return shares;
 }
 
@@ -139,12 +139,20 @@ void test_resize(double tolerance)
 
 void test_rows()
 {
-    CHECK(class_rows(ClassToken::none, 9).row[0] == -1);
-    CHECK(class_rows(ClassToken::head, 9).row[0] == 0 && class_rows(ClassToken::head, 9).row[1] == -1);
-    CHECK(class_rows(ClassToken::middle, 9).row[0] == 4);
-    CHECK(class_rows(ClassToken::double_, 9).row[0] == 0 && class_rows(ClassToken::double_, 9).row[1] == 10);
+    auto all = [](const ClassPlaces& places) {
+        std::vector<std::int64_t> found;
+        for (std::int64_t k = 0; k < places.count; k++) found.push_back(places.at(k));
+        return found;
+    };
+    using List = std::vector<std::int64_t>;
+    CHECK(all(class_places(ClassToken::none, 9)).empty());
+    CHECK(all(class_places(ClassToken::head, 9)) == List{0} && all(class_places(ClassToken::random, 9)) == List{0});
+    CHECK(all(class_places(ClassToken::middle, 9)) == List{4});
+    CHECK((all(class_places(ClassToken::double_, 9)) == List{0, 10}));
+    CHECK((all(class_places(ClassToken::registers, 14, 4)) == List{2, 5, 8, 11}));  // pp r pp r pp r pp r pppppp
+    CHECK(table_places(ClassToken::registers, 14).count == 0);
     const TableResize authors = table_resize(ClassToken::middle, {2, 2}, {3, 3}, TableWay::authors);
-    CHECK(authors.from_class[0] == 0 && authors.to_class[0] == 0);
+    CHECK(authors.from_class == ClassPlaces::one(0) && authors.to_class == ClassPlaces::one(0));
     Values<float> table(20), out(40);
     Context ctx(Device::cpu(), 1);
     const TableResize resize = table_resize(ClassToken::head, {2, 2}, {3, 3});
@@ -215,6 +223,7 @@ Config small(ClassToken token, bool rope = false)
     c.depth = 2;
     c.num_classes = 5;
     c.class_token = token;
+    if (token == ClassToken::registers) c.registers = 4, c.neck_reduction = 2;
     c.rope = rope;
     c.rope_residual = rope;
     c.validate();
@@ -279,12 +288,14 @@ void test_network()
                                       {ClassToken::head, true},
                                       {ClassToken::middle, false},
                                       {ClassToken::double_, false},
-                                      {ClassToken::random, false}}) {
+                                      {ClassToken::random, false},
+                                      {ClassToken::registers, false}}) {
         const Config c = small(token, rope);
         const NetworkWeights<T> weights(c, true);
         Draws draws;
         if (token == ClassToken::random) draws.class_position = 1;
         for (const auto& [height, width] : sizes) {
+            if (height / 4 * (width / 4) <= c.registers) continue;
             const Config here = c.at_size(height, width);
             Config plain = c;
             plain.img_height = height;
@@ -296,8 +307,9 @@ void test_network()
             CHECK(found.dimages == expected.dimages);
             CHECK(run(ctx, here, weights, 3, false, draws).logits == expected.logits);
             Values<T> dtable(weights.values.at("pos_embed").size());
-            positions_backward(ctx, {.dout = view(expected.gradients.at("pos_embed"), {1, plain.tokens(), 24}),
-                                     .dtable = view(dtable, {1, c.tokens(), 24}),
+            auto rows = [&](const Config& of) { return of.patches() + table_places(token, of.patches()).count; };
+            positions_backward(ctx, {.dout = view(expected.gradients.at("pos_embed"), {1, rows(plain), 24}),
+                                     .dtable = view(dtable, {1, rows(c), 24}),
                                      .resize = table_resize(token, c.grid(), plain.grid())});
             const bool own = plain.grid() == c.grid();
             CHECK(found.gradients.at("pos_embed") == (own ? expected.gradients.at("pos_embed") : dtable));
@@ -423,13 +435,13 @@ void test_tables_are_few()
 void test_configurations()
 {
     const Config c = small(ClassToken::middle), other = c.at_size(28, 24);
-    CHECK(other.grid() == (Grid{7, 6}) && other.table_grid() == (Grid{3, 5}) && other.resizes_table());
+    CHECK(other.grid() == (Grid{7, 6}) && other.table_grid() == (Grid{3, 5}) && other.composes_positions());
     CHECK(other.tokens() == 43 && c.tokens() == 16);
-    CHECK(!c.resizes_table() && !other.at_size(12, 20).resizes_table());
+    CHECK(!c.composes_positions() && !other.at_size(12, 20).composes_positions());
     CHECK(other.at_size(12, 20).to_json() == c.to_json());
     CHECK(other.at_size(8, 8).table_grid() == c.grid());
-    CHECK(other.to_json() == c.to_json());      // of a file: the size that its table has
-    CHECK(!c.at_size(13, 23).resizes_table());  // other pixels, the same grid
+    CHECK(other.to_json() == c.to_json());           // of a file: the size that its table has
+    CHECK(!c.at_size(13, 23).composes_positions());  // other pixels, the same grid
     Params params;
     for_each_param(other, params, [&](const std::string& name, Tensor&, const Shape& shape) {
         if (name == "pos_embed") CHECK((shape == Shape{1, 16, 24}));
@@ -441,7 +453,7 @@ void test_configurations()
 
     Config without = c;
     without.pos_embed = false;
-    CHECK(!without.at_size(28, 24).resizes_table());
+    CHECK(!without.at_size(28, 24).composes_positions());
     const NetworkWeights<float> weights(c, true);
     Context ctx(Device::cpu(), 1);
     Values<float> images(3 * 28 * 24), logits(5);

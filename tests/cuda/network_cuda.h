@@ -89,6 +89,9 @@ inline std::vector<Config> designs()
     add([](Config& c) { c.stride = 2, c.pos_embed = false, c.average_directions = false; });
     add([](Config& c) { c.d_state = 8, c.d_conv = 3, c.num_classes = 0, c.in_chans = 1; });
     add([](Config& c) { c.d_state = 5, c.d_conv = 2, c.expand = 3, c.dt_rank = 7; });
+    add([](Config& c) { c.class_token = ClassToken::registers, c.registers = 4, c.neck_reduction = 2; });
+    add([](Config& c) { c.class_token = ClassToken::registers, c.registers = 3, c.num_classes = 0; });
+    add([](Config& c) { c.frames = 3, c.class_token = ClassToken::head, c.average_directions = false; });
     add([](Config& c) { c.embed_dim = 64, c.img_height = c.img_width = 4; });  // one patch and the class token
     return all;
 }

@@ -266,20 +266,21 @@ void test_patches(DType dtype, Index height, Index width, Index patch, Index str
     });
 }
 
-void test_tokens(DType dtype, Index dim, Index first, Index second, bool pos, bool dropout, bool gradients)
+// tail: whether the last class token is a tensor of its own.
+void test_tokens(DType dtype, Index dim, ClassPlaces places, bool tail, bool pos, bool dropout, bool gradients)
 {
-    const Index batch = 3, len = 9, count = (first >= 0) + (second >= 0);
-    compare_twice(dtype, text("tokens", dim, first, second, pos, dropout, gradients), [&](Side&& side) {
+    const Index batch = 3, len = 9, count = places.count;
+    const std::string name = text("tokens", dim, places.first, places.step, count, pos, dropout, gradients);
+    compare_twice(dtype, name, [&](Side&& side) {
         const Shape x{batch, len, dim};
         TokensBackward a;
         a.dpatches = side.result({batch, len - count, dim});
         a.dout = side.activation(x, normal(92, dtype, x.numel()));
-        a.position[0] = first;
-        a.position[1] = second;
+        a.places = places;
         if (dropout) a.dropout = side.parameter(x, normal(93, DType::f32, x.numel()));
         if (pos && gradients) a.dpos_embed = gradient(side, 94, {1, len, dim});
-        if (first >= 0 && gradients) a.dclass_token[0] = gradient(side, 95, {1, 1, dim});
-        if (second >= 0 && gradients) a.dclass_token[1] = gradient(side, 96, {1, 1, dim});
+        if (count - tail > 0 && gradients) a.dclass_token[0] = gradient(side, 95, {1, count - tail, dim});
+        if (tail && gradients) a.dclass_token[1] = gradient(side, 96, {1, 1, dim});
         tokens_backward(side.ctx, a);
         Outputs out{{"dpatches", side.values(a.dpatches)}};
         for (const Tensor& t : {a.dpos_embed, a.dclass_token[0], a.dclass_token[1]})
@@ -288,19 +289,20 @@ void test_tokens(DType dtype, Index dim, Index first, Index second, bool pos, bo
     });
 }
 
-void test_readout(DType dtype, Reduce reduce, Index dim, Index len, Index first, Index second)
+void test_readout(DType dtype, Reduce reduce, Index dim, Index len, ClassPlaces places)
 {
-    const Index batch = 3;
-    compare_twice(dtype, text("readout", static_cast<Index>(reduce), dim, len, first, second), [&](Side&& side) {
+    const Index batch = 3, rows = reduce == Reduce::join ? places.count : 1;
+    const std::string name =
+        text("readout", static_cast<Index>(reduce), dim, len, places.first, places.step, places.count);
+    compare_twice(dtype, name, [&](Side&& side) {
         const Shape x{batch, len, dim};
         Floats values = normal(97, dtype, x.numel());
         for (float& value : values) value = std::round(value);  // many equal maxima
         ReadoutBackward a;
         a.reduce = reduce;
-        a.index[0] = first;
-        a.index[1] = second;
+        a.places = places;
         a.x = side.activation(x, values);
-        a.dout = side.activation({batch, dim}, normal(98, dtype, batch * dim));
+        a.dout = side.activation({batch, rows * dim}, normal(98, dtype, batch * rows * dim));
         a.dx = side.result(x);
         readout_backward(side.ctx, a);
         return Outputs{{"dx", side.values(a.dx)}};
@@ -315,17 +317,19 @@ void test_ends(DType dtype)
     test_patches(dtype, 16, 16, 3, 5, 0, 9);  // with gaps
     for (Index dim : {1, 7, 24})
         for (bool pos : {false, true}) {
-            test_tokens(dtype, dim, -1, -1, pos, true, true);
-            test_tokens(dtype, dim, 4, -1, pos, false, true);
-            test_tokens(dtype, dim, 0, 8, pos, true, true);
-            test_tokens(dtype, dim, 0, 8, pos, true, false);
+            test_tokens(dtype, dim, {}, false, pos, true, true);
+            test_tokens(dtype, dim, {4, 1, 1}, false, pos, false, true);
+            test_tokens(dtype, dim, {0, 8, 2}, true, pos, true, true);
+            test_tokens(dtype, dim, {0, 8, 2}, true, pos, true, false);
+            test_tokens(dtype, dim, {1, 2, 3}, false, pos, true, true);
         }
     for (Index dim : {1, 7, 40})
         for (Index len : {1, 5, 70}) {
-            test_readout(dtype, Reduce::mean, dim, len, -1, -1);
-            test_readout(dtype, Reduce::max, dim, len, -1, -1);
-            test_readout(dtype, Reduce::select, dim, len, len / 2, -1);
-            if (len > 1) test_readout(dtype, Reduce::select, dim, len, 0, len - 1);
+            test_readout(dtype, Reduce::mean, dim, len, {});
+            test_readout(dtype, Reduce::max, dim, len, {});
+            test_readout(dtype, Reduce::select, dim, len, {len / 2, 1, 1});
+            if (len > 1) test_readout(dtype, Reduce::select, dim, len, {0, len - 1, 2});
+            if (len > 4) test_readout(dtype, Reduce::join, dim, len, {1, 2, len / 2});
         }
 }
 

@@ -25,18 +25,21 @@ void test_patches(DType dtype, Index channels, Index height, Index width, Index 
     });
 }
 
-void test_tokens(DType dtype, Index dim, Index len, Index p0, Index p1, bool pos, bool dropout, Index shift)
+// tail: whether the last class token is a tensor of its own.
+void test_tokens(DType dtype, Index dim, Index len, ClassPlaces places, bool tail, bool pos, bool dropout, Index shift)
 {
-    const Index batch = 3, patches = len - (p0 >= 0) - (p1 >= 0);
-    const Shape shape{batch, len, dim}, token{1, 1, dim};
-    compare(dtype, text("tokens", dim, len, p0, p1, pos, dropout, shift), [&](Side&& side, bool apart) {
+    const Index batch = 3, patches = len - places.count;
+    const Shape shape{batch, len, dim};
+    const auto& [first, step, count] = places;
+    compare(dtype, text("tokens", dim, len, first, step, count, pos, dropout, shift), [&](Side&& side, bool apart) {
         TokensForward a;
         a.patches = side.activation({batch, patches, dim}, normal(50, dtype, batch * patches * dim));
-        a.position[0] = p0;
-        a.position[1] = p1;
+        a.places = places;
+        const Index held[] = {places.count - tail, tail};
         for (int i = 0; i < 2; i++)
-            if (a.position[i] >= 0)
-                a.class_token[i] = side.make(token, wide(side.dtype), normal(51 + i, DType::f32, dim), shift);
+            if (held[i] > 0)
+                a.class_token[i] =
+                    side.make({1, held[i], dim}, wide(side.dtype), normal(51 + i, DType::f32, held[i] * dim), shift);
         if (pos) a.pos_embed = side.parameter({1, len, dim}, normal(53, DType::f32, len * dim));
         if (dropout) a.dropout = side.parameter(shape, normal(54, DType::f32, shape.numel()));
         a.out = side.result(shape);
@@ -61,16 +64,18 @@ void test_rope(DType dtype, Index dim, Index len, Index skip, bool inverse, Inde
     });
 }
 
-void test_readout(DType dtype, Reduce reduce, Index dim, Index len, Index i0, Index i1, Index shift)
+void test_readout(DType dtype, Reduce reduce, Index dim, Index len, ClassPlaces places, Index shift)
 {
     const Shape shape{2, len, dim};
-    compare(dtype, text("readout", static_cast<int>(reduce), dim, len, i0, i1, shift), [&](Side&& side, bool apart) {
+    const auto& [first, step, count] = places;
+    const Index rows = reduce == Reduce::join ? count : 1;
+    const std::string name = text("readout", static_cast<int>(reduce), dim, len, first, step, count, shift);
+    compare(dtype, name, [&](Side&& side, bool apart) {
         ReadoutForward a;
         a.reduce = reduce;
-        a.index[0] = i0;
-        a.index[1] = i1;
+        a.places = places;
         a.x = side.make(shape, side.dtype, normal(70, dtype, shape.numel()), shift);
-        a.out = side.result({2, dim});
+        a.out = side.result({2, rows * dim});
         each_image(apart, 2, [&](auto part) {
             ReadoutForward p = a;
             p.x = part(a.x);
@@ -91,11 +96,12 @@ void test_embedding(DType dtype)
     test_patches(dtype, 4, 36, 36, 32, 4, 0, 0);
 
     for (Index dim : {1, 7, 33, 192})
-        for (int i = 0; i < 8; i++) {
-            const Index len = 5, p0 = i < 2 ? -1 : i < 4 ? 0 : 2, p1 = i < 6 ? -1 : 4;
-            test_tokens(dtype, dim, len, p0, p1, i % 2 == 0, i % 3 == 0, 0);
+        for (int i = 0; i < 10; i++) {
+            constexpr ClassPlaces places[] = {{}, {0, 1, 1}, {2, 1, 1}, {2, 2, 2}, {1, 2, 2}};
+            test_tokens(dtype, dim, 5, places[i / 2], i / 2 == 3, i % 2 == 0, i % 3 == 0, 0);
         }
-    test_tokens(dtype, 192, 197, 98, -1, true, false, 1);
+    test_tokens(dtype, 192, 197, {98, 1, 1}, false, true, false, 1);
+    test_tokens(dtype, 192, 208, {15, 16, 12}, false, true, true, 0);
 
     for (Index dim : {1, 2, 7, 34, 192})
         for (bool inverse : {false, true}) {
@@ -108,12 +114,13 @@ void test_embedding(DType dtype)
     for (Index dim : {1, 7, 192, 384}) {
         for (Reduce reduce : {Reduce::mean, Reduce::max})
             for (Index len : {1, 5, 197, 256, 257, 700})
-                if (len < 200 || dim != 192) test_readout(dtype, reduce, dim, len, -1, -1, 0);
-        test_readout(dtype, Reduce::select, dim, 33, 32, -1, 0);
-        test_readout(dtype, Reduce::select, dim, 33, 0, 32, 0);
+                if (len < 200 || dim != 192) test_readout(dtype, reduce, dim, len, {}, 0);
+        test_readout(dtype, Reduce::select, dim, 33, {32, 1, 1}, 0);
+        test_readout(dtype, Reduce::select, dim, 33, {0, 32, 2}, 0);
+        test_readout(dtype, Reduce::join, dim, 33, {2, 3, 10}, 0);
     }
-    test_readout(dtype, Reduce::mean, 64, 9, -1, -1, 1);
-    test_readout(dtype, Reduce::max, 64, 300, -1, -1, 1);
+    test_readout(dtype, Reduce::mean, 64, 9, {}, 1);
+    test_readout(dtype, Reduce::max, 64, 300, {}, 1);
 }
 
 void test_maximum_of_nan(DType dtype)

@@ -25,7 +25,7 @@ Result run(Context& ctx, const Config& c, const Params& params, DType dtype, con
            bool all, Saved* saved = nullptr)
 {
     Side side(ctx, dtype);
-    const Tensor x = side.activation({batch, c.in_chans, c.img_height, c.img_width}, images);
+    const Tensor x = side.activation(c.images_shape(batch), images);
     const Shape sequence{batch, c.tokens(), c.embed_dim};
     vimcore::Outputs out;
     out.logits = side.result(c.logits_shape(batch));
@@ -72,7 +72,7 @@ void test_designs()
         const DType only = device_types[static_cast<std::size_t>(index++) % std::size(device_types)];
         auto values = [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); };
         const NetworkWeights here(cpu_context(), c, values), there(cuda_context(), c, values);
-        const std::int64_t batch = 3, image = c.in_chans * c.img_height * c.img_width;
+        const std::int64_t batch = 3, image = c.images_shape(1).numel();
         const Floats images = Random(5).normal(batch * image, 0.5f);
         const Result want = run(cpu_context(), c, here.params, DType::f32, images, batch, true);
         for (DType dtype : device_types) {
@@ -114,7 +114,7 @@ void test_session()
     for_each_param(c, params,
                    [&](const std::string& name, Tensor& tensor, const Shape&) { tensors.emplace_back(name, tensor); });
     save_safetensors(path, tensors, {{"vimcore.config", c.to_json()}});
-    const std::int64_t batch = 5, image = c.in_chans * c.img_height * c.img_width;
+    const std::int64_t batch = 5, image = c.images_shape(1).numel();
     const Floats images = Random(9).normal(batch * image, 0.5f);
     Session cpu(Model::load(path), {.max_batch = 2, .threads = 1});
     const Floats want = cpu.run(images.data(), batch);

@@ -42,6 +42,43 @@ void test_resize()
             }
 }
 
+// What a table of patches, one of class tokens and one of frames come to.
+void test_several_tables()
+{
+    constexpr std::int64_t D = 40, frames = 3, registers = 4;
+    for (const bool own_rows : {false, true}) {
+        const Grid from{3, 4}, to{2, 5};
+        const ClassToken token = own_rows ? ClassToken::registers : ClassToken::middle;
+        const TableResize resize{.from = from,
+                                 .to = to,
+                                 .from_class = table_places(token, from.count()),
+                                 .to_class = class_places(token, frames * to.count(), registers),
+                                 .frames = frames};
+        const Shape shapes[] = {{1, from.count() + resize.from_class.count, D},
+                                {1, own_rows ? registers : 0, D},
+                                {1, frames, D},
+                                {1, frames * to.count() + resize.to_class.count, D}};
+        auto run = [&](Side&& side) {
+            auto make = [&](int k, unsigned seed) {
+                return shapes[k].numel() == 0 ? Tensor{}
+                                              : side.parameter(shapes[k], normal(seed, DType::f32, shapes[k].numel()));
+            };
+            const Tensor out = side.wide_result(shapes[3]), tables[] = {make(0, 11), make(1, 12), make(2, 13)};
+            positions_forward(side.ctx, {tables[0], tables[1], tables[2], out, resize});
+            const Tensor gradients[] = {make(0, 14), make(1, 15), make(2, 16)};
+            positions_backward(side.ctx, {make(3, 17), gradients[0], gradients[1], gradients[2], resize});
+            Floats all = side.values(out);
+            for (const Tensor& t : gradients)
+                if (t)
+                    for (const float value : side.values(t)) all.push_back(value);
+            return all;
+        };
+        const Floats got = run(Side::cuda(DType::f32));
+        CHECK_AGREE(got, run(Side::cpu()), 1e-6);
+        CHECK(same_bits(got, run(Side::cuda(DType::f32))));
+    }
+}
+
 struct Step {
     Floats logits, images;
     std::map<std::string, Floats> gradients;
@@ -159,6 +196,7 @@ void test_recorded(bool rope)
 int main(int argc, char** argv)
 {
     test_resize();
+    test_several_tables();
     if (argc == 2 && std::string(argv[1]) == "tables") return check_failures();
     test_network();
     test_recorded(false);

@@ -32,7 +32,7 @@ Gradients step(Context& ctx, const Config& c, const Params& params, DType dtype,
                std::int64_t batch, const Floats& dlogits, const Request& request = {})
 {
     Side side(ctx, dtype);
-    const Shape image_shape{batch, c.in_chans, c.img_height, c.img_width}, sequence{batch, c.tokens(), c.embed_dim};
+    const Shape image_shape = c.images_shape(batch), sequence{batch, c.tokens(), c.embed_dim};
     const Tensor x = side.activation(image_shape, images), dx = side.result(image_shape);
     vimcore::Outputs out, dout;
     out.logits = side.result(c.logits_shape(batch));
@@ -138,7 +138,7 @@ void test_designs()
         auto values = [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); };
         const NetworkWeights here(cpu_context(), c, values, DType::f64), there(cuda_context(), c, values);
         const std::int64_t batch = 3;
-        const Floats images = normal(5, DType::bf16, batch * c.in_chans * c.img_height * c.img_width);
+        const Floats images = normal(5, DType::bf16, c.images_shape(batch).numel());
         const Floats dlogits = normal(8, DType::bf16, c.logits_shape(batch).numel());
         const DType only = device_types[static_cast<std::size_t>(index / 2) % std::size(device_types)];
         const Memory memory = index++ % 2 ? Memory::fast : Memory::lean;
@@ -175,7 +175,7 @@ void test_draws_and_groups()
         c.validate();
         auto values = [&](const std::string& name, const Shape& shape) { return random_weight(c, name, shape); };
         const std::int64_t batch = 5;
-        const Floats images = normal(5, DType::bf16, batch * c.in_chans * c.img_height * c.img_width);
+        const Floats images = normal(5, DType::bf16, c.images_shape(batch).numel());
         const Floats dlogits = normal(8, DType::bf16, batch * c.num_classes);
         auto run = [&](Context& ctx, DType dtype, std::int64_t tile) {
             const NetworkWeights weights(ctx, c, values, wide(dtype));

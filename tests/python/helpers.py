@@ -41,9 +41,10 @@ def build(
 def images_for(
     config: reference.Config, batch: int, dtype: torch.dtype = torch.float64, seed: int = 1
 ) -> Tensor:
-    """Random images (B, C, H, W)."""
+    """Random images (B, C, H, W), or clips (B, C, T, H, W)."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (batch, config.in_chans, config.height, config.width)
+    frames = (config.frames,) if config.frames else ()
+    shape = (batch, config.in_chans, *frames, config.height, config.width)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 

@@ -40,6 +40,8 @@ class Config:
     directions: str = "ssm_conv"
     average_directions: bool = True
     class_token: str = "middle"
+    registers: int | None = None
+    neck_reduction: int = 1
     pool: str = "mean"
     norm: str = "rms"
     norm_eps: float = 1e-5
@@ -50,6 +52,7 @@ class Config:
     layer_scale: float | None = None
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
+    frames: int | None = None
 
     @property
     def height(self) -> int:
@@ -66,11 +69,16 @@ class Config:
 
     @property
     def patches(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return (self.frames or 1) * self.grid[0] * self.grid[1]
 
     @property
     def class_tokens(self) -> int:
-        return {"none": 0, "double": 2}.get(self.class_token, 1)
+        return {"none": 0, "double": 2, "registers": self.registers}.get(self.class_token, 1)
+
+    @property
+    def readout_width(self) -> int:
+        count = self.registers if self.class_token == "registers" else 1
+        return count * self.embed_dim // self.neck_reduction
 
     @property
     def tokens(self) -> int:
@@ -115,13 +123,26 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     if config.class_token == "double":
         shapes["cls_token_head"] = shapes["cls_token_tail"] = (1, 1, d)
     elif config.class_token != "none":
-        shapes["cls_token"] = (1, 1, d)
+        shapes["cls_token"] = (1, config.class_tokens, d)
     if config.pos_embed:
-        shapes["pos_embed"] = (1, config.tokens, d)
-    shapes["patch_embed.proj.weight"] = (d, config.in_chans, config.patch_size, config.patch_size)
+        registers = config.class_token == "registers"
+        if registers:
+            shapes["pos_embed_cls"] = (1, config.registers, d)
+        rows = config.grid[0] * config.grid[1] + (0 if registers else config.class_tokens)
+        shapes["pos_embed"] = (1, rows, d)
+        if config.frames:
+            shapes["temporal_pos_embedding"] = (1, config.frames, d)
+    depth = (1,) if config.frames else ()
+    shapes["patch_embed.proj.weight"] = (d, config.in_chans, *depth, config.patch_size, config.patch_size)
     shapes["patch_embed.proj.bias"] = (d,)
+    if config.neck_reduction > 1:
+        shapes["neck.weight"] = (d // config.neck_reduction, d)
+        shapes["norm_neck.weight"] = (config.readout_width,)
+        if config.norm == "layer":
+            shapes["norm_neck.bias"] = (config.readout_width,)
     if config.num_classes:
-        shapes["head.weight"], shapes["head.bias"] = (config.num_classes, d), (config.num_classes,)
+        shapes["head.weight"] = (config.num_classes, config.readout_width)
+        shapes["head.bias"] = (config.num_classes,)
     for i in range(config.depth):
         m = f"layers.{i}.mixer."
         if config.layer_scale is not None:
@@ -154,13 +175,13 @@ def random_weights(config: Config, seed: int = 0, dtype: torch.dtype = torch.flo
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         if key.endswith("_log"):
             x = torch.arange(1, shape[1] + 1, dtype=torch.float64).log() + 0.1 * x
-        elif key.endswith((".D", ".D_b", "norm.weight", "norm_f.weight", "gamma")):
+        elif key.endswith((".D", ".D_b", "norm.weight", "norm_f.weight", "norm_neck.weight", "gamma")):
             x = 1 + 0.2 * x
         elif "dt_proj" in key and key.endswith("bias"):
             x = -2 + x
         elif "conv1d" in key:
             x = 0.5 * x
-        elif key.endswith("proj.weight") or key == "head.weight":
+        elif key.endswith("proj.weight") or key in ("head.weight", "neck.weight"):
             x = x / (x[0].numel() ** 0.5)
         else:
             x = 0.3 * x
@@ -297,11 +318,24 @@ def class_positions(config: Config, draws: Draws) -> list[int]:
         "middle": [config.patches // 2],
         "random": [draws.class_position],
         "double": [0, config.patches + 1],
+        "registers": register_positions(config),
     }[config.class_token]
 
 
+def register_positions(config: Config) -> list[int]:
+    """Registers and patches of n + 1 groups laid out in turns; what is left of the patches comes last."""
+    if config.class_token != "registers":
+        return []
+    group = config.patches // (config.registers + 1)
+    kinds = (["patch"] * group + ["register"]) * config.registers
+    return [t for t, kind in enumerate(kinds) if kind == "register"]
+
+
 def embed(config: Config, w: Weights, images: Tensor, draws: Draws) -> Tensor:
-    """Images (B, C, H, W) -> tokens (B, L, D)."""
+    """Images (B, C, H, W), or clips (B, C, T, H, W), -> tokens (B, L, D)."""
+    if config.class_token == "registers" or config.frames:
+        x = embed_parts(config, w, images, draws)
+        return x if draws.mask is None else x * draws.mask
     x = F.conv2d(
         images,
         w["patch_embed.proj.weight"],
@@ -317,6 +351,45 @@ def embed(config: Config, w: Weights, images: Tensor, draws: Draws) -> Tensor:
     return x if draws.mask is None else x * draws.mask
 
 
+def embed_parts(config: Config, w: Weights, images: Tensor, draws: Draws) -> Tensor:
+    """Registers, or clips: patches frame by frame get their positions, then class tokens get theirs."""
+    weight, rows = w["patch_embed.proj.weight"], config.grid[0] * config.grid[1]
+    at, clips = class_positions(config, draws), config.frames is not None
+    double = config.class_token == "double"
+    tokens = [w["cls_token_head"][:, 0], w["cls_token_tail"][:, 0]] if double else None
+    tokens = tokens or (list(w["cls_token"].unbind(1)) if at else [])
+    spatial = None
+    if config.pos_embed:
+        spatial = list(
+            w["pos_embed"].unbind(1)
+        )  # rows of the published table: class tokens among the patches
+        if config.class_token == "registers":
+            own = list(w["pos_embed_cls"].unbind(1))
+        else:
+            places = {"none": [], "head": [0], "middle": [rows // 2], "double": [0, rows + 1]}
+            own = [spatial[i] for i in places[config.class_token]]
+            spatial = [p for i, p in enumerate(spatial) if i not in places[config.class_token]]
+        tokens = [token + row for token, row in zip(tokens, own, strict=True)]
+    sequence = []
+    for f in range(config.frames or 1):
+        image = images[:, :, f] if clips else images
+        x = F.conv2d(
+            image,
+            weight[:, :, 0] if clips else weight,
+            w["patch_embed.proj.bias"],
+            stride=config.stride or config.patch_size,
+        )
+        for j, patch in enumerate(x.flatten(2).unbind(2)):
+            if spatial is not None:
+                patch = patch + spatial[j]
+                if clips:
+                    patch = patch + w["temporal_pos_embedding"][:, f]
+            sequence.append(patch)
+    for k, place in enumerate(at):
+        sequence.insert(place, tokens[k].expand(len(images), -1))
+    return torch.stack(sequence, 1)
+
+
 def read_out(config: Config, w: Weights, tokens: Tensor, draws: Draws) -> Tensor:
     """Normalised tokens (B, L, D) -> logits, or features without a head."""
 
@@ -324,6 +397,12 @@ def read_out(config: Config, w: Weights, tokens: Tensor, draws: Draws) -> Tensor
         return x @ w["head.weight"].T + w["head.bias"] if config.num_classes else x
 
     at = class_positions(config, draws)
+    if config.class_token == "registers":
+        registers = [tokens[:, t] for t in at]
+        if config.neck_reduction > 1:
+            joined = torch.cat([x @ w["neck.weight"].T for x in registers], 1)
+            return head(normalise(config, w, "norm_neck", joined))
+        return head(torch.cat(registers, 1))
     if at:
         return head(tokens[:, at].mean(1))
     if config.pool == "mean":
@@ -334,9 +413,9 @@ def read_out(config: Config, w: Weights, tokens: Tensor, draws: Draws) -> Tensor
 
 
 def to_map(config: Config, x: Tensor, draws: Draws) -> Tensor:
-    """(B, L, D) with class tokens -> (B, D, h, w)."""
+    """(B, L, D) with class tokens -> (B, D, h, w), of clips (B, D, T, h, w)."""
     keep = [t for t in range(x.shape[1]) if t not in class_positions(config, draws)]
-    return x[:, keep].transpose(1, 2).unflatten(2, config.grid)
+    return x[:, keep].transpose(1, 2).unflatten(2, (*([config.frames] * bool(config.frames)), *config.grid))
 
 
 def forward(config: Config, w: Weights, images: Tensor, draws: Draws | None = None) -> Result:

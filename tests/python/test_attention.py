@@ -19,6 +19,7 @@ CONFIGS = {
     "middle": small(),
     "sum of directions": small(average_directions=False),
     "double": small(class_token="double"),
+    "registers": small(class_token="registers", registers=3),
     "none": small(directions="none", class_token="none", d_conv=3),
     "sequence": small(directions="sequence", class_token="head"),
     "block": small(directions="block", depth=4),

@@ -27,6 +27,8 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "double, pairs": {"class_token": "double", "directions": "block"},
     "head, rope": {"class_token": "head", "rope": True, "rope_residual": True, "rope_grid": 2},
     "sum, scale": {"average_directions": False, "layer_scale": 0.1, "norm": "layer"},
+    "registers, neck": {"class_token": "registers", "registers": 4, "neck_reduction": 2},
+    "clips": {"class_token": "head", "frames": 2},
     "backbone": {"num_classes": 0, "d_state": 8},
 }
 

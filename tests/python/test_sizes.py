@@ -33,6 +33,7 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "head": {"class_token": "head"},
     "double": {"class_token": "double"},
     "random": {"class_token": "random"},
+    "register": {"class_token": "registers", "registers": 1},
     "mean": {"class_token": "none"},
     "max": {"class_token": "none", "pool": "max"},
     "last": {"class_token": "none", "pool": "last"},
@@ -51,7 +52,8 @@ def at(config: reference.Config, size: tuple[int, int]) -> reference.Config:
 
 def by_torch(table: Tensor, old: reference.Config, new: reference.Config) -> Tensor:
     """The table of `old` on the grid of `new`: torch's bicubic interpolation of the patches' rows."""
-    rows, others = reference.class_positions(old, reference.Draws(class_position=0)), []
+    own = old.class_token == "registers"  # which have a table of their own
+    rows = [] if own else reference.class_positions(old, reference.Draws(class_position=0))
     patches = [i for i in range(table.shape[1]) if i not in rows]
     grid = table[:, patches].unflatten(1, old.grid).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=new.grid, mode="bicubic", align_corners=False)

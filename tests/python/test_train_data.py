@@ -222,6 +222,20 @@ def test_training_pictures_are_crops_flips_and_erasures() -> None:
     assert len({tuple(image.flatten().tolist()) for image in strong}) > 30
 
 
+def test_three_augment_is_one_of_three() -> None:
+    """Of a picture in one colour that is not grey: a third of the draws takes the colour away."""
+    pixels = np.broadcast_to(np.array([200, 40, 90], np.uint8), (1, 24, 24, 3))
+    images = Images(["x"], np.zeros(1, np.int64), ["a"], pixels)
+    three = Augment(rand_augment="3a", color_jitter=0.0, random_erase=0.0)
+    training = Training(images, transforms.picture_train(COLOUR, three))
+    mean, std = torch.tensor(COLOUR.mean), torch.tensor(COLOUR.std)
+    colours = torch.stack([training[(0, seed)].images[:, 3, 3] * std + mean for seed in range(60)])
+    grey = int((colours.amax(1) - colours.amin(1) < 1e-3).sum())
+    same = int(((colours - torch.tensor([200, 40, 90]) / 255).abs().amax(1) < 1e-2).sum())
+    assert 8 < grey < 35
+    assert 8 < same < 35  # blurred; the others are solarised
+
+
 @pytest.mark.slow
 def test_every_strength_of_posterize() -> None:
     """Noise on the magnitude may leave no bits, which Pillow refuses: the picture is black then."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 import vimcore
 from vimcore.cli import main
-from vimcore.tasks import settings_type
+from vimcore.tasks import backbone, settings_type
 from vimcore.tasks.classification.settings import ClassificationSettings as Settings
 from vimcore.tasks.classification.task import build
 from vimcore.tasks.settings import read_toml
@@ -41,7 +41,30 @@ PUBLISHED = {
 
 def test_every_preset_is_checked_here() -> None:
     """Those of other tasks are in the tests of these tasks, `finetune` in its own."""
-    assert {*PUBLISHED, "digits", "finetune"} == {name for name in PRESETS if task_of(name) == "classify"}
+    here = {*PUBLISHED, *MAMBAR, "digits", "finetune"}
+    assert here == {name for name in PRESETS if task_of(name) == "classify"}
+
+
+# pixels, batch of one of eight processes, peak, decay, drop path, epochs, smoothing
+MAMBAR = {
+    "mambar-base-128": (128, 128, 1e-3, 0.05, 0.1, 300, 0.0),
+    "mambar-base-224": (224, 128, 4e-4, 0.05, 0.4, 100, 0.0),
+    "mambar-base-finetune": (224, 64, 1e-5, 0.1, 0.4, 20, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", MAMBAR)
+def test_presets_of_registers(name: str) -> None:
+    pixels, batch, peak, decay, drop_path, epochs, smoothing = MAMBAR[name]
+    s = preset(name)
+    assert backbone.size_of(s) == (pixels, pixels)
+    assert (s.model, s.batch_size, s.weight_decay) == ("mambar_base_patch16_224", batch, decay)
+    assert (s.drop_path_rate, s.epochs, s.label_smoothing) == (drop_path, epochs, smoothing)
+    assert peak_lr(s, 8) == pytest.approx(peak)
+    assert (s.random_erase, s.mixup, s.cutmix, s.ema) == (0.0, 0.8, 1.0, 0.99996)
+    finetune = name.endswith("finetune")
+    expected = ("rand-m9-mstd0.5-inc1", 1, 1.0) if finetune else ("3a", 3, 0.875)
+    assert (s.rand_augment, s.repeats, s.crop_pct) == expected
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -188,7 +211,8 @@ def test_wrong_settings(text: str, message: str, tmp_path: Path, capsys: pytest.
 
 
 def test_fine_tuning_wants_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--preset", "tiny-long-paper", "--data", "digits", "--dry-run"]) == 1
+    for name in ("tiny-long-paper", "mambar-base-224"):
+        assert main(["train", "--preset", name, "--data", "digits", "--dry-run"]) == 1
     assert "init: tiny-long-paper fine-tunes" in capsys.readouterr().err
     assert main(["train", "--preset", "tiny-long-paper", "--init", "tiny.pth", "--dry-run"]) == 0
 

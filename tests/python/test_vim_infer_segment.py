@@ -51,6 +51,7 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (FCN, {"convs": 0}),
     (FCN, {"convs": 1, "channels": 13, "classes": 1}),
     (FCN, {"convs": 3, "head_norm": "group", "classes": 255, "backbone": {"class_token": "double"}}),
+    (FCN, {"backbone": {"class_token": "registers", "registers": 2}}),
     (FCN, {"backbone": {"class_token": "none", "img_size": (12, 20), "patch_size": 4, "in_chans": 4}}),
     (UperNet, {}),
     (UperNet, {"head_norm": "group", "channels": 20, "indices": [2, 0, 3, 3], "aux": False}),

@@ -39,6 +39,7 @@ typedef struct vimcore_model_info {
     int64_t outputs;                 /* floats per image of vimcore_session_run */
     int64_t classes;                 /* 0: the network has no head, and outputs are features */
     int64_t tokens, embed_dim;       /* floats per image of vimcore_session_features: tokens * embed_dim */
+    int64_t frames; /* 0, or those of a clip, which is the "image": channels * frames * height * width floats */
 } vimcore_model_info;
 
 VIMCORE_API const char* vimcore_version(void); /* "0.2.0" */

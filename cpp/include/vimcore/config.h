@@ -13,7 +13,7 @@
 namespace [[gnu::visibility("default")]] vimcore {
 
 enum class Directions : std::uint8_t { none, sequence, block, ssm, ssm_conv };
-enum class ClassToken : std::uint8_t { none, head, double_, middle, random };
+enum class ClassToken : std::uint8_t { none, head, double_, middle, random, registers };
 enum class Pool : std::uint8_t { mean, max, last, all };
 enum class Norm : std::uint8_t { rms, layer };
 const char* name_of(Directions value);  // as in Python; std::invalid_argument where it is none of these
@@ -26,6 +26,14 @@ struct Grid {
     std::int64_t rows = 0, columns = 0;
     std::int64_t count() const { return rows * columns; }
     bool operator==(const Grid&) const = default;
+};
+
+// Where class tokens stand in a sequence, or their rows in a table: at first, first + step, ...
+struct ClassPlaces {
+    std::int64_t first = 0, step = 1, count = 0;
+    std::int64_t at(std::int64_t k) const { return first + k * step; }
+    static ClassPlaces one(std::int64_t at) { return {at, 1, 1}; }
+    bool operator==(const ClassPlaces&) const = default;
 };
 
 // Sizes and options of one block.
@@ -57,26 +65,37 @@ struct Config : BlockConfig {
     std::int64_t in_chans = 3, num_classes = 1000;  // num_classes 0: no head
     std::int64_t depth = 24;
     ClassToken class_token = ClassToken::middle;
-    Pool pool = Pool::mean;  // read-out without class token
+    std::int64_t registers = 0;       // class tokens of ClassToken::registers, evenly among the patches; else 0
+    std::int64_t neck_reduction = 1;  // registers reach the head narrowed to embed_dim / neck_reduction; 1: as they are
+    Pool pool = Pool::mean;           // read-out without class token
     bool pos_embed = true, rope = false, rope_residual = false;
     std::int64_t rope_grid = 14;
     double drop_rate = 0.0, drop_path_rate = 0.0;  // training only
+    std::int64_t frames = 0;                       // of a clip, whose patches are one sequence; 0: images
 
     std::int64_t grid_height() const { return (img_height - patch_size) / stride + 1; }
     std::int64_t grid_width() const { return (img_width - patch_size) / stride + 1; }
     Grid grid() const { return {grid_height(), grid_width()}; }
-    std::int64_t patches() const { return grid_height() * grid_width(); }
-    std::int64_t class_tokens() const;  // 0, 1 or 2
+    std::int64_t clip_frames() const { return frames > 0 ? frames : 1; }
+    std::int64_t patches() const { return clip_frames() * grid().count(); }  // of an image or of a clip
+    std::int64_t class_tokens() const { return class_places().count; }
     std::int64_t tokens() const { return patches() + class_tokens(); }
+    ClassPlaces class_places() const;     // of the class tokens in eval
     std::int64_t class_position() const;  // index of the (first) class token in eval, -1 without
     Grid table_grid() const;              // of the position table
-    bool resizes_table() const { return pos_embed && !(table_grid() == grid()); }
+    // Whether the positions of the tokens have to be made of several tables, or of one for another grid.
+    bool composes_positions() const
+    {
+        return pos_embed && (!(table_grid() == grid()) || class_token == ClassToken::registers || frames > 0);
+    }
 
     // Whether the head is applied to every token: Pool::max takes the largest of the results, Pool::all all of them.
     bool head_per_token() const { return class_token == ClassToken::none && (pool == Pool::max || pool == Pool::all); }
-    std::int64_t outputs() const { return num_classes > 0 ? num_classes : embed_dim; }  // numbers of one logit vector
+    std::int64_t readout_width() const;  // numbers that the head sees: of one token, or of all registers together
+    std::int64_t outputs() const { return num_classes > 0 ? num_classes : readout_width(); }  // of one logit vector
     Shape logits_shape(std::int64_t batch) const;  // (batch, outputs()), or (batch, tokens(), outputs()) for Pool::all
-    Shape images_shape(std::int64_t batch) const { return {batch, in_chans, img_height, img_width}; }
+    Shape images_shape(std::int64_t batch) const;  // (batch, channels, height, width); of clips frames before height
+    std::string images_axes() const;               // "(B, 3, 224, 224)", for messages
     Shape tokens_shape(std::int64_t batch) const { return {batch, tokens(), embed_dim}; }
 
     // The same weights for images of another size. forward and backward resize the position table, and add gradients

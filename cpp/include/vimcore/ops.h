@@ -7,7 +7,6 @@
 // residual stream and its gradient, row_scale, dropout, tables and scan states are wide(that type): never below f32.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <span>
 
@@ -178,44 +177,50 @@ struct Patches {
 void patches_forward(Context& ctx, const Patches& args);   // images -> cols
 void patches_backward(Context& ctx, const Patches& args);  // cols -> adds to images (a gradient)
 
-// out[b, t] = (src[b, t - offset(t)] or a class token, + pos[t]) * dropout[b, t]. positions: where class tokens stand,
-// ascending.
+// out[b, t] = (a patch or a class token, + pos[t]) * dropout[b, t].
 struct TokensForward {
     Tensor patches;              // (B, J, D)
-    Tensor class_token[2] = {};  // (1, 1, D) or none
-    std::array<std::int64_t, 2> position = {-1, -1};
-    Tensor pos_embed = {};  // (1, L, D) or none
-    Tensor dropout = {};    // (B, L, D) factors, or none
-    Tensor out;             // (B, L, D)
+    Tensor class_token[2] = {};  // (1, n, D), or none; the second of two may be a tensor of its own
+    ClassPlaces places = {};     // of the class tokens
+    Tensor pos_embed = {};       // (1, L, D) or none
+    Tensor dropout = {};         // (B, L, D) factors, or none
+    Tensor out;                  // (B, L, D)
 };
 void tokens_forward(Context& ctx, const TokensForward& args);
 
 struct TokensBackward {
-    std::array<std::int64_t, 2> position = {-1, -1};
+    ClassPlaces places = {};
     Tensor dropout = {};          // (B, L, D) or none
     Tensor dout;                  // (B, L, D)
     Tensor dpatches;              // (B, J, D) overwritten
-    Tensor dclass_token[2] = {};  // (1, 1, D) added to, or none
+    Tensor dclass_token[2] = {};  // as class_token, added to, or none
     Tensor dpos_embed = {};       // (1, L, D) added to, or none
 };
 void tokens_backward(Context& ctx, const TokensBackward& args);
 
-// A position table for another grid of patches: the rows of patches are resized (bicubic as torch's, no antialiasing),
-// those of class tokens carried over. Of wide types. See table_resize in positions.h.
+// The positions of a sequence: rows of patches are resized from a table (bicubic as torch's, no antialiasing), the same
+// in every frame of a clip but for that frame's row; those of class tokens are carried over, from the table or from one
+// of their own. Of wide types. See table_resize in positions.h.
 struct TableResize {
     Grid from, to;
-    std::int64_t from_class[2] = {-1, -1}, to_class[2] = {-1, -1};  // rows of class tokens, ascending; -1: none
+    ClassPlaces from_class = {};  // none where class tokens have a table of their own
+    ClassPlaces to_class = {};
+    std::int64_t frames = 1;  // of `to`
 };
 struct PositionsForward {
-    Tensor table;  // (1, patches + class tokens, D) of `from`
-    Tensor out;    // of `to`
+    Tensor table;            // (1, patches + class tokens, D) of `from`
+    Tensor class_rows = {};  // (1, class tokens, D), or none: they are in the table
+    Tensor frame_rows = {};  // (1, frames, D) or none
+    Tensor out;              // (1, frames * patches + class tokens, D) of `to`
     TableResize resize;
 };
 void positions_forward(Context& ctx, const PositionsForward& args);
 
 struct PositionsBackward {
-    Tensor dout;    // as the forward's out
-    Tensor dtable;  // as its table, added to
+    Tensor dout;         // as the forward's out
+    Tensor dtable = {};  // as its tables, added to, or none
+    Tensor dclass_rows = {};
+    Tensor dframe_rows = {};
     TableResize resize;
 };
 void positions_backward(Context& ctx, const PositionsBackward& args);
@@ -230,21 +235,21 @@ struct Rope {
 };
 void rope(Context& ctx, const Rope& args);
 
-// Pools tokens to rows. select: mean over the (one or two) token indices.
-enum class Reduce : std::uint8_t { mean, max, select };
+// Pools tokens to rows. select: mean over the tokens at `places`; join: those tokens one after the other.
+enum class Reduce : std::uint8_t { mean, max, select, join };
 struct ReadoutForward {
     Reduce reduce = Reduce::mean;
-    std::array<std::int64_t, 2> index = {-1, -1};  // select
-    Tensor x;                                      // (B, L, D)
-    Tensor out;                                    // (B, D)
+    ClassPlaces places = {};  // select, join
+    Tensor x;                 // (B, L, D)
+    Tensor out;               // (B, D); join: (B, count * D)
 };
 void readout_forward(Context& ctx, const ReadoutForward& args);
 
 struct ReadoutBackward {
     Reduce reduce = Reduce::mean;
-    std::array<std::int64_t, 2> index = {-1, -1};
+    ClassPlaces places = {};
     Tensor x = {};  // (B, L, D), needed for max
-    Tensor dout;    // (B, D)
+    Tensor dout;    // as the forward's out
     Tensor dx;      // (B, L, D) overwritten
 };
 void readout_backward(Context& ctx, const ReadoutBackward& args);

@@ -34,11 +34,15 @@ struct BlockParams {
 class WeightCache;  // packed forms of weights, kept by a backend until the weights change
 
 struct Params {
-    Tensor class_token, class_token_tail;  // (1, 1, D)
-    Tensor pos_embed;                      // (1, L, D)
-    Tensor patch_weight, patch_bias;       // (D, C, P, P), (D)
-    Tensor head_weight, head_bias;         // (classes, D), (classes)
-    Tensor norm_weight, norm_bias;         // final norm, (D)
+    Tensor class_token, class_token_tail;     // (1, 1, D); registers (1, n, D)
+    Tensor pos_embed;                         // (1, L, D); with registers or frames fewer rows
+    Tensor class_positions;                   // (1, n, D), of registers
+    Tensor frame_positions;                   // (1, frames, D), of clips
+    Tensor patch_weight, patch_bias;          // (D, C, P, P), of clips (D, C, 1, P, P); (D)
+    Tensor neck_weight;                       // (D / r, D), between registers and head
+    Tensor neck_norm_weight, neck_norm_bias;  // (n D / r)
+    Tensor head_weight, head_bias;            // (classes, readout width), (classes)
+    Tensor norm_weight, norm_bias;            // final norm, (D)
     std::vector<BlockParams> blocks;
 
     std::shared_ptr<WeightCache> cache;

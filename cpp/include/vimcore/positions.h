@@ -10,12 +10,14 @@
 
 namespace [[gnu::visibility("default")]] vimcore {
 
-// Rows of a position table for `patches` patches that belong to class tokens, ascending; -1: none. A random class
-// token's row is the first; in training it takes the row of the place where it stands.
-struct ClassRows {
-    std::int64_t row[2] = {-1, -1};
-};
-ClassRows class_rows(ClassToken token, std::int64_t patches);
+// Where class tokens stand in a sequence of `patches` patches, in eval: a random one at the head, registers one after
+// each of the first of registers + 1 equal groups of patches.
+ClassPlaces class_places(ClassToken token, std::int64_t patches, std::int64_t registers = 0);
+
+// The rows of a position table for `patches` patches that are those of class tokens: they stand as in the sequence. A
+// random class token's row is the first; in training it takes the row of the place where it stands. Registers have a
+// table of their own.
+ClassPlaces table_places(ClassToken token, std::int64_t patches);
 
 // How a table comes to another grid:
 //   correct   the rows of class tokens are taken out, the others resized, and put back in their new places

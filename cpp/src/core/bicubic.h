@@ -1,32 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What resizing a position table takes, for hosts and devices: which row belongs to which patch, and cubic convolution
-// along one axis with a = -0.75, cells at half coordinates, the border repeated, as torch's bicubic interpolation with
-// align_corners=False.
+// What resizing a position table takes, for hosts and devices: cubic convolution along one axis with a = -0.75, cells
+// at half coordinates, the border repeated, as torch's bicubic interpolation with align_corners=False.
 #pragma once
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define VIM_HOST_DEVICE __host__ __device__
-#else
-#define VIM_HOST_DEVICE
-#endif
+#include "core/class_places.h"
 
 namespace vimcore::bicubic {
-
-// Row of a patch, and patch of a row, in a table with these rows of class tokens, ascending, -1: none.
-VIM_HOST_DEVICE inline std::int64_t row_of(std::int64_t patch, const std::int64_t (&classes)[2])
-{
-    for (int k = 0; k < 2; k++)
-        if (classes[k] >= 0 && patch >= classes[k]) patch++;
-    return patch;
-}
-VIM_HOST_DEVICE inline std::int64_t patch_of(std::int64_t row, const std::int64_t (&classes)[2])
-{
-    std::int64_t before = 0;
-    for (int k = 0; k < 2; k++) before += classes[k] >= 0 && row > classes[k];
-    return row - before;
-}
 
 // The four cells of a row of `from` that make cell `at` of a row of `to`, ascending, and their shares.
 struct Taps {

@@ -148,7 +148,8 @@ public:
     void readout_forward(Context& ctx, const ReadoutForward& a) override
     {
         Arena::Scope scope(arena_of(ctx));
-        if (a.reduce != Reduce::select && a.out.numel() > 0) pool_parts(ctx, a);
+        const bool pools = a.reduce == Reduce::mean || a.reduce == Reduce::max;
+        if (pools && a.out.numel() > 0) pool_parts(ctx, a);
     }
 
 private:

@@ -167,7 +167,7 @@ inline Tensor pool_parts(Context& ctx, const ReadoutForward& a)
 
 inline Tensor positions_along_rows(Context& ctx, const PositionsBackward& a)
 {
-    return arena_of(ctx).take({a.resize.to.rows, a.resize.from.columns, a.dtable.size(2)}, DType::f64);
+    return arena_of(ctx).take({a.resize.to.rows, a.resize.from.columns, a.dout.size(2)}, DType::f64);
 }
 
 // ---- scan ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "core/backend.h"
+#include "core/class_places.h"
 #include "core/device_scratch.h"
 
 namespace vimcore {
@@ -239,49 +240,60 @@ void check_patches(Context& ctx, const Patches& a)
         check.fail("cols", "rows reach beyond the " + std::to_string(total) + " patches of " + describe(a.images));
 }
 
+// Whether these places are among the `len` rows of a tensor.
+void check_places(const Check& check, const ClassPlaces& places, std::int64_t len)
+{
+    const bool within = places.first >= 0 && places.first < len && places.step > 0 && places.count <= len &&
+                        (places.count == 1 || (len - 1 - places.first) / places.step >= places.count - 1);
+    if (places.count != 0 && (places.count < 0 || !within))
+        check.fail("places", std::to_string(places.count) + " from " + std::to_string(places.first) + " in steps of " +
+                                 std::to_string(places.step) + " do not fit " + std::to_string(len) + " tokens");
+}
+
 // Checks where class tokens stand in `out`, or its gradient; the shape of the patches beside them.
-Shape check_positions(const Check& check, const std::array<std::int64_t, 2>& position, const Tensor& out)
+Shape check_tokens(const Check& check, const ClassPlaces& places, const Tensor& out)
 {
     check.rank("out", out, 3);
-    const Shape x = out.shape;
-    std::int64_t count = 0;
-    for (std::size_t i = 0; i < 2; i++) {
-        if (position[i] < 0) continue;
-        if (position[i] >= x[1] || (i == 1 && position[1] <= position[0]))
-            check.fail("position", std::to_string(position[i]) + " does not fit " + describe(out));
-        count++;
-    }
-    return {x[0], x[1] - count, x[2]};
+    check_places(check, places, out.size(1));
+    return {out.size(0), out.size(1) - places.count, out.size(2)};
 }
 
-void check_table_resize(Context& ctx, const Tensor& table, const Tensor& out, const TableResize& r)
+void check_class_tokens(const Check& check, const Tensor (&tokens)[2], const ClassPlaces& places, std::int64_t dim)
 {
-    Check check(ctx, "positions", "table", table);
-    if (wide(table.dtype) != table.dtype) check.fail("table", "expected a wide type, got " + describe(table));
-    check.rank("table", table, 3);
-    std::int64_t classes = 0;
-    for (const std::int64_t side : {r.from.rows, r.from.columns, r.to.rows, r.to.columns}) check.positive("grid", side);
-    for (int k = 0; k < 2; k++) {
-        if ((r.from_class[k] < 0) != (r.to_class[k] < 0)) check.fail("class tokens", "expected as many in both tables");
-        classes += r.from_class[k] >= 0;
-    }
-    auto fits = [&](const char* name, const Tensor& t, const Grid& grid, const std::int64_t (&rows)[2]) {
-        check.required(name, t, {1, grid.count() + classes, table.size(2)});
-        if (rows[0] >= t.size(1) || rows[1] >= t.size(1) || (rows[1] >= 0 && rows[1] <= rows[0]))
-            check.fail("class tokens", "their rows do not fit " + describe(t));
-    };
-    fits("table", table, r.from, r.from_class);
-    fits("out", out, r.to, r.to_class);
+    const std::int64_t first = held_by_first(tokens);
+    check.optional_wide("class_token", tokens[0], {1, first, dim}).optional_wide("class_token", tokens[1], {1, 1, dim});
+    if (first + (tokens[1] ? 1 : 0) > places.count)
+        check.fail("class_token", "expected " + std::to_string(places.count) + ", got more");
 }
 
-void check_readout(const Check& check, Reduce reduce, const std::array<std::int64_t, 2>& index, const Tensor& row,
-                   const Tensor& x)
+// Tables of positions, or their gradients, of which some may be none.
+void check_positions(Context& ctx, const Tensor& out, const Tensor& table, const Tensor& class_rows,
+                     const Tensor& frame_rows, const TableResize& r)
+{
+    Check check(ctx, "positions", "out", out);
+    if (wide(out.dtype) != out.dtype) check.fail("out", "expected a wide type, got " + describe(out));
+    check.rank("out", out, 3);
+    for (const std::int64_t side : {r.from.rows, r.from.columns, r.to.rows, r.to.columns, r.frames})
+        check.positive("grid", side);
+    const std::int64_t rows = r.from.count() + r.from_class.count, dim = out.size(2);
+    check.required("out", out, {1, r.frames * r.to.count() + r.to_class.count, dim});
+    check.optional("table", table, {1, rows, dim}).optional("frame_rows", frame_rows, {1, r.frames, dim});
+    check.optional("class_rows", class_rows, {1, r.to_class.count, dim});
+    check_places(check, r.from_class, rows);
+    check_places(check, r.to_class, out.size(1));
+    if (r.from_class.count != r.to_class.count && r.from_class.count != 0)
+        check.fail("class tokens", "expected as many in both tables, or a table of their own");
+}
+
+void check_readout(const Check& check, Reduce reduce, const ClassPlaces& places, const Tensor& row, const Tensor& x)
 {
     check.rank("x", x, 3);
-    check.required("x", x, x.shape).required("out", row, {x.size(0), x.size(2)});
+    const std::int64_t joined = reduce == Reduce::join ? places.count : 1;
+    check.required("x", x, x.shape).required("out", row, {x.size(0), joined * x.size(2)});
     check.positive("tokens", x.size(1));
-    if (reduce == Reduce::select && (index[0] < 0 || index[0] >= x.size(1) || index[1] >= x.size(1)))
-        check.fail("index", std::to_string(index[0]) + " does not fit " + describe(x));
+    if (reduce != Reduce::select && reduce != Reduce::join) return;
+    check.positive("places", places.count);
+    check_places(check, places, x.size(1));
 }
 
 }  // namespace
@@ -370,8 +382,10 @@ void patches_backward(Context& ctx, const Patches& args)
 void tokens_forward(Context& ctx, const TokensForward& a)
 {
     const Check check(ctx, "tokens", "out", a.out);
-    const Shape patches = check_positions(check, a.position, a.out), x = a.out.shape;
-    for (const Tensor& token : a.class_token) check.optional_wide("class_token", token, {1, 1, x[2]});
+    const Shape patches = check_tokens(check, a.places, a.out), x = a.out.shape;
+    check_class_tokens(check, a.class_token, a.places, x[2]);
+    if (held_by_first(a.class_token) + (a.class_token[1] ? 1 : 0) != a.places.count)
+        check.fail("class_token", "expected " + std::to_string(a.places.count) + ", got fewer");
     check.required("patches", a.patches, patches).required("out", a.out, x).optional_wide("dropout", a.dropout, x);
     check.optional_wide("pos_embed", a.pos_embed, {1, x[1], x[2]});
     backend_of(ctx).tokens_forward(ctx, a);
@@ -380,8 +394,8 @@ void tokens_forward(Context& ctx, const TokensForward& a)
 void tokens_backward(Context& ctx, const TokensBackward& a)
 {
     const Check check(ctx, "tokens backward", "dout", a.dout);
-    const Shape patches = check_positions(check, a.position, a.dout), x = a.dout.shape;
-    for (const Tensor& token : a.dclass_token) check.optional_wide("dclass_token", token, {1, 1, x[2]});
+    const Shape patches = check_tokens(check, a.places, a.dout), x = a.dout.shape;
+    check_class_tokens(check, a.dclass_token, a.places, x[2]);
     check.required("dpatches", a.dpatches, patches).required("dout", a.dout, x);
     check.optional_wide("dropout", a.dropout, x).optional_wide("dpos_embed", a.dpos_embed, {1, x[1], x[2]});
     backend_of(ctx).tokens_backward(ctx, a);
@@ -389,13 +403,16 @@ void tokens_backward(Context& ctx, const TokensBackward& a)
 
 void positions_forward(Context& ctx, const PositionsForward& args)
 {
-    check_table_resize(ctx, args.table, args.out, args.resize);
+    const auto& [table, class_rows, frame_rows, out, resize] = args;
+    check_positions(ctx, out, table, class_rows, frame_rows, resize);
+    if (!table || (resize.from_class.count < resize.to_class.count && !class_rows))
+        throw std::invalid_argument("[positions] table: expected one, and one of the class tokens, got none");
     backend_of(ctx).positions_forward(ctx, args);
 }
 
 void positions_backward(Context& ctx, const PositionsBackward& args)
 {
-    check_table_resize(ctx, args.dtable, args.dout, args.resize);
+    check_positions(ctx, args.dout, args.dtable, args.dclass_rows, args.dframe_rows, args.resize);
     backend_of(ctx).positions_backward(ctx, args);
 }
 
@@ -410,14 +427,14 @@ void rope(Context& ctx, const Rope& args)
 
 void readout_forward(Context& ctx, const ReadoutForward& a)
 {
-    check_readout(Check(ctx, "readout", "x", a.x), a.reduce, a.index, a.out, a.x);
+    check_readout(Check(ctx, "readout", "x", a.x), a.reduce, a.places, a.out, a.x);
     backend_of(ctx).readout_forward(ctx, a);
 }
 
 void readout_backward(Context& ctx, const ReadoutBackward& a)
 {
     const Check check(ctx, "readout", "x", a.dx);
-    check_readout(check, a.reduce, a.index, a.dout, a.dx);
+    check_readout(check, a.reduce, a.places, a.dout, a.dx);
     if (a.reduce == Reduce::max) check.required("x", a.x, a.dx.shape);
     backend_of(ctx).readout_backward(ctx, a);
 }

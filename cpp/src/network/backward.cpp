@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "network/group_gradients.h"
+#include "network/head.h"
 #include "network/pass.h"
 #include "network/positions.h"
 
@@ -10,73 +11,38 @@ namespace vimcore {
 
 namespace {
 
-// dlogits -> gradient of the normalised tokens, which are computed again.
-void head_backward(const Pass& pass, const Tensor& tokens, const Tensor& dlogits, const Tensor& dtokens,
-                   Params& dparams)
-{
-    Arena::Scope scope(arena_of(pass.ctx));
-    const Config& c = pass.config;
-    auto apply = [&](const Tensor& x, const Tensor& dy, const Tensor& dx) {
-        if (c.num_classes == 0) {
-            backend_of(pass.ctx).copy(pass.ctx, dy, dx);
-            return;
-        }
-        const LinearBackward args{.x = x,
-                                  .weight = pass.params.head_weight,
-                                  .dy = dy,
-                                  .dx = dx,
-                                  .dweight = dparams.head_weight,
-                                  .dbias = dparams.head_bias};
-        linear_backward(pass.ctx, {&args, 1});
-    };
-    const Selection selection = pass.selection();
-    if (!c.head_per_token()) {
-        const Tensor row = pass.take({pass.batch, pass.dim}), drow = pass.take({pass.batch, pass.dim});
-        readout_forward(pass.ctx, {.reduce = selection.reduce, .index = selection.index, .x = tokens, .out = row});
-        apply(row, dlogits, drow);
-        readout_backward(
-            pass.ctx, {.reduce = selection.reduce, .index = selection.index, .x = tokens, .dout = drow, .dx = dtokens});
-    } else if (c.pool == Pool::all) {
-        apply(tokens, dlogits, dtokens);
-    } else {
-        const Shape shape{pass.batch, pass.len, c.outputs()};
-        Tensor x = tokens;
-        if (c.num_classes > 0) {
-            x = pass.take(shape);
-            const LinearForward args{
-                .x = tokens, .weight = pass.params.head_weight, .bias = pass.params.head_bias, .y = x};
-            linear_forward(pass.ctx, {&args, 1});
-        }
-        const Tensor dx = pass.take(shape);
-        readout_backward(pass.ctx,
-                         {.reduce = selection.reduce, .index = selection.index, .x = x, .dout = dlogits, .dx = dx});
-        apply(tokens, dx, dtokens);
-    }
-}
-
 void embed_backward(const Pass& pass, const Tensor& images, const Tensor& dh, Params& dparams, const Tensor& dimages)
 {
     Arena::Scope scope(arena_of(pass.ctx));
     const Config& c = pass.config;
     const Tensor dpatches = pass.take({pass.batch, c.patches(), pass.dim}), weight = pass.patch_weight();
-    const bool resizes = dparams.pos_embed && c.resizes_table();  // then its gradient takes the resize backwards
-    const Tensor dpositions = resizes ? pass.take_wide({1, pass.len, pass.dim}) : dparams.pos_embed;
-    if (resizes) backend_of(pass.ctx).fill_zero(pass.ctx, dpositions);
-    tokens_backward(pass.ctx, {.position = pass.class_positions(),
+    // Where positions are composed, their gradient is divided among the tables.
+    const bool composed =
+        c.composes_positions() && (dparams.pos_embed || dparams.class_positions || dparams.frame_positions);
+    const Tensor dpositions = composed ? pass.take_wide({1, pass.len, pass.dim}) : dparams.pos_embed;
+    if (composed) backend_of(pass.ctx).fill_zero(pass.ctx, dpositions);
+    tokens_backward(pass.ctx, {.places = pass.class_places(),
                                .dropout = pass.draws.dropout,
                                .dout = dh,
                                .dpatches = dpatches,
                                .dclass_token = {dparams.class_token, dparams.class_token_tail},
                                .dpos_embed = dpositions});
-    if (resizes)
-        positions_backward(pass.ctx, {.dout = dpositions, .dtable = dparams.pos_embed, .resize = table_resize(c)});
+    if (composed)
+        positions_backward(pass.ctx, {.dout = dpositions,
+                                      .dtable = dparams.pos_embed,
+                                      .dclass_rows = dparams.class_positions,
+                                      .dframe_rows = dparams.frame_positions,
+                                      .resize = table_resize(c)});
     if (!dparams.patch_weight && !dparams.patch_bias && !dimages) return;
     if (dimages) backend_of(pass.ctx).fill_zero(pass.ctx, dimages);
     pass.for_each_patch_block([&](std::int64_t b, std::int64_t n, std::int64_t begin, std::int64_t count) {
         Arena::Scope block(arena_of(pass.ctx));
         const Tensor cols = pass.take({n, count, weight.size(1)}), x = cols.view({n * count, weight.size(1)});
-        Patches patches{
-            .images = images.slice(b, b + n), .patch = c.patch_size, .stride = c.stride, .begin = begin, .cols = cols};
+        Patches patches{.images = pass.flat_images(images).slice(b, b + n),
+                        .patch = c.patch_size,
+                        .stride = c.stride,
+                        .begin = begin,
+                        .cols = cols};
         patches_forward(pass.ctx, patches);
         const Tensor dx = dimages ? pass.take(x.shape) : Tensor{};
         const LinearBackward args{.x = x,
@@ -87,7 +53,7 @@ void embed_backward(const Pass& pass, const Tensor& images, const Tensor& dh, Pa
                                   .dbias = dparams.patch_bias};
         linear_backward(pass.ctx, {&args, 1});
         if (!dimages) return;
-        patches.images = dimages.slice(b, b + n);
+        patches.images = pass.flat_images(dimages).slice(b, b + n);
         patches.cols = dx.view(cols.shape);
         patches_backward(pass.ctx, patches);
     });

@@ -198,7 +198,8 @@ private:
 
         if (block_.only >= 0) {
             const Tensor y = take({s_.batch, s_.inner});
-            readout_forward(ctx_, {.reduce = Reduce::select, .index = {block_.only, -1}, .x = y_, .out = y});
+            readout_forward(ctx_,
+                            {.reduce = Reduce::select, .places = ClassPlaces::one(block_.only), .x = y_, .out = y});
             out_projection(ctx_, params_, out_proj_, y, block_.out.view({s_.batch, s_.dim}));
             return;
         }

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "files/json.h"
+#include "vimcore/positions.h"
 
 namespace vimcore {
 namespace {
@@ -22,11 +23,12 @@ constexpr Names<Directions, 5> direction_names{{{Directions::none, "none"},
                                                 {Directions::block, "block"},
                                                 {Directions::ssm, "ssm"},
                                                 {Directions::ssm_conv, "ssm_conv"}}};
-constexpr Names<ClassToken, 5> class_token_names{{{ClassToken::none, "none"},
+constexpr Names<ClassToken, 6> class_token_names{{{ClassToken::none, "none"},
                                                   {ClassToken::head, "head"},
                                                   {ClassToken::double_, "double"},
                                                   {ClassToken::middle, "middle"},
-                                                  {ClassToken::random, "random"}}};
+                                                  {ClassToken::random, "random"},
+                                                  {ClassToken::registers, "registers"}}};
 constexpr Names<Pool, 4> pool_names{
     {{Pool::mean, "mean"}, {Pool::max, "max"}, {Pool::last, "last"}, {Pool::all, "all"}}};
 constexpr Names<Norm, 2> norm_names{{{Norm::rms, "rms"}, {Norm::layer, "layer"}}};
@@ -68,7 +70,36 @@ void check_rate(const char* option, double value)
     if (!(value >= 0.0 && value < 1.0)) fail(option, "expected at least 0 and below 1, got " + std::to_string(value));
 }
 
-// Multiply-adds of one image; needs only sizes within the limits of validate().
+void check_registers(const Config& c)
+{
+    if (c.class_token != ClassToken::registers) {
+        if (c.registers != 0)
+            fail("registers", "needs class_token \"registers\", got \"" + std::string(name_of(c.class_token)) + '"');
+        if (c.neck_reduction != 1) fail("neck_reduction", "needs class_token \"registers\"");
+        return;
+    }
+    if (c.registers < 1 || c.registers >= c.patches())
+        fail("registers", "expected 1 to " + std::to_string(c.patches() - 1) + ", fewer than the patches, got " +
+                              std::to_string(c.registers));
+    if (c.embed_dim % c.neck_reduction != 0 || (c.neck_reduction > 1 && c.registers % c.neck_reduction != 0))
+        fail("neck_reduction", "expected a divisor of embed_dim, " + std::to_string(c.embed_dim) +
+                                   ", and of registers, " + std::to_string(c.registers) + ", got " +
+                                   std::to_string(c.neck_reduction));
+}
+
+void check_clips(const Config& c)
+{
+    if (c.stride != c.patch_size)
+        fail("frames", "needs stride equal to patch_size, got " + std::to_string(c.stride) + " and " +
+                           std::to_string(c.patch_size));
+    if (c.img_height % c.patch_size != 0 || c.img_width % c.patch_size != 0)
+        fail("img_size", "of clips: expected multiples of patch_size, " + std::to_string(c.patch_size) + ", got " +
+                             std::to_string(c.img_height) + " x " + std::to_string(c.img_width));
+    if (c.rope) fail("frames", "does not go with rope, whose coordinates are those of an image");
+    if (c.class_token == ClassToken::random) fail("frames", "does not go with class_token \"random\"");
+}
+
+// Multiply-adds of one image or clip; needs only sizes within the limits of validate().
 Wide count_flops(const Config& config)
 {
     const Wide tokens = config.tokens(), width = config.embed_dim, inner = config.inner(), state = config.d_state;
@@ -78,8 +109,17 @@ Wide count_flops(const Config& config)
     const Wide branch = config.d_conv * inner + (rank + 2 * state) * inner + rank * inner;
     const Wide per_token = 2 * inner * width + inner * width + branches * branch + scans * 4 * inner * state;
     const Wide patch = Wide{config.patches()} * config.in_chans * config.patch_size * config.patch_size * width;
-    const Wide head = Wide{config.num_classes} * width * (config.head_per_token() ? tokens : 1);
-    return tokens * config.depth * per_token + patch + head;
+    const Wide neck = config.neck_reduction > 1 ? Wide{config.readout_width()} * width : 0;
+    const Wide head = Wide{config.num_classes} * config.readout_width() * (config.head_per_token() ? tokens : 1);
+    return tokens * config.depth * per_token + patch + neck + head;
+}
+
+// A number that null leaves as it is.
+void set_optional(std::int64_t& out, const Value& value, const std::string& what)
+{
+    if (value.kind == json::Kind::null) return;
+    out = value.as_integer(what);
+    if (out < 1) throw std::invalid_argument(what + ": expected at least 1 or none, got " + std::to_string(out));
 }
 
 void set_option(Config& config, const std::string& key, const Value& value, bool& has_stride)
@@ -132,6 +172,10 @@ void set_option(Config& config, const std::string& key, const Value& value, bool
         boolean(config.average_directions);
     } else if (key == "class_token") {
         config.class_token = value_in(class_token_names, value.as_string(what), what);
+    } else if (key == "registers") {
+        set_optional(config.registers, value, what);
+    } else if (key == "neck_reduction") {
+        integer(config.neck_reduction);
     } else if (key == "pool") {
         config.pool = value_in(pool_names, value.as_string(what), what);
     } else if (key == "norm") {
@@ -155,18 +199,21 @@ void set_option(Config& config, const std::string& key, const Value& value, bool
         real(config.drop_rate);
     } else if (key == "drop_path_rate") {
         real(config.drop_path_rate);
+    } else if (key == "frames") {
+        set_optional(config.frames, value, what);
     } else {
         throw std::invalid_argument("[config] unknown option \"" + json::printable(key, 40) + '"');
     }
 }
 
-// All options, in any order; the stride is that of the patches unless it is among them.
+// All options, in any order; the stride is that of the patches, and there are 12 registers, unless they are among them.
 Config from_values(const std::vector<std::string>& keys, const std::vector<Value>& values)
 {
     Config config;
     bool has_stride = false;
     for (std::size_t i = 0; i < keys.size(); ++i) set_option(config, keys[i], values[i], has_stride);
     if (!has_stride) config.stride = config.patch_size;
+    if (config.class_token == ClassToken::registers && config.registers == 0) config.registers = 12;
     config.validate();
     return config;
 }
@@ -178,15 +225,31 @@ const char* name_of(ClassToken value) { return name_in(class_token_names, value,
 const char* name_of(Pool value) { return name_in(pool_names, value, "pool"); }
 const char* name_of(Norm value) { return name_in(norm_names, value, "norm"); }
 
-std::int64_t Config::class_tokens() const
-{
-    return class_token == ClassToken::none ? 0 : class_token == ClassToken::double_ ? 2 : 1;
-}
+ClassPlaces Config::class_places() const { return vimcore::class_places(class_token, patches(), registers); }
 
 std::int64_t Config::class_position() const
 {
-    if (class_token == ClassToken::none) return -1;
-    return class_token == ClassToken::middle ? patches() / 2 : 0;
+    const ClassPlaces places = class_places();
+    return places.count > 0 ? places.first : -1;
+}
+
+std::int64_t Config::readout_width() const
+{
+    return class_token == ClassToken::registers ? registers * (embed_dim / neck_reduction) : embed_dim;
+}
+
+Shape Config::images_shape(std::int64_t batch) const
+{
+    if (frames > 0) return {batch, in_chans, frames, img_height, img_width};
+    return {batch, in_chans, img_height, img_width};
+}
+
+std::string Config::images_axes() const
+{
+    const Shape shape = images_shape(1);
+    std::string text = "(B";
+    for (int axis = 1; axis < shape.rank(); axis++) text += ", " + std::to_string(shape[axis]);
+    return text + ")";
 }
 
 double BlockConfig::direction_scale() const
@@ -237,6 +300,9 @@ void Config::validate() const
     check_range("expand", expand, 1, 64);
     check_range("dt_rank", dt_rank, 0, side);
     check_range("rope_grid", rope_grid, 1, side);
+    check_range("registers", registers, 0, 1 << 16);
+    check_range("neck_reduction", neck_reduction, 1, embed_dim);
+    check_range("frames", frames, 0, 1 << 16);
     name_of(directions);
     name_of(class_token);
     name_of(pool);
@@ -257,6 +323,8 @@ void Config::validate() const
         check_range("table height", table_height, patch_size, side);
         check_range("table width", table_width, patch_size, side);
     }
+    check_registers(*this);
+    if (frames > 0) check_clips(*this);
     if (tokens() > std::numeric_limits<std::int32_t>::max())
         fail("img_size", "gives " + std::to_string(tokens()) + " tokens; at most 2147483647 are supported");
     if (directions == Directions::block && depth % 2 != 0)
@@ -295,6 +363,8 @@ Options Config::options() const
         {"directions", std::string(name_of(directions))},
         {"average_directions", average_directions},
         {"class_token", std::string(name_of(class_token))},
+        {"registers", registers > 0 ? Option(registers) : Option()},
+        {"neck_reduction", neck_reduction},
         {"pool", std::string(name_of(pool))},
         {"norm", std::string(name_of(norm))},
         {"norm_eps", norm_eps},
@@ -305,6 +375,7 @@ Options Config::options() const
         {"layer_scale", real(layer_scale)},
         {"drop_rate", drop_rate},
         {"drop_path_rate", drop_path_rate},
+        {"frames", frames > 0 ? Option(frames) : Option()},
     };
 }
 

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "core/weight_cache.h"
+#include "network/head.h"
 #include "network/pass.h"
 #include "network/positions.h"
 
@@ -20,7 +21,7 @@ void embed(const Pass& pass, const Tensor& images, const Tensor& h)
     pass.for_each_patch_block([&](std::int64_t b, std::int64_t n, std::int64_t begin, std::int64_t count) {
         Arena::Scope block(arena_of(pass.ctx));
         const Tensor cols = pass.take({n, count, weight.size(1)});
-        patches_forward(pass.ctx, {.images = images.slice(b, b + n),
+        patches_forward(pass.ctx, {.images = pass.flat_images(images).slice(b, b + n),
                                    .patch = c.patch_size,
                                    .stride = c.stride,
                                    .begin = begin,
@@ -34,7 +35,7 @@ void embed(const Pass& pass, const Tensor& images, const Tensor& h)
     const PositionTable positions(pass);
     tokens_forward(pass.ctx, {.patches = patches,
                               .class_token = {pass.params.class_token, pass.params.class_token_tail},
-                              .position = pass.class_positions(),
+                              .places = pass.class_places(),
                               .pos_embed = positions.tensor(),
                               .dropout = pass.draws.dropout,
                               .out = h});
@@ -76,38 +77,13 @@ Stream run_layers(const Pass& pass, std::int64_t first, Stream in, Saved* saved,
     return {in.h, residual_out[2]};
 }
 
-void classify(const Pass& pass, const Tensor& x, const Tensor& y)
-{
-    if (pass.config.num_classes == 0) return backend_of(pass.ctx).copy(pass.ctx, x, y);
-    const LinearForward args{.x = x, .weight = pass.params.head_weight, .bias = pass.params.head_bias, .y = y};
-    linear_forward(pass.ctx, {&args, 1});
-}
-
-void head(const Pass& pass, const Tensor& tokens, const Tensor& logits)
-{
-    Arena::Scope scope(arena_of(pass.ctx));
-    const Config& c = pass.config;
-    const Selection selection = pass.selection();
-    if (!c.head_per_token()) {
-        const Tensor row = pass.take({pass.batch, pass.dim});
-        readout_forward(pass.ctx, {.reduce = selection.reduce, .index = selection.index, .x = tokens, .out = row});
-        classify(pass, row, logits);
-    } else if (c.pool == Pool::all) {
-        classify(pass, tokens, logits);
-    } else {
-        const Tensor all = pass.take({pass.batch, pass.len, c.outputs()});
-        classify(pass, tokens, all);
-        readout_forward(pass.ctx, {.reduce = selection.reduce, .index = selection.index, .x = all, .out = logits});
-    }
-}
-
 // The one token of the last layer that reaches the outputs, or -1 where all do.
 std::int64_t last_token(const Pass& pass, const Outputs& out, const Saved* saved)
 {
     const Selection selection = pass.selection();
     const bool all = saved || out.tokens || !out.logits || !out.layers.empty() || selection.reduce != Reduce::select ||
-                     selection.index[1] >= 0 || !block_may_stop_early(pass.ctx, pass.config);
-    return all ? -1 : selection.index[0];
+                     selection.places.count > 1 || !block_may_stop_early(pass.ctx, pass.config);
+    return all ? -1 : selection.places.first;
 }
 
 void run(const Pass& pass, const Tensor& images, const Outputs& out, Saved* saved)
@@ -145,7 +121,8 @@ void run(const Pass& pass, const Tensor& images, const Outputs& out, Saved* save
         }
         if (only >= 0 && layer == config.depth - 1) {
             stream = run_layers(pass, layer, stream, nullptr, {last, {}}, residuals, only);
-            readout_forward(ctx, {.reduce = Reduce::select, .index = {only, -1}, .x = stream.residual, .out = row});
+            readout_forward(
+                ctx, {.reduce = Reduce::select, .places = ClassPlaces::one(only), .x = stream.residual, .out = row});
             stream.residual = row.view({pass.batch, 1, pass.dim});
             break;
         }
@@ -176,7 +153,7 @@ void run(const Pass& pass, const Tensor& images, const Outputs& out, Saved* save
     if (only >= 0)
         classify(pass, tokens.view({pass.batch, pass.dim}), out.logits);
     else if (out.logits)
-        head(pass, tokens, out.logits);
+        head_forward(pass, tokens, out.logits);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include "vimcore/params.h"
 
 #include "core/weight_cache.h"
+#include "vimcore/positions.h"
 
 namespace vimcore {
 
@@ -53,13 +54,24 @@ void for_each_param(const Config& c, Params& p, const Visit& visit)
         visit("cls_token_head", p.class_token, {1, 1, D});
         visit("cls_token_tail", p.class_token_tail, {1, 1, D});
     } else if (c.class_token != ClassToken::none) {
-        visit("cls_token", p.class_token, {1, 1, D});
+        visit("cls_token", p.class_token, {1, c.class_tokens(), D});
     }
-    if (c.pos_embed) visit("pos_embed", p.pos_embed, {1, c.table_grid().count() + c.class_tokens(), D});
-    visit("patch_embed.proj.weight", p.patch_weight, {D, c.in_chans, P, P});
+    if (c.pos_embed) {
+        const std::int64_t patches = c.table_grid().count();
+        if (c.class_token == ClassToken::registers) visit("pos_embed_cls", p.class_positions, {1, c.registers, D});
+        visit("pos_embed", p.pos_embed, {1, patches + table_places(c.class_token, patches).count, D});
+        if (c.frames > 0) visit("temporal_pos_embedding", p.frame_positions, {1, c.frames, D});
+    }
+    visit("patch_embed.proj.weight", p.patch_weight,
+          c.frames > 0 ? Shape{D, c.in_chans, 1, P, P} : Shape{D, c.in_chans, P, P});
     visit("patch_embed.proj.bias", p.patch_bias, {D});
+    if (c.neck_reduction > 1) {
+        visit("neck.weight", p.neck_weight, {D / c.neck_reduction, D});
+        visit("norm_neck.weight", p.neck_norm_weight, {c.readout_width()});
+        if (c.norm == Norm::layer) visit("norm_neck.bias", p.neck_norm_bias, {c.readout_width()});
+    }
     if (c.num_classes > 0) {
-        visit("head.weight", p.head_weight, {c.num_classes, D});
+        visit("head.weight", p.head_weight, {c.num_classes, c.readout_width()});
         visit("head.bias", p.head_bias, {c.num_classes});
     }
     for (std::int64_t i = 0; i < c.depth; i++)

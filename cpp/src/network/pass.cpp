@@ -13,16 +13,14 @@ Pass::Pass(Context& ctx, const Config& config, const Params& params, const Tenso
       params(params),
       draws(draws),
       dtype(images.dtype),
-      batch(images.shape.rank() == 4 ? images.size(0) : 0),
+      batch(images.shape.rank() == (config.frames > 0 ? 5 : 4) ? images.size(0) : 0),
       len(config.tokens()),
       dim(config.embed_dim),
       outer_cache(internals(ctx).cache)
 {
-    const Shape expected{batch, config.in_chans, config.img_height, config.img_width};
-    if (!(images.shape == expected))
-        throw std::invalid_argument("[forward] images: expected (B, " + std::to_string(config.in_chans) + ", " +
-                                    std::to_string(config.img_height) + ", " + std::to_string(config.img_width) +
-                                    "), got " + describe(images) + "; Config::at_size is for images of other sizes");
+    if (!(images.shape == config.images_shape(batch)))
+        throw std::invalid_argument("[forward] images: expected " + config.images_axes() + ", got " + describe(images) +
+                                    "; Config::at_size is for images of other sizes");
     if (static_cast<std::int64_t>(params.blocks.size()) != config.depth)
         throw std::invalid_argument("[forward] params: expected " + std::to_string(config.depth) + " blocks, got " +
                                     std::to_string(params.blocks.size()));
@@ -62,18 +60,24 @@ BlockSaved Pass::group(const BlockSaved& saved, std::int64_t begin, std::int64_t
     return part;
 }
 
-std::array<std::int64_t, 2> Pass::class_positions() const
+ClassPlaces Pass::class_places() const
 {
     const bool drawn = config.class_token == ClassToken::random && draws.class_position >= 0;
-    return {drawn ? draws.class_position : config.class_position(),
-            config.class_token == ClassToken::double_ ? len - 1 : -1};
+    return drawn ? ClassPlaces::one(draws.class_position) : config.class_places();
 }
 
 Selection Pass::selection() const
 {
-    if (config.class_token != ClassToken::none) return {Reduce::select, class_positions()};
-    if (config.pool == Pool::last) return {Reduce::select, {len - 1, -1}};
-    return {config.pool == Pool::max ? Reduce::max : Reduce::mean, {-1, -1}};
+    if (config.class_token == ClassToken::registers) return {Reduce::join, class_places()};
+    if (config.class_token != ClassToken::none) return {Reduce::select, class_places()};
+    if (config.pool == Pool::last) return {Reduce::select, ClassPlaces::one(len - 1)};
+    return {config.pool == Pool::max ? Reduce::max : Reduce::mean, {}};
+}
+
+Tensor Pass::flat_images(const Tensor& images) const
+{
+    if (config.frames == 0 || !images) return images;
+    return images.view({batch, config.in_chans, config.frames * config.img_height, config.img_width});
 }
 
 Tensor Pass::patch_weight() const

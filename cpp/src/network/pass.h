@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 
 #include "core/counting.h"
@@ -20,7 +19,7 @@ std::size_t lay_out(Saved& saved, const Config& config, std::int64_t batch, DTyp
 // How the network's output is read out of its tokens.
 struct Selection {
     Reduce reduce = Reduce::mean;
-    std::array<std::int64_t, 2> index = {-1, -1};
+    ClassPlaces places;  // select, join
 };
 
 struct Pass {
@@ -78,9 +77,11 @@ struct Pass {
     // What the images [begin, end) of one group saved.
     BlockSaved group(const BlockSaved& saved, std::int64_t begin, std::int64_t end) const;
 
-    std::array<std::int64_t, 2> class_positions() const;  // where the class tokens stand, -1 for none
-    Selection selection() const;                          // of normalised tokens, or of logits for Pool::max
-    Tensor patch_weight() const;                          // (D, C P P)
+    ClassPlaces class_places() const;
+    Selection selection() const;  // of normalised tokens, or of logits for Pool::max
+    Tensor patch_weight() const;  // (D, C P P)
+    // (B, C, H, W); of clips the frames one below the other, whose patches are those of the frames in order.
+    Tensor flat_images(const Tensor& images) const;
     // Rows of (B, J, D), whole images or a part of one, as a matrix.
     Tensor patch_rows(const Tensor& patches, std::int64_t b, std::int64_t images, std::int64_t begin,
                       std::int64_t count) const

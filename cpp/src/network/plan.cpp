@@ -43,7 +43,7 @@ bool countless(const Config& c, std::int64_t batch)
     auto wide = [](std::int64_t size) { return static_cast<double>(size); };
     const double L = wide(c.tokens()) + 64, E = wide(c.inner()) + wide(c.embed_dim) + 64, N = wide(c.d_state) + 8;
     const double q = wide(c.rank()) + 2 * N, patch = wide(c.in_chans) * wide(c.patch_size) * wide(c.patch_size);
-    const double pixels = wide(c.in_chans) * wide(c.img_height) * wide(c.img_width);
+    const double pixels = wide(c.in_chans) * wide(c.clip_frames()) * wide(c.img_height) * wide(c.img_width);
     const double image = L * E * N * q + L * (wide(c.outputs()) + patch) + pixels;
     const Grid table = c.table_grid();
     const double resize = (wide(table.rows) + L) * wide(table.columns) * E;

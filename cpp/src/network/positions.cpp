@@ -11,47 +11,62 @@
 
 namespace vimcore {
 
-ClassRows class_rows(ClassToken token, std::int64_t patches)
+ClassPlaces class_places(ClassToken token, std::int64_t patches, std::int64_t registers)
 {
     switch (token) {
         case ClassToken::none:
             return {};
         case ClassToken::middle:
-            return {{patches / 2, -1}};
+            return ClassPlaces::one(patches / 2);
         case ClassToken::double_:
-            return {{0, patches + 1}};
+            return {0, patches + 1, 2};
+        case ClassToken::registers:
+            return {patches / (registers + 1), patches / (registers + 1) + 1, registers};
         default:
-            return {{0, -1}};
+            return ClassPlaces::one(0);
     }
+}
+
+ClassPlaces table_places(ClassToken token, std::int64_t patches)
+{
+    return token == ClassToken::registers ? ClassPlaces{} : class_places(token, patches);
 }
 
 TableResize table_resize(ClassToken token, Grid from, Grid to, TableWay way)
 {
-    TableResize resize{.from = from, .to = to};
-    const ClassRows old_rows = class_rows(token, from.count()), new_rows = class_rows(token, to.count());
-    for (int k = 0; k < 2; k++) {
-        const bool first = way == TableWay::authors && old_rows.row[k] >= 0;
-        resize.from_class[k] = first ? k : old_rows.row[k];
-        resize.to_class[k] = first ? k : new_rows.row[k];
-    }
+    TableResize resize{.from = from,
+                       .to = to,
+                       .from_class = table_places(token, from.count()),
+                       .to_class = table_places(token, to.count())};
+    if (way == TableWay::authors) resize.from_class = resize.to_class = {0, 1, resize.to_class.count};
     return resize;
 }
 
 TableResize table_resize(const Config& config)
 {
-    return table_resize(config.class_token, config.table_grid(), config.grid());
+    const Grid from = config.table_grid();
+    return {.from = from,
+            .to = config.grid(),
+            .from_class = table_places(config.class_token, from.count()),
+            .to_class = config.class_places(),
+            .frames = config.clip_frames()};
 }
 
 PositionTable::PositionTable(const Pass& pass) : tensor_(pass.params.pos_embed)
 {
-    if (!tensor_ || !pass.config.resizes_table()) return;
+    if (!tensor_ || !pass.config.composes_positions()) return;
     Context& ctx = pass.ctx;
     const Tensor own = tensor_;
+    const Params& params = pass.params;
     const TableResize resize = table_resize(pass.config);
     tensor_ = {nullptr, {1, pass.len, pass.dim}, own.dtype, own.device};
     auto fill = [&](void* memory) {
         tensor_.data = memory;
-        positions_forward(ctx, {.table = own, .out = tensor_, .resize = resize});
+        positions_forward(ctx, {.table = own,
+                                .class_rows = params.class_positions,
+                                .frame_rows = params.frame_positions,
+                                .out = tensor_,
+                                .resize = resize});
     };
     if (!internals(ctx).cache || ctx.device().type != Device::Type::cpu) {
         fill(arena_of(ctx).take(tensor_.shape, tensor_.dtype).data);
@@ -64,7 +79,7 @@ PositionTable::PositionTable(const Pass& pass) : tensor_(pass.params.pos_embed)
                               resize.from.columns,
                               resize.to.rows,
                               resize.to.columns,
-                              0};
+                              resize.frames};
     held_ = internals(ctx).cache->tables.get(ctx, key, true, tensor_.bytes(), fill);
     tensor_.data = const_cast<void*>(held_.get());
 }

@@ -11,11 +11,12 @@ namespace vimcore {
 
 struct Pass;
 
-// How the position table that the configuration's weights have comes to the grid of its images.
+// How the position table that the configuration's weights have comes to the tokens of its images or clips.
 TableResize table_resize(const Config& config);
 
-// The position table (1, L, D) of a pass: the weights' own, resized where it was made for another grid; or none. On a
-// device, where nobody looks whether weights changed, it is resized at every call, into scratch memory.
+// The position table (1, L, D) of a pass: the weights' own, or composed of several, and resized where it was made for
+// another grid; or none. On a device, where nobody looks whether weights changed, it is composed at every call, into
+// scratch memory.
 class PositionTable {
 public:
     explicit PositionTable(const Pass& pass);

@@ -60,6 +60,8 @@ void initialize_tensor(const Config& config, const std::string& name, const Tens
 
     if (has("A_log") || has("A_b_log")) {
         fill(tensor, [&](std::int64_t i) { return std::log(1.0 + static_cast<double>(i % config.d_state)); });
+    } else if (has("temporal_pos_embedding")) {
+        constant(0);
     } else if (has("mixer.D")) {
         constant(1);
     } else if (has("mixer.gamma")) {
@@ -80,7 +82,7 @@ void initialize_tensor(const Config& config, const std::string& name, const Tens
     } else if (has("mixer.")) {
         uniform(1 / std::sqrt(has("out_proj") ? fan_in * static_cast<double>(config.depth) : fan_in));
     } else {
-        normal(0.02);  // class tokens, position table, head
+        normal(0.02);  // class tokens, position tables, neck, head
     }
 }
 

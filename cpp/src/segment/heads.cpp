@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/backend.h"
+#include "core/class_places.h"
 #include "files/json.h"
 #include "segment/network.h"
 #include "vimcore/error.h"
@@ -114,7 +115,7 @@ private:
 class Patches2d {
 public:
     explicit Patches2d(const Config& config)
-        : grid_(config.grid()), dim_(config.embed_dim), class_position_(config.class_position())
+        : grid_(config.grid()), dim_(config.embed_dim), places_(config.class_places())
     {
     }
 
@@ -143,7 +144,7 @@ private:
     {
         for (std::int64_t x = 0; x < grid_.columns; x++) {
             const std::int64_t patch = row * grid_.columns + x;
-            const std::int64_t at = (patch + (class_position_ >= 0 && patch >= class_position_)) * dim_;
+            const std::int64_t at = place_of(places_, patch) * dim_;
             float* out = work.map.at(row, x);
             for (std::int64_t d = 0; d < dim_; d++)
                 out[d] = work.less ? work.tokens[at + d] - work.less[at + d] : work.tokens[at + d];
@@ -151,7 +152,8 @@ private:
     }
 
     Grid grid_;
-    std::int64_t dim_, class_position_;
+    std::int64_t dim_;
+    ClassPlaces places_;
 };
 
 class FcnHead final : public SegmentationHead {

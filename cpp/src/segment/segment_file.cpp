@@ -194,6 +194,8 @@ void read_task(const json::Value& root, SegmentationFile& file)
     }
     if (config.num_classes != 0)
         wrong("the backbone has a head of " + std::to_string(config.num_classes) + " classes, expected none");
+    if (config.frames > 0 || config.neck_reduction > 1)
+        wrong("the backbone takes clips or has a neck, which go with classification only");
     if (config.stride != config.patch_size || config.img_height % config.patch_size ||
         config.img_width % config.patch_size)
         wrong("patches of " + std::to_string(config.patch_size) + " every " + std::to_string(config.stride) +

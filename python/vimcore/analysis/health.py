@@ -167,6 +167,8 @@ def health_of_file(
     model = load_model(weights)
     if not pictures:
         return health(model, _noise(model, count))
+    if model._config.frames:
+        raise ValueError(f"{weights}: takes clips, not pictures; without any, its health is that on noise")
     preprocess = unpack(_core.safetensors_header(weights)[1], weights).preprocess
     if preprocess is None:
         raise ValueError(f"{weights}: no preprocessing, so nothing that a picture could fill")
@@ -180,9 +182,10 @@ def health_of_file(
 
 
 def _noise(model: VisionMamba, count: int) -> Tensor:
-    """Images (count, C, H, W) that are the same each time."""
+    """Images (count, C, H, W), or clips (count, C, T, H, W), that are the same each time."""
     c = model._config
-    return torch.randn(count, c.in_chans, *c.img_size, generator=torch.Generator().manual_seed(0))
+    frames = (c.frames,) if c.frames else ()
+    return torch.randn(count, c.in_chans, *frames, *c.img_size, generator=torch.Generator().manual_seed(0))
 
 
 class _Stop(Exception):

@@ -26,7 +26,7 @@ from .. import ops
 from .._core import Config
 from ..nn.inputs import checked_images
 from ..nn.vision_mamba import VisionMamba
-from ..positions import class_rows, resize_pos_embed, rope_tables
+from ..positions import embedded, rope_tables
 from ..utils.arguments import integer
 
 State = tuple[Tensor, Tensor | None]  # mixer output h, and residual r before it is added; (B, L, D)
@@ -54,6 +54,7 @@ def network_of(op: str, model: Any) -> VisionMamba:
 
     Raises:
         TypeError: there is none.
+        ValueError: it takes clips, whose maps are no pictures.
     """
     for wrapped in ("module", "_orig_mod"):
         model = getattr(model, wrapped, model)
@@ -61,6 +62,8 @@ def network_of(op: str, model: Any) -> VisionMamba:
         inner = getattr(model, "backbone", None)
         hint = "; give its .backbone" if isinstance(inner, VisionMamba) else ""
         raise TypeError(f"[{op}] model: expected a VisionMamba, got {type(model).__name__}{hint}")
+    if model._config.frames:
+        raise ValueError(f"[{op}] model: expected a network of images, got one of clips")
     return model
 
 
@@ -217,7 +220,7 @@ class Layers:
         images = checked_images(images, like, self.model._config, self.model.dynamic_img_size)
         self.images: Tensor = images.to(like.dtype)
         self.config: Config = self.model._config_for(images)
-        self.class_at = class_rows(self.config.class_token, self.config.patches)
+        self.class_at = self.config.class_positions
         taken = set(self.class_at)
         self.patch_at = [t for t in range(self.config.tokens) if t not in taken]
         step = 2 if self.config.directions == "block" else 1
@@ -241,16 +244,8 @@ class Layers:
 
     def embed(self, patches: Tensor) -> Tensor:
         """The tokens (B, L, D) of patches (B, J, D)."""
-        c = self.config
         x = patches + self.weights["patch_embed.proj.bias"]
-        double = c.class_token == "double"
-        names = ["cls_token_head", "cls_token_tail"] if double else ["cls_token"]
-        for name, at in zip(names, self.class_at):
-            x = torch.cat([x[:, :at], self.weights[name].expand(len(x), 1, -1), x[:, at:]], 1)
-        if not c.pos_embed:
-            return x
-        grids = self.model._config.grid, c.grid
-        return x + resize_pos_embed(self.weights["pos_embed"], *grids, c.class_token)
+        return embedded(x, self.weights.__getitem__, self.model._config, self.config)
 
     def on_grid(self, x: Tensor) -> Tensor:
         """(..., L) -> (..., h, w), without class tokens."""

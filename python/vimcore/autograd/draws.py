@@ -30,6 +30,8 @@ def draw(config: Config, images: Tensor, position: int | None = None) -> Draws:
     if config.drop_rate > 0:
         ones = images.new_ones(batch, config.tokens, config.embed_dim, dtype=dtype)
         dropout = F.dropout(ones, config.drop_rate)
+        if config.class_token == "registers":  # as published, only patches are dropped
+            dropout[:, config.class_positions] = 1
     flip = config.directions == "sequence" and bool(torch.rand(()) < 0.5)
     if position is None:
         position = draw_position(config) if config.class_token == "random" else -1

@@ -129,7 +129,7 @@ class Core:
         """
         batch, at = images.shape[0], place(images)
         weights = constant or (bound or self.bound(params)).weights
-        config = self.at(*images.shape[2:])
+        config = self.at(*images.shape[-2:])
         tokens = (batch, config.tokens, config.embed_dim)
         if request.kind == "layers":
             outputs = [images.new_empty(tokens) for _ in request.layers]
@@ -154,7 +154,9 @@ class Core:
 
     @staticmethod
     def _takes_part(name: str, kind: str, layers: Sequence[int]) -> bool:
-        if name.startswith("head.") or (kind == "layers" and name.startswith("norm_f.")):
+        if name.startswith(("head.", "neck.", "norm_neck.")) or (
+            kind == "layers" and name.startswith("norm_f.")
+        ):
             return False
         return kind == "tokens" or not name.startswith("layers.") or int(name.split(".")[1]) <= max(layers)
 

@@ -35,15 +35,16 @@ def run(args: argparse.Namespace) -> int:
         if names is None
         else ", ".join(names[:10]) + (f", ... ({len(names)})" if len(names) > 10 else "")
     )
-    tokens, (rows, columns) = facts["tokens"], facts["grid"]
+    tokens, (rows, columns), frames = facts["tokens"], facts["grid"], facts["config"]["frames"]
+    of_frames, unit = (f"{frames} frames of ", "clip") if frames else ("", "image")
     print_table(
         [
             ["file", f"{facts['file']} ({facts['bytes'] / 1e6:.2f} MB, {', '.join(facts['types'])})"],
             ["parameters", f"{facts['parameters']:,}"],
-            ["flops", f"{facts['flops'] / 1e9:.4g} G multiply-adds per image, scans included"],
+            ["flops", f"{facts['flops'] / 1e9:.4g} G multiply-adds per {unit}, scans included"],
             [
                 "tokens",
-                f"{tokens}: {rows} x {columns} patches, class tokens: {tokens - rows * columns}",
+                f"{tokens}: {of_frames}{rows} x {columns} patches, class tokens: {facts['class_tokens']}",
             ],
             *([["task", f"{facts['task']}, head {facts['head']}"]] if "task" in facts else []),
             *([[key, json.dumps(facts[key])] for key in _OF_TASKS if facts.get(key) is not None]),

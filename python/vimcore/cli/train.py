@@ -14,7 +14,7 @@ from .. import tasks
 from ..tasks.architecture import with_architecture
 from ..tasks.settings import Settings, read_toml
 from ..train.folder import BEST, CHECKPOINT, CONFIG, LAST, LOG, resumed
-from ..train.presets import DEFAULTS, PRESETS, SAME, default_preset, overruled, recipe, task_of
+from ..train.presets import DEFAULTS, FINE_TUNING, PRESETS, SAME, default_preset, overruled, recipe, task_of
 from ..utils.extras import required
 from .output import print_json
 from .streams import complain
@@ -127,7 +127,7 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     typed = {**{name: value for name, value in of_file.items() if name not in overruled(flags)}, **flags}
     task = next(name for name in tasks.NAMES if tasks.settings_type({"task": name}) is kind)
     preset = args.preset or default_preset(task, typed.get("init"))
-    if typed.get("init") is None and (preset == "finetune" or "-long-" in preset):
+    if typed.get("init") is None and preset in FINE_TUNING:
         raise ValueError(f"init: {preset} fine-tunes; name the weights to start from with --init")
     notes = []
     if preset == "finetune":

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from .._core import Error
 from ..utils.files import listed, printable
+from .clip_files import find_clips, frames_of_clip, read_clip
 from .digits import load_digits, picture, split_digits
 from .lists import LISTS, read_list
 from .picture_files import SUFFIXES, is_hidden, kind_of, passed_over_text, read_file, reason, walk
@@ -39,6 +40,7 @@ class Images:
     Attributes:
         labels: index into `classes` of each image.
         passed_over: files that lay between them, by kind.
+        frames: of the clips that the files are: folders of pictures, or arrays (T, H, W, C); 0: images.
     """
 
     files: Sequence[str]
@@ -48,6 +50,7 @@ class Images:
     passed_over: Mapping[str, int] = field(default_factory=dict)
     source: Source | None = None
     places: NDArray[np.int64] | None = None
+    frames: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,10 +58,10 @@ class Images:
     @property
     def arrays(self) -> bool:
         """Whether these are numpy files and not pictures."""
-        return self.source is None and bool(self.files) and _is_array(self.files[0])
+        return not self.frames and self.source is None and bool(self.files) and _is_array(self.files[0])
 
     def read(self, index: int) -> NDArray[Any]:
-        """(H, W, 3) uint8 of a picture, (C, H, W) of a numpy file.
+        """(H, W, 3) uint8 of a picture, (C, H, W) of a numpy file, (T, H, W, 3) uint8 of a clip.
 
         Raises:
             UnreadableError: it is missing, damaged, or no such array.
@@ -67,6 +70,8 @@ class Images:
             return self.pixels[index]
         name = self.files[index]
         try:
+            if self.frames:
+                return read_clip(name, self.frames)
             if self.source is not None and self.places is not None:
                 return self.source.read(int(self.places[index]))
             if not _is_array(name):
@@ -142,7 +147,7 @@ class Training(Dataset[Sample]):
 class Validation(Dataset[Sample]):
     """Images by index; one that cannot be read is zeros with place -1."""
 
-    def __init__(self, images: Images, transform: Transform, shape: tuple[int, int, int]) -> None:
+    def __init__(self, images: Images, transform: Transform, shape: tuple[int, ...]) -> None:
         self.images, self.transform, self.shape = images, transform, shape
 
     def __len__(self) -> int:
@@ -184,15 +189,18 @@ def _is_array(name: str) -> bool:
     return name.lower().endswith(ARRAY)
 
 
-def open_images(path: str, split: str = "train") -> Images:
+def open_images(path: str, split: str = "train", frames: int = 0) -> Images:
     """The images of a folder of class folders, a list of paths and labels, "digits", or a source of timm's.
 
     Args:
         split: of a source that has several and whose name says none.
+        frames: of clips, which are then looked for in place of images; 0: images.
 
     Raises:
         ValueError, OSError: there are none, or kinds are mixed.
     """
+    if frames:
+        return _clips(path, frames)
     if path == "digits":
         return _digits()
     if is_source(path):
@@ -216,15 +224,21 @@ def open_images(path: str, split: str = "train") -> Images:
     return found
 
 
-def training_and_validation(data: str, val: str | None, fraction: float) -> tuple[Images, Images, str]:
-    """Images to learn from, images to validate on, and a sentence about where these come from."""
+def training_and_validation(
+    data: str, val: str | None, fraction: float, frames: int = 0
+) -> tuple[Images, Images, str]:
+    """Images to learn from, images to validate on, and a sentence about where these come from.
+
+    Args:
+        frames: as for `open_images`.
+    """
     if os.path.isdir(os.path.join(data, "train")):
         beside = [os.path.join(data, name) for name in VALIDATION_NAMES]
         val = val or next((name for name in beside if os.path.isdir(name)), None)
         data = os.path.join(data, "train")
-    train = open_images(data)
+    train = open_images(data, frames=frames)
     if val is not None:
-        valid = open_images(val, "validation")
+        valid = open_images(val, "validation", frames)
         try:
             return train, valid.relabelled(train.classes), f"validated on {val}"
         except ValueError as error:
@@ -253,8 +267,12 @@ def passed_over(*images: Images) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _folder(path: str) -> Images:
-    """Class folders, images at any depth below them."""
+def _pictures(folder: str, passed_over: Counter[str]) -> Iterator[str]:
+    return walk(folder, (*SUFFIXES, ARRAY), passed_over)
+
+
+def _folder(path: str, find: Callable[[str, Counter[str]], Iterable[str]] = _pictures) -> Images:
+    """Class folders, what `find` finds at any depth below them."""
     with os.scandir(path) as entries:
         folders = {entry.name: entry.is_dir() for entry in entries if not is_hidden(entry.name)}
     classes = sorted(name for name, is_folder in folders.items() if is_folder)
@@ -263,12 +281,28 @@ def _folder(path: str) -> Images:
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        files += walk(os.path.join(path, name), (*SUFFIXES, ARRAY), passed_over)
+        files += find(os.path.join(path, name), passed_over)
         labels += [label] * (len(files) - len(labels))
     empty = [name for i, name in enumerate(classes) if i not in set(labels)]
     if files and empty:
         raise ValueError(f"{path}: class folders without images: {listed(empty)}")
     return Images(files, np.array(labels, np.int64), classes, passed_over=passed_over)
+
+
+def _clips(path: str, frames: int) -> Images:
+    """Class folders of clips, or a list of clips and labels."""
+    if path == "digits" or is_source(path):
+        raise ValueError(
+            f"{path}: images, but the network takes clips; name a folder of class folders of clips"
+        )
+    found = _of_list(path) if path.lower().endswith(LISTS) else _folder(path, find_clips)
+    if not len(found):
+        raise ValueError(
+            f"{path}: no clips in class folders: folders of pictures, or .npy files (T, H, W, C)"
+        )
+    for name in found.files:  # what does not fit is told before the run, which would pass over it
+        frames_of_clip(name, frames)
+    return replace(found, frames=frames)
 
 
 def _of_list(path: str) -> Images:

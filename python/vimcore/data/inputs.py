@@ -54,8 +54,15 @@ def input_of(
     return Input(channels, size, mean, std, int(min(size) / crop_pct))
 
 
+def shape_of(of: Input, frames: int) -> tuple[int, ...]:
+    """Of the network's input: (C, H, W), or of clips (C, T, H, W)."""
+    return (of.channels, frames, *of.size) if frames else (of.channels, *of.size)
+
+
 def eval_transform(of: Input, images: Images) -> transforms.Transform:
-    """From an image as read to the network's input, without chance."""
+    """From an image or clip as read to the network's input, without chance."""
+    if images.frames:
+        return transforms.clip_eval(of)
     return transforms.array_eval(of) if images.arrays else transforms.picture_eval(of)
 
 

@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 from .. import _core
 from .._core import Config, Preprocess
+from .sampling import seed_all
 
 Transform = Callable[[NDArray[Any]], Tensor]
 _FULL_SCALE = {"uint8": 255.0, "uint16": 65535.0}
@@ -58,7 +59,8 @@ class Augment:
     Attributes:
         crop_scale, crop_ratio: area and width over height of the random crop, from and to.
         hflip, random_erase: probabilities.
-        rand_augment: timm's notation; empty: none, colour jitter instead.
+        rand_augment: timm's notation; empty: none, colour jitter instead. "3a": solarised, grey or blurred
+            (3-Augment of DeiT III), and colour jitter.
     """
 
     crop_scale: tuple[float, ...] = (0.08, 1.0)
@@ -116,9 +118,12 @@ def picture_train(of: Input, augment: Augment) -> Transform:
 
 def _colours(of: Input, augment: Augment) -> Any:
     """RandAugment, or colour jitter where there is none of it."""
+    strength = augment.color_jitter
+    jitter = v2.ColorJitter(strength, strength, strength)
     if not augment.rand_augment:
-        strength = augment.color_jitter
-        return v2.ColorJitter(strength, strength, strength)
+        return jitter
+    if augment.rand_augment == "3a":
+        return v2.Compose([auto_augment.auto_augment_transform("3a"), jitter])
     fill = tuple(min(255, round(255 * value)) for value in of.mean) * (3 // of.channels)
     hints = {
         "translate_const": int(min(of.size) * 0.45),
@@ -144,6 +149,28 @@ def _through(
     first: Callable[[NDArray[Any]], Any], steps: Callable[[Any], Tensor], image: NDArray[Any]
 ) -> Tensor:
     return steps(first(image))  # no lambda: loader processes may have to be sent it
+
+
+def clip_eval(of: Input) -> Transform:
+    """(T, H, W, 3) uint8 to (C, T, h, w), every frame as `picture_eval`."""
+    return partial(_frame_by_frame, picture_eval(of))
+
+
+def clip_train(of: Input, augment: Augment) -> Transform:
+    """(T, H, W, 3) uint8 to (C, T, h, w): `picture_train` with the same draws for every frame."""
+    return partial(_alike, picture_train(of, augment))
+
+
+def _frame_by_frame(transform: Transform, clip: NDArray[np.uint8]) -> Tensor:
+    return torch.stack([transform(frame) for frame in clip], 1)
+
+
+def _alike(transform: Transform, clip: NDArray[np.uint8]) -> Tensor:
+    seed, frames = int(torch.randint(2**62, ())), []
+    for frame in clip:
+        seed_all(seed)
+        frames.append(transform(frame))
+    return torch.stack(frames, 1)
 
 
 def array_eval(of: Input) -> Transform:

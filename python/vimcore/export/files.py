@@ -140,7 +140,7 @@ def export(
 def trace(model: VisionMamba) -> ExportedProgram:
     """The graph of a model's eval mode for any batch of images of its size."""
     network = ExportNetwork(model)
-    images = torch.zeros(2, model._config.in_chans, *model._config.img_size)
+    images = torch.zeros(2, *_axes(model))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's own code
         return torch.export.export(network, (images,), dynamic_shapes=({0: Dim("batch", min=1)},))
@@ -161,8 +161,14 @@ def _computed(model: VisionMamba, images: Images) -> Images:
 
 
 def _images(model: VisionMamba, batch: int) -> Images:
-    shape = (batch, model._config.in_chans, *model._config.img_size)
-    return np.random.default_rng(batch).standard_normal(shape, dtype=np.float32)
+    return np.random.default_rng(batch).standard_normal((batch, *_axes(model)), dtype=np.float32)
+
+
+def _axes(model: VisionMamba) -> tuple[int, ...]:
+    """(C, H, W) of images, (C, T, H, W) of clips."""
+    config = model._config
+    frames = (config.frames,) if config.frames else ()
+    return (config.in_chans, *frames, *config.img_size)
 
 
 def _compared(call: Call, model: VisionMamba, program: str) -> float:

@@ -36,11 +36,11 @@ class ExportNetwork(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of normalised images (B, C, H, W), as of the model; without a head what it would see."""
+        """Logits of normalised images or clips, as of the model; without a head what it would see."""
         weights = {name: self.get_buffer(buffer) for name, buffer in self._buffer_of.items()}
         self._plain.weights = weights
         try:
-            return readout(self._plain.tokens(images), self._config, self._head)
+            return readout(self._plain.tokens(images), self._config, weights.__getitem__, self._head)
         finally:
             self._plain.weights = {}
 

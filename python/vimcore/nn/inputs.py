@@ -35,7 +35,7 @@ def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) ->
         vimcore.Error: they are bfloat16, for which this CPU has no unit.
     """
     height, width = config.img_size
-    channels = config.in_chans
+    channels, ndim = config.in_chans, 5 if config.frames else 4
     cuda = on_cuda(like)
     if like.is_meta or like.dtype not in ((torch.float32,) if cuda else (torch.float32, torch.float64)):
         raise ValueError(
@@ -53,19 +53,20 @@ def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) ->
     types = [t for t in activation_types(like) if wide(t) == like.dtype]
     if (
         not isinstance(images, Tensor)
-        or images.ndim != 4
+        or images.ndim != ndim
         or images.shape[1] != channels
-        or (images.shape[2:] != (height, width) and not any_size)
+        or (config.frames and images.shape[2] != config.frames)
+        or (images.shape[-2:] != (height, width) and not any_size)
         or images.dtype not in types
         or images.device != like.device
     ):
         *others, last = [NAMES[t] for t in types]
         names = f"{', '.join(others)} or {last}" if others else last
-        sides = "H, W" if any_size else f"{height}, {width}"
-        expected = f"(B, {channels}, {sides}) {names} {like.device}"
+        axes = config.images_axes.replace(f"{height}, {width})", "H, W)") if any_size else config.images_axes
+        expected = f"{axes} {names} {like.device}"
         remedy = no_half(images.dtype) if isinstance(images, Tensor) and not cuda else ""
-        if not any_size and isinstance(images, Tensor) and images.ndim == 4:
-            size = tuple(images.shape[2:])
+        if not any_size and isinstance(images, Tensor) and images.ndim == ndim:
+            size = tuple(images.shape[-2:])
             if size != (height, width):
                 remedy = (
                     f": other sizes by dynamic_img_size=True, set_input_size({size}), or "

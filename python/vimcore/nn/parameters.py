@@ -32,11 +32,15 @@ def uniform(module: Any, fan_in: int) -> Any:
 
 
 class PatchEmbed(nn.Module):
-    """Holds `proj`, the convolution that makes tokens of patches."""
+    """Holds `proj`, the convolution that makes tokens of patches; of clips, frame by frame, a Conv3d."""
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int, stride: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.proj = empty(nn.Conv2d, in_chans, dim, patch_size, stride)
+        channels, dim, patch, stride = config.in_chans, config.embed_dim, config.patch_size, config.stride
+        if config.frames:
+            self.proj = empty(nn.Conv3d, channels, dim, (1, patch, patch), (1, stride, stride))
+        else:
+            self.proj = empty(nn.Conv2d, channels, dim, patch, stride)
 
 
 class Scale(nn.Module):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import class_rows, resize_pos_embed, rope_tables
+from ..positions import embedded, rope_tables
 from .vision_mamba import VisionMamba
 
 Observe = Callable[[str, Tensor], None]  # name, some of the tensor of that name
@@ -41,7 +41,7 @@ class Plain:
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
-        """Normalised tokens (B, L, D) of images (B, C, H, W), as `forward_features` in eval mode."""
+        """Normalised tokens (B, L, D) of images or clips, as `forward_features` in eval mode."""
         c, self._here = self.config, self._config_for(images)
         h, r = self._embed(images), None
         step = 2 if c["directions"] == "block" else 1
@@ -75,20 +75,14 @@ class Plain:
 
     def _embed(self, images: Tensor) -> Tensor:
         c = self.config
-        x = F.conv2d(
-            self._seen("images", images),
-            self._weight("patch_embed.proj.weight", rounded=True),
-            self._weight("patch_embed.proj.bias"),
-            stride=c["stride"],
-        )
-        x = x.flatten(2).transpose(1, 2)
-        names = ["cls_token_head", "cls_token_tail"] if c["class_token"] == "double" else ["cls_token"]
-        for name, at in zip(names, class_rows(c["class_token"], self._here.patches)):
-            x = torch.cat([x[:, :at], self._weight(name).expand(x.shape[0], 1, -1), x[:, at:]], 1)
-        if c["pos_embed"]:
-            x = x + resize_pos_embed(
-                self._weight("pos_embed"), self._made_for.grid, self._here.grid, c["class_token"]
-            )
+        images = self._seen("images", images)
+        weight = self._weight("patch_embed.proj.weight", rounded=True)
+        bias, stride = self._weight("patch_embed.proj.bias"), c["stride"]
+        if c["frames"]:
+            x = F.conv3d(images, weight, bias, (1, stride, stride))
+        else:
+            x = F.conv2d(images, weight, bias, stride)
+        x = embedded(x.flatten(2).transpose(1, 2), self._weight, self._made_for, self._here)
         self.observe("embedding", x)
         return x
 

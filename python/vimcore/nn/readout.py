@@ -6,37 +6,65 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _core
 from .._core import Config
 from ..utils.arguments import integer
 
+Weight = Callable[[str], Tensor]  # a parameter by its state-dict key
 
-def readout(tokens: Tensor, config: Config, head: Callable[[Tensor], Tensor]) -> Tensor:
+
+def readout(tokens: Tensor, config: Config, weight: Weight, head: Callable[[Tensor], Tensor]) -> Tensor:
     """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
-    if config.class_token == "double":
-        return head((tokens[:, 0] + tokens[:, -1]) / 2)
-    if config.class_token != "none":
-        return head(tokens[:, class_position(tokens, config)])
     if config.head_per_token:
         logits = head(tokens)
         return logits.amax(1) if config.pool == "max" else logits
-    return head(tokens[:, -1] if config.pool == "last" else tokens.mean(1))
+    return head(pooled(tokens, config, weight))
 
 
-def class_position(tokens: Tensor, config: Config) -> int:
-    """Index of the (first) class token among tokens (B, L, D) of eval mode."""
-    return (tokens.shape[1] - 1) // 2 if config.class_token == "middle" else config.class_position
+def pooled(tokens: Tensor, config: Config, weight: Weight) -> Tensor:
+    """What a head that does not see every token sees: (B, readout width) of normalised tokens (B, L, D)."""
+    if config.class_token == "registers":
+        return _through_neck(tokens[:, class_positions(tokens, config)], config, weight)
+    if config.class_token == "double":
+        return (tokens[:, 0] + tokens[:, -1]) / 2
+    if config.class_token != "none":
+        return tokens[:, class_positions(tokens, config)[0]]
+    return tokens[:, -1] if config.pool == "last" else tokens.mean(1)
+
+
+def _through_neck(registers: Tensor, config: Config, weight: Weight) -> Tensor:
+    """Registers (B, n, D) one beside the other, narrowed and normalised where the network has a neck."""
+    if config.neck_reduction == 1:
+        return registers.flatten(1)
+    x, eps = F.linear(registers, weight("neck.weight")).flatten(1), config.norm_eps
+    if config.norm == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight("norm_neck.weight"), weight("norm_neck.bias"), eps)
+    return F.rms_norm(x, x.shape[-1:], weight("norm_neck.weight"), eps)
+
+
+def class_positions(tokens: Tensor, config: Config) -> list[int]:
+    """Indices of the class tokens among tokens (B, L, D) of eval mode."""
+    patches = tokens.shape[1] - config.class_tokens
+    return _core.class_places(config.class_token, patches, config.registers or 0)
 
 
 def patches_of(tokens: Tensor, config: Config) -> Tensor:
     """Tokens without class tokens."""
-    count, at = config.class_tokens, class_position(tokens, config)
-    if count == 0:
-        return tokens
-    if count == 2:
-        return tokens[:, 1:-1]
-    return torch.cat([tokens[:, :at], tokens[:, at + 1 :]], dim=1) if at else tokens[:, 1:]
+    at = class_positions(tokens, config)
+    if at == [0]:
+        return tokens[:, 1:]
+    ends = zip([-1, *at], [*at, tokens.shape[1]])
+    parts = [tokens[:, before + 1 : next] for before, next in ends]
+    parts = [part for part in parts if part.shape[1]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def map_shape(config: Config) -> tuple[int, ...]:
+    """Axes of the patches of an image, (h, w), or of a clip, (T, h, w)."""
+    return (config.frames, *config.grid) if config.frames else config.grid
 
 
 def layer_indices(config: Config, indices: Sequence[int] | None) -> list[int]:

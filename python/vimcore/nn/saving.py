@@ -156,7 +156,9 @@ def prepared(
     config = dict(model.config)
 
     def counts(name: str) -> bool:
-        return name not in ROPE_TABLES and not (skip_head and name.startswith("head."))
+        return name not in ROPE_TABLES and not (skip_head and name.startswith(own))
+
+    own = ("head.",) if "neck.weight" in state else ("head.", "neck.", "norm_neck.")
 
     given = {name: value for name, value in state.items() if counts(name)}
     wanted, plain = _destinations(model, given)

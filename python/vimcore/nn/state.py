@@ -18,7 +18,7 @@ from .base import NetworkBase
 from .parameters import Layer, Mixer, PatchEmbed, Rope, Scale
 
 _OURS = (Layer, Mixer, PatchEmbed, Rope, Scale)
-_PLAIN = (*_OURS, nn.ModuleList, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.Dropout)
+_PLAIN = (*_OURS, nn.ModuleList, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Dropout)
 
 # What the names of tensors tell about who put them there, and how plain weights come back.
 _REMEDIES = {

@@ -19,7 +19,7 @@ Made = dict[str, tuple[type, tuple[Any, ...]]]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _settings = attrgetter(*_CONVOLUTION)
 
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from .base import NetworkBase
 from .constant import ENTERING, ConstantWeights
 from .inputs import checked_images
 from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
-from .readout import layer_indices, patches_of, readout
+from .readout import layer_indices, map_shape, patches_of, readout
 from .structure import Places, does_more, made
 
 Network = TypeVar("Network", bound="VisionMamba")
@@ -53,7 +54,12 @@ class VisionMamba(NetworkBase):
         directions: the paper's five: "none", "sequence" (tokens reversed with probability 0.5 in training),
             "block" (pairs of a forward and a reverse layer), "ssm" (two scans, one convolution), "ssm_conv".
         average_directions: halve the sum of both directions ("ssm_conv" only).
-        class_token: "none", "head", "double", "middle", or "random" (drawn in training, at the head in eval).
+        class_token: "none", "head", "double", "middle", "random" (drawn in training, at the head in eval), or
+            "registers" (Mamba-R, arXiv 2405.14858): several, evenly among the patches, which the head reads
+            one beside the other.
+        registers: their number, with class_token="registers"; None is 12 of them.
+        neck_reduction: r of the neck between registers and head, which narrows each to D / r and normalises
+            them together; 1: no neck.
         pool: with class_token="none": "mean", "max", "last" or "all".
         norm, norm_eps: "rms" or "layer".
         pos_embed, rope, rope_residual: learnt positions; rotary ones; these also on the residual.
@@ -61,6 +67,9 @@ class VisionMamba(NetworkBase):
         layer_scale: initial factor of each mixer output, None for no factor.
         drop_rate: dropout of the tokens after the position table, in training.
         drop_path_rate: of the last mixer output, growing linearly from 0 at the first, in training.
+        frames: T, for clips (B, C, T, H, W) in place of images (VideoMamba, arXiv 2403.06977): the patches of
+            all frames are one sequence, with learnt positions in the frame and of the frame. Stride is
+            patch_size, which divides the sides. None: images.
         memory: what backward keeps: "lean" recomputes more, "fast" keeps more; "least" does
             without in_proj's output as well: of Vim-Ti 41 % of "lean" in float32, 56 % in 16 bits.
         dynamic_img_size: images of any size with at least one patch. The position table is resized for each
@@ -93,6 +102,8 @@ class VisionMamba(NetworkBase):
         directions: str = "ssm_conv",
         average_directions: bool = True,
         class_token: str = "middle",
+        registers: int | None = None,
+        neck_reduction: int = 1,
         pool: str = "mean",
         norm: str = "rms",
         norm_eps: float = 1e-5,
@@ -103,6 +114,7 @@ class VisionMamba(NetworkBase):
         layer_scale: float | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        frames: int | None = None,
         memory: str = "lean",
         dynamic_img_size: bool = False,
     ) -> None:
@@ -118,16 +130,16 @@ class VisionMamba(NetworkBase):
 
         c = self._config
         self.embed_dim = self.num_features = embed_dim = c.embed_dim  # Python's types, whatever came in
-        self.patch_embed = PatchEmbed(c.in_chans, embed_dim, c.patch_size, c.stride)
-        if class_token == "double":
-            self.cls_token_head = nn.Parameter(torch.zeros(1, 1, embed_dim))
-            self.cls_token_tail = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        elif class_token != "none":
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        if pos_embed:
-            self.pos_embed = nn.Parameter(torch.zeros(1, c.tokens, embed_dim))
+        for name, shape in c.param_shapes().items():
+            if "." not in name:  # class tokens and position tables; the others belong to modules
+                self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        self.patch_embed = PatchEmbed(c)
         if rope:
             self.rope = Rope(c.to_dict())
+        if c.neck_reduction > 1:
+            self.neck = empty(nn.Linear, embed_dim, embed_dim // c.neck_reduction, bias=False)
+            trunc_normal(self.neck.weight, 0.02)
+            self.norm_neck = Scale(c.readout_width, norm == "layer")
         self.head = self._new_head(c.num_classes)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.depth))
         self.norm_f = Scale(embed_dim, norm == "layer")
@@ -135,9 +147,9 @@ class VisionMamba(NetworkBase):
         weight = self.patch_embed.proj.weight
         trunc_normal(weight, math.sqrt(1 / weight[0].numel()) / 0.87962566103423978)
         nn.init.zeros_(self.patch_embed.proj.bias)
-        for name in ("cls_token", "cls_token_head", "cls_token_tail", "pos_embed"):
-            if hasattr(self, name):
-                trunc_normal(getattr(self, name), 0.02)
+        for name, parameter in self.named_parameters(recurse=False):
+            if name != "temporal_pos_embedding":  # as published, frames begin alike
+                trunc_normal(parameter, 0.02)
         self._made = made(self)
 
     # ---- description ---------------------------------------------------------------------------------------
@@ -154,7 +166,7 @@ class VisionMamba(NetworkBase):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, besides vectors and biases, that the published training does not decay."""
-        return {"pos_embed", "cls_token", "cls_token_head", "cls_token_tail"}
+        return {name for name in self._config.param_shapes() if "." not in name}
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replaces the head by a new one with random weights; 0: no head."""
@@ -199,7 +211,7 @@ class VisionMamba(NetworkBase):
     def _new_head(self, num_classes: int) -> nn.Module:
         if num_classes == 0:
             return nn.Identity()
-        head = empty(nn.Linear, self.embed_dim, num_classes)
+        head = empty(nn.Linear, self._config.readout_width, num_classes)
         trunc_normal(head.weight, 0.02)
         nn.init.zeros_(head.bias)
         return head
@@ -262,11 +274,12 @@ class VisionMamba(NetworkBase):
         """Logits of normalised images.
 
         Args:
-            images: (B, C, H, W) in the type of the parameters, or in a 16-bit type beside float32. Of
-                `img_size`, with `dynamic_img_size` of any size.
+            images: (B, C, H, W), with `frames` (B, C, T, H, W), in the type of the parameters, or in a 16-bit
+                type beside float32. Of `img_size`, with `dynamic_img_size` of any size.
 
         Returns:
-            (B, num_classes); (B, L, num_classes) with pool="all"; features (B, D) without a head.
+            (B, num_classes); (B, L, num_classes) with pool="all"; without a head features (B, D), with
+            registers (B, registers D / neck_reduction).
 
         Raises:
             ValueError: shape, type or device of the images or of a parameter do not fit.
@@ -289,7 +302,8 @@ class VisionMamba(NetworkBase):
     def forward_intermediates(self, images: Tensor, indices: Sequence[int] | None = None) -> list[Tensor]:
         """Feature maps (B, D, h, w) of images (B, C, H, W): the residual stream after each of these layers.
 
-        Not normalised, class tokens removed; (h, w) is the grid of patches of these images.
+        Not normalised, class tokens removed; (h, w) is the grid of patches of these images. Of clips
+        (B, D, T, h, w).
 
         Args:
             indices: layers, negative ones count from the last; None: the last of each quarter. With
@@ -300,7 +314,7 @@ class VisionMamba(NetworkBase):
         if not layers:
             return []
         outputs = self._call("layers", images, layers)
-        grid = self._config_for(images).grid
+        grid = map_shape(self._config_for(images))
         maps = {
             layer: patches_of(x, self._config).transpose(1, 2).unflatten(2, grid)
             for layer, x in zip(layers, outputs)
@@ -309,7 +323,12 @@ class VisionMamba(NetworkBase):
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
-        return readout(tokens, self._config, self.head)
+        return readout(tokens, self._config, self._weight, self.head)
+
+    def _weight(self, name: str) -> Tensor:
+        """A parameter by its state-dict key, also a parametrised one."""
+        weight: Tensor = attrgetter(name)(self)
+        return weight
 
     def _head_is_fused(self) -> bool:
         head = getattr(self, "head", None)
@@ -321,7 +340,9 @@ class VisionMamba(NetworkBase):
         if does_more(head):
             return False
         return type(head) is nn.Identity or (
-            type(head) is nn.Linear and head.in_features == self.embed_dim and head.bias is not None
+            type(head) is nn.Linear
+            and head.in_features == self._config.readout_width
+            and head.bias is not None
         )
 
     def _call(
@@ -353,9 +374,10 @@ class VisionMamba(NetworkBase):
 
     def _config_for(self, images: Any) -> Config:
         """The configuration with the size of these images, where any is allowed."""
-        if not self.dynamic_img_size or not isinstance(images, Tensor) or images.ndim != 4:
+        ndim = 5 if self._config.frames else 4
+        if not self.dynamic_img_size or not isinstance(images, Tensor) or images.ndim != ndim:
             return self._config
-        return self._network().at(*images.shape[2:])
+        return self._network().at(*images.shape[-2:])
 
     def _network(self) -> Core:
         classes = self.num_classes if self._head_is_fused() else 0

@@ -70,7 +70,7 @@ class NextPatch(nn.Module):
         if self.backbone._config.drop_rate or self.backbone._config.drop_path_rate:
             raise ValueError("[NextPatch] backbone: expected drop_rate and drop_path_rate 0")
         for name, parameter in self.backbone.named_parameters():
-            if name.startswith("cls_token"):
+            if name.startswith(("cls_token", "pos_embed_cls")):
                 parameter.requires_grad_(False)  # it is no patch; DDP would wait for its gradient
         self.norm_target = boolean("[NextPatch] norm_target", norm_target)
         self.norm_floor = real("[NextPatch] norm_floor", norm_floor)
@@ -153,7 +153,8 @@ class NextPatch(nn.Module):
         pixels = patches(images, config.patch_size)
         tokens = F.linear(pixels.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
         if config.pos_embed:
-            tokens = tokens + patches_of(backbone.pos_embed, config)
+            own = config.class_token == "registers"  # they have a table of their own
+            tokens = tokens + (backbone.pos_embed if own else patches_of(backbone.pos_embed, config))
         return tokens
 
     def _encoded(self, tokens: Tensor, reverse: bool, layers: list[int]) -> list[Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .._core import Config
 from ..nn.vision_mamba import VisionMamba
+from ..weights.dense import refuse_clips
 
 
 def checked_backbone(name: str, backbone: nn.Module) -> VisionMamba:
@@ -27,6 +28,7 @@ def checked_backbone(name: str, backbone: nn.Module) -> VisionMamba:
             f"[{name}] backbone: expected no head (num_classes=0), got {config.num_classes} classes; "
             "call reset_classifier(0)"
         )
+    refuse_clips(name, config)
     if config.stride != config.patch_size:
         raise ValueError(
             f"[{name}] backbone: expected stride {config.patch_size} as its patches, got {config.stride}: "

@@ -21,7 +21,7 @@ from ..weights.convert import parse_setting
 from ..weights.metadata import CONFIG_KEY, unpack
 from .settings import Settings
 
-_OPTIONS = ("patch_size", "stride", "embed_dim", "depth", "directions", "class_token", "pool")
+_OPTIONS = ("patch_size", "stride", "embed_dim", "depth", "directions", "class_token", "pool", "frames")
 _PATCHES = "patch_embed.proj.weight"
 
 
@@ -49,6 +49,12 @@ def further_options(texts: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"set: {key}: expected a finite number that 64 bits hold, got {value}")
         found[key] = value
     return found
+
+
+def frames_of(settings: Settings) -> int | None:
+    """Frames of the clips that the network takes; None: it takes images."""
+    frames: int | None = model_options(settings.model, _options(settings)).get("frames")
+    return frames
 
 
 def size_of(settings: Settings) -> tuple[int, int]:
@@ -79,7 +85,8 @@ def create(settings: Settings, channels: int, classes: int) -> VisionMamba:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    options: dict[str, Any] = {n: getattr(settings, n) for n in _OPTIONS if getattr(settings, n) is not None}
+    given = {n: getattr(settings, n, None) for n in _OPTIONS}  # frames: of classification alone
+    options: dict[str, Any] = {n: value for n, value in given.items() if value is not None}
     if settings.img_size is not None:
         options["img_size"] = (settings.img_size[0], settings.img_size[-1])
     return options
@@ -99,7 +106,7 @@ def start_from(model: VisionMamba, settings: Settings, classes: Sequence[str]) -
     if CONFIG_KEY in metadata:
         stored, labels, _ = unpack(metadata, path)
         grid = stored.grid
-    notes += _adapt_channels(model, state, path)
+    notes += _of_frames(model, state) + _adapt_channels(model, state, path)
     head = state.get("head.weight")
     other = head is None or head.shape[0] != len(classes) or (labels is not None and labels != list(classes))
     if other:
@@ -121,13 +128,28 @@ def start_without_head(model: VisionMamba, settings: Settings) -> list[str]:
     return [f"weights from {path}", *notes]
 
 
+def _of_frames(model: VisionMamba, state: dict[str, Tensor]) -> list[str]:
+    """Fits weights of a network of images to one of clips; the note on it."""
+    patches = state.get(_PATCHES)
+    if not model.config["frames"] or patches is None or patches.ndim != 4:
+        return []
+    state[_PATCHES] = patches.unsqueeze(2)
+    state.update(
+        {n: p.detach().clone() for n, p in model.named_parameters() if n == "temporal_pos_embedding"}
+    )
+    return ["of images: every frame begins as one, without a position of its own"]
+
+
 def _adapt_channels(model: VisionMamba, state: dict[str, Tensor], path: str) -> list[str]:
     """Fits the patch embedding to the channels of the images; the note on it."""
     patches, channels = state.get(_PATCHES), model.config["in_chans"]
-    if patches is None or patches.ndim != 4 or patches.shape[1] == channels:
+    clips = patches is not None and patches.ndim == 5
+    if patches is None or patches.ndim not in (4, 5) or patches.shape[1] == channels:
         return []
     try:
-        state[_PATCHES] = adapt_input_conv(channels, patches)
+        flat = patches.flatten(2, 3) if clips else patches
+        found = adapt_input_conv(channels, flat)
+        state[_PATCHES] = found.unsqueeze(2) if clips else found
     except NotImplementedError:
         raise ValueError(
             f"init: {path}: {_PATCHES} takes {patches.shape[1]} channels, the images have {channels}; "

@@ -72,7 +72,7 @@ class Settings:
     embed_dim: int | None = key("model", None, "width D")
     depth: int | None = key("model", None, "blocks")
     directions: str | None = key("model", None, "none, sequence, block, ssm, ssm_conv")
-    class_token: str | None = key("model", None, "none, head, double, middle, random")
+    class_token: str | None = key("model", None, "none, head, double, middle, random, registers")
     pool: str | None = key("model", None, "without class token: mean, max, last")
     drop_rate: float = key("model", 0.0, "dropout of the tokens")
     drop_path_rate: float = key("model", 0.0, "of the last block, growing from 0 at the first")

@@ -128,7 +128,10 @@ class Task(ABC):
 
         Those of a bare backbone; what follows its blocks is the last layer, as is what no pattern names.
         """
-        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": [(r"^layers\.(\d+)", None)]}
+        return {
+            "stem": r"^cls_token|^pos_embed|^temporal_pos_embedding|^patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None)],
+        }
 
     def layer_decay(self) -> float | None:
         """Learning rate of one group of `layers` over that of the next; None: the same for all."""

@@ -120,6 +120,10 @@ class Explainer:
         self.layers = chosen_layers("explain", depth, wishes.layers)
         streams = [what for what in self.what if what in ("erf", "pca", "norms")]
         self.streams = output_layers("explain", self.config, wishes.layers) if streams else []
+        if self.config.frames:
+            raise ValueError(
+                f"{weights}: a network of clips, whose maps are no pictures; expected one of images"
+            )
         rows, columns = self.config.grid
         middle = "class" if self.config.class_tokens else (rows // 2, columns // 2)
         self.token: str | tuple[int, int] = middle if wishes.token is None else wishes.token
@@ -321,7 +325,7 @@ class Explainer:
 
     def _token_name(self) -> str:
         if self.token == "class":
-            return "the class tokens" if self.config.class_tokens == 2 else "the class token"
+            return "the class tokens" if self.config.class_tokens > 1 else "the class token"
         return "patch ({}, {})".format(*self.token)
 
     def _token_place(self) -> tuple[float, float] | None:

@@ -52,7 +52,7 @@ def needed(
     weights, half = parts["weights"], dtype != "float32"
     # the CPU packs every weight; 16 bits are cast; CUDA puts pairs of float32 side by side
     parts["packed"] = weights // 2 if half else weights if device == "cpu" else weights // 8
-    pixels = batch * architecture.in_chans * math.prod(architecture.img_size)
+    pixels = batch * architecture.in_chans * (architecture.frames or 1) * math.prod(architecture.img_size)
     parts["images"] = pixels * (6 if half else 4)  # float32, and cast
     if MODES[mode]:
         parts["gradients"], parts["optimizer"] = weights, 2 * weights

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from .. import _core
 from .._core import Preprocess
+from ..data.clip_files import find_clips, read_clip
 from ..data.picture_files import find_images, read_file, reason
 from ..data.pictures import network_input
 from ..results import Prediction, prediction_of
 from ..runtime import Runtime
+from ..utils.clips import clip_input
 
 BATCH = 8
 
@@ -24,6 +26,8 @@ def predict(
 ) -> Iterator[Prediction]:
     """Predictions for images and folders of images, in order; a bad image becomes a Prediction with an error.
 
+    Of a network of clips, for folders of frames and .npy files, see `clip_files`.
+
     Args:
         passed_over: counts files in folders that are not images, by suffix.
 
@@ -32,22 +36,25 @@ def predict(
     """
     if topk < 1:
         raise ValueError(f"[predict] topk: expected at least 1, got {topk}")
-    steps = runtime.picture_steps("predict", classes=True)
+    steps, frames = runtime.picture_steps("predict", classes=True, clips=True), runtime.config["frames"] or 0
     waiting: list[tuple[str, NDArray[np.float32] | str]] = []
-    for path in find_images(paths, passed_over):
-        waiting.append((path, _load(path, steps)))
+    found = (clip for path in paths for clip in find_clips(path, passed_over))
+    for path in found if frames else find_images(paths, passed_over):
+        waiting.append((path, _load(path, steps, frames)))
         if len(waiting) == BATCH:
             yield from _classify(runtime, waiting, topk)
             waiting = []
     yield from _classify(runtime, waiting, topk)
 
 
-def _load(path: str, steps: Preprocess) -> NDArray[np.float32] | str:
-    """The network's input (C, H, W), or the reason why the file cannot be read."""
+def _load(path: str, steps: Preprocess, frames: int) -> NDArray[np.float32] | str:
+    """The network's input (C, H, W), of a clip (C, T, H, W), or the reason why the file cannot be read."""
     try:
+        if frames:
+            return clip_input(read_clip(path, frames), frames, steps)
         return network_input(read_file(path), "", steps)
     except (_core.Error, OSError, ValueError, MemoryError) as error:
-        return reason(error)  # the path is said by whoever prints this
+        return reason(error).removeprefix(f"{path}: ")  # the path is said by whoever prints this
 
 
 def _classify(

@@ -16,6 +16,7 @@ from ..data.digits import MEAN, SIDE, STD
 from ..tasks.settings import Settings
 from .presets_clip import CLIP
 from .presets_detect import DETECT
+from .presets_mambar import MAMBAR
 from .presets_pretrain import PRETRAIN
 from .presets_segment import SEGMENT
 from .schedule import bounded_warmup
@@ -120,10 +121,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "base-long-paper": {**_LONG_PAPER, "model": "vim_base_patch16_stride8_224"},
     "finetune": FINETUNE,
     "digits": DIGITS,
+    **MAMBAR,
     **SEGMENT,
     **DETECT,
     **PRETRAIN,
     **CLIP,
+}
+
+# They go on from weights of another run.
+FINE_TUNING = {
+    *(name for name in PRESETS if "-long-" in name),
+    "mambar-base-224",
+    "mambar-base-finetune",
+    "finetune",
 }
 
 # What else gives the same length, of the run and of its warm-up.

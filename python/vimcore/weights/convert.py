@@ -58,7 +58,10 @@ def infer_config(
         ValueError: names the tensor that is missing or contradicts the others.
     """
     see = _Inference(shapes, path)
-    width, channels, patch, patch_width = see.shape("patch_embed.proj.weight", 4)
+    clips = len(shapes.get("patch_embed.proj.weight", ())) == 5
+    width, channels, *depth, patch, patch_width = see.shape("patch_embed.proj.weight", 5 if clips else 4)
+    if depth not in ([], [1]):
+        raise ValueError(f"{path}: patch_embed.proj.weight: patches of {depth[0]} frames are not supported")
     if patch != patch_width:
         raise ValueError(
             f"{path}: patch_embed.proj.weight: patches of {patch} x {patch_width} are not square"
@@ -93,6 +96,8 @@ def infer_config(
         "rope": ROPE_TABLES[0] in shapes,
     }
     see.assume("norm_eps=1e-5, as in the authors' code")
+    if clips:
+        config["frames"] = see.shape("temporal_pos_embedding", 3)[1]
     _infer_tokens(see, config)
     _infer_directions(see, config, mixer)
     _infer_grid(see, config)
@@ -111,6 +116,14 @@ def infer_config(
 def _infer_tokens(see: _Inference, config: dict[str, Any]) -> None:
     if "cls_token_head" in see.shapes:
         config["class_token"] = "double"
+    elif "pos_embed_cls" in see.shapes:
+        config["class_token"] = "registers"
+        config["registers"] = see.shape("pos_embed_cls", 3)[1]
+        if "neck.weight" in see.shapes:
+            config["neck_reduction"] = max(config["embed_dim"] // max(see.shape("neck.weight", 2)[0], 1), 1)
+    elif config.get("frames"):
+        config["class_token"] = "head"
+        see.assume("class_token='head', as in the authors' networks for clips (not 'middle')")
     elif "cls_token" not in see.shapes:
         config["class_token"], config["pool"] = "none", "mean"
         see.assume("pool='mean': there is no class token, and the read-out leaves no trace in the weights")
@@ -127,8 +140,12 @@ def _infer_tokens(see: _Inference, config: dict[str, Any]) -> None:
 def _infer_directions(see: _Inference, config: dict[str, Any], mixer: str) -> None:
     if mixer + "conv1d_b.weight" in see.shapes:
         config["directions"] = "ssm_conv"
-        config["average_directions"] = not config["rope"]
-        if config["rope"]:
+        config["average_directions"] = not config["rope"] and not config.get("frames")
+        if config.get("frames"):
+            see.assume(
+                "average_directions=False: the authors' networks for clips add both directions, unhalved"
+            )
+        elif config["rope"]:
             see.assume(
                 "average_directions=False: the authors' networks with RoPE add both directions, unhalved"
             )
@@ -145,7 +162,7 @@ def _infer_grid(see: _Inference, config: dict[str, Any]) -> None:
     """Image size and stride from the number of patches: 224 pixels where they fit, else a square image."""
     patch = config["patch_size"]
     config["stride"] = patch
-    extra = {"none": 0, "double": 2}.get(config["class_token"], 1)
+    extra = {"none": 0, "double": 2, "registers": 0}.get(config["class_token"], 1)
     if config["pos_embed"]:
         patches = see.shape("pos_embed", 3)[1] - extra
         source = "position table"
@@ -161,7 +178,7 @@ def _infer_grid(see: _Inference, config: dict[str, Any]) -> None:
         # Left out: the caller has to name it, and the tables are checked against what is named.
         see.assume(f"stride={patch}")
         return
-    for stride in (patch, patch // 2):
+    for stride in (patch,) if config.get("frames") else (patch, patch // 2):
         if stride and patch <= PUBLISHED_SIZE and (PUBLISHED_SIZE - patch) // stride + 1 == side:
             config["img_size"], config["stride"] = PUBLISHED_SIZE, stride
             break

@@ -83,6 +83,7 @@ def check_backbone(head: str, config: Config) -> None:
             f"[{name}] backbone: has a head for {config.num_classes} classes, which would not be used; "
             "backbone.reset_classifier(0) takes it off"
         )
+    refuse_clips(name, config)
     size, patch = config.img_size, config.patch_size
     if config.stride != patch or size[0] % patch or size[1] % patch:
         raise ValueError(
@@ -92,6 +93,20 @@ def check_backbone(head: str, config: Config) -> None:
         )
     if head == "uper":
         levels(patch)
+
+
+def refuse_clips(name: str, config: Config) -> None:
+    """ValueError where a backbone's input is clips, or it has a neck that only its own head would read."""
+    if config.frames:
+        raise ValueError(
+            f"[{name}] backbone: takes clips of {config.frames} frames, which are for classification only; "
+            "expected one that takes images (frames=None)"
+        )
+    if config.neck_reduction > 1:
+        raise ValueError(
+            f"[{name}] backbone: its neck (neck_reduction={config.neck_reduction}) would not be used; build "
+            "it with neck_reduction=1"
+        )
 
 
 def check_classes(name: str, classes: Any) -> int:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from .._core import Config, Preprocess
 from ..utils.arguments import boolean, integer, native
 from ..utils.files import listed
-from .dense import Shapes
+from .dense import Shapes, refuse_clips
 from .dense_files import check_channels, opened, tensor_faults
 from .task import DetectTask, Path
 
@@ -105,6 +105,7 @@ def check_backbone(config: Config) -> None:
             f"[{NAME}] backbone: has a head for {config.num_classes} classes, which would not be used; "
             "backbone.reset_classifier(0) takes it off"
         )
+    refuse_clips(NAME, config)
     size, patch = config.img_size, config.patch_size
     if config.stride != patch or size[0] % patch or size[1] % patch:
         raise ValueError(

@@ -56,6 +56,7 @@ def _facts(
         "parameters": learnt,
         "flops": flops,
         "tokens": config.tokens,
+        "class_tokens": config.class_tokens,
         "grid": list(config.grid),
         "config": config.to_dict(),
         "labels": labels,

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     for path in args.weights:
         files, config = weights_of(path)
         settings = _classification(str(config)) if config else None
-        images = images_of(args.data, settings)
+        images = images_of(args.data, settings, files[0])
         for file in files:
             found = evaluate(
                 file,

@@ -12,7 +12,12 @@ from ...weights.metadata import task_of_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE|FOLDER",
+        help="image files, or folders of them; clips: folders of frames, or .npy files (T, H, W, C)",
+    )
     parser.add_argument("--weights", required=True, metavar="FILE", help="vimcore safetensors file")
     parser.add_argument(
         "--topk",

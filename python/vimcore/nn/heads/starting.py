@@ -15,10 +15,10 @@ from ...weights.metadata import CONFIG_KEY, unpack
 from ...weights.wrappers import ROPE_TABLES
 
 # Of other networks than Vim, in files of mmsegmentation, detectron2 and timm.
-_HEADS = ("head.", "fpn1.", "fpn2.", "decode_head.", "auxiliary_head.")
+_HEADS = ("head.", "neck.", "norm_neck.", "fpn1.", "fpn2.", "decode_head.", "auxiliary_head.")
 _DETECTOR = ("backbone.simfp_", "proposal_generator.", "roi_heads.")
 _TOKENS = ("cls_token", "cls_token_head", "cls_token_tail")
-_TABLE = "pos_embed"
+_TABLES = ("pos_embed", "pos_embed_cls")  # that of registers is one of their own
 
 
 class Start(NamedTuple):
@@ -71,16 +71,19 @@ def backbone_weights(path: str, config: Config, own: Mapping[str, Tensor], weigh
 def _published_token(tensors: Mapping[str, Tensor]) -> str:
     if "cls_token_head" in tensors:
         return "double"
+    if "pos_embed_cls" in tensors:
+        return "registers"
     return "head" if any(name in tensors for name in ROPE_TABLES) else "middle"
 
 
 def _without_token(
     tensors: Mapping[str, Tensor], token: str, grid: tuple[int, int] | None
 ) -> dict[str, Tensor]:
-    found = {name: value for name, value in tensors.items() if name not in _TOKENS}
-    table = found.get(_TABLE)
+    table_name, own_table = _TABLES
+    found = {name: value for name, value in tensors.items() if name not in (*_TOKENS, own_table)}
+    table = found.get(table_name)
     if table is not None and table.ndim == 3:  # another one does not fit, as is said later
         patches = grid[0] * grid[1] if grid else table.shape[1] - len(class_rows(token, 0))
         rows = set(class_rows(token, max(patches, 0)))
-        found[_TABLE] = table[:, [row for row in range(table.shape[1]) if row not in rows]]
+        found[table_name] = table[:, [row for row in range(table.shape[1]) if row not in rows]]
     return found

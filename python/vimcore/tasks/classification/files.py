@@ -14,7 +14,7 @@ from ..._core import Config, Preprocess
 from ...data import transforms
 from ...data.batches import evaluation_loader
 from ...data.classes import Images, Validation, collate, open_images, training_and_validation
-from ...data.inputs import eval_transform
+from ...data.inputs import eval_transform, shape_of
 from ...io import load_model
 from ...weights.metadata import unpack
 from .evaluation import Outputs, outputs
@@ -37,17 +37,18 @@ class Evaluated:
         return predictions_of(self.images, found.labels, found.indices, found.probabilities)
 
 
-def images_of(data: str | None, settings: ClassificationSettings | None) -> Images:
-    """The images named, or those that the run was validated on."""
+def images_of(data: str | None, settings: ClassificationSettings | None, weights: Path) -> Images:
+    """The images named, or those that the run was validated on; clips where these weights take them."""
+    frames = unpack(_core.safetensors_header(str(weights))[1], str(weights)).config.frames or 0
     if data is not None:
         if data == "digits" or (Path(data) / "train").is_dir():
-            return training_and_validation(data, None, 0.1)[1]
-        return open_images(data, "validation")
+            return training_and_validation(data, None, 0.1, frames)[1]
+        return open_images(data, "validation", frames)
     if settings is None or settings.data is None:
         raise ValueError(
             "data: name a folder of class folders, a CSV or TSV list, or digits; there is no run to ask"
         )
-    return training_and_validation(settings.data, settings.val, settings.val_fraction)[1]
+    return training_and_validation(settings.data, settings.val, settings.val_fraction, frames)[1]
 
 
 def evaluate(
@@ -84,7 +85,7 @@ def evaluate(
     elif len(images.classes) != classes:
         raise ValueError(f"{path}: {classes} classes without names, the images have {len(images.classes)}")
     of = _input(model._config, stored, images, settings, mean, std)
-    valid = Validation(images, eval_transform(of, images), (of.channels, *of.size))
+    valid = Validation(images, eval_transform(of, images), shape_of(of, images.frames))
     batches = evaluation_loader(valid, batch_size, collate, workers)
     found = outputs(model, batches, torch.device(device), getattr(torch, dtype))
     return Evaluated(str(path), found, images)

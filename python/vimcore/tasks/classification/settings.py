@@ -12,6 +12,9 @@ from ..settings import Settings, key
 class ClassificationSettings(Settings):
     """One label for an image; the defaults are the authors' recipe."""
 
+    frames: int | None = key(
+        "model", None, "of a clip: data are folders of frames or .npy clips (T, H, W, C)", later=True
+    )
     crop_pct: float = key("data", 0.875, "validation: image size over short side before the crop")
     augment: str = key(
         "augmentation",
@@ -22,8 +25,10 @@ class ClassificationSettings(Settings):
     crop_scale: tuple[float, ...] = key("augmentation", (0.08, 1.0), "area of the random crop, from and to")
     crop_ratio: tuple[float, ...] = key("augmentation", (3 / 4, 4 / 3), "its width over height, from and to")
     hflip: float = key("augmentation", 0.5, "probability")
-    rand_augment: str = key("augmentation", "rand-m9-mstd0.5-inc1", "timm's notation; empty: none")
-    color_jitter: float = key("augmentation", 0.3, "acts only without rand_augment")
+    rand_augment: str = key(
+        "augmentation", "rand-m9-mstd0.5-inc1", "timm's notation; 3a: 3-Augment; empty: none"
+    )
+    color_jitter: float = key("augmentation", 0.3, "acts only without rand_augment, or with 3a")
     random_erase: float = key("augmentation", 0.25, "probability")
     mixup: float = key("augmentation", 0.8, "alpha; 0: off")
     cutmix: float = key("augmentation", 1.0, "alpha; 0: off")
@@ -32,6 +37,8 @@ class ClassificationSettings(Settings):
 
     def _check_ranges(self) -> None:
         super()._check_ranges()
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"frames: expected 1 or more, got {self.frames}")
         if not self.crop_pct > 0:
             raise ValueError(f"crop_pct: expected more than 0, got {self.crop_pct}")
         for name in ("mixup", "cutmix"):

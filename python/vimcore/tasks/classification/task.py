@@ -21,8 +21,8 @@ from ...data.classes import (
     training_and_validation,
 )
 from ...data.digits import jiggle
-from ...data.inputs import channels_of, eval_transform, input_of
-from ...data.transforms import Augment, Transform, array_train, picture_train
+from ...data.inputs import channels_of, eval_transform, input_of, shape_of
+from ...data.transforms import Augment, Transform, array_train, clip_train, picture_train
 from ...io import load_model, save_model
 from ...nn.vision_mamba import VisionMamba
 from .. import backbone
@@ -44,7 +44,8 @@ class Classification(Task):
         s = self.settings
         if s.data is None:
             raise ValueError("data: name a folder of class folders, a CSV or TSV list, or digits")
-        train, self.valid, about = training_and_validation(s.data, s.val, s.val_fraction)
+        frames = backbone.frames_of(s) or 0
+        train, self.valid, about = training_and_validation(s.data, s.val, s.val_fraction, frames)
         self.classes = train.classes
         channels = channels_of(train, s.in_chans)
         size = backbone.size_of(s)
@@ -52,11 +53,12 @@ class Classification(Task):
         found = {"in_chans": channels, "mean": tuple(self.input.mean), "std": tuple(self.input.std)}
         self.settings = s = s.merged(found)
         self.mixup = _mixup(s, len(self.classes))
+        what = f"{len(train)} {'clips' if frames else 'images'} of {len(self.classes)} classes to learn from"
         return Data(
             Training(train, self._training_transform(train)),
-            Validation(self.valid, eval_transform(self.input, self.valid), (channels, *size)),
+            Validation(self.valid, eval_transform(self.input, self.valid), shape_of(self.input, frames)),
             collate,
-            f"{len(train)} images of {len(self.classes)} classes to learn from, {len(self.valid)} {about}",
+            f"{what}, {len(self.valid)} {about}",
             train.fingerprint(),
             passed_over(train, self.valid),
         )
@@ -66,6 +68,8 @@ class Classification(Task):
         if s.augment != "imagenet":
             return eval_transform(self.input, images)
         augment = Augment(s.crop_scale, s.crop_ratio, s.hflip, s.rand_augment, s.color_jitter, s.random_erase)
+        if images.frames:
+            return clip_train(self.input, augment)
         return (array_train if images.arrays else picture_train)(self.input, augment)
 
     def build(self) -> tuple[VisionMamba, list[str]]:
@@ -75,15 +79,16 @@ class Classification(Task):
         return build(self.settings, channels, self.classes)
 
     def prepare(self, batch: Sample, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) and classes (B,), or shares of them (B, classes) after mixup."""
+        """Images (B, C, H, W) or clips (B, C, T, H, W) and classes (B,), or shares of them (B, classes)."""
         images = batch.images.to(device, non_blocking=True)
         labels = batch.labels.to(device, non_blocking=True)
+        shape = images.shape
+        images = images.flatten(1, -3)  # frames as channels: what befalls one of a clip befalls all
         if self.settings.augment == "jiggle":
             images = jiggle(images.cpu(), torch.default_generator).to(device)
         if self.mixup is not None:
-            mixed: tuple[Tensor, Tensor] = self.mixup(images, labels)
-            return mixed
-        return images, labels
+            images, labels = self.mixup(images, labels)
+        return images.view(shape), labels
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy."""
