@@ -169,9 +169,7 @@ void square(Context& ctx, const Square& args)
     ),
     "cpp/cpu/kernels-inl.h": lambda text: text.replace(
         '#include "scan-inl.h"', '#include "scan-inl.h"\n#include "square-inl.h"'
-    ).replace(
-        "    Kernels<T> table = {", "    Kernels<T> table = {\n        .square = square<T>,"
-    ),
+    ).replace("    Kernels<T> table = {", "    Kernels<T> table = {\n        .square = square<T>,"),
 }
 
 
