@@ -18,7 +18,7 @@ from vimcore.train.in_memory import fit
 from vimcore.train.presets import PRESETS, recipe
 from vimcore.train.schedule import Schedule, bounded_warmup, described, peak_lr, warnings
 
-PUBLISHED = [name for name in PRESETS if name.endswith(("-paper", "-released"))]
+PUBLISHED = [name for name in PRESETS if name.endswith(("-paper", "-released")) or name.startswith("mambar-")]
 
 
 @pytest.mark.parametrize("name", PRESETS)

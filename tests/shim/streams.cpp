@@ -262,7 +262,7 @@ using namespace vimcore::shim;
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags)
 {
     const std::lock_guard lock(state_lock());
-    *stream = new CUstream_st{current_device(), (flags & cudaStreamNonBlocking) == 0, nullptr};
+    *stream = new CUstream_st{current_device(), (flags & cudaStreamNonBlocking) == 0, nullptr, {}};
     handles().streams.insert(*stream);
     return cudaSuccess;
 }
