@@ -99,7 +99,7 @@ function(vimcore_add_kernels target)
   endif()
   if(neon IN_LIST built)
     list(APPEND bf16_built neonbf16)
-    set(neonbf16_flags -march=armv8.2-a+bf16)
+    set(neonbf16_flags -march=armv8.2-a+fp16+bf16)  # gcc makes constants of 16 bits by fp16, which all with bf16 have
   endif()
   list(TRANSFORM built PREPEND kernels_)
   list(TRANSFORM bf16_built PREPEND bf16_)

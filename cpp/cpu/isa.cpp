@@ -54,7 +54,7 @@ bool has_amx()
 bool has_neonbf16()
 {
 #if defined(__linux__) && defined(HWCAP2_BF16)
-    return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
+    return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0 && (getauxval(AT_HWCAP) & HWCAP_ASIMDHP) != 0;
 #else
     return false;
 #endif
