@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Acceptance where a GPU can be had for minutes only: two calls, with programs that prepare.sh built elsewhere.
+"""Acceptance where a GPU can be had for minutes: two calls, with programs that prepare.sh built elsewhere.
 
     bash tests/gpu/prepare.sh                                             # without a GPU: makes .gpu/
     python tests/gpu/call.py first --out OUT                              # 330 s at most
