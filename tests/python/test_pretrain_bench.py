@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -116,3 +117,19 @@ def test_photographs_are_cut_apart(script: Any, tmp_path: Path) -> None:
         assert len(list((tmp_path / part).glob("*/*.png"))) == photos.CLASSES * 20
     assert photos.CLASSES >= 8
     assert 0.4 < photos.by_grey_levels(tmp_path) < 0.95
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("pretrain_digits", "pretrain-digits"), ("finetune_photos", "finetune-photos")]
+)
+def test_the_table_is_that_of_the_runs(script: Any, name: str, file: str) -> None:
+    """The committed Markdown comes from the committed figures, of three seeds at least."""
+    module = script(name)
+    report = json.loads((BENCH / "results" / f"{file}.json").read_text(encoding="utf-8"))
+    text = (BENCH / "results" / f"{file}.md").read_text(encoding="utf-8")
+    assert text == module.markdown(report)
+    assert len(report["seeds"]) >= 3
+    assert {cell["seed"] for cell in report["cells"]} == set(report["seeds"])
+    measured = module.gains(report["cells"]) if name == "pretrain_digits" else report["cells"]
+    assert report["missed"] == module.missed(measured)
+    assert {"date", "machine", "isa", "versions"} <= set(report)
