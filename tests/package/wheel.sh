@@ -74,7 +74,7 @@ bare "$work/root/usr/bin/vim-infer" predict --weights "$work/made.safetensors" "
 [ -f "$work/root/usr/include/vimcore/vimcore.h" ] && [ -f "$work/root/usr/share/doc/vimcore/copyright" ] || fail 'files are missing'
 
 step 'vim-infer without shared libraries'
-quietly cmake -S . -B "$work/static" -G Ninja -DCMAKE_BUILD_TYPE=Release -DVIMCORE_STATIC=ON
+quietly cmake -S . -B "$work/static" -G Ninja -DCMAKE_BUILD_TYPE=Release -DVIMCORE_STATIC=ON -DVIMCORE_CUDA=OFF
 quietly cmake --build "$work/static" --target vim-infer
 ldd "$work/static/cpp/tools/vim-infer" >/dev/null 2>&1 && fail 'it is dynamic'
 bare "$work/static/cpp/tools/vim-infer" predict --weights "$work/made.safetensors" "$PWD/README.png"

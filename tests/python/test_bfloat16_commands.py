@@ -113,7 +113,6 @@ def test_dense_networks_train_under_autocast() -> None:
         )
     assert abs(found[1][0] - found[0][0]) < 0.02 * found[0][0]
     assert 0 < float((found[1][1] - found[0][1]).norm()) < 0.03 * float(found[0][1].norm())
-    pytest.importorskip("torchvision")
     from detection_helpers import detector, target
 
     model, sums = detector(), []

@@ -34,9 +34,8 @@ def run(args: argparse.Namespace) -> int:
     """Writes what was asked for, one after the other."""
     from ..utils.extras import required
 
-    with required("export", "export"):
-        import torch  # noqa: F401
-    from ..export import FORMATS, export
+    with required("export", "export"):  # also where torch is too old to have loops
+        from ..export import FORMATS, export
 
     wanted = [(kind, getattr(args, kind)) for kind in FORMATS if getattr(args, kind)]
     if not wanted:

@@ -21,7 +21,7 @@ from .. import _core
 from .._core import Preprocess
 from ..nn.vision_mamba import VisionMamba
 from ..utils.extras import required
-from ..weights.metadata import pack, task_of_file, unpack
+from ..weights.metadata import EMBEDDING_KEY, pack, task_of_file, unpack
 from . import formats
 from .network import ExportNetwork
 
@@ -148,10 +148,12 @@ def trace(model: VisionMamba) -> ExportedProgram:
 
 def _metadata(weights: str | os.PathLike[str], model: VisionMamba) -> dict[str, str]:
     """As in the file of weights, for this size of images."""
-    about = unpack(_core.safetensors_header(os.fspath(weights))[1], weights)
+    stored = _core.safetensors_header(os.fspath(weights))[1]
+    about = unpack(stored, weights)
     config = model._config
     steps = about.preprocess.rescaled(*config.img_size) if about.preprocess else Preprocess.default(config)
-    return pack(config, about.labels, steps.to_dict() if steps else None)
+    kept = {EMBEDDING_KEY: stored[EMBEDDING_KEY]} if EMBEDDING_KEY in stored else {}
+    return {**pack(config, about.labels, steps.to_dict() if steps else None), **kept}
 
 
 def _computed(model: VisionMamba, images: Images) -> Images:
