@@ -98,7 +98,7 @@ void check_memory()
     CHECK(cudaMemset(memory, 7, 48) == cudaSuccess && cudaMemset(memory, 7, 49) == cudaErrorInvalidValue);
     CHECK(cudaMemset(host, 7, 1) == cudaErrorInvalidValue);
     CHECK(cudaMemcpy(host, memory, 48, cudaMemcpyDeviceToHost) == cudaSuccess && host[47] == 7);
-    CHECK(cudaMalloc(&more, shim::device_memory) == cudaErrorMemoryAllocation && !more);
+    CHECK(cudaMalloc(&more, shim::device_memory()) == cudaErrorMemoryAllocation && !more);
     CHECK(cudaFree(memory + 1) == cudaErrorInvalidValue);
     CHECK(cudaFree(memory) == cudaSuccess && cudaFree(memory) == cudaErrorInvalidValue &&
           cudaFree(nullptr) == cudaSuccess);

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -92,6 +95,36 @@ def test_a_device_that_is_not_there(file: str) -> None:
     remedy = "VIMCORE_CUDA=ON" if vimcore.build_info()["cuda"] is False else "GPU|driver"
     with pytest.raises(vimcore.Error, match=remedy):
         vimcore.Runtime(file, device="cuda")
+
+
+FORKED = """
+import os, sys
+import numpy as np
+import vimcore_shim
+
+images = np.zeros((1, 3, 8, 12), np.float32)
+runtime = vimcore_shim.Runtime(sys.argv[1], device="cuda")
+wanted = runtime(images)
+child = os.fork()
+if child == 0:
+    for call in (lambda: runtime(images), lambda: vimcore_shim.Runtime(sys.argv[1], device="cuda")):
+        try:
+            call()
+        except vimcore_shim.Error as error:
+            print(error, flush=True)
+    os._exit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+assert np.array_equal(runtime(images), wanted)
+"""
+
+
+def test_a_process_that_was_forked(file: str) -> None:
+    """The child is told what to do instead, by what it has and by what it makes; the parent goes on."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", FORKED, file]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('was forked, and the child cannot use it; start processes by "spawn"') == 2
 
 
 def test_predict_on_the_device(tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:

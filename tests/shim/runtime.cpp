@@ -2,6 +2,9 @@
 // The fake runtime: errors, devices, memory, launches. Device memory is host memory of exactly the size asked for.
 #include "runtime.h"
 
+#include <unistd.h>
+#include <algorithm>
+
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -23,7 +26,7 @@ struct Allocation {
 struct State {
     std::map<std::uintptr_t, Allocation> memory;
     std::map<const void*, std::size_t> shared;  // of kernels, from cudaFuncSetAttribute
-    std::size_t used = 0, most = 0;
+    std::size_t used = 0, most = 0, memory_size = std::size_t{8} << 30;
     int architecture = 90, devices = 2;
     bool foreign = false;
     State()
@@ -58,6 +61,9 @@ const std::pair<const std::uintptr_t, Allocation>* find(const void* memory)
     return address < next->first + next->second.bytes ? &*next : nullptr;
 }
 
+// state_lock() is held.
+std::size_t free_memory() { return state().memory_size - std::min(state().memory_size, state().used); }
+
 cudaError_t check_range(const void* memory, std::size_t bytes, bool device, const char* name)
 {
     const auto* allocation = find(memory);
@@ -81,6 +87,7 @@ cudaError_t check_copy(const void* to, const void* from, std::size_t bytes, cuda
 
 cudaError_t check_device(int device)
 {
+    if (const cudaError_t status = check_process()) return status;
     if (device_count() == 0) return error(cudaErrorNoDevice, "VIMCORE_SHIM_DEVICES");
     if (device >= 0 && device < device_count()) return cudaSuccess;
     return error(cudaErrorInvalidDevice, "device ", device, " of ", device_count());
@@ -117,6 +124,12 @@ std::mutex& state_lock()
     return lock;
 }
 
+cudaError_t check_process()
+{
+    static const pid_t first = getpid();
+    return getpid() == first ? cudaSuccess : error(cudaErrorInitializationError, "the process was forked");
+}
+
 cudaError_t remember_error(cudaError_t code, std::string why)
 {
     last_error = explained = code;
@@ -138,6 +151,16 @@ std::int64_t launches()
 {
     run_everything();
     return launch_count;
+}
+std::size_t device_memory()
+{
+    const std::lock_guard lock(state_lock());
+    return state().memory_size;
+}
+void set_device_memory(std::size_t bytes)
+{
+    const std::lock_guard lock(state_lock());
+    state().memory_size = bytes;
 }
 std::size_t most_memory()
 {
@@ -186,6 +209,8 @@ cudaError_t cudaPeekAtLastError() { return last_error; }
 // ---- devices -------------------------------------------------------------------------------------------------------
 cudaError_t cudaGetDeviceCount(int* count)
 {
+    *count = 0;
+    if (const cudaError_t status = check_process()) return status;
     *count = device_count();
     return *count > 0 ? cudaSuccess : error(cudaErrorNoDevice, "VIMCORE_SHIM_DEVICES");
 }
@@ -204,7 +229,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* to, int device)
 {
     if (const cudaError_t status = check_device(device)) return status;
     *to = {};
-    to->totalGlobalMem = device_memory;
+    to->totalGlobalMem = device_memory();
     to->major = architecture() / 10;
     to->minor = architecture() % 10;
     to->multiProcessorCount = 4;
@@ -237,7 +262,7 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes)
     allocation_count++;
     *memory = nullptr;
     if (bytes == 0) return cudaSuccess;
-    if ((running() && bytes > device_memory - state().used) || posix_memalign(memory, 256, bytes))
+    if ((running() && bytes > free_memory()) || posix_memalign(memory, 256, bytes))
         return error(cudaErrorMemoryAllocation, bytes, " bytes");
     if (running()) fill_poison(*memory, bytes);
     state().used += bytes;
@@ -265,8 +290,8 @@ cudaError_t cudaFree(void* memory)
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total)
 {
     const std::lock_guard lock(state_lock());
-    *total = device_memory;
-    *free = device_memory - state().used;
+    *total = state().memory_size;
+    *free = free_memory();
     return check_device(device_in_use);
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream)

@@ -15,11 +15,12 @@ namespace vimcore::shim {
 int architecture();          // 90 unless VIMCORE_SHIM_ARCH says otherwise
 std::size_t shared_limit();  // bytes of shared memory that a block may ask for there
 void set_architecture(int number);
-int device_count();          // 2 unless VIMCORE_SHIM_DEVICES says otherwise
-std::int64_t allocations();  // calls of cudaMalloc so far
-std::int64_t launches();     // kernels run so far
-std::size_t most_memory();   // bytes of cudaMalloc at the most since the last call
-inline constexpr std::size_t device_memory = std::size_t{8} << 30;
+int device_count();           // 2 unless VIMCORE_SHIM_DEVICES says otherwise
+std::int64_t allocations();   // calls of cudaMalloc so far
+std::int64_t launches();      // kernels run so far
+std::size_t most_memory();    // bytes of cudaMalloc at the most since the last call
+std::size_t device_memory();  // bytes of a device: 8 GiB, unless
+void set_device_memory(std::size_t bytes);
 
 // Remembers the error and why it came; returns it.
 cudaError_t remember_error(cudaError_t code, std::string why);
@@ -29,6 +30,8 @@ cudaError_t error(cudaError_t code, const T&... why)
     return remember_error(code, join(why...));
 }
 int current_device();
+// An error in the child of a process that used the runtime before it was forked.
+cudaError_t check_process();
 std::mutex& state_lock();
 
 // An error for calls that may not be made while a stream is being captured, cudaSuccess otherwise. state_lock() is
