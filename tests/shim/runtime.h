@@ -7,14 +7,17 @@
 #include <mutex>
 #include <string>
 
+#include "architecture.h"
 #include "cuda_runtime.h"
 #include "engine.h"
 
 namespace vimcore::shim {
 
-int architecture();          // 90 unless VIMCORE_SHIM_ARCH says otherwise
-std::size_t shared_limit();  // bytes of shared memory that a block may ask for there
+// The GPU whose limits launches are held to: 90 unless VIMCORE_SHIM_ARCH says otherwise, of architecture.h.
+const Architecture& architecture();
 void set_architecture(int number);
+// Registers that a thread of any kernel may have: 255, since only nvcc knows. So no block has more than 256 threads.
+void set_registers(int of_thread);
 int device_count();           // 2 unless VIMCORE_SHIM_DEVICES says otherwise
 std::int64_t allocations();   // calls of cudaMalloc so far
 std::int64_t launches();      // kernels run so far
