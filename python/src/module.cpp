@@ -69,7 +69,8 @@ NB_MODULE(_core, m)
         "another algorithm than for other numbers of rows.");
     m.def("set_give_back_memory", ask_for_memory, nb::arg("ask").none(),
           nb::sig("def set_give_back_memory(ask: collections.abc.Callable[[int, int], bool] | None) -> None"),
-          "Who is asked, by device and bytes, when a CUDA device has no memory left.\n\nTrue: the allocation is tried again.");
+          "Who is asked, by device and bytes, when a CUDA device has no memory left.\n\nTrue: the allocation is tried "
+          "again.");
     m.def("fma_peak", fma_peak, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def("bf16_peak", bf16_peak, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def(

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compares tests/shim/architecture.h with NVIDIA's cuda_occupancy.h, for blocks of every size. tests/cuda/compile_all.sh
-// builds and runs it; no GPU takes part.
+// Compares tests/shim/architecture.h with NVIDIA's cuda_occupancy.h, for blocks of every size.
+// tests/cuda/compile_all.sh builds and runs it; no GPU takes part.
 #include <cuda_occupancy.h>
 
 #include <cstdio>
@@ -36,8 +36,8 @@ int wanted(const Architecture& gpu, const Footprint& block)
     cudaOccDeviceState state;
     state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
     cudaOccResult result;
-    const cudaOccError error = cudaOccMaxActiveBlocksPerMultiprocessor(&result, &properties, &kernel, &state,
-                                                                       block.threads, block.shared);
+    const cudaOccError error =
+        cudaOccMaxActiveBlocksPerMultiprocessor(&result, &properties, &kernel, &state, block.threads, block.shared);
     return error == CUDA_OCC_SUCCESS ? result.activeBlocksPerMultiprocessor : 0;
 }
 
@@ -58,7 +58,7 @@ int main()
                         std::printf("sm_%d: %d threads of %d registers, %d barriers, %zu bytes: %d blocks, NVIDIA %d\n",
                                     gpu.number, threads, of_thread, barriers, shared, ours, theirs);
                     }
-    std::printf("%d footprints of blocks, %d of them with another number of blocks than NVIDIA's header has\n", compared,
-                differ);
+    std::printf("%d footprints of blocks, %d of them with another number of blocks than NVIDIA's header has\n",
+                compared, differ);
     return differ ? 1 : 0;
 }

@@ -21,12 +21,12 @@ struct Architecture {
 inline constexpr std::size_t KiB = 1024;
 inline constexpr Architecture architectures[] = {
     {80, 163 * KiB, 164 * KiB, 2048, 32, 0, 1},   {86, 99 * KiB, 100 * KiB, 1536, 16, 0, 1},
-    {89, 99 * KiB, 100 * KiB, 1536, 24, 0, 1},   {90, 227 * KiB, 228 * KiB, 2048, 32, 64, 8},
+    {89, 99 * KiB, 100 * KiB, 1536, 24, 0, 1},    {90, 227 * KiB, 228 * KiB, 2048, 32, 64, 8},
     {100, 227 * KiB, 228 * KiB, 2048, 32, 64, 8}, {120, 99 * KiB, 100 * KiB, 1536, 24, 24, 8},
 };
 
 // The same on all of them.
-inline constexpr int registers = 65536;      // of a multiprocessor, and of a block
+inline constexpr int registers = 65536;       // of a multiprocessor, and of a block
 inline constexpr int thread_registers = 255;  // the most of a thread
 inline constexpr int block_threads = 1024;
 inline constexpr std::size_t granted_shared = 48 * KiB;  // without request

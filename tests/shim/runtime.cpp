@@ -371,7 +371,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     if (value < 0 || static_cast<std::size_t>(value) > architecture().block_shared)
-        return error(cudaErrorInvalidValue, value, " bytes of shared memory, a block may have ", architecture().block_shared);
+        return error(cudaErrorInvalidValue, value, " bytes of shared memory, a block may have ",
+                     architecture().block_shared);
     const std::lock_guard lock(state_lock());
     state().shared[kernel] = static_cast<std::size_t>(value);
     return cudaSuccess;

@@ -41,7 +41,8 @@ std::mutex& state_lock();
 // held.
 cudaError_t allow_unsafe(const char* call);
 // Runs `work` as if queued on the stream, or adds it to the graph that the stream is being captured into.
-cudaError_t submit(cudaStream_t stream, std::function<void()> work);
+// Exported to tests/cuda/fake_cublaslt.cpp.
+[[gnu::visibility("default")]] cudaError_t submit(cudaStream_t stream, std::function<void()> work);
 // Whether work runs late, drawn from which seed (0: at once); VIMCORE_SHIM_LATE sets it at the start.
 void set_late(std::uint64_t seed);
 // Ends all work that was queued. Not under state_lock().
