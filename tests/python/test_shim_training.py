@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from typing import Any
 
 import golden
@@ -246,6 +247,30 @@ def test_memory_that_others_give_back(training: dict[str, Any]) -> None:
     assert asked[0][0] == 0
     assert asked[0][1] > 0
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_is_memory_of_torch(dtype: torch.dtype, training: dict[str, Any]) -> None:
+    """So `record_stream` of a hook that copies it on a side stream has its effect, and graphs have their pool."""
+    model, images = twin(build(SMALL)), images_for(SMALL, 3, dtype)
+    for _ in range(3):
+        gradients_of(model, images)  # scratch memory, casts, what renews casts
+    gc.collect()  # networks of other tests
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    used, alive = runtime().vimcore_shim_used_bytes(), []
+    for _ in range(3):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            alive.append(model(images))
+    assert runtime().vimcore_shim_used_bytes() == used
+    tokens = [t for t in kept if t.dtype == torch.uint8]
+    assert len(tokens) == 3
+    assert len({t.data_ptr() for t in tokens}) == 3
+    assert all(t.untyped_storage().resizable() and t.untyped_storage().nbytes() == t.numel() for t in tokens)
 
 
 def gradients_of(model: Any, images: Tensor) -> tuple[Tensor, ...]:
