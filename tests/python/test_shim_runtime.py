@@ -54,6 +54,14 @@ def test_runtime_types_and_devices(dtype: torch.dtype, file: str) -> None:
     assert exact == (dtype == torch.float32)  # the type asked for is the one that is used
 
 
+def test_more_images_than_are_taken_at_a_time(file: str) -> None:
+    images = images_for(SMALL, 70, torch.float32).numpy()
+    runtime = vimcore_shim.Runtime(file, device="cuda", dtype="bfloat16")
+    wanted = np.concatenate([runtime(images[i : i + 1]) for i in range(70)])
+    for _ in range(3):  # directly, recorded, replayed
+        assert np.array_equal(runtime(images), wanted)
+
+
 def test_runtime_from_several_threads(file: str) -> None:
     images = images_for(SMALL, 2, torch.float32).numpy()
     runtime = vimcore_shim.Runtime(file, device="cuda")
