@@ -253,7 +253,7 @@ class NetworkFunction(torch.autograd.Function):
 
 
 def _room(core: Core, memory: str, images: Tensor) -> Tensor:
-    """For what a forward on a device saves; of torch's, whose allocator knows streams, graphs and what is free."""
+    """For what a forward on a device saves: memory of torch, which knows its streams and graphs."""
     config, dtype = core.at(*images.shape[-2:]), NAMES[images.dtype]
     size = _core.Saved.size(config, images.shape[0], dtype, True, memory)
     return images.new_empty(size, dtype=torch.uint8)
