@@ -66,6 +66,12 @@ class Core:
             self._sizes[height, width] = found
         return found
 
+    def room(self, memory: str, images: Tensor) -> Tensor:
+        """For what a forward on a device saves: memory of torch, which knows its streams and graphs."""
+        config, dtype = self.at(*images.shape[-2:]), NAMES[images.dtype]
+        size = _core.Saved.size(config, images.shape[0], dtype, True, memory)
+        return images.new_empty(size, dtype=torch.uint8)
+
     def weights(self, params: Sequence[Tensor]) -> _core.BoundWeights:
         """The parameters, in the order of `names`, as the core sees them; bound again when they moved."""
         return self.bound(params).weights
@@ -196,7 +202,7 @@ class NetworkFunction(torch.autograd.Function):
         *params: Tensor,
     ) -> tuple[Tensor, ...]:
         # The token is what is saved: autograd frees it with its other saved tensors, hooks may move it.
-        token = _room(core, request.memory, images) if on_cuda(images) else None
+        token = core.room(request.memory, images) if on_cuda(images) else None
         if token is None:
             saved = core.network.saved(request.memory, place(images))
         else:
@@ -250,10 +256,3 @@ class NetworkFunction(torch.autograd.Function):
             next(pieces)[: p.numel()].view(p.shape) if want else None for p, want in zip(params, wanted)
         ]
         return (None, None, None, dimages, *dparams)
-
-
-def _room(core: Core, memory: str, images: Tensor) -> Tensor:
-    """For what a forward on a device saves: memory of torch, which knows its streams and graphs."""
-    config, dtype = core.at(*images.shape[-2:]), NAMES[images.dtype]
-    size = _core.Saved.size(config, images.shape[0], dtype, True, memory)
-    return images.new_empty(size, dtype=torch.uint8)
