@@ -156,7 +156,7 @@ class Runtime:
         """The most probable classes of pictures.
 
         Args:
-            x: a path, the bytes of a file, a PIL image, a uint8 array (H, W, 3) or (H, W); or a list of
+            x: a path, the bytes of a file, a PIL image, a uint8 array (H, W, 3 or 4) or (H, W); or a list of
                 these, or an array (N, H, W, 3).
             topk: how many classes.
             batch: pictures that are computed at once.
