@@ -183,7 +183,11 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 hub.files[found[1], value["path"]] = hub.objects[value["oid"]]
         return self._json(
-            {"commitUrl": f"{hub.url}/{found[1]}/commit/{hub.commit()}", "commitOid": hub.commit(), "success": True}
+            {
+                "commitUrl": f"{hub.url}/{found[1]}/commit/{hub.commit()}",
+                "commitOid": hub.commit(),
+                "success": True,
+            }
         )
 
 

@@ -171,6 +171,40 @@ def test_create_model(authors: Hub) -> None:
     assert len(authors.downloads()) == 1
 
 
+def test_timm(authors: Hub, tmp_path: Path) -> None:
+    """The authors' files are in timm's registry; classes, channels and sizes are adapted by timm."""
+    import timm
+    import vimcore.timm
+
+    name, weights = f"vimcore_{NAME}", PUBLISHED[NAME]
+    assert {f"vimcore_{n}" for n in PUBLISHED} == set(timm.list_pretrained("vimcore_*"))
+    facts = timm.models.get_pretrained_cfg(name)
+    assert (facts.hf_hub_id, facts.hf_hub_filename) == (weights.repo, weights.file)
+    plain = vimcore.create_model(NAME, pretrained=True).eval()
+    images = torch.randn(2, 3, 224, 224)
+    whole = timm.create_model(name, pretrained=True).eval()
+    assert torch.equal(whole(images), plain(images))
+    assert "state_dict" not in whole.pretrained_cfg
+    other = timm.create_model(name, pretrained=True, num_classes=7, in_chans=1, img_size=192).eval()
+    assert other(images[:, :1, :192, :192]).shape == (2, 7)
+    summed = plain.patch_embed.proj.weight.sum(1, keepdim=True)
+    assert torch.allclose(other.patch_embed.proj.weight, summed, atol=1e-6)
+    maps = timm.create_model(name, pretrained=True, features_only=True, out_indices=(0, 1)).eval()
+    assert torch.equal(maps(images)[1], plain.forward_intermediates(images, [1])[0])
+    assert len(authors.downloads()) == 1
+    with pytest.raises(ValueError, match="class_token='head': the published weights are for 'middle'"):
+        timm.create_model(name, pretrained=True, class_token="head")
+    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+        timm.create_model("vimcore_vim_base_patch16_224", pretrained=True)
+    plain.save(tmp_path / "own.safetensors")
+    overlay = {"file": str(tmp_path / "own.safetensors")}
+    own = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    assert torch.equal(own(images), plain(images))
+    kept = timm.create_model(name, pretrained=True, cache_dir=str(tmp_path / "other"))
+    assert torch.equal(kept.head.weight, plain.head.weight)
+    assert (tmp_path / "other").is_dir()
+
+
 def test_options_that_change_the_meaning(hub: Hub, small: None) -> None:
     for options, text in (
         ({"class_token": "head"}, "class_token='head': the published weights are for 'middle'"),

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._core import Config
 from ..config import model_options
 from ..utils.extras import required
 from ..weights.convert import convert
@@ -14,6 +16,8 @@ from .fetch import fetch, sha256_of
 from .published import LICENCE, Published, published
 
 CLASSES = 1000
+# Weights stay what they are where these are others than published. Classes get a head of their own.
+FREE = ("img_size", "stride", "num_classes", "drop_rate", "drop_path_rate")
 
 
 class Downloaded(NamedTuple):
@@ -26,10 +30,41 @@ class Downloaded(NamedTuple):
     assumptions: list[str]
 
 
-def checkpoint_of(weights: Published, force: bool = False) -> Path:
-    """The authors' checkpoint, in the cache of the hub; errors as for `fetch`."""
+def check_options(name: str, made: Mapping[str, Any], free: Sequence[str] = FREE) -> None:
+    """Refuses options of `VisionMamba` with which the weights of `name` would be another network's.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    meant = Config(**model_options(name)).to_dict()
+    changed = [key for key in meant if key not in free and key in made and made[key] != meant[key]]
+    if "in_chans" in changed:
+        raise ValueError(
+            f"[create_model] in_chans: the published weights are for {meant['in_chans']} channels; "
+            f"timm.create_model('vimcore_{name}', pretrained=True, in_chans={made['in_chans']}), after "
+            "`import vimcore.timm`, makes others of them"
+        )
+    if changed:
+        raise ValueError(
+            f"[create_model] {changed[0]}={made[changed[0]]!r}: the published weights are for "
+            f"{meant[changed[0]]!r}; leave it out, or pretrained=True"
+        )
+
+
+def checkpoint_of(
+    weights: Published, force: bool = False, cache_dir: str | os.PathLike[str] | None = None
+) -> Path:
+    """The authors' checkpoint, in the cache of the hub; arguments and errors as for `fetch`."""
     note = f"vimcore: weights of {weights.name} from {weights.page}: {LICENCE}"
-    return fetch(weights.repo, weights.file, sha256=weights.sha256, pinned=True, note=note, force=force)
+    return fetch(
+        weights.repo,
+        weights.file,
+        sha256=weights.sha256,
+        pinned=True,
+        note=note,
+        force=force,
+        cache_dir=cache_dir,
+    )
 
 
 def download(

@@ -3,18 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from .._core import Config
 from ..config import model_options
-from ..hub.pretrained import CLASSES, checkpoint_of
+from ..hub.pretrained import CLASSES, check_options, checkpoint_of
 from ..hub.published import published
 from .saving import load_checkpoint
 from .vision_mamba import VisionMamba
-
-# Weights stay what they are where these are others than published. Classes get a head of their own.
-_FREE = {"img_size", "stride", "num_classes", "drop_rate", "drop_path_rate"}
 
 
 def create_model(name: str, pretrained: bool = False, **options: Any) -> VisionMamba:
@@ -38,23 +33,7 @@ def create_model(name: str, pretrained: bool = False, **options: Any) -> VisionM
     model = VisionMamba(**model_options(name, options))
     if pretrained:
         weights = published(name)
-        _check_options(name, model.config)
+        check_options(name, model.config)
         head = "strict" if model.num_classes == CLASSES else "skip"
         load_checkpoint(model, checkpoint_of(weights), head=head)
     return model
-
-
-def _check_options(name: str, made: Mapping[str, Any]) -> None:
-    meant = Config(**model_options(name)).to_dict()
-    changed = [key for key in made if key not in _FREE and made[key] != meant[key]]
-    if "in_chans" in changed:
-        raise ValueError(
-            f"[create_model] in_chans: the published weights are for {meant['in_chans']} channels; "
-            f"timm.create_model('vimcore_{name}', pretrained=True, in_chans={made['in_chans']}), after "
-            "`import vimcore.timm`, makes others of them"
-        )
-    if changed:
-        raise ValueError(
-            f"[create_model] {changed[0]}={made[changed[0]]!r}: the published weights are for "
-            f"{meant[changed[0]]!r}; leave it out, or pretrained=True"
-        )
