@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -276,6 +278,17 @@ def test_broken_off_for_good(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monke
     ]
     hub.cut = 0
     assert fetch("a/b", "w.pth").read_bytes() == bytes(1000)
+
+
+def test_no_room(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of this machine is not tried again."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/x")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
+    with pytest.raises(RuntimeError, match=r"\[download\] a/b/w\.pth: No space left on device: /cache/x"):
+        fetch("a/b", "w.pth")
 
 
 def test_damaged_on_its_way(hub: Hub, tmp_path: Path) -> None:

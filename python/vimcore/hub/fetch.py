@@ -12,14 +12,16 @@ import hashlib
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 from ..utils.extras import required
 from ..utils.files import write_text
-from .service import explained, is_offline
+from .service import BrokenOffError, explained, is_offline
 
 Directory = str | os.PathLike[str]
+_ATTEMPTS = 4
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -156,25 +158,35 @@ def _in_cache(repo: str, file: str, revision: str | None, cache_dir: Directory |
         return False
 
 
-def _download(repo: str, file: str, asked: _Asked, force: bool, damaged: bool = False) -> Path:
+def _download(
+    repo: str, file: str, asked: _Asked, force: bool, damaged: bool = False, attempts: int = _ATTEMPTS
+) -> Path:
     what, offline = f"[download] {repo}/{file}", is_offline(asked.local_only)
     if offline and force:
         state = "its copy in the cache is damaged, and" if damaged else "cannot be downloaded anew:"
         raise RuntimeError(f"{what}: {state} HF_HUB_OFFLINE or local_files_only forbids a download")
-    with explained(what, repo, asked.revision, asked.cache_dir, offline):
-        from huggingface_hub import hf_hub_download
+    try:
+        with explained(what, repo, asked.revision, asked.cache_dir, offline):
+            return Path(_asked_of_hub(repo, file, asked, force))
+    except BrokenOffError:
+        if attempts == 1:
+            raise
+    time.sleep(1)  # some versions give up at the first break, but resume at the next call
+    return _download(repo, file, asked, force, damaged, attempts - 1)
 
-        return Path(
-            hf_hub_download(
-                repo,
-                file,
-                revision=asked.revision,
-                token=asked.token,
-                cache_dir=_text(asked.cache_dir),
-                local_files_only=asked.local_only,
-                force_download=force,
-            )
-        )
+
+def _asked_of_hub(repo: str, file: str, asked: _Asked, force: bool) -> str:
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(
+        repo,
+        file,
+        revision=asked.revision,
+        token=asked.token,
+        cache_dir=_text(asked.cache_dir),
+        local_files_only=asked.local_only,
+        force_download=force,
+    )
 
 
 def _text(path: Directory | None) -> str | None:

@@ -9,6 +9,11 @@ from contextlib import contextmanager
 
 from ..utils.extras import required
 
+
+class BrokenOffError(RuntimeError):
+    """A transfer that ended before its end; another attempt may succeed."""
+
+
 LOG_IN = "log in by `hf auth login` or the variable HF_TOKEN"
 
 
@@ -62,7 +67,10 @@ def explained(
     except (ArithmeticError, AttributeError, NameError, RuntimeError, TypeError):
         raise  # a fault of the program's, or explained already
     except Exception as error:  # connections fail in many classes, which differ between versions
-        raise RuntimeError(f"{what}: broken off ({_cause(error)}); nothing was kept. Try again") from error
+        if isinstance(error, OSError) and error.errno is not None:  # a disk that is full, a folder not ours
+            where = f": {error.filename}" if error.filename is not None else ""
+            raise RuntimeError(f"{what}: {error.strerror or error}{where}") from error
+        raise BrokenOffError(f"{what}: broken off ({_cause(error)}); nothing was kept. Try again") from error
 
 
 def _not_cached(cache: object, endpoint: str, cause: str, offline: bool) -> str:
