@@ -143,7 +143,7 @@ def _raw(data: bytes, raw_mode: str) -> NDArray[np.int64]:
     from PIL import Image
 
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        image.tile = [tile._replace(args=raw_mode) for tile in image.tile]
+        image.tile = [_asking(tile, raw_mode) for tile in image.tile]
         return np.asarray(image).astype(np.int64)
 
 
@@ -164,17 +164,18 @@ def _tiff(image: Any, data: bytes) -> NDArray[np.uint8]:
             f"channels of {bits} bits in this layout are not supported; convert it to 8 bits"
         )
     with Image.open(io.BytesIO(data), formats=("TIFF",)) as again:
-        again.tile = [tile._replace(args=_other_bytes(tile, order)) for tile in again.tile]
+        again.tile = [_asking(tile, _raw_mode(tile)[:-1] + order) for tile in again.tile]
         low = np.asarray(again).astype(np.int64)
     levels = _eight_bits(np.asarray(image).astype(np.int64) << 8 | low, 65535)
     return pixels_of(Image.fromarray(levels, image.mode))
 
 
 def _raw_mode(tile: Any) -> str:
-    return str(tile.args if isinstance(tile.args, str) else tile.args[0])
+    """How the decoder of a part of a picture reads its bytes."""
+    return str(tile[3] if isinstance(tile[3], str) else tile[3][0])
 
 
-def _other_bytes(tile: Any, order: str) -> Any:
-    """The decoder's arguments with which the bytes that it leaves out are those that it keeps."""
-    mode = _raw_mode(tile)[:-1] + order
-    return mode if isinstance(tile.args, str) else (mode, *tile.args[1:])
+def _asking(tile: Any, raw_mode: str) -> Any:
+    """The same part, its bytes read in another way."""
+    arguments = raw_mode if isinstance(tile[3], str) else (raw_mode, *tile[3][1:])
+    return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)  # Pillow 10
