@@ -172,6 +172,8 @@ def test_folders_of_the_mixin(model: vimcore.VisionMamba, tmp_path: Path) -> Non
     assert "config" not in json.loads((tmp_path / "config.json").read_text())
     same(vimcore.VisionMamba.from_pretrained(tmp_path), mixed)
     same(Mixed.from_pretrained(tmp_path), mixed)
+    with pytest.raises(ValueError, match=r"holds tensors alone; VisionMamba\.from_pretrained reads them"):
+        vimcore.Runtime.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="img_size: tensors without vimcore's metadata"):
         vimcore.VisionMamba.from_pretrained(tmp_path, img_size=32)
     for text, said in (
@@ -230,6 +232,8 @@ def test_push_and_pull(model: vimcore.VisionMamba, hub: Hub, tmp_path: Path) -> 
     assert hub.files["me/net", "model.safetensors"] == (tmp_path / "local.safetensors").read_bytes()
     again = vimcore.VisionMamba.from_pretrained("me/net")
     same(again, model)
+    runtime = vimcore.Runtime.from_pretrained("me/net", img_size=(16, 32))
+    assert (runtime.labels, runtime.config["img_size"]) == (LABELS, [16, 32])
     assert b"from_pretrained('me/net')" in hub.files["me/net", "README.md"]
 
     same(timm.create_model("hf-hub:me/net", pretrained=True), model)

@@ -92,8 +92,7 @@ def card(
             f"model = vimcore.VisionMamba.from_pretrained({repo!r})  # a torch.nn.Module, in eval mode",
             "```",
             "",
-            "Without torch: download `model.safetensors`, then "
-            '`vimcore.Runtime("model.safetensors").predict("photo.jpg")`.',
+            f'Without torch: `vimcore.Runtime.from_pretrained({repo!r}).predict("photo.jpg")`.',
             "",
             "## Figures",
             "",
