@@ -142,7 +142,7 @@ def test_download_and_predict(authors: Hub, tmp_path: Path, capsys: pytest.Captu
     assert main(["download", NAME, "--out", str(out)]) == 0
     said = capsys.readouterr()
     assert said.err.startswith(
-        f"vimcore: weights of {NAME} from https://huggingface.co/hustvl/Vim-tiny-midclstok: "
+        f"vimcore: weights of {NAME}, 115 MB from https://huggingface.co/hustvl/Vim-tiny-midclstok: "
     )
     assert "non-commercial" in said.err
     digest = hashlib.sha256(checkpoint()).hexdigest()

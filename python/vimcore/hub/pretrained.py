@@ -55,7 +55,7 @@ def checkpoint_of(
     weights: Published, force: bool = False, cache_dir: str | os.PathLike[str] | None = None
 ) -> Path:
     """The authors' checkpoint, in the cache of the hub; arguments and errors as for `fetch`."""
-    note = f"vimcore: weights of {weights.name} from {weights.page}: {LICENCE}"
+    note = f"vimcore: weights of {weights.name}, {weights.megabytes} MB from {weights.page}: {LICENCE}"
     return fetch(
         weights.repo,
         weights.file,
