@@ -18,18 +18,25 @@ bool is_aligned(const void* p, Index bytes)
     return reinterpret_cast<std::uintptr_t>(p) % static_cast<std::uintptr_t>(bytes) == 0;
 }
 
+template <class Shape>
+constexpr int shared_bytes(int rank)  // of a direction
+{
+    return back_warps * back_layout<Shape>(rank).floats * 4;
+}
+
 template <class Shape_>
 void run(Context& ctx, const ScanBackward& a)
 {
     using T = typename Shape_::T;
     static_assert(Shape_::channels == device_scratch::back_channels(Shape_::states));
-    static_assert(Shape_::tile == device_scratch::back_tile && Shape_::C * Shape_::S == device_scratch::back_kept);
-    static_assert(Shape_::layout(1).bytes == device_scratch::back_shared(Shape_::states, 1) &&
-                  Shape_::layout(100).bytes == device_scratch::back_shared(Shape_::states, 100));
+    static_assert(Shape_::tile == device_scratch::back_tile && Shape_::kept == device_scratch::back_kept(Shape_::states));
+    static_assert(shared_bytes<Shape_>(1) == device_scratch::back_shared(Shape_::states, 1) &&
+                  shared_bytes<Shape_>(16) == device_scratch::back_shared(Shape_::states, 16) &&
+                  shared_bytes<Shape_>(100) == device_scratch::back_shared(Shape_::states, 100));
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2, size = sizeof(T);
     const Index state = Shape_::states, rank = a.passes[0].dt_weight.size(1), row = a.passes[0].q.size(2);
     const auto directions = static_cast<int>(a.passes.size());
-    const int bytes = directions * Shape_::layout(static_cast<int>(rank)).bytes;
+    const int bytes = directions * shared_bytes<Shape_>(static_cast<int>(rank));
 
     Arena::Scope scope(arena_of(ctx));
     const device_scratch::TunedBackward own = device_scratch::tuned_backward(ctx, a);
@@ -49,7 +56,11 @@ void run(Context& ctx, const ScanBackward& a)
     s.dout = a.dout.as<T>();
     s.out = a.out.as<T>();
     s.sum = static_cast<float*>(own.sum.data);
+    constexpr Index wide = Shape_::wide, most = 16;
+    s.vector = inner % wide == 0 && is_aligned(s.z, std::min(wide * size, most)) && is_aligned(s.sum, most) &&
+               device_scratch::aligned(wide, {a.dxz, a.dout, a.out});
     s.wide_q = rank % 4 == 0 && row % 4 == 0;
+    s.wide_weight = rank % 4 == 0;
     const Index units = own.units, blocks = units * s.groups;
     s.segment_tiles = static_cast<int>(own.segment / Shape_::tile);
     s.segments = static_cast<int>(own.segments);
@@ -70,7 +81,9 @@ void run(Context& ctx, const ScanBackward& a)
         to.lambda = static_cast<float*>(own.pass[i].lambda.data);
         to.steps = static_cast<float*>(own.pass[i].steps.data);
         to.reverse = p.reverse;
+        s.vector = s.vector && device_scratch::aligned(wide, {p.u, p.du});
         s.wide_q = s.wide_q && is_aligned(to.q, 4 * size);
+        s.wide_weight = s.wide_weight && is_aligned(to.dt_weight, most);
     }
     const dim3 grid(static_cast<unsigned>(blocks));
     const unsigned threads = static_cast<unsigned>(directions * back_threads);
