@@ -17,14 +17,13 @@ struct BackProjection {
     const float* weight;
     const T* q;
     int rank, row, live;  // live: channels of the warp that exist
-    bool wide_weight, wide_q;  // four neighbours may be read at once
 };
 
 // Elements r, r + 1, ... of a row that has `rank`; zeros beyond, or if there is no such row.
-template <int n, class V>
-__device__ __forceinline__ void load_ranks(const V* row, int r, int rank, bool is, bool vector, float (&x)[n])
+template <class Shape, int n, class V>
+__device__ __forceinline__ void load_ranks(const V* row, int r, int rank, bool is, float (&x)[n])
 {
-    load_row(row + r, is ? rank - r : 0, vector, x);
+    load_row<Shape::aligned>(row + r, is ? rank - r : 0, x);
 }
 
 // delta before softplus, without the bias: d[j] of the products' j-th result (see backward_tile.cuh).
@@ -40,11 +39,10 @@ __device__ __forceinline__ void back_project(const BackProjection<typename Shape
         float x[2][4], w[C][4];
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            load_ranks(p.q + static_cast<Index>(rows.natural(g + 8 * i)) * p.row, r, p.rank, g + 8 * i < rows.count,
-                       p.wide_q, x[i]);
+            load_ranks<Shape>(p.q + static_cast<Index>(rows.natural(g + 8 * i)) * p.row, r, p.rank, g + 8 * i < rows.count, x[i]);
 #pragma unroll
         for (int j = 0; j < C; j++)
-            load_ranks(p.weight + (c0 + 2 * j) * p.rank, r, p.rank, c0 + 2 * j < p.live, p.wide_weight, w[j]);
+            load_ranks<Shape>(p.weight + (c0 + 2 * j) * p.rank, r, p.rank, c0 + 2 * j < p.live, w[j]);
 #pragma unroll
         for (int k = 0; k < 4; k += 2)
 #pragma unroll
@@ -80,7 +78,7 @@ __device__ __forceinline__ void back_ddt(const BackTile<Shape>& tile, const Back
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int c = wide * q + k + i;
-                load_ranks(p.weight + c * p.rank, r + 2 * g, p.rank, c < p.live, p.wide_weight, w[i]);
+                load_ranks<Shape>(p.weight + c * p.rank, r + 2 * g, p.rank, c < p.live, w[i]);
             }
 #pragma unroll
             for (int n = 0; n < 2; n++) {
@@ -122,7 +120,7 @@ __device__ __forceinline__ void back_totals(const BackTile<Shape>& tile, const B
             for (int i = 0; i < 2; i++) {
                 const int t = 8 * s + 2 * q + i;
                 const auto* const from = p.q + static_cast<Index>(rows.natural(t)) * p.row;
-                load_ranks(from, r + 2 * g, p.rank, t < rows.count, p.wide_q, dt[s][i]);
+                load_ranks<Shape>(from, r + 2 * g, p.rank, t < rows.count, dt[s][i]);
             }
 #pragma unroll
         for (int k = 0; k < 2; k++)

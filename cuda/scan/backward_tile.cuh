@@ -18,25 +18,27 @@ inline constexpr int back_threads = device_scratch::back_threads;  // of a direc
 inline constexpr int back_warps = back_threads / device::warp_size;
 
 // What follows from N states and T; a thread of the recurrence has C channels x S states, `step` tokens in registers.
-// Four lanes share a channel.
-template <class T_, int N>
+// Four lanes share a channel. aligned: all of a thread's neighbouring elements may be read and written at once.
+template <class T_, int N, bool aligned_>
 struct BackShape {
     using T = T_;
+    static constexpr bool aligned = aligned_;
     static constexpr int states = N, C = device_scratch::back_thread_channels(N), S = N / 4, tile = 16, step = 4;
     static constexpr int slots = device::warp_size / 4, warp_channels = slots * C, channels = back_warps * warp_channels;
     static constexpr int wide = 2 * C, halves = 2;      // channels and tokens of a thread outside the recurrence
     static constexpr int pitch = warp_channels + 4;     // floats from token to token: no bank conflicts
     static constexpr int array = tile * pitch;
-    static constexpr int kept = C * S;
-    static constexpr int kept_step = kept * device::warp_size;  // floats of a warp's states
-    // Sums over lanes are products by ones. y, dB and dC of bfloat16 are sums of what one product sees of a number: 3 bits
+    static constexpr int kept = C * S;                   // states
+    static constexpr int kept_tile = device_scratch::back_kept_tile(N);  // floats that a thread leaves for the walk
+    // Sums over lanes are products by ones. dB and dC of bfloat16 are sums of what one product sees of a number: 3 bits
     // more than the results have.
     static constexpr bool exact = !std::is_same_v<T, __nv_bfloat16>, exact_dt = sizeof(T) == 4;
+    static_assert(kept_tile == tile / step * kept + halves * wide);
 };
 
 // Floats of one warp's arrays in shared memory, by their places. padded: the rank as products of matrices have it.
 struct BackLayout {
-    int delta, du, gy, BC, starts, totals, dD, bias, D, floats;
+    int delta, du, gy, y, BC, starts, totals, dD, bias, D, floats;
     int padded;
 };
 template <class Shape>
@@ -49,9 +51,10 @@ __host__ __device__ constexpr BackLayout back_layout(int rank)
     at.delta = 0;
     at.du = at.delta + Shape::array;
     at.gy = at.du + Shape::array;
-    at.BC = at.du + (ddt > 2 * Shape::array ? ddt : 2 * Shape::array);
+    at.y = at.du + (ddt > 2 * Shape::array ? ddt : 2 * Shape::array);
+    at.BC = at.y + Shape::array;
     at.starts = at.BC + K * 2 * Shape::states;
-    at.totals = at.starts + (K / Shape::step - 1) * Shape::kept_step + Shape::step * Shape::pitch;
+    at.totals = at.starts + 2 * Shape::kept * device::warp_size;
     at.dD = at.totals + (rank + 16) / 16 * 16 * C * 8;
     at.bias = at.dD + device::warp_size * Shape::wide;
     at.D = at.bias + Shape::warp_channels;
@@ -64,10 +67,11 @@ template <class Shape>
 struct BackTile {
     device::Shared<float> delta;   // [token][channel]; later slope ln 2 sum_n A a h[t - 1] lambda; then draw
     device::Shared<float> du;      // [token][channel] delta u; later slope sum_n B lambda
-    device::Shared<float> gy;      // [token][channel]; later du of the output
+    device::Shared<float> gy;      // [token][channel]; later the gradient of u
+    device::Shared<float> y;       // [token][channel]
     device::Shared<float> ddt;     // in place of du and gy at last: [token][r]
     device::Shared<float> BC;      // [token][B (N) | C (N)], odd tokens [C | B]: no bank conflicts; later [dB | dC]
-    device::Shared<float> starts;  // [step][lane] states before all steps but the last; later y of the step
+    device::Shared<float> starts;  // [step % 2][states / 4][lane][4] states before a step
     device::Shared<float> totals;  // ddt_weight and, as of one more rank, ddt_bias: [rank / 16][channel / 8][lane][4]
     device::Shared<float> dD;      // [channel / 4 of the lane][lane][4]
     device::Shared<float> bias, D;
@@ -77,6 +81,7 @@ struct BackTile {
         : delta(take(base + at.delta, Shape::array)),
           du(take(base + at.du, Shape::array)),
           gy(take(base + at.gy, Shape::array)),
+          y(take(base + at.y, Shape::array)),
           ddt(take(base + at.du, Shape::tile * at.padded)),
           BC(take(base + at.BC, Shape::tile * 2 * Shape::states)),
           starts(take(base + at.starts, at.totals - at.starts)),
@@ -87,10 +92,9 @@ struct BackTile {
           padded(at.padded)
     {
     }
-    // Of one token: where B, or dB, begins, and C; of one step: where its states, later y, begin.
+    // Of one token: where B, or dB, begins, and C.
     __device__ static int B_of(int s) { return (2 * s + (s & 1)) * Shape::states; }
     __device__ static int C_of(int s) { return (2 * s + 1 - (s & 1)) * Shape::states; }
-    __device__ static int step_of(int j) { return j * Shape::kept_step; }
 
 private:
     __device__ static device::Shared<float> take(int at, int count) { return device::shared<float>(4 * at, count); }
@@ -111,9 +115,8 @@ __device__ __forceinline__ BackRows back_rows(int index, int tile, int tokens, b
 // What a thread has of a tile outside the recurrence: its first token is `first`, its first element of a tensor
 // (B, len, E) at `place`, that of its other token `other` elements further. live[i]: channels of token i that exist.
 struct BackPart {
-    int lane, live[2];
+    int live[2];
     Index place, other;
-    bool vector;  // `wide` elements may be accessed at once; all of them are live, or none
 };
 
 // ---- neighbouring elements -----------------------------------------------------------------------------------------
@@ -121,15 +124,15 @@ struct BackPart {
 template <class V, int n>
 inline constexpr int back_piece = n * static_cast<int>(sizeof(V)) <= 16 ? n : 16 / static_cast<int>(sizeof(V));
 
-// n elements of which `live` exist, zeros for the rest.
-template <int n, class V>
-__device__ __forceinline__ void load_row(const V* from, int live, bool vector, float (&x)[n])
+// n elements of which `live` exist, zeros for the rest; all of them or none, if they may be read at once.
+template <bool at_once, int n, class V>
+__device__ __forceinline__ void load_row(const V* from, int live, float (&x)[n])
 {
     constexpr int piece = back_piece<V, n>;
 #pragma unroll
     for (int i = 0; i < n; i++) x[i] = 0.0f;
     if (live <= 0) return;
-    if (vector) {
+    if constexpr (at_once) {
 #pragma unroll
         for (int i = 0; i < n; i += piece) {
             const auto part = device::load<piece>(from + i);
@@ -142,12 +145,12 @@ __device__ __forceinline__ void load_row(const V* from, int live, bool vector, f
             if (i < live) x[i] = device::to_float(from[i]);
     }
 }
-template <int n, class V>
-__device__ __forceinline__ void store_row(V* to, int live, bool vector, const float (&x)[n])
+template <bool at_once, int n, class V>
+__device__ __forceinline__ void store_row(V* to, int live, const float (&x)[n])
 {
     constexpr int piece = back_piece<V, n>;
     if (live <= 0) return;
-    if (vector) {
+    if constexpr (at_once) {
 #pragma unroll
         for (int i = 0; i < n; i += piece) {
             device::Vec<V, piece> part;
@@ -186,17 +189,17 @@ __device__ __forceinline__ void store_shared(device::Shared<float> to, int at, c
 }
 
 // Both tokens of a part.
-template <int n, class V>
+template <class Shape, int n, class V>
 __device__ __forceinline__ void load_part(const V* from, Index other, const BackPart& own, float (&x)[2][n])
 {
 #pragma unroll
-    for (int i = 0; i < 2; i++) load_row(from + i * other, own.live[i], own.vector, x[i]);
+    for (int i = 0; i < 2; i++) load_row<Shape::aligned>(from + i * other, own.live[i], x[i]);
 }
-template <int n, class V>
+template <class Shape, int n, class V>
 __device__ __forceinline__ void store_part(V* to, Index other, const BackPart& own, const float (&x)[2][n])
 {
 #pragma unroll
-    for (int i = 0; i < 2; i++) store_row(to + i * other, own.live[i], own.vector, x[i]);
+    for (int i = 0; i < 2; i++) store_row<Shape::aligned>(to + i * other, own.live[i], x[i]);
 }
 // Where a part lies in an array [token][channel].
 template <class Shape>
@@ -207,31 +210,28 @@ __device__ __forceinline__ int part_at(int lane, int i)
 
 // ---- q to float ----------------------------------------------------------------------------------------------------
 
-// From the rows of q of one image, of `row` elements, to BC, W columns at a time; zeros beyond the last token.
-template <int W, class Shape>
+// From the rows of q of one image, of `row` elements, to BC; zeros beyond the last token.
+template <class Shape>
 __device__ __forceinline__ void back_load_BC(const BackTile<Shape>& tile, const typename Shape::T* q, int rank, int row,
                                              const BackRows& rows, int lane)
 {
-    constexpr int N = Shape::states, parts = 2 * N / W, at_once = device::warp_size / parts;
-    static_assert(device::warp_size % parts == 0 || parts % device::warp_size == 0);
-    constexpr int down = at_once > 0 ? at_once : 1, across = at_once > 0 ? parts : device::warp_size;
+    // A row takes `across` lanes, W columns each; if it is longer than a warp, several times.
+    constexpr int N = Shape::states, W = Shape::aligned ? 4 : 1, parts = 2 * N / W;
+    constexpr int across = parts < device::warp_size ? parts : device::warp_size, down = device::warp_size / across;
+    static_assert(parts % across == 0 && Shape::tile % down == 0);
     const int c0 = lane % across * W, s0 = lane / across;
-    const typename Shape::T* from = q + static_cast<Index>(rows.natural(s0)) * row + rank + c0;
-    const Index next = static_cast<Index>(rows.way * down) * row;
-#pragma unroll 4
-    for (int s = s0; s < Shape::tile; s += down, from += next)
 #pragma unroll
-        for (int c = 0; c < 2 * N; c += across * W) {
-            device::Vec<float, W> to{};
-            if (s < rows.count) {
-                const auto part = device::load<W>(from + c);
+    for (int k = 0; k < Shape::tile / down; k++) {
+        const int s = s0 + k * down;
+        const auto* const from = q + static_cast<Index>(rows.natural(s)) * row + rank;
 #pragma unroll
-                for (int i = 0; i < W; i++) to[i] = device::to_float(part[i]);
-            }
-            const int column = c0 + c;
-            const int at = column < N ? BackTile<Shape>::B_of(s) + column : BackTile<Shape>::C_of(s) + column - N;
-            tile.BC.template store<W>(at, to);
+        for (int i = 0; i < parts / across; i++) {
+            const int c = c0 + i * across * W;
+            float x[W];
+            load_row<true>(from + c, rows.count - s, x);
+            store_shared(tile.BC, c < N ? tile.B_of(s) + c : tile.C_of(s) + c - N, x);
         }
+    }
 }
 
 // ---- gradient of y -------------------------------------------------------------------------------------------------
@@ -284,12 +284,12 @@ __device__ __forceinline__ void back_finish(const BackTile<Shape>& tile, const f
     load_shared(tile.D, lane % 4 * wide, D);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int at = part_at<Shape>(lane, i), j = lane / 16 + 2 * i;  // token lane / 4 + 8 i is of step j
+        const int at = part_at<Shape>(lane, i);
         float by_u[wide], sum[wide];
         load_shared(tile.du, at, by_u);
         load_shared(tile.delta, at, draw[i]);
         load_shared(tile.gy, at, du[i]);
-        load_shared(tile.starts, tile.step_of(j) + lane / 4 % 4 * Shape::pitch + lane % 4 * wide, sum);
+        load_shared(tile.y, at, sum);
 #pragma unroll
         for (int k = 0; k < wide; k++) {
             draw[i][k] = fmaf(u[i][k], by_u[k], draw[i][k]);

@@ -40,12 +40,11 @@ struct TunedBack {
     const T *z, *dout;
     T *out, *dz;
     float* sum;     // (B, len, E) for two directions
-    float* starts;  // (blocks, directions, tiles of a chunk - 1, states of a thread / 4, 64, 4) or null: a chunk is a tile
+    float* starts;  // (blocks, directions, tiles of a chunk, [states of four steps | delta] / 4, 64, 4)
     int groups;     // of channels
     int tokens, dim, rank, row, pitch, directions;  // row: of q; pitch: 2N + R, rounded up to 4
     int chunk_tiles, chunks;
-    int segment_tiles, segments;       // a segment is some chunks
-    bool vector, wide_q, wide_weight;  // all channels of a thread, four elements of q, of dt_weight may be read at once
+    int segment_tiles, segments;  // a segment is some chunks
     float scale;
 };
 
@@ -145,57 +144,69 @@ struct BackBlock {
     {
         const int s = lane / 4, c = lane % 4 * wide, live_ = live() - c < wide ? live() - c : wide;
         const Index place = (static_cast<Index>(b) * a.tokens + rows.natural(s)) * a.dim + e0 + c;
-        return {lane, {s < rows.count ? live_ : 0, s + 8 < rows.count ? live_ : 0}, place,
-                static_cast<Index>(8 * rows.way) * a.dim, a.vector};
+        return {{s < rows.count ? live_ : 0, s + 8 < rows.count ? live_ : 0}, place,
+                static_cast<Index>(8 * rows.way) * a.dim};
     }
     // Where a thread's part of a tensor (B, len, 2E) begins; its other token is twice as far.
     __device__ __forceinline__ Index gate_of(const BackPart& own) const { return 2 * own.place - e0 - lane % 4 * wide; }
     __device__ __forceinline__ BackProjection<T> projection() const
     {
-        return {p.dt_weight + static_cast<Index>(e0) * a.rank, p.q + static_cast<Index>(b) * a.tokens * a.row,
-                a.rank, a.row, live(), a.wide_weight, a.wide_q};
+        return {p.dt_weight + static_cast<Index>(e0) * a.rank, p.q + static_cast<Index>(b) * a.tokens * a.row, a.rank,
+                a.row, live()};
     }
 
-    // delta, delta u and BC of a tile; and, for more than its states, gy.
-    template <bool more>
-    __device__ __forceinline__ void prepare(const BackRows& rows) const
+    __device__ __forceinline__ void load_BC(const BackRows& rows) const
     {
-        const BackPart own = part_of(rows);
-        const BackProjection<T> q = projection();
-        float u[2][wide], gate[2][wide], dout[2][wide], d[C][4], bias[wide];
-        load_part(p.u + own.place, own.other, own, u);
-        if constexpr (more) {
-            load_part(a.z + gate_of(own), 2 * own.other, own, gate);
-            load_part(a.dout + own.place, own.other, own, dout);
-        }
-        device::sync_warp();  // all have left the tile before
-        if (a.wide_q)
-            back_load_BC<4>(tile, q.q, a.rank, a.row, rows, lane);
-        else
-            back_load_BC<1>(tile, q.q, a.rank, a.row, rows, lane);
+        back_load_BC(tile, projection().q, a.rank, a.row, rows, lane);
+    }
+    // delta of this thread's part, from q.
+    __device__ __forceinline__ void compute_delta(const BackRows& rows, float (&delta)[2][wide]) const
+    {
+        float d[C][4], bias[wide];
         load_shared(tile.bias, lane % 4 * wide, bias);
 #pragma unroll
         for (int j = 0; j < C; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++) d[j][i] = bias[2 * j + i % 2];
-        back_project<Shape>(q, rows, lane, d);
+        back_project<Shape>(projection(), rows, lane, d);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float delta[wide], du[wide];
-            const bool is = lane / 4 + 8 * i < rows.count;
+        for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int k = 0; k < wide; k++) {
-                delta[k] = device::softplus(d[k / 2][2 * i + k % 2]);
-                if (!is) delta[k] = 0.0f;
-                du[k] = delta[k] * u[i][k];
+                delta[i][k] = device::softplus(d[k / 2][2 * i + k % 2]);
+                if (lane / 4 + 8 * i >= rows.count) delta[i][k] = 0.0f;
             }
-            store_shared(tile.delta, part_at<Shape>(lane, i), delta);
+    }
+    __device__ __forceinline__ void store_delta(const float (&delta)[2][wide], const float (&u)[2][wide]) const
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float du[wide];
+#pragma unroll
+            for (int k = 0; k < wide; k++) du[k] = delta[i][k] * u[i][k];
+            store_shared(tile.delta, part_at<Shape>(lane, i), delta[i]);
             store_shared(tile.du, part_at<Shape>(lane, i), du);
         }
-        if constexpr (more) back_gy(tile, gate, dout, u, a.scale, lane);
-        device::sync_warp();
+    }
+    __device__ __forceinline__ void load_u(const BackPart& own, float (&u)[2][wide]) const
+    {
+        load_part<Shape>(p.u + own.place, own.other, own, u);
+    }
+    __device__ __forceinline__ void load_gate(const BackPart& own, float (&gate)[2][wide], float (&dout)[2][wide]) const
+    {
+        load_part<Shape>(a.z + gate_of(own), 2 * own.other, own, gate);
+        load_part<Shape>(a.dout + own.place, own.other, own, dout);
+    }
+    // What this thread keeps of tile j of a chunk: four floats at a time.
+    __device__ __forceinline__ float* kept_of(int j) const
+    {
+        const Index chunk = static_cast<Index>(blockIdx.x) * a.directions + direction;
+        return a.starts + ((chunk * a.chunk_tiles + j) * Shape::kept_tile / 4 * back_threads + thread) * 4;
     }
 };
+
+// Four floats at `v` of what kept_of says.
+__device__ __forceinline__ int kept_at(int v) { return v * back_threads * 4; }
 
 // ---- the kernels ---------------------------------------------------------------------------------------------------
 
@@ -211,7 +222,17 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_a
     block.begin_tiles();
     block.load_A(A);
     for (int i = 0; i < block.count(); i++) {
-        block.template prepare<true>(block.rows_of(block.begin + (block.reverse ? i : block.count() - 1 - i)));
+        const BackRows rows = block.rows_of(block.begin + (block.reverse ? i : block.count() - 1 - i));
+        const BackPart own = block.part_of(rows);
+        float u[2][Shape::wide], gate[2][Shape::wide], dout[2][Shape::wide], delta[2][Shape::wide];
+        block.load_u(own, u);
+        block.load_gate(own, gate, dout);
+        device::sync_warp();  // all have left the tile before
+        block.load_BC(rows);
+        block.compute_delta(rows, delta);
+        block.store_delta(delta, u);
+        back_gy(block.tile, gate, dout, u, a.scale, block.lane);
+        device::sync_warp();
 #pragma unroll 1
         for (int s = K - step; s >= 0; s -= step) back_ahead(block.tile, s, A, lambda, steps, block.lane);
     }
@@ -304,101 +325,157 @@ __device__ __forceinline__ void back_parameters(const BackBlock<Shape>& block, c
     }
 }
 
+// From the checkpoint on through n tiles, what kept_of says of each; the last one's delta, du and BC stay.
+template <class Shape>
+__device__ __forceinline__ void back_run_chunk(const BackBlock<Shape>& block, int origin, int way, int n,
+                                               const float* checkpoint, const float (&A)[Shape::C][Shape::S])
+{
+    constexpr int wide = Shape::wide, steps = Shape::tile / Shape::step, kept = Shape::kept / 4;
+    float h[Shape::C][Shape::S];
+    block.load_states(checkpoint, h);
+#pragma unroll 1
+    for (int j = 0; j < n; j++) {
+        const BackRows rows = block.rows_of(origin + way * j);
+        float* const to = block.kept_of(j);
+        float u[2][wide], delta[2][wide];
+        block.load_u(block.part_of(rows), u);
+        device::sync_warp();  // all have left the tile before
+        block.load_BC(rows);
+        block.compute_delta(rows, delta);
+        block.store_delta(delta, u);
+#pragma unroll
+        for (int v = 0; v < 2 * wide; v += 4)
+            device::store(to + kept_at(steps * kept + v / 4),
+                          device::Vec<float, 4>{{delta[v / wide][v % wide], delta[v / wide][v % wide + 1],
+                                                 delta[v / wide][v % wide + 2], delta[v / wide][v % wide + 3]}});
+        device::sync_warp();
+#pragma unroll 1
+        for (int s = 0; s < steps; s++) {
+            put_states<Shape>(h, [&](int v, auto x) { device::store(to + kept_at(s * kept + v), x); });
+            if (s < steps - 1 || j < n - 1) back_run(block.tile, s * Shape::step, h, A, block.lane);
+        }
+    }
+}
+
+// After the walk: all that follows, but what needs the other direction or the other warp. y gets its skip.
+template <class Shape>
+__device__ __forceinline__ void back_finish_tile(const BackBlock<Shape>& block, const BackRows& rows, const BackPart& own,
+                                                 float (&y)[2][Shape::wide])
+{
+    constexpr int wide = Shape::wide;
+    float u[2][wide], draw[2][wide], du[2][wide];
+    block.load_u(own, u);
+    back_finish(block.tile, u, du, draw, y, block.lane);
+    store_part<Shape>(block.p.du + own.place, own.other, own, du);
+#pragma unroll
+    for (int k = 0; k < 2; k++) store_shared(block.tile.delta, part_at<Shape>(block.lane, k), draw[k]);
+    device::sync_warp();  // draw is there; du and gy have been read
+    back_ddt(block.tile, block.projection(), draw, block.lane);
+    back_totals(block.tile, block.projection(), rows, block.lane);
+}
+
+// The output and the gradient of the gate, from y of this direction and of the other one, if there is one.
+template <class Shape>
+__device__ __forceinline__ void back_gate_tile(const BackBlock<Shape>& block, const BackPart& own, bool both,
+                                               float (&y)[2][Shape::wide])
+{
+    constexpr int wide = Shape::wide;
+    const auto& a = block.a;
+    float gate[2][wide], dout[2][wide];
+    block.load_gate(own, gate, dout);
+    if (both) {
+        float other[2][wide];
+        load_part<Shape>(a.sum + own.place, own.other, own, other);
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+#pragma unroll
+            for (int c = 0; c < wide; c++) y[k][c] += other[k][c];
+    }
+    back_gate<Shape>(gate, dout, a.scale, y);
+    store_part<Shape>(a.out + own.place, own.other, own, y);
+    store_part<Shape>(a.dz + block.gate_of(own), 2 * own.other, own, gate);
+}
+
 template <class Shape>
 __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_tuned(TunedBack<typename Shape::T> a)
 {
-    constexpr int N = Shape::states, C = Shape::C, S = Shape::S, K = Shape::tile, step = Shape::step;
-    constexpr int wide = Shape::wide;
+    constexpr int N = Shape::states, C = Shape::C, S = Shape::S, wide = Shape::wide;
+    constexpr int steps = Shape::tile / Shape::step, kept = Shape::kept / 4;
     const BackBlock<Shape> block(a);
     const BackTile<Shape>& tile = block.tile;
-    const auto& p = block.p;
-    const int lane = block.lane, direction = block.direction;
+    const int lane = block.lane;
     const bool both = a.directions == 2, reverse = block.reverse;
-    float A[C][S], lambda[C][S] = {}, dA[C][S] = {}, h[C][S];
+    float A[C][S], lambda[C][S] = {}, dA[C][S] = {};
     block.begin_tiles();
     block.load_A(A);
     back_arrive(block, A, lambda);
 
-    // States of a tile's beginning: those of a chunk in `starts`, those of a step in shared memory.
-    auto start_at = [&](int j, int v) {
-        const Index chunk = static_cast<Index>(blockIdx.x) * a.directions + direction;
-        return a.starts + (((chunk * (a.chunk_tiles - 1) + j - 1) * (Shape::kept / 4) + v) * back_threads + block.thread) * 4;
-    };
-    auto step_at = [&](int j, int v) { return tile.step_of(j) + (v * device::warp_size + lane) * 4; };
-
-    for (int i = 0; i < block.count(); i++) {
-        const int left = block.count() - 1 - i, index = block.begin + (reverse ? i : left);
-        const int chunk = index / a.chunk_tiles, low = chunk * a.chunk_tiles;
-        const int high = block.tiles() - low < a.chunk_tiles ? block.tiles() - 1 : low + a.chunk_tiles - 1;
-        const int within = reverse ? high - index : index - low;  // tiles between the chunk's checkpoint and this one
-        const bool chunk_ends = index == (reverse ? low : high);
-        if (chunk_ends || within == 0)
-            block.load_states(p.checkpoints + (static_cast<Index>(block.b) * a.chunks + chunk) * N * a.dim + block.e0, h);
-        else
-            get_states<Shape>(h, [&](int v) { return device::load<4>(start_at(within, v)); });
-        if (chunk_ends) {
 #pragma unroll 1
-            for (int j = 0; j < within; j++) {
-                block.template prepare<false>(block.rows_of(reverse ? high - j : low + j));
+    for (int done = 0; done < block.count();) {
+        // The chunk: n tiles from `low` on. Only the sequence's last one, which this begins or ends with, may be shorter.
+        const int left_tiles = block.count() - done, over = left_tiles % a.chunk_tiles;
+        const int n = reverse ? (left_tiles < a.chunk_tiles ? left_tiles : a.chunk_tiles) : over > 0 ? over : a.chunk_tiles;
+        const int low = block.begin + (reverse ? done : left_tiles - n), way = reverse ? -1 : 1;
+        const int origin = reverse ? low + n - 1 : low;
+        const Index chunk = static_cast<Index>(block.b) * a.chunks + low / a.chunk_tiles;
+        back_run_chunk(block, origin, way, n, block.p.checkpoints + chunk * N * a.dim + block.e0, A);
 #pragma unroll 1
-                for (int s = 0; s < K; s += step) back_run(tile, s, h, A, lane);
-                put_states<Shape>(h, [&](int v, auto x) { device::store(start_at(j + 1, v), x); });
-            }
-        }
-
-        const BackRows rows = block.rows_of(index);
-        block.template prepare<true>(rows);
-#pragma unroll 1
-        for (int j = 0; j < K / step - 1; j++) {
-            put_states<Shape>(h, [&](int v, auto x) { tile.starts.template store<4>(step_at(j, v), x); });
-            back_run(tile, j * step, h, A, lane);
-        }
-#pragma unroll 1
-        for (int j = K / step - 1; j >= 0; j--) {
-            if (j < K / step - 1)
-                get_states<Shape>(h, [&](int v) { return tile.starts.template load<4>(step_at(j, v)); });
-            back_walk(tile, j, h, A, lambda, dA, lane);
-        }
-        device::sync_warp();
-
-        const BackPart own = block.part_of(rows);
-        const Index gate_at = block.gate_of(own);
-        float u[2][wide], draw[2][wide], y[2][wide], gate[2][wide], dout[2][wide];
-        load_part(p.u + own.place, own.other, own, u);
-        back_finish(tile, u, dout, draw, y, lane);
-        store_part(p.du + own.place, own.other, own, dout);
+        for (int within = n - 1; within >= 0; within--, done++) {
+            const BackRows rows = block.rows_of(origin + way * within);
+            const float* const from = block.kept_of(within);
+            auto fetch = [&](int j) {
 #pragma unroll
-        for (int k = 0; k < 2; k++) store_shared(tile.delta, part_at<Shape>(lane, k), draw[k]);
-        // Of two directions, the first to come to this tile; of both at once, the one that the other waits for.
-        const bool first = both && (i < left || (i == left && direction == 0));
-        if (first) {
-            store_part(a.sum + own.place, own.other, own, y);
-        } else {
-            load_part(a.z + gate_at, 2 * own.other, own, gate);
-            load_part(a.dout + own.place, own.other, own, dout);
-        }
-        device::sync_warp();  // draw is there; du and gy have been read
-        back_ddt(tile, block.projection(), draw, lane);
-        back_totals(tile, block.projection(), rows, lane);
-        if (both)
-            device::sync_block();
-        else
+                for (int v = 0; v < kept; v++)
+                    device::cp_async<16>(tile.starts, (((j & 1) * kept + v) * device::warp_size + lane) * 4,
+                                         from + kept_at(j * kept + v), true);
+                device::cp_async_commit();
+            };
+            fetch(steps - 1);
+            {
+                const BackPart own = block.part_of(rows);
+                float u[2][wide], gate[2][wide], dout[2][wide], delta[2][wide];
+                block.load_u(own, u);
+                block.load_gate(own, gate, dout);
+                if (within < n - 1) {
+#pragma unroll
+                    for (int v = 0; v < 2 * wide; v += 4) {
+                        const auto x = device::load<4>(from + kept_at(steps * kept + v / 4));
+#pragma unroll
+                        for (int k = 0; k < 4; k++) delta[v / wide][v % wide + k] = x[k];
+                    }
+                    block.load_BC(rows);
+                    block.store_delta(delta, u);
+                }
+                back_gy(tile, gate, dout, u, a.scale, lane);
+                device::sync_warp();
+            }
+#pragma unroll 1
+            for (int j = steps - 1; j >= 0; j--) {
+                float h[C][S];
+                device::cp_async_wait<0>();
+                get_states<Shape>(h, [&](int v) {
+                    return tile.starts.template load<4>((((j & 1) * kept + v) * device::warp_size + lane) * 4);
+                });
+                if (j > 0) fetch(j - 1);
+                back_walk(tile, j, h, A, lambda, dA, lane);
+            }
+            device::sync_warp();
+
+            float y[2][wide];
+            const BackPart own = block.part_of(rows);
+            back_finish_tile(block, rows, own, y);
+            // Of two directions, the first to come to this tile; of both at once, the one that the other waits for.
+            const int left = block.count() - 1 - done;
+            const bool first = both && (done < left || (done == left && block.direction == 0));
+            if (first) store_part<Shape>(a.sum + own.place, own.other, own, y);
+            if (both)
+                device::sync_block();
+            else
+                block.sync();
+            if (!first) back_gate_tile(block, own, both, y);
+            back_rows_out(block, rows);
             block.sync();
-        if (!first) {
-            if (both) {
-                float other[2][wide];
-                load_part(a.sum + own.place, own.other, own, other);
-#pragma unroll
-                for (int k = 0; k < 2; k++)
-#pragma unroll
-                    for (int c = 0; c < wide; c++) y[k][c] += other[k][c];
-            }
-            back_gate<Shape>(gate, dout, a.scale, y);
-            store_part(a.out + own.place, own.other, own, y);
-            store_part(a.dz + gate_at, 2 * own.other, own, gate);
         }
-        back_rows_out(block, rows);
-        block.sync();
     }
     back_parameters(block, dA);
 }

@@ -114,7 +114,7 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, fl
                                           float (&dA)[Shape::C][Shape::S], int lane)
 {
     constexpr int C = Shape::C, S = Shape::S, step = Shape::step, pitch = Shape::pitch;
-    constexpr float ln2 = 0.69314718055994531f, mend = back_mend<Shape>;
+    constexpr float ln2 = 0.69314718055994531f;
     const int s = j * step, BC = s * 2 * Shape::states + lane % 4 * S, at = s * pitch + lane / 4 * C;
     float a[step][C][S], grown[step][C][S];  // decays; a h[t - 1]
     float y[4] = {}, lambda_A[4] = {}, lambda_B[4] = {};
@@ -137,7 +137,7 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, fl
                 sum[k] = n == 0 ? h[k][n] * C_[n] : fmaf(h[k][n], C_[n], sum[k]);
                 dC[n] = k == 0 ? gy[k] * h[k][n] : fmaf(gy[k], h[k][n], dC[n]);
             }
-        sum_states<Shape::exact>(y, i, sum[0], sum[1], sum[2], sum[3], lane);
+        sum_states<true>(y, i, sum[0], sum[1], sum[2], sum[3], lane);
         rows.add(i, 1, dC, lane);
     }
     device::sync_warp();  // what was loaded is loaded again, to hold fewer registers
@@ -185,12 +185,12 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, fl
         by_u[k] = slope * lambda_B[k];
         by_one[k] = slope * (ln2 * lambda_A[k]);
         gy[k] = fmaf(delta[k], lambda_B[k], D[k] * gy[k]);
-        out[k] = mend * y[k];
+        out[k] = y[k];
     }
     store_shared(tile.du, own, by_u);
     store_shared(tile.delta, own, by_one);
     store_shared(tile.gy, own, gy);
-    store_shared(tile.starts, tile.step_of(j) + lane % 4 * pitch + lane / 4 * C, out);
+    store_shared(tile.y, own, out);
     rows.store(tile, s, lane);
 }
 
