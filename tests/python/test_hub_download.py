@@ -357,6 +357,17 @@ def test_hash_of_the_first_download(hub: Hub) -> None:
         fetch("a/b", "w.pth", pinned=True)
 
 
+def test_hash_that_cannot_be_recorded(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cache that is not ours to write: that is said, and the weights serve."""
+    hub.files["a/b", "w.pth"] = b"x"
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "file"))
+    with pytest.warns(
+        UserWarning, match=r"\[download\] hash not recorded: .*w\.pth\.sha256: Not a directory"
+    ):
+        assert fetch("a/b", "w.pth", pinned=True).read_bytes() == b"x"
+
+
 def test_hash_of_the_list(hub: Hub, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once somebody has computed it."""
     hub.files["hustvl/x", "w.pth"] = checkpoint()
