@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import vimcore
-from hub_server import Hub, serving
+from hub_server import Hub, ask_instead, serving
 from huggingface_hub import constants
 from vimcore.cli import main
 from vimcore.hub.fetch import fetch, record_of
@@ -36,14 +35,7 @@ SMALL = {"depth": 2, "embed_dim": 16}  # in place of the published sizes, whose 
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """Asked in place of huggingface.co, with an empty cache, and no waiting between attempts."""
     with serving() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(time, "sleep", lambda _: None)
+        ask_instead(hub, tmp_path / "home", monkeypatch)
         yield hub
 
 
