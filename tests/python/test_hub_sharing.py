@@ -145,6 +145,11 @@ def test_timm_reads_the_folder(model: vimcore.VisionMamba, tmp_path: Path) -> No
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=9)
     assert torch.equal(other.norm_f.weight, model.norm_f.weight)
     found.save_pretrained(tmp_path / "again")
+    pooled = timm.create_model(f"local-dir:{tmp_path}")
+    pooled.reset_classifier(3, global_pool="avg")
+    with pytest.raises(ValueError, match="no class token network reads with global_pool='avg'"):
+        pooled.save_pretrained(tmp_path / "pooled")
+    assert not (tmp_path / "pooled" / "config.json").exists()
     same(vimcore.VisionMamba.from_pretrained(tmp_path / "again"), model)
     same(vimcore.timm.TimmVisionMamba.from_pretrained(tmp_path / "again"), model)
 
