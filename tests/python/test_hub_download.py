@@ -218,6 +218,21 @@ def test_timm(authors: Hub, tmp_path: Path) -> None:
     assert (tmp_path / "other").is_dir()
 
 
+@pytest.mark.slow
+def test_fine_tuning_by_name(authors: Hub, tmp_path: Path) -> None:
+    """`vimcore train --init NAME`: the published weights, a head for the classes at hand."""
+    run, size = tmp_path / "run", ["--img-size", "32", "--batch-size", "500"]
+    train = ["train", "--data", "digits", "--init", NAME, "--epochs", "1", "--lr", "1e-9", "--workers", "0"]
+    assert main([*train, *size, "--out", str(run)]) == 0
+    tuned = vimcore.VisionMamba.load(run / "last.safetensors")
+    made = vimcore.create_model(NAME, pretrained=True)
+    assert (tuned.config["img_size"], tuned.num_classes) == ([32, 32], 10)
+    assert torch.allclose(
+        tuned.layers[1].mixer.in_proj.weight, made.layers[1].mixer.in_proj.weight, atol=1e-7
+    )
+    assert len(authors.downloads()) == 1
+
+
 def test_options_that_change_the_meaning(hub: Hub, small: None) -> None:
     for options, text in (
         ({"class_token": "head"}, "class_token='head': the published weights are for 'middle'"),
