@@ -17,7 +17,10 @@ public:
            const std::string& dtype)
         : options_{.max_batch = 8, .threads = threads, .dtype = to_float_type("[Runtime] dtype", dtype)}
     {
-        model_ = Model::load(path_of(path), cuda < 0 ? Device::cpu() : Device::cuda(cuda), img_height, img_width);
+        model_ = Model::load(path_of(path), {.device = cuda < 0 ? Device::cpu() : Device::cuda(cuda),
+                                             .img_height = img_height,
+                                             .img_width = img_width,
+                                             .only = options_.dtype});
         sessions_.give(make_session());
     }
 
