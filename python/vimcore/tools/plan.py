@@ -3,9 +3,9 @@
 
 Counted are weights and their packed or cast copies (an estimate), images, scratch memory (to the byte, as it
 grows in the first call; on CUDA with 32 MiB for cuBLASLt) and, for training, activations saved for backward,
-gradients and the two moments of AdamW in float32. Inference is that of `Runtime` and `vim-infer`: in bfloat16 on
-the CPU it keeps most weights in that type alone, and converts images as it cuts them. Not counted are the interpreter, torch, the memory of a
-GPU's driver and the loss.
+gradients and the two moments of AdamW in float32. Inference is that of `Runtime` and `vim-infer`: in bfloat16
+on the CPU it keeps most weights in that type alone, and converts images as it cuts them. Not counted are the
+interpreter, torch, the memory of a GPU's driver and the loss.
 """
 
 from __future__ import annotations
