@@ -69,7 +69,7 @@ def whole(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
 
 
 def errors(name: str) -> tuple[float, float, float]:
-    """Relative errors of the twin on a golden file: tokens or logits, whichever is more; all gradients; the worst.
+    """Relative errors of the twin on a golden file: of tokens or logits, of all gradients, of the worst.
 
     A few logits may be right by chance, tokens are not.
     """
