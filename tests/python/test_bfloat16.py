@@ -100,7 +100,7 @@ def shaken(g: golden.Golden, seed: int) -> tuple[dict[str, Tensor], Tensor]:
 
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_the_yardstick_of_the_golden_files(name: str) -> None:
-    """What the C++ test reads is what the twin computes; which kernels of torch's multiply changes it a little."""
+    """What the C++ test reads is what the twin computes; torch's choice of kernels changes it a little."""
     rows = {row["file"]: row for row in csv.DictReader(half_twin.TABLE.read_text().splitlines())}
     assert rows.keys() == set(golden.NAMES)
     stored = [float(rows[name][key]) for key in ("forward", "gradients", "worst gradient")]
