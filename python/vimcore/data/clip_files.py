@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from .._core import Error
 from ..utils.clips import checked_clip, chosen_frames
-from .picture_files import SUFFIXES, read_file, walk
+from .picture_files import SUFFIXES, read_file, reason, walk
 from .pictures import decode
 
 ARRAY = ".npy"
@@ -77,20 +78,27 @@ def read_clip(name: str, frames: int) -> NDArray[np.uint8]:
     """(frames, H, W, 3) uint8.
 
     Raises:
-        ValueError, OSError, vimcore.Error: the clip cannot be read, its frames differ in size, or its length
-            does not fit.
+        ValueError, OSError: the clip cannot be read, its frames differ in size, or its length does not fit.
     """
     wanted = frames_of_clip(name, frames)
     if not os.path.isdir(name):
         clip = np.ascontiguousarray(_array(name)[wanted])
         return np.broadcast_to(clip, (*clip.shape[:3], 3))
     pictures = frame_names(name)
-    found = [decode(read_file(pictures[i]), "") for i in wanted]
+    found = [_frame(pictures[i]) for i in wanted]
     sizes = {frame.shape[:2] for frame in found}
     if len(sizes) > 1:
         listed = ", ".join(f"{height} x {width}" for height, width in sorted(sizes))
         raise ValueError(f"frames of different sizes: {listed}")
     return np.stack(found)
+
+
+def _frame(name: str) -> NDArray[np.uint8]:
+    """A picture; the error tells which frame it was."""
+    try:
+        return decode(read_file(name), "")
+    except (Error, OSError, ValueError) as error:
+        raise ValueError(f"{os.path.basename(name)}: {reason(error)}") from error
 
 
 def _array(name: str) -> NDArray[np.uint8]:
