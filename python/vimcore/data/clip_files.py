@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +55,11 @@ def _in_time(name: str) -> tuple[list[tuple[int, int, bytes]], bytes]:
     return parts, os.fsencode(name)
 
 
-def frames_of_clip(name: str, frames: int) -> NDArray[np.int64]:
-    """Which of a clip's frames the network sees: all, or the middle of `frames` equal parts.
+def frames_of_clip(name: str, frames: int, draw: Callable[[int], int] | None = None) -> NDArray[np.int64]:
+    """Which of a clip's frames the network sees: all, or one of each of `frames` equal parts.
+
+    Args:
+        draw: which one, see `chosen_frames`; None: the middle.
 
     Raises:
         ValueError: the clip's length is no multiple of `frames`, or it is none.
@@ -69,18 +72,18 @@ def frames_of_clip(name: str, frames: int) -> NDArray[np.int64]:
     else:
         raise ValueError(f"{name}: a clip is a folder of pictures or a .npy file (T, H, W, C)")
     try:
-        return chosen_frames(length, frames)
+        return chosen_frames(length, frames, draw)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def read_clip(name: str, frames: int) -> NDArray[np.uint8]:
-    """(frames, H, W, 3) uint8.
+def read_clip(name: str, frames: int, draw: Callable[[int], int] | None = None) -> NDArray[np.uint8]:
+    """(frames, H, W, 3) uint8, the frames as `frames_of_clip` chooses them.
 
     Raises:
         ValueError, OSError: the clip cannot be read, its frames differ in size, or its length does not fit.
     """
-    wanted = frames_of_clip(name, frames)
+    wanted = frames_of_clip(name, frames, draw)
     if not os.path.isdir(name):
         clip = np.ascontiguousarray(_array(name)[wanted])
         return np.broadcast_to(clip, (*clip.shape[:3], 3))
