@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The detector under `DistributedDataParallel`: two processes, a picture each, beside one with both.
 
-Every process divides its losses by its own counts of anchors and boxes, and DDP takes the mean. Where the
-counts are equal, that is the loss of the joined batch. Otherwise it is the mean of the pictures' losses, while
-the joined batch weighs a picture by its boxes: as in detectron2.
+Every process divides its losses by its own counts of anchors and boxes, and DDP takes the mean. Where counts
+are equal, that is the loss of the joined batch. Otherwise it is the mean of the pictures' losses, while the
+joined batch weighs a picture by its boxes: as in detectron2.
 """
 
 from __future__ import annotations
