@@ -297,7 +297,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for seed in args.seeds:
         for arm in ARMS:
             known = None if arm in args.arms or earlier is None else earlier["cells"]
-            works.append(Work(arm, seed, args.runs, args.epochs, args.updates, known))
+            epochs = args.epochs if known is None else None  # theirs are the presets'
+            works.append(Work(arm, seed, args.runs, epochs, args.updates, known))
     found = cells.side_by_side(worked, works, args.jobs)
     gained = gains(found)
     return {
