@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <iterator>
 #include <stdexcept>
 #include <utility>
 
@@ -23,6 +24,10 @@ std::string in_small_letters(std::string name)
         if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
     return name;
 }
+
+// Those that only Python reads are among them: a picture is never passed over, but an error that says so.
+constexpr const char* picture_suffixes[] = {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg",
+                                            ".pbm",  ".pgm", ".png", ".pnm", ".ppm",  ".tif", ".tiff", ".webp"};
 
 // Files of the system's own, which nobody misses.
 bool is_hidden(const std::string& name)
@@ -115,9 +120,8 @@ std::vector<std::string> read_list(const std::string& path)
 bool is_picture(const std::string& name)
 {
     const std::string lower = in_small_letters(name);
-    for (const char* suffix : {".jpeg", ".jpg", ".pgm", ".png", ".ppm"})
-        if (lower.ends_with(suffix)) return true;
-    return false;
+    return std::any_of(std::begin(picture_suffixes), std::end(picture_suffixes),
+                       [&](const char* suffix) { return lower.ends_with(suffix); });
 }
 
 Found find_images(const std::vector<std::string>& arguments)

@@ -179,7 +179,7 @@ int exit_status(const Counts& counts)
     complain_passed_over(counts.passed_over);
     if (counts.total == 0)
         throw std::runtime_error(counts.clips ? "no clips found (folders of pictures, .npy files)"
-                                              : "no pictures found (JPEG, PNG, PPM, PGM)");
+                                              : "no pictures found (JPEG, PNG, PPM, PGM, WebP, TIFF, BMP, GIF, AVIF)");
     if (counts.failed > 0)
         complain(std::to_string(counts.failed) + " of " + std::to_string(counts.total) +
                  (counts.clips ? " clips failed" : " images failed"));

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
-from ...data.picture_files import passed_over_text
+from ...data.picture_files import FORMATS_TEXT, passed_over_text
 from ...utils.files import printable
 from ..streams import complain
 
@@ -63,7 +63,7 @@ def tell(
         raise RuntimeError(
             "no clips found (folders of pictures, .npy files)"
             if clips
-            else "no pictures found (JPEG, PNG, PPM, PGM)"
+            else f"no pictures found ({FORMATS_TEXT})"
         )
     if failed:
         complain(f"{failed} of {total} {'clips' if clips else 'images'} failed")
