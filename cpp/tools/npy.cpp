@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "npy.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cstring>
 #include <string_view>
@@ -65,6 +66,7 @@ private:
         const std::size_t end = text_.find(quote, at_);
         if (end == std::string_view::npos) damaged();
         const std::string found(text_.substr(at_, end - at_));
+        if (!std::all_of(found.begin(), found.end(), [](char c) { return c >= ' ' && c <= '~'; })) damaged();
         at_ = end + 1;
         return found;
     }

@@ -144,6 +144,10 @@ BAD = {
         _rewritten(b"{'descr': '|u1', 'fortran_order': True, " + SHAPE + b"}"),
         "numpy.ascontiguousarray",
     ),
+    "control": (
+        _rewritten(b"{'descr': '\x1b[2J\x8d', 'fortran_order': False, " + SHAPE + b"}"),
+        "not a NumPy array",
+    ),
     "objects": (_rewritten(b"{'descr': '|O', 'fortran_order': False, " + SHAPE + b"}"), "got |O"),
 }
 
