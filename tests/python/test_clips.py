@@ -307,6 +307,26 @@ def test_training_of_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert vimcore.VisionMamba.load(out / "last.safetensors").config["frames"] == 3
 
 
+def test_clips_of_another_length_start_a_network(tmp_path: Path) -> None:
+    """Positions in time are those between, in the middles of the longer frames; all else is as it was."""
+    from vimcore.tasks import backbone
+    from vimcore.tasks.classification.settings import ClassificationSettings
+
+    old = build(CLIPS)
+    old.save(tmp_path / "three.safetensors", labels=[str(i) for i in range(old.num_classes)])
+    settings = ClassificationSettings(init=str(tmp_path / "three.safetensors"))
+    new = vimcore.VisionMamba(**{**old.config, "frames": 6})
+    notes = backbone.start_from(new, settings, [str(i) for i in range(old.num_classes)])
+    assert "positions in time resized from 3 to 6 frames (linear)" in notes
+    state = old.state_dict()
+    a, b, c = state.pop("temporal_pos_embedding")[0]
+    between = torch.stack(
+        [a, 0.75 * a + 0.25 * b, 0.25 * a + 0.75 * b, 0.75 * b + 0.25 * c, 0.25 * b + 0.75 * c, c]
+    )
+    torch.testing.assert_close(new.temporal_pos_embedding[0], between)
+    assert all(torch.equal(new.state_dict()[name], value) for name, value in state.items())
+
+
 def test_random_frames(tmp_path: Path) -> None:
     """One of each part, by the sample's seed; validation sees the middle ones."""
     from vimcore.data.classes import Training

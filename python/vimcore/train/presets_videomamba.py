@@ -27,7 +27,6 @@ _KINETICS: dict[str, Any] = {
     "warmup_lr": 4e-6,
     "min_lr": 4e-6,
     "crop_pct": 1.0,
-    "pos_embed": "authors",
 }
 
 VIDEOMAMBA: dict[str, dict[str, Any]] = {
