@@ -256,11 +256,12 @@ def missed(gained: dict[str, dict[str, Any]]) -> list[str]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The tables, and where they come from."""
+    epochs = ", ".join(f"{arm} {count}" for arm, count in report["epochs"].items())
     found, seeds, titles = report["cells"], ", ".join(map(str, report["seeds"])), " | ".join(TITLES.values())
     lines = [
         "Per cent right of 359 held-out digits, labels a class: means over "
         f"{len(SUBSETS)} subsets of labelled digits and seeds {seeds}. Vim with 4 blocks of width 64, "
-        f"16 patches. {report['machine']} ({report['isa']}), one thread, {report['date'][:10]}.",
+        f"16 patches. Epochs of pretraining: {epochs}. {report['machine']} ({report['isa']}), one thread, {report['date'][:10]}.",
         "",
         f"| pretraining | {titles} | CPU seconds of pretraining, a seed |",
         "|" + "---|" * (len(TITLES) + 2),
@@ -289,6 +290,15 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def epochs_of(arm: str, args: argparse.Namespace, earlier: dict[str, Any] | None) -> int:
+    """Of its pretraining."""
+    from vimcore.train.presets import PRESETS
+
+    if earlier is not None and arm not in args.arms:
+        return int(earlier["epochs"][arm])
+    return int(args.epochs or PRESETS[ARMS[arm]]["epochs"])
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """What the JSON file holds."""
     write_digits(args.runs / "digits")
@@ -309,6 +319,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "arms": [arm for arm in ARMS if arm not in args.arms],
             **{name: earlier[name] for name in ("date", "machine", "isa", "versions")},
         },
+        "epochs": {arm: epochs_of(arm, args, earlier) for arm in ARMS if ARMS[arm]},
         "demanded": DEMANDED,
         "gains": gained,
         "missed": missed(gained),
