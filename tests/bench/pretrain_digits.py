@@ -261,7 +261,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "Per cent right of 359 held-out digits, labels a class: means over "
         f"{len(SUBSETS)} subsets of labelled digits and seeds {seeds}. Vim with 4 blocks of width 64, "
-        f"16 patches. Epochs of pretraining: {epochs}. {report['machine']} ({report['isa']}), one thread, {report['date'][:10]}.",
+        f"16 patches. Epochs of pretraining: {epochs}. {report['machine']} ({report['isa']}), one thread, "
+        f"{report['date'][:10]}.",
         "",
         f"| pretraining | {titles} | CPU seconds of pretraining, a seed |",
         "|" + "---|" * (len(TITLES) + 2),
