@@ -145,5 +145,27 @@ inline float shuffle_xor(float value, int mask, shim::Where where = shim::Where:
 {
     return shim::shuffle_xor(value, mask, where);
 }
+// Products are exact; of sums a device promises less than one rounding.
+inline void mma(float (&c)[4], const Vec<std::uint32_t, 4>& a, const Vec<std::uint32_t, 2>& b,
+                shim::Where where = shim::Where::current())
+{
+    const shim::Operands* lanes = shim::mma_operands({{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, where);
+    const auto half = [](std::uint32_t word, int i) {
+        const std::uint32_t bits = i == 0 ? word << 16 : word & 0xffff0000u;
+        float value;
+        std::memcpy(&value, &bits, sizeof(value));
+        return static_cast<double>(value);
+    };
+    const int lane = static_cast<int>(threadIdx.x) % warp_size, group = lane / 4, first = lane % 4 * 2;
+    for (int i = 0; i < 4; i++) {
+        const int upper = i / 2, column = first + i % 2;
+        double sum = c[i];
+        for (int k = 0; k < 16; k++)
+            sum += half(lanes[group * 4 + k % 8 / 2].a[upper + k / 8 * 2], k % 2) *
+                   half(lanes[column * 4 + k % 8 / 2].b[k / 8], k % 2);
+        const auto y = static_cast<float>(sum);
+        c[i] = shim::ulp_seed == 0 ? y : shim::off_by_ulps(y, y);
+    }
+}
 
 }  // namespace vimcore::device

@@ -26,7 +26,7 @@ dim3 blockDim, gridDim;
 namespace vimcore::shim {
 namespace {
 
-enum class Wait : std::uint8_t { none, block, group, warp, shuffle, ended };
+enum class Wait : std::uint8_t { none, block, group, warp, shuffle, mma, ended };
 
 struct Copy {
     void* to;
@@ -56,6 +56,7 @@ struct Warp {
     int mask = 0;
     Where where;
     float values[2][32];
+    Operands operands[2][32];
 };
 
 struct Engine {
@@ -123,6 +124,8 @@ std::string describe(int thread)
             return join("waits at sync_warp (", at(t.where), ")");
         case Wait::shuffle:
             return join("waits at shuffle_xor (", at(t.where), ")");
+        case Wait::mma:
+            return join("waits at mma (", at(t.where), ")");
         case Wait::ended:
             return "has ended";
         case Wait::none:
@@ -437,22 +440,25 @@ void group_barrier(int id, int count, const Where& where)
 }
 
 // Waits for all lanes of the warp; returns which of the two sets of values was theirs.
-static int meet_warp(Wait kind, int mask, const float* value, const Where& where)
+static int meet_warp(Wait kind, int mask, const float* value, const Operands* operands, const Where& where)
 {
     const int self = engine.current, lane = self % 32, first = self - lane;
     Warp& warp = engine.warps[self / 32];
-    const char* name = kind == Wait::warp ? "sync_warp" : "shuffle_xor";
+    const auto name_of = [](Wait wait) {
+        return wait == Wait::warp ? "sync_warp" : wait == Wait::mma ? "mma" : "shuffle_xor";
+    };
+    const char* name = name_of(kind);
     if (warp.lanes != 32)
         fail(join(name, ": the block ends within this warp, which has ", warp.lanes, " lanes (", at(where), ")"));
     if (warp.arrived > 0 && (warp.kind != kind || warp.mask != mask || !same(warp.where, where)))
         fail(join("divergent warp: ", name, " at ", at(where), " with mask ", mask, ", while other lanes wait at ",
-                  warp.kind == Wait::warp ? "sync_warp" : "shuffle_xor", " at ", at(warp.where), " with mask ",
-                  warp.mask));
+                  name_of(warp.kind), " at ", at(warp.where), " with mask ", warp.mask));
     warp.kind = kind;
     warp.where = where;
     const int set = warp.generation & 1;
     warp.mask = mask;
     if (value) warp.values[set][lane] = *value;
+    if (operands) warp.operands[set][lane] = *operands;
     if (++warp.arrived < 32) {
         wait_here(kind, 0, where);
         return set;
@@ -467,12 +473,18 @@ static int meet_warp(Wait kind, int mask, const float* value, const Where& where
     return set;
 }
 
-void warp_barrier(const Where& where) { meet_warp(Wait::warp, 0, nullptr, where); }
+void warp_barrier(const Where& where) { meet_warp(Wait::warp, 0, nullptr, nullptr, where); }
+
+const Operands* mma_operands(const Operands& own, const Where& where)
+{
+    const int set = meet_warp(Wait::mma, 0, nullptr, &own, where);
+    return engine.warps[engine.current / 32].operands[set];
+}
 
 float shuffle_xor(float value, int mask, const Where& where)
 {
     if (mask < 0 || mask > 31) fail(join("shuffle_xor: mask ", mask, " (", at(where), ")"));
-    const int set = meet_warp(Wait::shuffle, mask, &value, where);
+    const int set = meet_warp(Wait::shuffle, mask, &value, nullptr, where);
     return engine.warps[engine.current / 32].values[set][(engine.current % 32) ^ mask];
 }
 

@@ -57,6 +57,13 @@ void group_barrier(int id, int count, const Where& where);
 void warp_barrier(const Where& where);
 float shuffle_xor(float value, int mask, const Where& where);
 
+// What a lane brings to a product of matrices, two numbers of 16 bits in a word.
+struct Operands {
+    std::uint32_t a[4], b[2];
+};
+// Those of all lanes of the warp, until they meet again twice.
+const Operands* mma_operands(const Operands& own, const Where& where);
+
 // Shared memory of the block; what was never written is made of signalling NaNs.
 std::byte* shared_memory(int offset, std::int64_t bytes, const Where& where);
 extern bool race_checks;
