@@ -18,6 +18,13 @@ from pathlib import Path
 TUNED = ("scan/forward_tuned", "scan/backward_tuned", "norm", "norm_backward", "conv1d", "conv1d_backward")
 
 
+# What occupancy is reckoned with: kernels by file and pattern of their name, and most registers of a thread.
+MOST = (
+    ("conv1d", re.compile(r"conv_window<.*, 2>"), 96),  # 7 blocks of 96 threads on a multiprocessor
+    ("scan/forward_tuned", re.compile(r"scan_tuned<.*, 16, 8, 32, true>"), 168),  # 6 blocks of 64
+)
+
+
 def demangled(names: list[str]) -> dict[str, str]:
     """Names of kernels without namespaces and arguments, as kernel<float, 4>."""
     text = subprocess.run(
@@ -61,6 +68,8 @@ def main(log: str, expected: int) -> int:
         cells = [f"{r}+{s}" if s else str(r) for r, s in (row.get(a, (0, 0)) for a in architectures)]
         print(f"{label:64}", *(f"{cell:>8}" for cell in cells))
         faults += [f"{label} spills {s} bytes on sm_{a}" for a, (_, s) in row.items() if s and file in TUNED]
+        most = next((m for f, pattern, m in MOST if f == file and pattern.search(names[kernel])), 255)
+        faults += [f"{label} takes {r} of {most} registers on sm_{a}" for a, (r, _) in row.items() if r > most]
         if expected and len(row) != expected:
             faults.append(f"{label} was compiled for {len(row)} architectures, not for {expected}")
     missing = [file for file in TUNED if file not in {file for file, _ in table}]
