@@ -119,6 +119,21 @@ __device__ __forceinline__ void cp_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// ---- products of matrices of bfloat16 by a warp --------------------------------------------------------------------
+// D (16, 8) += A (16, 16) B (16, 8), sums in float. Of A and B a word has two neighbours, in a row of A or a column of
+// B, the first one in its lower half. With g = lane / 4 and q = lane % 4, a lane has those of A from [g][2q],
+// [g + 8][2q], [g][2q + 8], [g + 8][2q + 8] on, those of B from [2q][g], [2q + 8][g] on, and D[g][2q], D[g][2q + 1],
+// D[g + 8][2q], D[g + 8][2q + 1].
+__device__ __forceinline__ void multiply_add(float (&d)[4], const Vec<std::uint32_t, 4>& a,
+                                             const Vec<std::uint32_t, 2>& b)
+{
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // ---- between threads -----------------------------------------------------------------------------------------------
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 // Barrier `id` (1..15) of `count` threads of the block, whole warps.
@@ -131,15 +146,6 @@ __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ float shuffle_xor(float value, int mask)
 {
     return __shfl_xor_sync(0xffffffffu, value, mask);
-}
-// c (16, 8) += a (16, 16) b (16, 8), by a warp. With g = lane / 4, j = 2 (lane % 4), a lane has of c: rows g and g + 8,
-// columns j and j + 1 of each; of a, in pairs of columns: (g, j), (g + 8, j), (g, j + 8), (g + 8, j + 8); of b, in
-// pairs of rows: (j, g), (j + 8, g). Pairs of bfloat16, the lower half first; products and sums are float.
-__device__ __forceinline__ void mma(float (&c)[4], const Vec<std::uint32_t, 4>& a, const Vec<std::uint32_t, 2>& b)
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 }  // namespace vimcore::device

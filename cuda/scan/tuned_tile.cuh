@@ -94,11 +94,12 @@ struct TunedTile {
     device::Shared<float> BC;      // S > 1: [token][B (N) | C (N)]; S = 1: [B's state][token], [token][C's state]
     device::Shared<float> dt;      // float: [r][token]
     device::Shared<float> weight;  // float: [r][channel]
-    device::Shared<std::uint32_t> weights;  // 16 bits: [part][16 r][16 channels][lane][4 pairs], operands of mma
-    device::Shared<float> bias, D;          // [channel]; bias: float
-    device::Shared<T> q, u, z;              // [token][...] as they came; u twice
-    device::Shared<float> sum;              // [token][channel]: y of the other direction
-    device::Shared<float> spread;           // S = 1: [warp][token][lane]
+    device::Shared<std::uint32_t>
+        weights;                    // 16 bits: [part][16 r][16 channels][lane][4 pairs], operands of multiply_add
+    device::Shared<float> bias, D;  // [channel]; bias: float
+    device::Shared<T> q, u, z;      // [token][...] as they came; u twice
+    device::Shared<float> sum;      // [token][channel]: y of the other direction
+    device::Shared<float> spread;   // S = 1: [warp][token][lane]
 
     __device__ TunedTile(const TunedLayout& at, int base, int row)
         : steps(device::shared<float>(base + at.steps, Shape::channels * Shape::pitch)),
@@ -369,7 +370,7 @@ __device__ __forceinline__ void matrix_delta(const TunedTile<Shape>& tile, int u
                     const auto weight = tile.weights.template load<4>(4 * i);
 #pragma unroll
                     for (int j = DtParts<Shape>::parts - 1; j >= 0; j--)
-                        if (part + j < Shape::weight_parts) device::mma(x[m], weight, dt.part[j]);
+                        if (part + j < Shape::weight_parts) device::multiply_add(x[m], weight, dt.part[j]);
                 }
         };
         add(0);

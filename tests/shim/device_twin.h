@@ -134,6 +134,33 @@ void cp_async_wait()
     shim::wait_copies(Pending);
 }
 
+// ---- products of matrices of bfloat16 by a warp --------------------------------------------------------------------
+// Products are exact; of sums a device promises less than one rounding.
+inline void multiply_add(float (&d)[4], const Vec<std::uint32_t, 4>& a, const Vec<std::uint32_t, 2>& b,
+                         shim::Where where = shim::Where::current())
+{
+    float own[6];
+    std::memcpy(own, a.v, sizeof(a));
+    std::memcpy(own + 4, b.v, sizeof(b));
+    const auto* all = shim::exchange(own, where);
+    const auto half = [](float pair, int i) {
+        std::uint32_t bits;
+        std::memcpy(&bits, &pair, sizeof(bits));
+        bits = i == 0 ? bits << 16 : bits & 0xffff0000u;
+        std::memcpy(&pair, &bits, sizeof(bits));
+        return static_cast<double>(pair);
+    };
+    const int g = shim::lane() / 4, q = shim::lane() % 4;
+    for (int i = 0; i < 4; i++) {
+        double sum = d[i];
+        for (int k = 0; k < 16; k++)
+            sum += half(all[4 * g + k % 8 / 2][i / 2 + k / 8 * 2], k % 2) *
+                   half(all[4 * (2 * q + i % 2) + k % 8 / 2][4 + k / 8], k % 2);
+        const auto y = static_cast<float>(sum);
+        d[i] = shim::ulp_seed == 0 ? y : shim::off_by_ulps(y, y);
+    }
+}
+
 // ---- between threads -----------------------------------------------------------------------------------------------
 inline void sync_block(shim::Where where = shim::Where::current()) { shim::block_barrier(where); }
 inline void sync_group(int id, int count, shim::Where where = shim::Where::current())
@@ -144,28 +171,6 @@ inline void sync_warp(shim::Where where = shim::Where::current()) { shim::warp_b
 inline float shuffle_xor(float value, int mask, shim::Where where = shim::Where::current())
 {
     return shim::shuffle_xor(value, mask, where);
-}
-// Products are exact; of sums a device promises less than one rounding.
-inline void mma(float (&c)[4], const Vec<std::uint32_t, 4>& a, const Vec<std::uint32_t, 2>& b,
-                shim::Where where = shim::Where::current())
-{
-    const shim::Operands* lanes = shim::mma_operands({{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, where);
-    const auto half = [](std::uint32_t word, int i) {
-        const std::uint32_t bits = i == 0 ? word << 16 : word & 0xffff0000u;
-        float value;
-        std::memcpy(&value, &bits, sizeof(value));
-        return static_cast<double>(value);
-    };
-    const int lane = static_cast<int>(threadIdx.x) % warp_size, group = lane / 4, first = lane % 4 * 2;
-    for (int i = 0; i < 4; i++) {
-        const int upper = i / 2, column = first + i % 2;
-        double sum = c[i];
-        for (int k = 0; k < 16; k++)
-            sum += half(lanes[group * 4 + k % 8 / 2].a[upper + k / 8 * 2], k % 2) *
-                   half(lanes[column * 4 + k % 8 / 2].b[k / 8], k % 2);
-        const auto y = static_cast<float>(sum);
-        c[i] = shim::ulp_seed == 0 ? y : shim::off_by_ulps(y, y);
-    }
 }
 
 }  // namespace vimcore::device
