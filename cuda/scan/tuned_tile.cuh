@@ -82,8 +82,10 @@ __device__ __forceinline__ void sync_direction(int direction)
 {
     if constexpr (Shape::threads == device::warp_size)
         device::sync_warp();
+    else if (direction == 0)  // a number that is not a constant would take all 16 barriers
+        device::sync_group(1, Shape::threads);
     else
-        device::sync_group(1 + direction, Shape::threads);
+        device::sync_group(2, Shape::threads);
 }
 
 // The shared arrays of one direction. All but q are in the order of the scan.

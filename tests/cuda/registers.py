@@ -68,10 +68,11 @@ def main(log: str, expected: int) -> int:
         cells = [f"{r}+{s}" if s else str(r) for r, s in (row.get(a, (0, 0)) for a in architectures)]
         print(f"{label:64}", *(f"{cell:>8}" for cell in cells))
         faults += [f"{label} spills {s} bytes on sm_{a}" for a, (_, s) in row.items() if s and file in TUNED]
-        most = next((m for f, pattern, m in MOST if f == file and pattern.search(names[kernel])), 255)
-        faults += [f"{label} takes {r} of {most} registers on sm_{a}" for a, (r, _) in row.items() if r > most]
         if expected and len(row) != expected:
             faults.append(f"{label} was compiled for {len(row)} architectures, not for {expected}")
+    for (file, kernel), row in table.items():
+        for _, _, most in filter(lambda m: m[0] == file and m[1].search(names[kernel]), MOST):
+            faults += [f"{names[kernel]}: more than {most} registers" for c in row.values() if c[0] > most]
     missing = [file for file in TUNED if file not in {file for file, _ in table}]
     faults += [f"the log has no kernel of cuda/{file}.cu" for file in missing]
     print(*faults, f"{len(table)} kernels, {len(faults)} faults", sep="\n")

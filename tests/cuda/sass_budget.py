@@ -54,9 +54,9 @@ BUDGET: dict[tuple[int, int, int], dict[str, float]] = {
     (64, 2, 8): {"issue": 402, "ex2": 64, "lds": 20, "sts": 1, "shfl": 7},
 }
 
-# Everything that the forward scan with 16 states in a thread does for a token of 32 channels at a rank below 16, by type:
-# issue slots, and the clocks of its MUFU at 8 each. 16 exponentials of states, one of softplus, and for both directions
-# together two of the gate.
+# Everything that the forward scan with 16 states in a thread does for a token of 32 channels at a rank below
+# 16, by type: issue slots, and the clocks of its MUFU at 8 each: 16 exponentials of states, one of softplus,
+# and half of two for the gate, which both directions share.
 WHOLE = (16, 2, 16)
 WHOLE_BUDGET: dict[str, dict[str, float]] = {
     "bf16": {"whole issue": 128, "MUFU clocks": 144},

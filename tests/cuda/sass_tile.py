@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts everything that a warp of the forward scan issues for a tile, from its machine code; used by sass_budget.py.
+"""Counts all that a warp of the forward scan issues for a tile, from its machine code, for sass_budget.py.
 
-A path through the loop over tiles is the cheapest one that copies the next tile in, computes this one, stores it, and
-converts the next one, in a direction that comes first to its tiles, and in one that comes second, which also adds and
-gates. The mean of both is what a token costs. Inner loops but the recurrence are skipped where they can be: they are
-for longer rows than those of 16 states and a rank below 16, or for the one tile where the directions meet.
+A path through the loop over tiles is the cheapest one that copies the next tile in, computes this one,
+stores it, and converts the next one: in a direction that comes first to its tiles, and in one that comes
+second, which also adds and gates. The mean of both is what a token costs. Inner loops but the recurrence are
+skipped where they can be: they are for longer rows than those of 16 states and a rank below 16, or for the
+one tile where the directions meet.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def blocks_of(code: Code) -> dict[int, Block]:
 
 
 def loop_around(blocks: dict[int, Block], inside: int) -> tuple[int, int]:
-    """First block of the smallest loop around the block at `inside`, which is a loop itself, and the last one."""
+    """First and last block of the smallest loop around the block at `inside`, which is a loop itself."""
     loops = [(target, b.start) for b in blocks.values() for target in b.next if target <= b.start]
     around = [(head, end) for head, end in loops if head < inside < end]
     if not around:
@@ -73,7 +74,9 @@ def loop_around(blocks: dict[int, Block], inside: int) -> tuple[int, int]:
     return min(around, key=lambda loop: loop[1] - loop[0])
 
 
-def cheapest(blocks: dict[int, Block], loop: tuple[int, int], core: int, trips: int, needed: Counter[str]) -> Block:
+def cheapest(
+    blocks: dict[int, Block], loop: tuple[int, int], core: int, trips: int, needed: Counter[str]
+) -> Block:
     """The cheapest path from the loop's head to its end with the needed operations, as one block."""
     head, end = loop
     names = sorted(needed)
@@ -114,8 +117,10 @@ def tile(code: Code, channels: int, states: int, tokens: int) -> Tile:
     inside = [b for a, b in blocks.items() if loop[0] <= a <= loop[1] and a not in b.next]
     outputs = channels * tokens // 32  # of a lane
     copies = sum(b.operations["LDGSTS"] for b in inside)
-    common = Counter({"MUFU.EX2": blocks[core].operations["MUFU.EX2"] + outputs, "LDGSTS": copies, "STG": outputs // 4})
-    # z and the next tile to float, u twice: stores of shared memory in the delta, the recurrence and the conversion
+    common = Counter(
+        {"MUFU.EX2": blocks[core].operations["MUFU.EX2"] + outputs, "LDGSTS": copies, "STG": outputs // 4}
+    )
+    # by the delta, the recurrence and the conversion
     common["STS"] = sum(b.operations["STS"] for b in inside) + blocks[core].operations["STS"]
     gated = common + Counter({"MUFU.EX2": outputs, "MUFU.RCP": outputs})
     paths = [cheapest(blocks, loop, core, trips, needed) for needed in (common, gated)]
