@@ -5,11 +5,11 @@
 //   out = scale (y_forward + y_reverse) silu(z)
 // u, out, z (B, len, E); q (B, len, row), row >= R + 2N; state (B, N, E).
 // A block takes some channels of one image, with a warp or two for each direction, and walks through time in tiles, the
-// forward direction from the first tile, the reverse one from the last. Directions wait for each other in the middle
-// only. Whichever direction comes first to a tile
-// leaves its y as float in `sum`, the other one adds, scales and gates. What is in shared memory is in the order of the
-// scan, so that but for the addresses of rows both directions run the same code. A thread holds C channels x S states
-// in registers; N / S lanes share a channel. One step of the loop over tiles:
+// forward direction from the first tile, the reverse one from the last. Directions of one warp wait for each other in
+// the middle only. Whichever direction comes first to a tile leaves its y as float in `sum`, the other one adds, scales
+// and gates. What is in shared memory but q is in the order of the scan, so that but for the addresses of rows both
+// directions run the same code. A thread holds C channels x S states in registers; N / S lanes share a channel. One step
+// of the loop over tiles:
 //   delta   delta and delta u of the tile, float, once per token and channel; tokens beyond the end get delta 0, which
 //           leaves the states as they are
 //   scan    the recurrence; meanwhile u and q of the next tile, and z and sum of this one, are copied to shared memory
@@ -140,7 +140,7 @@ __device__ __forceinline__ void tile_scan(const TunedTile<Shape>& tile, float (&
 #pragma unroll
                 for (int j = 0; j < vector; j++) out[j] = y[i + j];
                 const int k = (first + i) / step, at = (first + i) % step;
-                tile.steps.template store<vector>(Shape::y_of(slot + k * slots, s + at), out);
+                tile.steps.template store<vector>(Shape::y_of(slot + k * slots, s) + at, out);
             }
         }
     }
@@ -256,9 +256,9 @@ __global__ void __launch_bounds__(2 * Shape::threads, tuned_blocks<Shape>)
     fetch(p.reverse ? tiles - 1 : 0, own, count_of(0), 0);
     device::cp_async_commit();
     device::cp_async_wait<0>();
-    sync_direction<Shape>(direction);
+    sync_direction<Shape>();
     convert_q(tile, a.rank, a.row, count_of(0), p.reverse, thread);
-    sync_direction<Shape>(direction);
+    sync_direction<Shape>();
 #pragma unroll 1
     for (int step = 0; step < tiles; step++) {
         const int left = tiles - 1 - step, count = count_of(step), u_at = (step & 1) * K * Shape::u_pitch;
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(2 * Shape::threads, tuned_blocks<Shape>)
         const bool finishes = writes && last && (Shape::straight || (both ? a.pass[1].finish : p.finish));
         if (second && step - left <= 2) device::sync_block();  // the other direction has written its first half
         tile_delta(tile, u_at, a.rank, a.row, count, p.reverse, thread);
-        sync_direction<Shape>(direction);
+        sync_direction<Shape>();
 
         const int to_next = count * row;
         if (left > 0)
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(2 * Shape::threads, tuned_blocks<Shape>)
         }
         tile_scan(tile, h, A, thread);
         device::cp_async_wait<0>();
-        sync_direction<Shape>(direction);
+        sync_direction<Shape>();
         if (meet) {
             device::sync_block();
             const TunedTile<Shape> other(layout, 0, a.row);
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(2 * Shape::threads, tuned_blocks<Shape>)
                          p.add && !both, finishes, a.aligned, a.inverse_scale},
                         count, live, thread);
         if (left > 0) convert_q(tile, a.rank, a.row, count_of(step + 1), p.reverse, thread);
-        sync_direction<Shape>(direction);
+        sync_direction<Shape>();
         own += to_next;
         place = Shape::straight ? own : place + to_next;
     }

@@ -76,16 +76,15 @@ struct TunedShape {
     }
 };
 
-// Waits for the threads of a direction, which alone share what is in its arrays.
+// Waits for the threads of a direction, which alone share what is in its arrays; or for all of the block, since of what
+// waits for fewer the compiler does not know that warps are together afterwards.
 template <class Shape>
-__device__ __forceinline__ void sync_direction(int direction)
+__device__ __forceinline__ void sync_direction()
 {
     if constexpr (Shape::threads == device::warp_size)
         device::sync_warp();
-    else if (direction == 0)  // a number that is not a constant would take all 16 barriers
-        device::sync_group(1, Shape::threads);
     else
-        device::sync_group(2, Shape::threads);
+        device::sync_block();
 }
 
 // The shared arrays of one direction. All but q are in the order of the scan.
@@ -223,8 +222,9 @@ __device__ __forceinline__ void convert_q_by(const TunedTile<Shape>& tile, int r
     static_assert(K * parts % Shape::threads == 0);
     if constexpr (!Shape::matrix) {
 #pragma unroll 1
-        for (int i = thread; i < K * (rank / W); i += Shape::threads) {
-            const int s = i % K, r = i / K * W;
+        for (int first = 0; first < K * (rank / W); first += Shape::threads) {  // the same way for all threads
+            const int s = (first + thread) % K, r = (first + thread) / K * W;
+            if (r >= rank / W * W) continue;
             const auto x = tile.q.template load<W>(place_of(s, count, reverse) * row + r);
 #pragma unroll
             for (int k = 0; k < W; k++) tile.dt[(r + k) * Shape::dt_pitch + s] = device::to_float(x[k]);
@@ -355,11 +355,12 @@ __device__ __forceinline__ void matrix_delta(const TunedTile<Shape>& tile, int u
 {
     constexpr int warps = Shape::threads / device::warp_size, M = Shape::matrices, W = matrix_wide<Shape>;
     constexpr int wide = Shape::wide;
-    static_assert(W % wide == 0);
+    static_assert(W % wide == 0 && Shape::tile % (8 * warps) == 0);
     const int lane = thread % device::warp_size, warp = thread / device::warp_size;
     const int fragments = Shape::ranks(rank) * M * device::warp_size;
-#pragma unroll 1
-    for (int t0 = 8 * warp; t0 < Shape::tile; t0 += 8 * warps) {
+#pragma unroll
+    for (int round = 0; round < Shape::tile / (8 * warps); round++) {
+        const int t0 = 8 * (round * warps + warp);
         float x[M][4] = {};  // channels 2m, 2m + 1 of this lane by two tokens
         const int at = place_of(t0 + lane / 4, count, reverse) * row;
         auto add = [&](int k) {
