@@ -8,8 +8,8 @@
 // forward direction from the first tile, the reverse one from the last. Directions of one warp wait for each other in
 // the middle only. Whichever direction comes first to a tile leaves its y as float in `sum`, the other one adds, scales
 // and gates. What is in shared memory but q is in the order of the scan, so that but for the addresses of rows both
-// directions run the same code. A thread holds C channels x S states in registers; N / S lanes share a channel. One step
-// of the loop over tiles:
+// directions run the same code. A thread holds C channels x S states in registers; N / S lanes share a channel. One
+// step of the loop over tiles:
 //   delta   delta and delta u of the tile, float, once per token and channel; tokens beyond the end get delta 0, which
 //           leaves the states as they are
 //   scan    the recurrence; meanwhile u and q of the next tile, and z and sum of this one, are copied to shared memory
