@@ -219,7 +219,7 @@ def second(call: Call, args: argparse.Namespace) -> None:
     call.together(
         [
             call.program(name, 90, library)
-            for name in [*call.programs(), f"gemm_check{call.suffix}"]
+            for name in [*call.programs(), *(f"{name}_check{call.suffix}" for name in ("gemm", "scan"))]
             if name in wrong
         ]
     )
