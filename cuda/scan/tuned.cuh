@@ -20,7 +20,7 @@
 
 #include <type_traits>
 
-#include "scan/tuned_tile.cuh"
+#include "scan/tuned_delta.cuh"
 
 namespace vimcore::cuda {
 
