@@ -17,7 +17,7 @@ from vimcore import _core, clip
 from vimcore.cli import main
 from vimcore.segmentation import FCN
 from vimcore.tools import search
-from vimcore.tools.embedders import open_embedder
+from vimcore.tools.embedders import open_embedder, unit
 from vimcore.tools.search_index import Index, cache_folder, checksum
 
 SIZES: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2}
@@ -113,7 +113,7 @@ def test_files_of_other_tasks(tmp_path: Path, photos: Path) -> None:
     image = _core.preprocess_image((photos / "digit 1" / "001.png").read_bytes(), "", embedder.steps)[None]
     with torch.no_grad():
         wanted = network.backbone.forward_features(torch.from_numpy(image)).mean(1).numpy()
-    assert np.allclose(embedder.images(image), wanted / np.linalg.norm(wanted), atol=1e-6)
+    assert np.allclose(unit(embedder.vectors(image)), wanted / np.linalg.norm(wanted), atol=1e-6)
 
 
 def collected(weights: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[search.Library, int]:

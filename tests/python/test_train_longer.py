@@ -11,8 +11,9 @@ from train_helpers import ONCE, SMALL, log
 from vimcore.cli import main
 from vimcore.tasks import read_settings
 from vimcore.train.checkpoint import read_checkpoint
-from vimcore.train.log import duration, read_log
+from vimcore.train.log import read_log
 from vimcore.train.schedule import Schedule
+from vimcore.utils.times import duration
 
 pytestmark = pytest.mark.slow
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 SUFFIXES = (".jpeg", ".jpg", ".pgm", ".png", ".ppm")
+STDIN = "-"  # a picture on standard input
 LARGEST = 2**31  # bytes of a picture file
 SHOWN = 12  # kinds in a message
 
@@ -17,7 +18,7 @@ SHOWN = 12  # kinds in a message
 def find_images(paths: Iterable[str], passed_over: Counter[str] | None = None) -> Iterator[str]:
     """Files as given; folders are walked for JPEG, PNG, PPM and PGM files."""
     for path in paths:
-        if os.path.isdir(path):
+        if path != STDIN and os.path.isdir(path):
             yield from walk(path, SUFFIXES, passed_over)
         else:
             yield path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures, and where the file has a text tower sentences, as unit vectors: by the file of any task."""
+"""Pictures, and where the file has a text tower sentences, as vectors: by the file of any task."""
 
 from __future__ import annotations
 
@@ -21,20 +21,31 @@ class Embedder(Protocol):
 
     Attributes:
         steps: how pictures become input.
+        frames: of a network of clips.
         reads_text: whether sentences have vectors, too.
     """
 
     steps: Preprocess
+    frames: int | None
     reads_text: bool
 
-    def images(self, images: Vectors) -> Vectors:
-        """(B, D) unit vectors of normalised images (B, C, H, W)."""
+    def vectors(self, images: Vectors) -> Vectors:
+        """(B, D) of normalised images (B, C, H, W), as the network gives them."""
+
+    def tokens(self, images: Vectors) -> Vectors:
+        """(B, L, D) normalised tokens of the images."""
 
     def text(self, sentence: str) -> tuple[Vectors, list[str]]:
         """(D,) unit vector, and what a reader should know."""
 
 
-def open_embedder(path: str, device: str = "cpu", threads: int | None = None) -> Embedder:
+def open_embedder(
+    path: str,
+    device: str = "cpu",
+    threads: int | None = None,
+    img_size: tuple[int, int] | None = None,
+    dtype: str = "float32",
+) -> Embedder:
     """What the file of weights offers; classifiers and backbones need no torch.
 
     Raises:
@@ -42,8 +53,11 @@ def open_embedder(path: str, device: str = "cpu", threads: int | None = None) ->
     """
     task = task_of_file(path)
     if task == "classify":
-        return _OfRuntime(Runtime(path, device, threads))
-    with required("search by this file", "clip" if task == "clip" else "dense"):
+        return _OfRuntime(Runtime(path, device, threads, img_size, dtype))
+    for name, given in (("img_size", img_size is not None), ("dtype", dtype != "float32")):
+        if given:
+            raise ValueError(f"{name}: of classifiers and backbones only; {path} is of another task ({task})")
+    with required("features of this file", "clip" if task == "clip" else "dense"):
         import torch
         import torchvision  # noqa: F401
     if threads is not None:
@@ -63,10 +77,14 @@ class _OfRuntime:
     reads_text = False
 
     def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.steps = runtime, runtime.picture_steps("search")
+        self.runtime, self.steps = runtime, runtime.picture_steps("features", clips=True)
+        self.frames = runtime.config["frames"]
 
-    def images(self, images: Vectors) -> Vectors:
-        return unit(self.runtime.embeddings(images))
+    def vectors(self, images: Vectors) -> Vectors:
+        return self.runtime.embeddings(images)
+
+    def tokens(self, images: Vectors) -> Vectors:
+        return self.runtime.features(images)
 
     def text(self, sentence: str) -> tuple[Vectors, list[str]]:
         raise ValueError("this file of weights has no text tower")
@@ -75,6 +93,7 @@ class _OfRuntime:
 class _OfBackbone:
     """A network for segmentation or detection: the mean of its backbone's tokens."""
 
+    frames: int | None = None
     reads_text = False
 
     def __init__(self, path: str, task: str, device: str) -> None:
@@ -85,15 +104,19 @@ class _OfBackbone:
         config, stored = self.backbone._config, model.preprocess
         steps = stored.rescaled(*config.img_size) if stored else Preprocess.default(config)
         if steps is None:
-            raise ValueError(f"{path}: takes no pictures, so none can be searched")
+            raise ValueError(f"{path}: takes no pictures, so none has features")
         self.steps = steps
 
-    def images(self, images: Vectors) -> Vectors:
+    def vectors(self, images: Vectors) -> Vectors:
+        found: Vectors = self.tokens(images).mean(1, dtype=np.float32)
+        return found
+
+    def tokens(self, images: Vectors) -> Vectors:
         import torch
 
         with torch.no_grad():
             tokens = self.backbone.forward_features(torch.from_numpy(images).to(self.device))
-        return unit(tokens.mean(1).cpu().numpy())
+        return np.asarray(tokens.cpu())
 
     def text(self, sentence: str) -> tuple[Vectors, list[str]]:
         raise ValueError("this file of weights has no text tower")
@@ -102,6 +125,7 @@ class _OfBackbone:
 class _OfTowers:
     """An image tower and a text tower."""
 
+    frames: int | None = None
     reads_text = True
 
     def __init__(self, path: str, device: str) -> None:
@@ -110,14 +134,17 @@ class _OfTowers:
         self.model, self.device = load(path, device), device
         steps = self.model.visual.preprocess
         if steps is None:
-            raise ValueError(f"{path}: takes no pictures, so none can be searched")
+            raise ValueError(f"{path}: takes no pictures, so none has features")
         self.steps = Preprocess(**steps)
 
-    def images(self, images: Vectors) -> Vectors:
+    def vectors(self, images: Vectors) -> Vectors:
         import torch
 
         with torch.no_grad():
-            return unit(self.model.encode_image(torch.from_numpy(images).to(self.device)).cpu().numpy())
+            return np.asarray(self.model.encode_image(torch.from_numpy(images).to(self.device)).cpu())
+
+    def tokens(self, images: Vectors) -> Vectors:
+        raise ValueError("tokens: an image-text model gives one vector a picture")
 
     def text(self, sentence: str) -> tuple[Vectors, list[str]]:
         from ..clip import Tokenizer

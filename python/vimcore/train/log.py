@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..utils.files import atomic, literal, named, shortened
+from ..utils.times import duration
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -264,13 +265,6 @@ class RunLog:
         if self.writes:
             with named(self.path):
                 self.file.close()
-
-
-def duration(seconds: float) -> str:
-    """Minutes and seconds, or hours as well: "4:05", "27:04:05"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _rewrite(path: Path, keep: Callable[[int, bytes], bool]) -> None:
