@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "find_images.h"
 
+#include <glob.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -79,6 +81,28 @@ void add(const std::string& path, Found& found)
         found.paths.push_back(path);
 }
 
+// Names by a pattern, in the order of their bytes; none where nothing matches.
+std::vector<std::string> matching(const std::string& pattern)
+{
+    std::vector<std::string> names;
+    ::glob_t matches{};
+    if (::glob(pattern.c_str(), GLOB_NOESCAPE | GLOB_NOSORT, nullptr, &matches) == 0)
+        names.assign(matches.gl_pathv, matches.gl_pathv + matches.gl_pathc);
+    ::globfree(&matches);
+    std::sort(names.begin(), names.end());
+    return names;
+}
+
+void add_named(const std::string& name, Found& found)
+{
+    std::error_code error;
+    std::vector<std::string> names;
+    if (name.find_first_of("*?[") != std::string::npos && !fs::exists(fs::symlink_status(name, error)))
+        names = matching(name);
+    if (names.empty()) names.push_back(name);
+    for (const std::string& each : names) add(each, found);
+}
+
 }  // namespace
 
 std::vector<std::string> read_list(const std::string& path)
@@ -101,11 +125,17 @@ std::vector<std::string> read_list(const std::string& path)
 Found find_images(const std::vector<std::string>& arguments)
 {
     Found found;
+    int readers = 0;
     for (const std::string& argument : arguments) {
-        if (argument.starts_with('@')) {
-            for (const std::string& line : read_list(argument.substr(1))) add(line, found);
+        readers += argument == standard_input || argument == "@-";
+        if (readers > 1) throw std::runtime_error("-: standard input can be read once");
+        if (argument == standard_input) {
+            found.paths.push_back(argument);
+        } else if (argument.starts_with('@')) {
+            for (const std::string& line : read_list(argument.substr(1)))
+                add_named(line == standard_input ? "./" + line : line, found);
         } else {
-            add(argument, found);
+            add_named(argument, found);
         }
     }
     return found;

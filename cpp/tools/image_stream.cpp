@@ -11,6 +11,7 @@
 #include <new>
 #include <system_error>
 
+#include "find_images.h"
 #include "vimcore/error.h"
 
 namespace vim_infer {
@@ -18,9 +19,27 @@ namespace {
 
 constexpr std::int64_t max_file = std::int64_t{1} << 31;
 
+[[noreturn]] void fail() { throw std::system_error(errno, std::generic_category()); }
+
+std::vector<unsigned char> read_standard_input()
+{
+    std::vector<unsigned char> bytes;
+    for (;;) {
+        const std::size_t at = bytes.size();
+        bytes.resize(std::max<std::size_t>(2 * at, 1 << 16));
+        const ::ssize_t done = ::read(STDIN_FILENO, bytes.data() + at, bytes.size() - at);
+        const int error = errno;
+        bytes.resize(at + static_cast<std::size_t>(std::max<::ssize_t>(done, 0)));
+        if (done == 0) return bytes;
+        errno = error;
+        if (done < 0 && errno != EINTR) fail();
+        if (bytes.size() > max_file) throw vimcore::Error("standard input holds more than 2 GiB");
+    }
+}
+
 std::vector<unsigned char> read_file(const std::string& path)
 {
-    const auto fail = [] { throw std::system_error(errno, std::generic_category()); };
+    if (path == standard_input) return read_standard_input();
     struct stat status;
     if (::stat(path.c_str(), &status) != 0) fail();
     if (!S_ISREG(status.st_mode)) throw vimcore::Error("not a regular file");  // opening alone may have effects

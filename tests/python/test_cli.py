@@ -407,6 +407,8 @@ def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
     [
         (["predict", "--weights", "w", "--jsn", "x.png"], "predict", "--jsn (did you mean --json?)"),
         (["plan", "--device-memry=8G"], "plan", "--device-memry=8G (did you mean --device-memory?)"),
+        (["predcit", "x.png"], "[-h]", "no command 'predcit' (did you mean predict?); see vimcore --help"),
+        (["frobnicate", "predict"], "[-h]", "no command 'frobnicate'; see vimcore --help"),
         (["info", "a", "b"], "info", "unrecognized arguments: b\n"),
         (["doctor", "--frobnicate"], "doctor", "unrecognized arguments: --frobnicate\n"),
         (["--threads", "doctor"], "[-h]", "unrecognized arguments: --threads\n"),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "files/atomic_file.h"
+#include "vimcore/atomic_file.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>

@@ -61,8 +61,12 @@ def _parser(
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """Like `parse_args`; unknown arguments are reported with the usage of the command they were given to."""
-    chosen = next((a for a in arguments if a in COMMANDS), None)
-    parser, own = _parser(chosen, arguments)
+    first = next((a for a in arguments if not a.startswith("-")), None)
+    parser, own = _parser(first if first in COMMANDS else None, arguments)
+    if first is not None and first not in COMMANDS:
+        close = difflib.get_close_matches(first, COMMANDS, 1, 0.6)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        parser.error(f"no command {first!r}{hint}; see vimcore --help")
     args, unknown = parser.parse_known_args(arguments)
     if not unknown:
         return args

@@ -14,6 +14,7 @@ from ..utils import options
 from ..utils.files import printable
 from ..utils.precision import FLOATS
 from .output import print_json
+from .progress import HELP as PROGRESS
 from .results import tell
 from .streams import complain
 
@@ -27,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         required=True,
         metavar="FILE",
-        help=".npz: arrays `features` and `images`, the pictures' names; .npy: the features alone; .csv: a row "
-        "a picture; .safetensors: `features`, the names as JSON in the metadata key vimcore.images",
+        help=".npz: arrays `features` and `images`, the pictures' names; .npy: the features alone; .csv: a "
+        "row a picture; .safetensors: `features`, the names as JSON in the metadata key vimcore.images",
     )
     parser.add_argument(
         "--tokens",
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="type of activations: float32, bfloat16, on cuda float16 (default: %(default)s)",
     )
+    parser.add_argument("--progress", action="store_true", help=PROGRESS)
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
 
@@ -66,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
     from ..tools.embedders import open_embedder
     from ..tools.features import SUFFIXES, Feature, features, write_features
     from ..tools.predict import inputs_of
-    from ..tools.prediction_files import check_suffix
+    from ..tools.prediction_files import check_out
 
-    suffix = check_suffix(args.out, SUFFIXES)
+    suffix = check_out(args.out, SUFFIXES)
     if args.tokens and suffix == ".csv":
         raise ValueError(
             f"out: with --tokens a picture has a table of its own, which {args.out} cannot hold; .npz can"
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             rows.append(feature.values)
 
     found = features(embedder, names, args.tokens, args.batch)
-    status = tell(found, len(names), passed_over, keep)
+    status = tell(found, len(names), passed_over, keep, args.progress)
     if not images:
         raise RuntimeError(f"no picture gave features, so nothing is written to {args.out}")
     values = np.stack(rows)

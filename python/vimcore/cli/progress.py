@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a command is, on stderr: as vim-infer shows it, where a terminal can draw a line over again."""
+"""How far a command is, on stderr, as vim-infer shows it: a line that is drawn over on a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from types import TracebackType
 
 from ..utils.times import duration
 
-_FIRST, _EVERY = 1.0, 0.2  # seconds: what is done at once needs no progress
+HELP = "show progress also where standard error is no terminal"
+FIRST, EVERY, EVERY_LINE = 2.0, 0.2, 5.0  # seconds: what is soon done needs no progress
 
 
 class Progress:
@@ -17,14 +18,16 @@ class Progress:
 
     Args:
         total: how many there are.
-        what: their name.
+        forced: show it at once, and also where there is no terminal: a new line now and then.
     """
 
-    def __init__(self, total: int, what: str = "images") -> None:
-        self.total, self.what, self.done = total, what, 0
-        self.shown = _is_terminal(sys.stderr) and not _is_terminal(sys.stdout)
+    def __init__(self, total: int, forced: bool = False) -> None:
+        self.total, self.forced, self.done = total, forced, 0
+        self.terminal = _is_terminal(sys.stderr)
+        self.shown = forced or (self.terminal and not _is_terminal(sys.stdout))
         self.begun = time.monotonic()
-        self.next = self.begun + _FIRST
+        self.next = self.begun + (0 if forced else FIRST)
+        self.told = forced  # something was, or will be
         self.drawn = False
 
     def __enter__(self) -> Progress:
@@ -39,14 +42,16 @@ class Progress:
         """So many are done; None: one more."""
         self.done = self.done + 1 if done is None else done
         now = time.monotonic()
-        if not self.shown or now < self.next or not self.done:
+        last = self.done == self.total and self.told
+        if not self.shown or not self.done or (now < self.next and not last):
             return
-        self.next = now + _EVERY
-        rate = self.done / (now - self.begun)
+        self.next = now + (EVERY if self.terminal else EVERY_LINE)
+        rate = self.done / max(now - self.begun, 1e-9)
         left = duration((self.total - self.done) / rate)
-        text = f"{self.done}/{self.total} {self.what}, {rate:.1f}/s, {left} left"
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-        self.drawn = True
+        before, after = ("\r\033[K", "") if self.terminal else ("", "\n")
+        text = f"{self.done}/{self.total} images, {rate:.1f}/s, {left} left"
+        print(before + text, end=after, file=sys.stderr, flush=True)
+        self.drawn, self.told = self.terminal, True
 
     def clear(self) -> None:
         """Takes the line away, before another is written."""

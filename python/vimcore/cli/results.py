@@ -27,13 +27,16 @@ R = TypeVar("R", bound=Result)
 Handle = Callable[[R, Mapping[str, int] | None], None]
 
 
-def tell(found: Iterable[R], total: int, passed_over: Mapping[str, int], handle: Handle[R]) -> int:
+def tell(
+    found: Iterable[R], total: int, passed_over: Mapping[str, int], handle: Handle[R], progress: bool
+) -> int:
     """Hands results on as they come, and says what failed; returns the exit status.
 
     Args:
         total: how many results there will be.
         passed_over: files that are no images by suffix.
         handle: of a result; with the last one it is also given what was passed over.
+        progress: show it at once, and also without a terminal.
 
     Raises:
         RuntimeError: there was no image.
@@ -41,14 +44,14 @@ def tell(found: Iterable[R], total: int, passed_over: Mapping[str, int], handle:
     failed = 0
     results, following = itertools.tee(found)
     next(following, None)
-    with Progress(total) as progress:
+    with Progress(total, progress) as bar:
         for result, later in itertools.zip_longest(results, following):
             if result.error is not None:
                 failed += 1
-                progress.clear()
+                bar.clear()
                 complain(f"{result.image}: {result.error}")
             handle(result, None if later else passed_over)
-            progress.advance()
+            bar.advance()
     if passed_over:
         complain(passed_over_text(passed_over))
     if total == 0:

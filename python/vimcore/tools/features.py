@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..results import NOT_FINITE, json_text
-from ..utils.files import atomic
+from ..utils.files import atomic, csv_row
 from .embedders import Embedder
 from .predict import BATCH, answers
 
@@ -67,9 +65,6 @@ def write_features(path: str, suffix: str, images: Sequence[str], values: NDArra
         elif suffix == ".npz":
             np.savez(file, features=values, images=np.array(images, np.str_))
         else:
-            text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="", write_through=True)
-            rows = csv.writer(text, lineterminator="\n")
-            rows.writerow(["image", *(f"f{i}" for i in range(values.shape[1]))])
+            file.write(csv_row(["image", *(f"f{i}" for i in range(values.shape[1]))]))
             for image, row in zip(images, values):
-                rows.writerow([image, *(f"{float(value):.9g}" for value in row)])
-            text.detach()
+                file.write(csv_row([image, *(f"{float(value):.9g}" for value in row)]))

@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
 from ..results import Prediction
-from ..utils.files import atomic
+from ..utils.files import atomic, csv_row
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 
@@ -27,15 +26,19 @@ class Writer(Protocol):
         """There are no more."""
 
 
-def check_suffix(path: str, suffixes: Sequence[str]) -> str:
-    """The suffix in small letters.
+def check_out(path: str, suffixes: Sequence[str]) -> str:
+    """The suffix in small letters, before the work begins whose results go there.
 
     Raises:
         ValueError: it is none of these.
+        OSError: the folder is not there, or cannot be written.
     """
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in suffixes:
         raise ValueError(f"out: expected a name that ends with {', '.join(suffixes)}, got {path}")
+    folder = os.path.dirname(path) or "."
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES if os.path.isdir(folder) else errno.ENOENT, "cannot write there", path)
     return suffix
 
 
@@ -52,7 +55,7 @@ def prediction_file(path: str, topk: int, classes: int, logits: bool) -> Iterato
         ValueError: there is no such format.
         ImportError: what the format needs is not installed.
     """
-    suffix = check_suffix(path, SUFFIXES)
+    suffix = check_out(path, SUFFIXES)
     columns = [
         name if rank == 1 else f"{name}_{rank}"
         for rank in range(1, min(topk, classes) + 1)
@@ -92,10 +95,8 @@ class _Csv:
     """A row a picture, the best class first; bytes of names as they are."""
 
     def __init__(self, file: IO[bytes], columns: Sequence[str], logits: bool) -> None:
-        self.logits, self.width = logits, len(columns)
-        self.text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="", write_through=True)
-        self.rows = csv.writer(self.text, lineterminator="\n")
-        self.rows.writerow(["image", *columns, "error"])
+        self.file, self.logits, self.width = file, logits, len(columns)
+        file.write(csv_row(["image", *columns, "error"]))
 
     def add(self, prediction: Prediction, passed_over: Mapping[str, int] | None) -> None:
         cells: list[str] = [""] * self.width
@@ -104,10 +105,10 @@ class _Csv:
             cells = [cell for row in found for cell in row]
             if self.logits and prediction.logits is not None:
                 cells += [f"{float(value):.9g}" for value in prediction.logits]
-        self.rows.writerow([prediction.image, *cells, prediction.error or ""])
+        self.file.write(csv_row([prediction.image, *cells, prediction.error or ""]))
 
     def end(self) -> None:
-        self.text.detach()
+        pass
 
 
 class _Parquet:

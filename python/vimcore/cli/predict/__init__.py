@@ -10,6 +10,7 @@ from ...data.named_files import HELP
 from ...utils import options
 from ...utils.precision import FLOATS
 from ...weights.metadata import task_of_file
+from ..progress import HELP as PROGRESS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="classifiers: write the predictions to FILE, .csv, .json (an array), .jsonl or .parquet; "
         "segmentation, detection: write masks and overlays into FOLDER",
     )
+    parser.add_argument("--progress", action="store_true", help=PROGRESS)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per image, or with --out FILE one of them"
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from ...utils.files import printable
 from ..output import print_json, print_table
 from ..results import as_json, as_lines, tell
+from ..streams import one_line
 
 
 def run(args: argparse.Namespace) -> int:
@@ -17,14 +18,14 @@ def run(args: argparse.Namespace) -> int:
     from ...results import Prediction
     from ...runtime import Runtime
     from ...tools.predict import BATCH, inputs_of, predict
-    from ...tools.prediction_files import SUFFIXES, check_suffix, prediction_file
+    from ...tools.prediction_files import SUFFIXES, check_out, prediction_file
 
     if args.out is not None:
-        check_suffix(args.out, SUFFIXES)
+        check_out(args.out, SUFFIXES)
     runtime = Runtime(args.weights, args.device, args.threads, args.img_size, args.dtype)
 
     def show(result: Prediction) -> None:
-        rows = [[f"{100 * p:7.3f} %", f"{i:>5}", label or ""] for i, label, p in result.top]
+        rows = [[f"{100 * p:7.3f} %", f"{i:>5}", one_line(label or "")] for i, label, p in result.top]
         print_table(rows, indent="  ")
         if args.logits:
             assert result.logits is not None
@@ -37,9 +38,10 @@ def run(args: argparse.Namespace) -> int:
     names = inputs_of(runtime.config["frames"], args.images, passed_over)
     found = predict(runtime, names, args.topk, args.batch or BATCH)
     if args.out is None:
-        return tell(found, len(names), passed_over, as_json(to_json) if args.json else as_lines(show))
+        lines = as_json(to_json) if args.json else as_lines(show)
+        return tell(found, len(names), passed_over, lines, args.progress)
     with prediction_file(args.out, args.topk, runtime.config["num_classes"], args.logits) as writer:
-        status = tell(found, len(names), passed_over, writer.add)
+        status = tell(found, len(names), passed_over, writer.add, args.progress)
     if args.json:
         print_json({"written": args.out, "images": len(names)}, ascii_only=False)
     else:

@@ -46,6 +46,5 @@ def run(args: argparse.Namespace) -> int:
     passed_over = Counter[str]()
     pictures = pictures_of(args.images, passed_over)
     found = detect(network, pictures, args.out)
-    return tell(
-        found, len(pictures), passed_over, as_json(Predicted.to_json) if args.json else as_lines(show)
-    )
+    lines = as_json(Predicted.to_json) if args.json else as_lines(show)
+    return tell(found, len(pictures), passed_over, lines, args.progress)
