@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -44,11 +45,35 @@ class Scored:
 @plain_text
 def plot_curves(logs: Mapping[str, Log], path: Path, scored: Scored) -> None:
     """Loss, scores, learning rate, gradient norm (or images a second) of runs by name."""
+    figure = new_figure(10.5, 7)
+    panels = list(figure.subplots(2, 2).flat)
+    _draw(logs, panels, scored)
+    if not scored.names:
+        figure.delaxes(panels[1])
+    names = ", ".join(shortened(name, NAME) for name in logs)
+    title = "Training of " + (names if len(logs) <= 3 else f"{len(logs)} runs")
+    figure.suptitle(title, color=INK, weight="bold", x=0.02, ha="left")
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+@plain_text
+def curve_figures(logs: Mapping[str, Log], scored: Scored) -> list[tuple[str, Figure]]:
+    """The panels of `plot_curves`, each a figure of its own, with their titles."""
+    figures = [new_figure(5.2, 3.4) for _ in range(4)]
+    panels = [figure.subplots() for figure in figures]
+    _draw(logs, panels, scored)
+    for figure in figures:
+        figure.tight_layout()
+    shown = [i for i in range(4) if i != 1 or scored.names]
+    return [(panels[i].get_title(loc="left"), figures[i]) for i in shown]
+
+
+def _draw(logs: Mapping[str, Log], panels: Sequence[Axes], scored: Scored) -> None:
     normed = any(np.isfinite(log.steps["grad_norm"]).any() for log in logs.values())
     last_of, label = ("grad_norm", "gradient norm") if normed else ("images_per_second", "images per second")
     titles = [scored.loss, scored.score, "learning rate", label]
-    figure = new_figure(10.5, 7)
-    loss, score, rate, last = panels = list(figure.subplots(2, 2).flat)
+    loss, score, rate, last = panels
     several = len(logs) > 1
     for i, log in enumerate(logs.values()):
         colour = COLOURS[i % len(COLOURS)]
@@ -70,8 +95,6 @@ def plot_curves(logs: Mapping[str, Log], path: Path, scored: Scored) -> None:
             _mark_best(score, log, scored.names[0], held_out, several)
         rate.plot(*_averaged(log.steps, "lr"), color=colour, lw=2)
         last.plot(*_averaged(log.steps, last_of), color=colour, lw=1.2)
-    if not scored.names:
-        figure.delaxes(score)
     for axes, text in zip(panels, titles):
         axes.set_title(text, color=INK, loc="left", fontsize=11)
         axes.set_xlabel("epoch", color=INK)
@@ -88,11 +111,6 @@ def plot_curves(logs: Mapping[str, Log], path: Path, scored: Scored) -> None:
     if not several and len(score.lines) > 1:
         lines = _score_legend(next(iter(logs.values())), scored)
         score.legend(handles=lines, frameon=False, fontsize=9, loc="lower right")
-    names = ", ".join(shortened(name, NAME) for name in logs)
-    title = "Training of " + (names if len(logs) <= 3 else f"{len(logs)} runs")
-    figure.suptitle(title, color=INK, weight="bold", x=0.02, ha="left")
-    figure.tight_layout()
-    save_figure(figure, path)
 
 
 def _plot_parts(axes: Axes, log: Log, parts: Mapping[str, tuple[str, ...]]) -> None:

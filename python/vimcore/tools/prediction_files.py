@@ -26,8 +26,11 @@ class Writer(Protocol):
         """There are no more."""
 
 
-def check_out(path: str, suffixes: Sequence[str]) -> str:
+def check_out(path: str, suffixes: Sequence[str], name: str = "out") -> str:
     """The suffix in small letters, before the work begins whose results go there.
+
+    Args:
+        name: of the option.
 
     Raises:
         ValueError: it is none of these.
@@ -35,7 +38,7 @@ def check_out(path: str, suffixes: Sequence[str]) -> str:
     """
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in suffixes:
-        raise ValueError(f"out: expected a name that ends with {', '.join(suffixes)}, got {path}")
+        raise ValueError(f"{name}: expected a name that ends with {', '.join(suffixes)}, got {path}")
     folder = os.path.dirname(path) or "."
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OSError(errno.EACCES if os.path.isdir(folder) else errno.ENOENT, "cannot write there", path)

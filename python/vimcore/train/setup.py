@@ -184,6 +184,7 @@ class Setup:
             epochs=s.epochs,
             updates=self.updates,
             notes=notes,
+            **({"samples": self.data.samples} if self.data.samples else {}),
         )
 
 
