@@ -1,6 +1,6 @@
 # Options, kernel translation units and image libraries.
 include(CMakeDependentOption)
-# The presets of CMakePresets.json build tests and examples.
+# The preset dev builds tests, examples and micro-benchmarks, asan and tsan the tests.
 option(VIMCORE_TESTS "Build the C++ tests" OFF)
 if(VIMCORE_TESTS AND BUILD_SHARED_LIBS)
   message(FATAL_ERROR "VIMCORE_TESTS: the tests look into the library, of which a shared one shows the interface only")

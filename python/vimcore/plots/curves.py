@@ -60,7 +60,7 @@ def plot_curves(logs: Mapping[str, Log], path: Path, scored: Scored) -> None:
 @plain_text
 def curve_figures(logs: Mapping[str, Log], scored: Scored) -> list[tuple[str, Figure]]:
     """The panels of `plot_curves`, each a figure of its own, with their titles."""
-    figures = [new_figure(5.2, 3.4) for _ in range(4)]
+    figures = [new_figure(4.6, 3.1) for _ in range(4)]
     panels = [figure.subplots() for figure in figures]
     _draw(logs, panels, scored)
     for figure in figures:
@@ -78,7 +78,8 @@ def _draw(logs: Mapping[str, Log], panels: Sequence[Axes], scored: Scored) -> No
     for i, log in enumerate(logs.values()):
         colour = COLOURS[i % len(COLOURS)]
         held_out = colour if several else ORANGE
-        loss.plot(*_averaged(log.steps, "loss"), color=colour, lw=1.2, alpha=0.55 if several else 1)
+        training: dict[str, Any] = {"color": colour, "marker": "." if len(log.steps["epoch"]) == 1 else None}
+        loss.plot(*_averaged(log.steps, "loss"), lw=1.2, alpha=0.55 if several else 1, **training)
         if not several:
             _plot_parts(loss, log, scored.parts)
         for weights, rows in log.evals.items():
@@ -93,8 +94,8 @@ def _draw(logs: Mapping[str, Log], panels: Sequence[Axes], scored: Scored) -> No
                 score.plot(rows["epoch"], 100 * rows[name], **colours, **style)
         if scored.names:
             _mark_best(score, log, scored.names[0], held_out, several)
-        rate.plot(*_averaged(log.steps, "lr"), color=colour, lw=2)
-        last.plot(*_averaged(log.steps, last_of), color=colour, lw=1.2)
+        rate.plot(*_averaged(log.steps, "lr"), lw=2, **training)
+        last.plot(*_averaged(log.steps, last_of), lw=1.2, **training)
     for axes, text in zip(panels, titles):
         axes.set_title(text, color=INK, loc="left", fontsize=11)
         axes.set_xlabel("epoch", color=INK)
