@@ -13,7 +13,7 @@ work=$(cd "$work" && pwd)
 step() { printf -- '-- %s\n' "$1"; }
 fail() { printf 'tests/package/wheel: %s\n' "$1" >&2; exit 1; }
 quietly() { "$@" >"$work/log" 2>&1 || { cat "$work/log"; fail "$*"; }; }
-bare() { (cd / && env -i PATH=/usr/bin:/bin HOME=/nowhere "$@"); }
+bare() { (cd / && env -i PATH=/usr/bin:/bin HOME=/nowhere PIP_DISABLE_PIP_VERSION_CHECK=1 "$@"); }
 
 # A Python of at least 3.12 with its headers: the first of those named, in $PYTHON312 or of the usual names, that will do.
 python312=
@@ -89,8 +89,9 @@ step 'one wheel for Python 3.12 and all later ones'
 wheel_by "$python312" "$work/stable"
 [[ $(basename "$wheel") == *-cp312-abi3-* ]] || fail "$wheel is not for the stable interface of Python 3.12"
 used_by "$python312" "$work/bare312"
-for later in python3.13 python3.14 python3.15; do
-    if "$later" -c '' 2>/dev/null; then used_by "$later" "$work/bare-$later"; fi
+for later in python3.13 python3.14 "$HOME"/.pyenv/versions/3.1[3-9]*/bin/python3; do # where there are some
+    "$later" -c '' 2>/dev/null || continue
+    used_by "$later" "$work/bare-later"
 done
 PATH="$work/own/build/bin:$PATH"
 
