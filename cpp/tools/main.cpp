@@ -70,8 +70,10 @@ int run(const std::vector<std::string>& words)
 
 int main(int count, char** words)
 {
+#ifndef _WIN32
     std::signal(SIGPIPE, SIG_IGN);  // writing says so too
     std::signal(SIGXFSZ, SIG_IGN);
+#endif
     try {
         const int status = run({words + (count > 0), words + count});
         vim_infer::flush();
