@@ -83,7 +83,10 @@ LoadedModel load_model(const RunOptions& options)
 {
     if (options.weights.empty()) throw UsageError("the argument --weights is required");
     LoadedModel loaded;
-    loaded.model = vimcore::Model::load(options.weights, options.device, options.img_height, options.img_width);
+    loaded.model = vimcore::Model::load(options.weights, {.device = options.device,
+                                                          .img_height = options.img_height,
+                                                          .img_width = options.img_width,
+                                                          .only = options.dtype});
     loaded.labels = vimcore::labels_of(loaded.model->config(), loaded.model->metadata());
     return loaded;
 }
@@ -174,7 +177,8 @@ bool all_finite(const float* values, std::int64_t count)
 int exit_status(const Counts& counts)
 {
     complain_passed_over(counts.passed_over);
-    if (counts.total == 0) throw std::runtime_error("no pictures found (JPEG, PNG, PPM, PGM)");
+    if (counts.total == 0)
+        throw std::runtime_error("no pictures found (JPEG, PNG, PPM, PGM, WebP, TIFF, BMP, GIF, AVIF)");
     if (counts.failed > 0)
         complain(std::to_string(counts.failed) + " of " + std::to_string(counts.total) + " images failed");
     return counts.failed > 0 ? 1 : 0;

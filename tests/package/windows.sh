@@ -42,7 +42,7 @@ EOF
 printf 'no picture\n' >pictures/bad.ppm
 printf 'pictures/one.ppm\r\npictures/deep\n' >list
 prefix=$(mktemp -d) # a new one: servers of an earlier run may still be at another
-trap 'rm -rf "$prefix"' EXIT
+trap '/usr/lib/wine/wineserver -w || true; rm -rf "$prefix"' EXIT
 export WINEDEBUG=-all WINEPREFIX=$prefix VIMCORE_ISA=baseline
 windows() { timeout 300 wine "$program" "$@"; }
 windows --version >/dev/null # sets Wine up
