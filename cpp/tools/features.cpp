@@ -50,7 +50,8 @@ int features(const std::vector<std::string>& words)
     arguments.note(
         "`features` are float32, one row per good picture in order. Their names: in .npz the array `images`, in\n"
         ".csv the first column, in .safetensors a JSON list in the metadata key vimcore.images; .npy has none.\n"
-        "All features are held in memory.");
+        "All features are held in memory. Networks of clips take folders of pictures, one a frame, and .npy\n"
+        "files (T, H, W, C) uint8.");
     if (!arguments.parse(words, options.images)) return 0;
     if (options.images.empty()) throw UsageError("no pictures given");
     if (out.empty()) throw UsageError("the argument --out is required");
@@ -90,9 +91,9 @@ int features(const std::vector<std::string>& words)
         names.push_back(path);
         return {};
     };
-    const Counts counts = run_pictures(options, loaded, find_images(options.images), compute, emit);
+    const Counts counts = run_pictures(options, loaded, find_inputs(options, loaded), compute, emit);
     const int status = exit_status(counts);
-    if (names.empty()) throw std::runtime_error("no picture gave features, so nothing is written to " + out);
+    if (names.empty()) throw std::runtime_error("nothing gave features, so nothing is written to " + out);
 
     const auto count = static_cast<std::int64_t>(names.size());
     const vimcore::Shape shape = all_tokens ? vimcore::Shape{count, length, width} : vimcore::Shape{count, pool_width};
@@ -104,7 +105,8 @@ int features(const std::vector<std::string>& words)
               std::to_string(counts.failed) + ", \"width\": " + std::to_string(all_tokens ? width : pool_width) +
               passed_over_json(counts.passed_over) + "}\n");
     else
-        print(out + ": features " + vimcore::to_string(shape) + " of " + std::to_string(count) + " pictures\n");
+        print(out + ": features " + vimcore::to_string(shape) + " of " + std::to_string(count) +
+              (config.frames > 0 ? " clips\n" : " pictures\n"));
     return status;
 }
 

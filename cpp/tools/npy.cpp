@@ -2,142 +2,154 @@
 #include "npy.h"
 
 #include <algorithm>
-#include <array>
-#include <bit>
-#include <cstdint>
-#include <stdexcept>
+#include <charconv>
+#include <cstring>
 #include <string_view>
 
-#include "text.h"
-#include "vimcore/atomic_file.h"
+#include "vimcore/error.h"
 
 namespace vim_infer {
 namespace {
 
-static_assert(std::endian::native == std::endian::little,
-              "NumPy's files and ZIP archives are written as memory has them");
+constexpr std::size_t magic_size = 8;        // with two bytes of the version
+constexpr std::size_t max_header = 1 << 16;  // bytes; NumPy's are a hundred
+constexpr std::size_t max_dimensions = 64;   // NumPy's own limit
 
-// What stands before the data of an array, a multiple of 64 bytes.
-std::string header(const std::string& type, const std::string& shape)
-{
-    std::string text = "{'descr': '" + type + "', 'fortran_order': False, 'shape': " + shape + ", }";
-    text.resize((10 + text.size() + 1 + 63) / 64 * 64 - 10 - 1, ' ');
-    text += '\n';
-    const auto length = static_cast<std::uint16_t>(text.size());
-    return std::string("\x93NUMPY\x01\0", 8) + std::string(reinterpret_cast<const char*>(&length), 2) + text;
-}
+[[noreturn]] void damaged() { throw vimcore::Error("not a NumPy array, or a damaged one"); }
 
-// Names as an array of text: UTF-32, all of the same length, zeros after the shorter ones.
-std::string text_array(const std::vector<std::string>& names)
-{
-    std::vector<std::u32string> decoded;
-    std::size_t longest = 1;
-    for (const std::string& name : names) {
-        decoded.push_back(code_points(name));
-        longest = std::max(longest, decoded.back().size());
-    }
-    std::string data = header("<U" + std::to_string(longest), "(" + std::to_string(names.size()) + ",)");
-    for (std::u32string& name : decoded) {
-        name.resize(longest, U'\0');
-        data.append(reinterpret_cast<const char*>(name.data()), 4 * longest);
-    }
-    return data;
-}
-
-std::uint32_t crc32(std::uint32_t crc, std::string_view data)
-{
-    static const auto table = [] {
-        std::array<std::uint32_t, 256> values{};
-        for (std::uint32_t i = 0; i < 256; i++) {
-            std::uint32_t value = i;
-            for (int bit = 0; bit < 8; bit++) value = value & 1 ? value >> 1 ^ 0xEDB88320u : value >> 1;
-            values[i] = value;
-        }
-        return values;
-    }();
-    crc = ~crc;
-    for (const char c : data) crc = table[(crc ^ static_cast<unsigned char>(c)) & 0xFF] ^ crc >> 8;
-    return ~crc;
-}
-
-class Archive {
+// The dictionary of a header, {'descr': '|u1', 'fortran_order': False, 'shape': (3, 5), }.
+class Dictionary {
 public:
-    explicit Archive(const std::string& path) : file_("features", path) {}
+    explicit Dictionary(std::string_view text) : text_(text) {}
 
-    void add(const std::string& name, std::string_view head, std::string_view data)
+    ArrayHeader read()
     {
-        Entry entry{name, crc32(crc32(0, head), data), head.size() + data.size(), at_};
-        if (at_ + entry.size > 0xFFFF0000u)
-            throw std::runtime_error(
-                "an archive .npz of 4 GiB or more is not written; name a .npy or .safetensors file");
-        put("PK\3\4" + numbers({20, 0x800, 0, 0, 0x21}) + about(entry) + entry.name);
-        put(head);
-        put(data);
-        entries_.push_back(entry);
-    }
-
-    void end()
-    {
-        const std::uint64_t begin = at_;
-        for (const Entry& entry : entries_)
-            put("PK\1\2" + numbers({20, 20, 0x800, 0, 0, 0x21}) + about(entry) + numbers({0, 0, 0, 0, 0}) +
-                number32(entry.at) + entry.name);
-        const auto count = static_cast<unsigned>(entries_.size());
-        put("PK\5\6" + numbers({0, 0, count, count}) + number32(at_ - begin) + number32(begin) + numbers({0}));
-        file_.commit();
+        ArrayHeader header;
+        bool descr = false, order = false, shape = false;
+        expect('{');
+        while (!taken('}')) {
+            const std::string key = quoted();
+            expect(':');
+            if (key == "descr" && !descr)
+                descr = (header.type = type(), true);
+            else if (key == "fortran_order" && !order)
+                order = (header.fortran_order = truth(), true);
+            else if (key == "shape" && !shape)
+                shape = (header.shape = numbers(), true);
+            else
+                damaged();
+            if (!taken(',')) {
+                expect('}');
+                break;
+            }
+        }
+        if (!descr || !order || !shape) damaged();
+        return header;
     }
 
 private:
-    struct Entry {
-        std::string name;
-        std::uint32_t crc;
-        std::uint64_t size, at;
-    };
+    bool taken(char wanted)
+    {
+        while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\n')) at_++;
+        if (at_ == text_.size() || text_[at_] != wanted) return false;
+        at_++;
+        return true;
+    }
+    void expect(char wanted)
+    {
+        if (!taken(wanted)) damaged();
+    }
+    std::string quoted()
+    {
+        const char quote = taken('\'') ? '\'' : '"';
+        if (quote == '"') expect('"');
+        const std::size_t end = text_.find(quote, at_);
+        if (end == std::string_view::npos) damaged();
+        const std::string found(text_.substr(at_, end - at_));
+        if (!std::all_of(found.begin(), found.end(), [](char c) { return c >= ' ' && c <= '~'; })) damaged();
+        at_ = end + 1;
+        return found;
+    }
+    std::string type()
+    {
+        if (taken('[')) throw vimcore::Error("expected uint8, got an array of records");
+        const std::string found = quoted();
+        if (found.size() < 3 || !std::strchr("|<>=", found[0])) return found;
+        const std::string_view bytes = std::string_view(found).substr(2);
+        int size = 0;
+        const auto [end, error] = std::from_chars(bytes.data(), bytes.data() + bytes.size(), size);
+        if (error != std::errc() || end != bytes.data() + bytes.size() || size < 1 || size > 64) return found;
+        switch (found[1]) {
+            case 'b':
+                return "bool";
+            case 'u':
+                return "uint" + std::to_string(8 * size);
+            case 'i':
+                return "int" + std::to_string(8 * size);
+            case 'f':
+                return "float" + std::to_string(8 * size);
+            case 'c':
+                return "complex" + std::to_string(8 * size);
+            default:
+                return found;
+        }
+    }
+    bool truth()
+    {
+        taken(' ');
+        for (const std::string_view word : {std::string_view("True"), std::string_view("False")}) {
+            if (!text_.substr(at_).starts_with(word)) continue;
+            at_ += word.size();
+            return word == "True";
+        }
+        damaged();
+    }
+    std::vector<std::int64_t> numbers()
+    {
+        std::vector<std::int64_t> found;
+        expect('(');
+        while (!taken(')')) {
+            std::int64_t value = 0;
+            const auto [end, error] = std::from_chars(text_.data() + at_, text_.data() + text_.size(), value);
+            if (error != std::errc() || value < 0 || found.size() == max_dimensions) damaged();
+            at_ = static_cast<std::size_t>(end - text_.data());
+            found.push_back(value);
+            if (!taken(',')) {
+                expect(')');
+                break;
+            }
+        }
+        return found;
+    }
 
-    static std::string numbers(std::initializer_list<unsigned> values)
-    {
-        std::string text;
-        for (const unsigned value : values) text += {static_cast<char>(value), static_cast<char>(value >> 8)};
-        return text;
-    }
-    static std::string number32(std::uint64_t value)
-    {
-        return numbers({static_cast<unsigned>(value & 0xFFFF), static_cast<unsigned>(value >> 16 & 0xFFFF)});
-    }
-    // What both headers of an entry have in common, to its extra field.
-    static std::string about(const Entry& entry)
-    {
-        return number32(entry.crc) + number32(entry.size) + number32(entry.size) +
-               numbers({static_cast<unsigned>(entry.name.size()), 0});
-    }
-    void put(std::string_view data)
-    {
-        file_.write(data.data(), data.size());
-        at_ += data.size();
-    }
-
-    vimcore::AtomicFile file_;
-    std::vector<Entry> entries_;
-    std::uint64_t at_ = 0;
+    std::string_view text_;
+    std::size_t at_ = 0;
 };
 
 }  // namespace
 
-void write_numpy(const std::string& path, bool archive, const std::vector<std::string>& images,
-                 const std::vector<float>& values, const vimcore::Shape& shape)
+ArrayHeader read_array_header(const RegularFile& file)
 {
-    const std::string head = header("<f4", vimcore::to_string(shape));
-    const std::string_view data(reinterpret_cast<const char*>(values.data()), 4 * values.size());
-    if (archive) {
-        Archive file(path);
-        file.add("features.npy", head, data);
-        file.add("images.npy", text_array(images), {});
-        return file.end();
-    }
-    vimcore::AtomicFile file("features", path);
-    file.write(head.data(), head.size());
-    file.write(data.data(), data.size());
-    file.commit();
+    unsigned char start[magic_size + 4] = {};
+    const std::size_t got = file.read(start, sizeof start, 0);
+    if (got < sizeof start || std::memcmp(start, "\x93NUMPY", 6) != 0 || start[6] < 1 || start[6] > 3) damaged();
+    const std::size_t length_bytes = start[6] == 1 ? 2 : 4;
+    std::size_t length = 0;
+    for (std::size_t i = length_bytes; i-- > 0;) length = length << 8 | start[magic_size + i];
+    if (length > max_header) damaged();
+    std::string text(length, '\0');
+    const auto begin = static_cast<std::int64_t>(magic_size + length_bytes);
+    if (file.read(text.data(), length, begin) < length) damaged();
+    ArrayHeader header = Dictionary(text).read();
+    header.data = begin + static_cast<std::int64_t>(length);
+    return header;
+}
+
+std::string shape_text(const std::vector<std::int64_t>& shape)
+{
+    std::string text = "(";
+    for (std::size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
+    return text + (shape.size() == 1 ? ",)" : ")");
 }
 
 }  // namespace vim_infer

@@ -11,7 +11,7 @@
 
 #include "arguments.h"
 #include "find_images.h"
-#include "npy.h"
+#include "numpy_file.h"
 #include "text.h"
 #include "vimcore/safetensors.h"
 

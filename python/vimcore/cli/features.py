@@ -87,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
             rows.append(feature.values)
 
     found = features(embedder, names, args.tokens, args.batch)
-    status = tell(found, len(names), passed_over, keep, args.progress)
+    status = tell(
+        found, len(names), passed_over, keep, args.progress, "clips" if embedder.frames else "images"
+    )
     if not images:
         raise RuntimeError(f"no picture gave features, so nothing is written to {args.out}")
     values = np.stack(rows)

@@ -28,7 +28,12 @@ Handle = Callable[[R, Mapping[str, int] | None], None]
 
 
 def tell(
-    found: Iterable[R], total: int, passed_over: Mapping[str, int], handle: Handle[R], progress: bool
+    found: Iterable[R],
+    total: int,
+    passed_over: Mapping[str, int],
+    handle: Handle[R],
+    progress: bool,
+    what: str = "images",
 ) -> int:
     """Hands results on as they come, and says what failed; returns the exit status.
 
@@ -37,6 +42,7 @@ def tell(
         passed_over: files that are no images by suffix.
         handle: of a result; with the last one it is also given what was passed over.
         progress: show it at once, and also without a terminal.
+        what: they are, clips or images.
 
     Raises:
         RuntimeError: there was no image.
@@ -55,9 +61,10 @@ def tell(
     if passed_over:
         complain(passed_over_text(passed_over))
     if total == 0:
-        raise RuntimeError(f"no pictures found ({FORMATS_TEXT})")
+        clips = "no clips found (folders of pictures, .npy files)"
+        raise RuntimeError(clips if what == "clips" else f"no pictures found ({FORMATS_TEXT})")
     if failed:
-        complain(f"{failed} of {total} images failed")
+        complain(f"{failed} of {total} {what} failed")
     return 1 if failed else 0
 
 

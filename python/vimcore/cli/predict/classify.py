@@ -36,12 +36,13 @@ def run(args: argparse.Namespace) -> int:
 
     passed_over = Counter[str]()
     names = inputs_of(runtime.config["frames"], args.images, passed_over)
+    what = "clips" if runtime.config["frames"] else "images"
     found = predict(runtime, names, args.topk, args.batch or BATCH)
     if args.out is None:
         lines = as_json(to_json) if args.json else as_lines(show)
-        return tell(found, len(names), passed_over, lines, args.progress)
+        return tell(found, len(names), passed_over, lines, args.progress, what)
     with prediction_file(args.out, args.topk, runtime.config["num_classes"], args.logits) as writer:
-        status = tell(found, len(names), passed_over, writer.add, args.progress)
+        status = tell(found, len(names), passed_over, writer.add, args.progress, what)
     if args.json:
         print_json({"written": args.out, "images": len(names)}, ascii_only=False)
     else:
