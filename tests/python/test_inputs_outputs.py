@@ -344,7 +344,7 @@ def test_an_old_file_survives_a_failure(
     out.write_bytes(b"old")
     done = program("features", "--weights", weights, "--out", out, pictures / "empty.jpg")
     assert done.returncode == 1
-    assert b"no picture gave features, so nothing is written" in done.stderr
+    assert b"nothing gave features, so nothing is written to" in done.stderr
     assert out.read_bytes() == b"old"
 
 

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         found, len(names), passed_over, keep, args.progress, "clips" if embedder.frames else "images"
     )
     if not images:
-        raise RuntimeError(f"no picture gave features, so nothing is written to {args.out}")
+        raise RuntimeError(f"nothing gave features, so nothing is written to {args.out}")
     values = np.stack(rows)
     write_features(args.out, suffix, images, values)
     if status and suffix == ".npy":
@@ -101,5 +101,6 @@ def run(args: argparse.Namespace) -> int:
         more = {"passed_over": dict(sorted(passed_over.items()))} if passed_over else {}
         print_json({**about, "width": values.shape[-1], **more}, ascii_only=False)
     else:
-        print(f"{printable(args.out)}: features {values.shape} of {len(images)} pictures")
+        what = "clips" if embedder.frames else "pictures"
+        print(f"{printable(args.out)}: features {values.shape} of {len(images)} {what}")
     return status
