@@ -24,7 +24,7 @@ from test_gpu_bench import RATES
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = Path(os.environ.get("VIMCORE_SHIM_PROGRAMS", ROOT / "build/release/tests/cuda"))
+PROGRAMS = Path(os.environ.get("VIMCORE_SHIM_PROGRAMS", ROOT / "build/dev/tests/cuda"))
 SANITIZER = """#!/bin/sh
 # Runs the program at the end of the command line.
 case "$*" in *racecheck*) echo '========= Race reported between Write access and Read access' ;; esac
