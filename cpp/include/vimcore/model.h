@@ -38,8 +38,9 @@ struct Saved {
     Tensor residual;  // (B, L, D) input of the final norm
     Buffer storage;
     std::size_t used = 0;  // bytes of the storage that the tensors take, from its beginning
+    Tensor lent;           // (bytes) u8, memory of the caller in the place of the storage, or none
 
-    // Points all tensors into the storage, which grows when it is too small.
+    // Points all tensors into the storage, which grows when it is too small, or into what was lent, which must do.
     void prepare(const Config& config, std::int64_t batch, DType dtype, Device device = Device::cpu());
     // Points all tensors into other memory: a copy of the `used` bytes of a Saved of the same mode and arguments.
     void attach(const Config& config, std::int64_t batch, DType dtype, Device device, void* data, std::size_t bytes);
@@ -47,6 +48,11 @@ struct Saved {
     void prepare_block(const BlockConfig& config, const Shape& shape, DType dtype, Device device = Device::cpu());
     void attach_block(const BlockConfig& config, const Shape& shape, DType dtype, Device device, void* data,
                       std::size_t bytes);
+
+    // Bytes that tensors take of a forward of these arguments, of a block's: no more than those of one image, times batch.
+    static std::size_t bytes(const Config& config, std::int64_t batch, DType dtype, Device device, Memory memory);
+    static std::size_t block_bytes(const BlockConfig& config, const Shape& shape, DType dtype, Device device,
+                                   Memory memory);
 
     static std::int64_t chunk(Memory memory);  // tokens between scan checkpoints: 64, fast 16
 };

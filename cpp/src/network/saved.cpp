@@ -46,6 +46,13 @@ std::size_t lay_out(Saved& saved, const BlockConfig& c, std::int64_t depth, cons
 
 void prepare(Saved& saved, const BlockConfig& c, std::int64_t depth, const Shape& shape, DType dtype, Device device)
 {
+    if (saved.lent) {
+        saved.used = lay_out(saved, c, depth, shape, dtype, device, saved.lent.data);
+        if (saved.used > saved.lent.bytes() || saved.lent.device != device)
+            throw std::invalid_argument("[Saved] memory: expected " + std::to_string(saved.used) + " bytes on " +
+                                        to_string(device) + ", got " + describe(saved.lent));
+        return;
+    }
     saved.used = lay_out(saved, c, depth, shape, dtype, device, saved.storage.data());
     if (saved.used <= saved.storage.bytes() && saved.storage.device() == device) return;
     saved.storage = Buffer();  // before the larger one is asked for
@@ -64,11 +71,29 @@ void attach(Saved& saved, const BlockConfig& c, std::int64_t depth, const Shape&
                                     " bytes that forward saved, got " + std::to_string(bytes));
 }
 
+std::size_t bytes_of(const BlockConfig& c, std::int64_t depth, const Shape& shape, DType dtype, Device device,
+                           Memory memory)
+{
+    Saved nothing;
+    nothing.memory = memory;
+    return lay_out(nothing, c, depth, shape, dtype, device, nullptr);
+}
+
 }  // namespace
 
 std::size_t lay_out(Saved& saved, const Config& config, std::int64_t batch, DType dtype, Device device, void* base)
 {
     return lay_out(saved, config, config.depth, config.tokens_shape(batch), dtype, device, base);
+}
+
+std::size_t Saved::bytes(const Config& c, std::int64_t images, DType dtype, Device device, Memory memory)
+{
+    return bytes_of(c, c.depth, c.tokens_shape(images), dtype, device, memory);
+}
+
+std::size_t Saved::block_bytes(const BlockConfig& c, const Shape& shape, DType dtype, Device device, Memory memory)
+{
+    return bytes_of(c, 1, shape, dtype, device, memory);
 }
 
 void Saved::prepare(const Config& c, std::int64_t images, DType dtype, Device device)
