@@ -44,7 +44,7 @@ struct Saved {
     void prepare(const Config& config, std::int64_t batch, DType dtype, Device device = Device::cpu());
     // Points all tensors into other memory: a copy of the `used` bytes of a Saved of the same mode and arguments.
     void attach(const Config& config, std::int64_t batch, DType dtype, Device device, void* data, std::size_t bytes);
-    // The same for one block on tokens of `shape`, (B, L, D).
+    // The same for one block on tokens of `shape`, (B, L, D), without the residual, which the caller keeps.
     void prepare_block(const BlockConfig& config, const Shape& shape, DType dtype, Device device = Device::cpu());
     void attach_block(const BlockConfig& config, const Shape& shape, DType dtype, Device device, void* data,
                       std::size_t bytes);
