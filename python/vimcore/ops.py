@@ -21,7 +21,7 @@ from torch import Tensor
 from . import _core
 from .autograd import operators
 from .autograd.block import block, block_parameters
-from .autograd.checks import refuse_layout, refuse_tracing, refuse_wrapped
+from .autograd.checks import is_followed, refuse_layout, refuse_tracing, refuse_wrapped
 from .autograd.tensors import (
     NAMES,
     activation_types,
@@ -58,7 +58,8 @@ def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"[{op}] {name}: expected a tensor, got {describe(tensor)}")
         refuse_wrapped(op, [name], [tensor])
-        refuse_layout(op, name, tensor)
+        if not is_followed():
+            refuse_layout(op, name, tensor)
         activation = name.split()[0] in _ACTIVATIONS
         autocast = autocast_type(tensor)
         if autocast is not None and tensor.is_floating_point():

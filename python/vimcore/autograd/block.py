@@ -16,13 +16,9 @@ from .library import (
     dense,
     empty,
     folded,
-    gradient,
-    last_derivative,
     looped,
-    multiply_adds,
     none,
     operator,
-    vmapped,
 )
 from .tensors import NAMES, aligned, exported, on_cuda, place, wide
 
@@ -109,7 +105,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.dtype, ctx.residual = x.dtype, residual is not None
 
 
-def _gradient(ctx: Any, dout: Maybe, dtotal: Maybe, _: Any) -> tuple[Any, ...]:
+def _gradient(ctx: Any, needed: Any, dout: Maybe, dtotal: Maybe, _: Any) -> tuple[Any, ...]:
     saved, total, *params = ctx.saved_tensors
     if dout is None and dtotal is None:
         return None, None, [None] * len(params), None, None, None, None
@@ -140,13 +136,13 @@ def _macs(x: Any, config: str) -> Any:
 
 
 _folded = folded(block, ["x", "residual"])
-gradient(block, _gradient, _setup)
-last_derivative(block_backward)
-vmapped(block, _rule)
-vmapped(block_backward, looped(block_backward))
-multiply_adds(block, lambda x, residual, params, config, *args: _macs(x, config))
-multiply_adds(
-    block_backward, lambda dout, dtotal, total, saved, params, config, *args: 2 * _macs(dout, config)
+block.gradient(_gradient, _setup)
+block_backward.last_derivative()
+block.vmapped(_rule)
+block_backward.vmapped(looped(block_backward))
+block.multiply_adds(lambda x, residual, params, config, *args: _macs(x, config))
+block_backward.multiply_adds(
+    lambda dout, dtotal, total, saved, params, config, *args: 2 * _macs(dout, config)
 )
 
 

@@ -71,10 +71,8 @@ def refuse_wrapped(op: str, names: Sequence[str], tensors: Sequence[Tensor]) -> 
             found = f"{given}: put the parameter back, or build a network without it"
         elif forward and forward_ad.unpack_dual(tensor).tangent is not None:
             found = f"a dual tensor of {_FORWARD_MODE}"
-        elif (
-            type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-            or isinstance(tensor, (FakeTensor, FunctionalTensor))
-            and is_followed()
+        elif type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ or (
+            isinstance(tensor, (FakeTensor, FunctionalTensor)) and is_followed()
         ):
             continue  # plain, or a subclass that adds methods to its memory, or seen by a tracer
         elif type(tensor).__name__ == "DTensor":

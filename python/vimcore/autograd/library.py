@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _core
@@ -22,8 +23,71 @@ LIBRARY = torch.library.Library("vimcore", "DEF")
 Rule = Callable[..., tuple[Any, Any]]
 
 
-def operator(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers an operator and gives what calls it.
+class Operator:
+    """An operator of torch, which may be called within transforms of torch.func as well.
+
+    Those take gradients of a Function alone, not of what was registered for an operator.
+    """
+
+    def __init__(self, op: Any) -> None:
+        self.op = op
+        self.name = op.name().removeprefix("vimcore::")
+        self.arguments = [argument.name for argument in op._schema.arguments]
+        self._transformed: Any = None
+        self._rule: Rule | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if (
+            not torch.compiler.is_dynamo_compiling()
+            and torch._C._functorch.peek_interpreter_stack() is not None
+        ):
+            leaves, spec = tree_flatten(args)
+            return self._transformed.apply(spec, *leaves)
+        return self.op(*args)
+
+    def gradient(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+        """`backward(ctx, needed, *gradients)` of what `setup(ctx, inputs, output)` saved.
+
+        `needed` says of every argument whether its gradient is wanted; gradients that are none are None.
+        """
+
+        def prepare(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            setup(ctx, inputs, output)
+
+        def run(ctx: Any, *gradients: Tensor | None) -> Any:
+            refuse_batched(gradients)
+            return backward(ctx, ctx.needs_input_grad, *gradients)
+
+        torch.library.register_autograd(self.op.name(), run, setup_context=prepare, lib=LIBRARY)
+        self._transformed = _transformed(self, backward, prepare)
+
+    def last_derivative(self) -> None:
+        """Of an operator that computes gradients: differentiating it is an error."""
+
+        def backward(ctx: Any, needed: Any, *gradients: Tensor | None) -> None:
+            raise RuntimeError("vimcore: second derivatives are not available (backward through a gradient)")
+
+        self.gradient(backward, lambda ctx, inputs, output: None)
+
+    def vmapped(self, rule: Rule) -> None:
+        """How `torch.vmap` runs the operator."""
+        self._rule = rule
+        if hasattr(torch.library, "register_vmap"):  # torch 2.5
+            torch.library.register_vmap(self.op.name(), rule, lib=LIBRARY)
+
+    def multiply_adds(self, formula: Callable[..., Any]) -> None:
+        """What FLOP counters say: two for each of `formula(*arguments)`, which sees shapes for tensors."""
+        packet = getattr(torch.ops.vimcore, self.name)
+        register_flop_formula(packet)(lambda *args, out_shape=None, **options: 2 * formula(*args, **options))
+        FORMULAS[self.op.name()] = formula
+
+
+FORMULAS: dict[str, Callable[..., Any]] = {}
+
+
+def operator(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Operator:
+    """Registers an operator.
 
     Args:
         kernel: computes, on the CPU and on CUDA.
@@ -34,52 +98,43 @@ def operator(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, kernel, device)
     torch.library.register_fake(f"vimcore::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.vimcore, name).default
+    return Operator(getattr(torch.ops.vimcore, name).default)
 
 
-def gradient(op: Any, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    """`backward(ctx, *gradients)` of what `setup(ctx, inputs, output)` saved; absent gradients are None."""
+def _transformed(call: Operator, gradient: Callable[..., Any], prepare: Callable[..., None]) -> Any:
+    """The operator as a Function whose arguments are flat: a tree, then its leaves."""
 
-    def prepare(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        setup(ctx, inputs, output)
+    def forward(spec: TreeSpec, *leaves: Any) -> Any:
+        out = call.op(*tree_unflatten(leaves, spec))
+        return tuple(out) if isinstance(out, list) else out
 
-    def run(ctx: Any, *gradients: Tensor | None) -> Any:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.spec = inputs[0]
+        prepare(ctx, tree_unflatten(inputs[1:], ctx.spec), output)
+
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         refuse_batched(gradients)
-        return backward(ctx, *gradients)
+        found = gradient(ctx, tree_unflatten(ctx.needs_input_grad[1:], ctx.spec), *gradients)
+        flat: list[Any] = [None]
+        for value, part in zip(found, ctx.spec.children()):
+            flat += value if isinstance(value, (list, tuple)) else [value] * part.num_leaves
+        return tuple(flat)
 
-    torch.library.register_autograd(op.name(), run, setup_context=prepare, lib=LIBRARY)
+    def vmap(info: Any, in_dims: tuple[Any, ...], spec: TreeSpec, *leaves: Any) -> Any:
+        assert call._rule is not None
+        out, dims = call._rule(info, tree_unflatten(in_dims[1:], spec), *tree_unflatten(leaves, spec))
+        return tuple(out) if isinstance(out, list) else out, dims
 
-
-def last_derivative(op: Any) -> None:
-    """Of an operator that computes gradients: differentiating it is an error."""
-
-    def backward(ctx: Any, *gradients: Tensor | None) -> None:
-        raise RuntimeError("vimcore: second derivatives are not available (backward through a gradient)")
-
-    torch.library.register_autograd(op.name(), backward, lib=LIBRARY)
-
-
-def multiply_adds(op: Any, formula: Callable[..., Any]) -> None:
-    """What FLOP counters say of an operator: two for each of `formula(*arguments)`, shapes for tensors."""
-    packet = getattr(torch.ops.vimcore, op.name().removeprefix("vimcore::"))
-    register_flop_formula(packet)(lambda *args, out_shape=None, **options: 2 * formula(*args, **options))
-    FORMULAS[op.name()] = formula
-
-
-FORMULAS: dict[str, Callable[..., Any]] = {}
+    members = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
+    return type(
+        f"Vimcore_{call.name}", (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()}
+    )
 
 
 # ---- vmap --------------------------------------------------------------------------------------------------
 
 
-def vmapped(op: Any, rule: Rule) -> None:
-    """How `torch.vmap` runs an operator; of a torch before 2.5 it says that it cannot."""
-    if hasattr(torch.library, "register_vmap"):
-        torch.library.register_vmap(op.name(), rule, lib=LIBRARY)
-
-
-def folded(op: Any, per_image: Sequence[str], lists: Sequence[int] = (), axis: int = 0) -> Rule:
+def folded(op: Operator, per_image: Sequence[str], lists: Sequence[int] = (), axis: int = 0) -> Rule:
     """The rule that makes one batch of several.
 
     Args:
@@ -87,21 +142,21 @@ def folded(op: Any, per_image: Sequence[str], lists: Sequence[int] = (), axis: i
         lists: of a list of tensors, the elements that begin with the batch.
         axis: of the results, that of the batch.
     """
-    names = [argument.name for argument in op._schema.arguments]
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         n, given = info.batch_size, []
-        for name, value, dim in zip(names, args, in_dims):
+        for name, value, dim in zip(op.arguments, args, in_dims):
             if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
                 dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(value)
                 given.append(
                     [
-                        _fold(v, d, n) if i in lists else _same(op, name, v, d)
+                        _fold(v, d, n) if i in lists else same_for_all(op.name, name, v, d)
                         for i, (v, d) in enumerate(zip(value, dims))
                     ]
                 )
             elif isinstance(value, Tensor):
-                given.append(_fold(value, dim, n) if name in per_image else _same(op, name, value, dim))
+                mine = name in per_image
+                given.append(_fold(value, dim, n) if mine else same_for_all(op.name, name, value, dim))
             else:
                 given.append(value)
         out = op(*given)
@@ -112,7 +167,7 @@ def folded(op: Any, per_image: Sequence[str], lists: Sequence[int] = (), axis: i
     return rule
 
 
-def looped(op: Any) -> Rule:
+def looped(op: Operator) -> Rule:
     """The rule that runs an operator once for each, whatever differs between them."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
@@ -129,12 +184,13 @@ def _fold(value: Tensor, dim: int | None, n: int) -> Tensor:
     return value.flatten(0, 1)
 
 
-def _same(op: Any, name: str, value: Tensor, dim: int | None) -> Tensor:
+def same_for_all(op: str, name: str, value: Tensor, dim: int | None) -> Tensor:
+    """The argument; TypeError where torch.vmap gives another one to every image."""
     if dim is None:
         return value
     raise TypeError(
-        f"[{op.name().removeprefix('vimcore::')}] {name}: torch.vmap over weights is not available; images may "
-        "differ, weights not: loop over the networks"
+        f"[{op}] {name}: expected the same in all of torch.vmap, got several: images may differ, weights may "
+        "not; loop over the networks"
     )
 
 

@@ -14,13 +14,9 @@ from .library import (
     dense,
     empty,
     folded,
-    gradient,
-    last_derivative,
     looped,
-    multiply_adds,
     none,
     operator,
-    vmapped,
 )
 from .tensors import exported, place, wide
 
@@ -83,8 +79,8 @@ norm = operator(
     lambda x, weight, bias, residual, kind, eps: (empty(x), empty(x, dtype=wide(x.dtype))),
 )
 norm_backward = operator(
-    "norm_backward(Tensor dout, Tensor? dtotal, Tensor total, Tensor weight, Tensor? bias, str kind, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "norm_backward(Tensor dout, Tensor? dtotal, Tensor total, Tensor weight, Tensor? bias, str kind,"
+    " float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _norm_backward,
     lambda dout, dtotal, total, weight, bias, kind, eps: _present(
         [
@@ -104,7 +100,7 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.dtype, ctx.residual = x.dtype, residual is not None
 
 
-def _norm_gradient(ctx: Any, dout: Maybe, dtotal: Maybe) -> tuple[Maybe, ...]:
+def _norm_gradient(ctx: Any, needed: Any, dout: Maybe, dtotal: Maybe) -> tuple[Maybe, ...]:
     total, weight, bias = ctx.saved_tensors
     if dout is None:
         dx = None if dtotal is None else dtotal.to(ctx.dtype)
@@ -116,12 +112,12 @@ def _norm_gradient(ctx: Any, dout: Maybe, dtotal: Maybe) -> tuple[Maybe, ...]:
     return dx, dweight, None if bias is None else dbias, dsum if ctx.residual else None, None, None
 
 
-gradient(norm, _norm_gradient, _norm_setup)
-last_derivative(norm_backward)
-vmapped(norm, folded(norm, ["x", "residual"]))
-vmapped(norm_backward, looped(norm_backward))
+norm.gradient(_norm_gradient, _norm_setup)
+norm_backward.last_derivative()
+norm.vmapped(folded(norm, ["x", "residual"]))
+norm_backward.vmapped(looped(norm_backward))
 for op in (norm, norm_backward):
-    multiply_adds(op, lambda *args: 0)  # as torch counts its own
+    op.multiply_adds(lambda *args: 0)  # as torch counts its own
 
 
 # ---- convolution: x (B, L, E), weight (E, K), bias (E) or None -> (B, L, E) --------------------------------
@@ -141,9 +137,7 @@ def _conv1d_backward(
     dout, x, weight, bias = _dense([dout, x, weight, bias])
     dx, dweight, dbias = _fresh([x, weight, bias])
     x_, weight_, bias_ = _exported([x, weight, bias])
-    _core.conv1d_backward(
-        x_, weight_, bias_, silu, reverse, *_exported([dout, dx, dweight, dbias]), place(x)
-    )
+    _core.conv1d_backward(x_, weight_, bias_, silu, reverse, *_exported([dout, dx, dweight, dbias]), place(x))
     return _present([dx, dweight, dbias], x)
 
 
@@ -167,7 +161,7 @@ def _conv1d_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _conv1d_gradient(ctx: Any, dout: Maybe) -> tuple[Maybe, ...]:
+def _conv1d_gradient(ctx: Any, needed: Any, dout: Maybe) -> tuple[Maybe, ...]:
     x, weight, bias = ctx.saved_tensors
     if dout is None:
         return None, None, None, None, None
@@ -175,12 +169,12 @@ def _conv1d_gradient(ctx: Any, dout: Maybe) -> tuple[Maybe, ...]:
     return (*_where([x, weight, bias], results), None, None)
 
 
-gradient(conv1d, _conv1d_gradient, _conv1d_setup)
-last_derivative(conv1d_backward)
-vmapped(conv1d, folded(conv1d, ["x"]))
-vmapped(conv1d_backward, looped(conv1d_backward))
-multiply_adds(conv1d, lambda x, weight, *args: x[0] * x[1] * weight[0] * weight[1])
-multiply_adds(conv1d_backward, lambda dout, x, weight, *args: 2 * x[0] * x[1] * weight[0] * weight[1])
+conv1d.gradient(_conv1d_gradient, _conv1d_setup)
+conv1d_backward.last_derivative()
+conv1d.vmapped(folded(conv1d, ["x"]))
+conv1d_backward.vmapped(looped(conv1d_backward))
+conv1d.multiply_adds(lambda x, weight, *args: x[0] * x[1] * weight[0] * weight[1])
+conv1d_backward.multiply_adds(lambda dout, x, weight, *args: 2 * x[0] * x[1] * weight[0] * weight[1])
 
 
 # ---- scan: u, delta, A, B, C, then D, z, delta_bias or None -> out (B, L, E) -------------------------------
@@ -222,7 +216,7 @@ def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _scan_gradient(ctx: Any, dout: Maybe) -> tuple[Maybe, ...]:
+def _scan_gradient(ctx: Any, needed: Any, dout: Maybe) -> tuple[Maybe, ...]:
     inputs = ctx.saved_tensors
     if dout is None:
         return (None,) * 10
@@ -230,12 +224,12 @@ def _scan_gradient(ctx: Any, dout: Maybe) -> tuple[Maybe, ...]:
     return (*_where(inputs, results), None, None)
 
 
-gradient(selective_scan, _scan_gradient, _scan_setup)
-last_derivative(selective_scan_backward)
-vmapped(selective_scan, folded(selective_scan, ["u", "delta", "B", "C", "z"]))
-vmapped(selective_scan_backward, looped(selective_scan_backward))
-multiply_adds(selective_scan, lambda u, delta, A, *args: 4 * u[0] * u[1] * A[0] * A[1])
-multiply_adds(selective_scan_backward, lambda dout, u, delta, A, *args: 8 * u[0] * u[1] * A[0] * A[1])
+selective_scan.gradient(_scan_gradient, _scan_setup)
+selective_scan_backward.last_derivative()
+selective_scan.vmapped(folded(selective_scan, ["u", "delta", "B", "C", "z"]))
+selective_scan_backward.vmapped(looped(selective_scan_backward))
+selective_scan.multiply_adds(lambda u, delta, A, *args: 4 * u[0] * u[1] * A[0] * A[1])
+selective_scan_backward.multiply_adds(lambda dout, u, delta, A, *args: 8 * u[0] * u[1] * A[0] * A[1])
 
 
 # ---- both scans: z (B, L, E), then u, q, A_log, D, dt_weight, dt_bias, forward then reverse -> (B, L, E) ---
@@ -315,7 +309,7 @@ def _both_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(output[1], output[2])
 
 
-def _both_gradient(ctx: Any, dout: Maybe, *states: Maybe) -> tuple[Any, ...]:
+def _both_gradient(ctx: Any, needed: Any, dout: Maybe, *states: Maybe) -> tuple[Any, ...]:
     z, first, second, *inputs = ctx.saved_tensors
     if dout is None:
         return None, [None] * len(inputs), None, None, None
@@ -329,9 +323,9 @@ def _both_macs(z: Any, inputs: Any, *args: Any) -> Any:
     return z[0] * z[1] * (scans + steps)
 
 
-gradient(bidirectional_scan, _both_gradient, _both_setup)
-last_derivative(bidirectional_scan_backward)
-vmapped(bidirectional_scan, folded(bidirectional_scan, ["z"], lists=(0, 1, 6, 7)))
-vmapped(bidirectional_scan_backward, looped(bidirectional_scan_backward))
-multiply_adds(bidirectional_scan, _both_macs)
-multiply_adds(bidirectional_scan_backward, lambda dout, z, inputs, *args: 2 * _both_macs(z, inputs))
+bidirectional_scan.gradient(_both_gradient, _both_setup)
+bidirectional_scan_backward.last_derivative()
+bidirectional_scan.vmapped(folded(bidirectional_scan, ["z"], lists=(0, 1, 6, 7)))
+bidirectional_scan_backward.vmapped(looped(bidirectional_scan_backward))
+bidirectional_scan.multiply_adds(_both_macs)
+bidirectional_scan_backward.multiply_adds(lambda dout, z, inputs, *args: 2 * _both_macs(z, inputs))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core import Config
-from ..autograd.checks import refuse_layout, refuse_wrapped
+from ..autograd.checks import is_followed, refuse_layout, refuse_wrapped
 from ..autograd.tensors import (
     NAMES,
     activation_types,
@@ -46,7 +46,8 @@ def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) ->
     images = from_device(images)
     if isinstance(images, Tensor):
         refuse_wrapped("VisionMamba", ["images"], [images])
-        refuse_layout("VisionMamba", "images", images)
+        if not is_followed():
+            refuse_layout("VisionMamba", "images", images)
     autocast = autocast_type(like)
     if autocast is not None and isinstance(images, Tensor) and images.is_floating_point():
         images = images.to(autocast)

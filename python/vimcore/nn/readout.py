@@ -14,20 +14,30 @@ from .._core import Config
 from ..utils.arguments import integer
 
 Weight = Callable[[str], Tensor]  # a parameter by its state-dict key
+Module = Callable[[Tensor], Tensor]
 
 
-def readout(tokens: Tensor, config: Config, weight: Weight, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
+def readout(
+    tokens: Tensor, config: Config, weight: Weight, head: Module, neck: Module | None = None
+) -> Tensor:
+    """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token.
+
+    Args:
+        neck: what narrows registers (B, n, D) to the readout; None: computed from its weights.
+    """
     if config.head_per_token:
         logits = head(tokens)
         return logits.amax(1) if config.pool == "max" else logits
-    return head(pooled(tokens, config, weight))
+    return head(pooled(tokens, config, weight, neck))
 
 
-def pooled(tokens: Tensor, config: Config, weight: Weight) -> Tensor:
+def pooled(tokens: Tensor, config: Config, weight: Weight, neck: Module | None = None) -> Tensor:
     """What a head that does not see every token sees: (B, readout width) of normalised tokens (B, L, D)."""
     if config.class_token == "registers":
-        return _through_neck(tokens[:, class_positions(tokens, config)], config, weight)
+        registers = tokens[:, class_positions(tokens, config)]
+        if neck is not None and config.neck_reduction > 1:
+            return neck(registers)
+        return _through_neck(registers, config, weight)
     if config.class_token == "double":
         return (tokens[:, 0] + tokens[:, -1]) / 2
     if config.class_token != "none":
@@ -47,6 +57,8 @@ def _through_neck(registers: Tensor, config: Config, weight: Weight) -> Tensor:
 
 def class_positions(tokens: Tensor, config: Config) -> list[int]:
     """Indices of the class tokens among tokens (B, L, D) of eval mode."""
+    if tokens.shape[1] == config.tokens:  # which a compiler knows
+        return config.class_positions
     patches = tokens.shape[1] - config.class_tokens
     return _core.class_places(config.class_token, patches, config.registers or 0)
 

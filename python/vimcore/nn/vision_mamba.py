@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from .._core import Config, Draws, Saved
-from ..autograd.checks import refuse_tracing, refuse_wrapped, tracing_refusal
-from ..autograd.draws import NONE, draw, draw_position
+from ..autograd.checks import is_followed, refuse_tracing, refuse_wrapped, tracing_refusal
+from ..autograd.draws import NONE, draw
 from ..autograd.network import Core, NetworkFunction, Request
 from ..positions import resize_pos_embed
 from ..utils.arguments import boolean, integer
 from . import saving
 from .base import NetworkBase
 from .constant import ENTERING, ConstantWeights
+from .following import Plan, follow, plan_of
 from .inputs import checked_images
+from .layerwise import layerwise
 from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
 from .readout import layer_indices, map_shape, patches_of, readout
 from .structure import Places, does_more, made
@@ -139,10 +141,10 @@ class VisionMamba(NetworkBase):
         if c.neck_reduction > 1:
             self.neck = empty(nn.Linear, embed_dim, embed_dim // c.neck_reduction, bias=False)
             trunc_normal(self.neck.weight, 0.02)
-            self.norm_neck = Scale(c.readout_width, norm == "layer")
+            self.norm_neck = Scale(c.readout_width, c.norm, c.norm_eps)
         self.head = self._new_head(c.num_classes)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.depth))
-        self.norm_f = Scale(embed_dim, norm == "layer")
+        self.norm_f = Scale(embed_dim, c.norm, c.norm_eps)
 
         weight = self.patch_embed.proj.weight
         trunc_normal(weight, math.sqrt(1 / weight[0].numel()) / 0.87962566103423978)
@@ -285,11 +287,15 @@ class VisionMamba(NetworkBase):
             ValueError: shape, type or device of the images or of a parameter do not fit.
             vimcore.Error: this CPU does not compute in bfloat16.
         """
-        if self._head_is_fused():
+        plan = self._known()
+        fused = plan.head_is_fused if isinstance(plan, Plan) else self._head_is_fused()
+        if fused:
             return self._call("logits", images)[0]
-        if self._config.class_token == "random" and self.training:
-            position = draw_position(self._config_for(images))
-            return self.head(self._call("tokens", images, position=position)[0][:, position])
+        if plan.class_token == "random" and self.training:
+            here = plan if isinstance(plan, Plan) else self._config_for(images)
+            position = torch.randint(0, here.patches + 1, ())
+            tokens = self._call("tokens", images, position=position)[0]
+            return self.head(tokens.index_select(1, position.view(1).to(tokens.device)).squeeze(1))
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -309,21 +315,25 @@ class VisionMamba(NetworkBase):
             indices: layers, negative ones count from the last; None: the last of each quarter. With
                 directions="block" a pair of layers has one output, that of its second (odd) layer.
         """
-        wanted = layer_indices(self._config, indices)
+        plan = self._known()
+        wanted = layer_indices(plan, indices)
         layers = tuple(sorted(set(wanted)))
         if not layers:
             return []
         outputs = self._call("layers", images, layers)
         grid = map_shape(self._config_for(images))
         maps = {
-            layer: patches_of(x, self._config).transpose(1, 2).unflatten(2, grid)
-            for layer, x in zip(layers, outputs)
+            layer: patches_of(x, plan).transpose(1, 2).unflatten(2, grid) for layer, x in zip(layers, outputs)
         }
         return [maps[layer] for layer in wanted]
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
-        return readout(tokens, self._config, self._weight, self.head)
+        return readout(tokens, self._known(), self._weight, self.head, self._neck)
+
+    def _neck(self, registers: Tensor) -> Tensor:
+        found: Tensor = self.norm_neck(self.neck(registers).flatten(1))
+        return found
 
     def _weight(self, name: str) -> Tensor:
         """A parameter by its state-dict key, also a parametrised one."""
@@ -346,21 +356,21 @@ class VisionMamba(NetworkBase):
         )
 
     def _call(
-        self, kind: str, images: Tensor, layers: tuple[int, ...] = (), position: int = -1
+        self, kind: str, images: Tensor, layers: tuple[int, ...] = (), position: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling():  # the core is not traced: a graph break
-            return torch.compiler.disable(VisionMamba._run)(self, kind, images, layers, position)
-        return self._run(kind, images, layers, position)
-
-    def _run(
-        self, kind: str, images: Tensor, layers: tuple[int, ...], position: int = -1
-    ) -> tuple[Tensor, ...]:
-        refuse_tracing("VisionMamba")
+        if is_followed():
+            refuse_tracing("VisionMamba")
+            plan = self._plan(kind, layers)
+            run = layerwise if plan.calls_modules else follow
+            return run(self, plan, kind, images, layers, position)
         entered = self._constant
         if entered and not (entered[-1].computed and torch.is_grad_enabled()):
             core, params, constant = entered[-1].core, entered[-1].params, entered[-1].weights
         else:
-            (core, params), constant = self._weights(), None
+            core, places, constant = *self._bound_places(), None
+            if places.called:
+                return layerwise(self, self._plan(kind, layers), kind, images, layers, position)
+            params = self._tensors(core, places)
         images = checked_images(images, params[0], self._config, self.dynamic_img_size)
         self._config_for(images)  # says which size is out of range
         differentiated = False
@@ -371,6 +381,22 @@ class VisionMamba(NetworkBase):
         if differentiated:
             return NetworkFunction.apply(core, request, constant, images, *params)
         return core.run(request, images, params, None, constant)
+
+    def _known(self) -> Plan | Config:
+        """What is known of the network: for a compiler in plain values."""
+        return self._plan("tokens", ()) if torch.compiler.is_compiling() else self._config
+
+    @torch.compiler.assume_constant_result
+    def _plan(self, kind: str, layers: tuple[int, ...]) -> Plan:
+        fused = self._head_is_fused()
+        config = self._config.replace(num_classes=self.num_classes if fused else 0)
+        return plan_of(self, config, self._made, fused, kind, layers)
+
+    @torch.compiler.assume_constant_result
+    def _plan_at(self, height: int, width: int) -> Plan:
+        """The same for images of another size."""
+        config = self._network().at(height, width)
+        return plan_of(self, config, self._made, self._head_is_fused(), "tokens", ())
 
     def _config_for(self, images: Any) -> Config:
         """The configuration with the size of these images, where any is allowed."""
@@ -391,9 +417,15 @@ class VisionMamba(NetworkBase):
         """The core's network, and its parameters in its order.
 
         Raises:
-            RuntimeError: something hangs on a submodule that a call would pass over.
+            RuntimeError: something hangs on a submodule that who reads weights alone would pass over.
             TypeError: a parameter is no plain tensor.
         """
+        core, places = self._bound_places()
+        if places.called:
+            raise RuntimeError(places.called[0])
+        return core, self._tensors(core, places)
+
+    def _bound_places(self) -> tuple[Core, Places]:
         core = self._network()
         places = self._places  # other threads may set it meanwhile
         if places is None or not places.hold(self):
@@ -405,9 +437,12 @@ class VisionMamba(NetworkBase):
                     "ignore these: build the network with their rope_grid, or put the constructor's back"
                 )
             self._places = places
+        return core, places
+
+    def _tensors(self, core: Core, places: Places) -> list[Tensor]:
         params = places.tensors(self)
         refuse_wrapped("VisionMamba", core.names, params)
-        return core, params
+        return params
 
     def _rotation_faults(self) -> list[str]:
         if not self._config.rope:
@@ -444,12 +479,14 @@ class VisionMamba(NetworkBase):
                 self._constant = tuple(other for other in self._constant if other is not constant)
         constant.check(self)
 
-    def _draws(self, kind: str, images: Tensor, position: int) -> Draws:
+    def _draws(self, kind: str, images: Tensor, position: Tensor | None) -> Draws:
         """The random draws of one forward in training; a position of the class token may be given."""
         if not self.training:
             return NONE
-        drawn = position < 0 and kind == "logits" and self._head_is_fused()
-        return draw(self._config_for(images), images, None if drawn else position)
+        drawn = position is None and kind == "logits" and self._head_is_fused()
+        return draw(
+            self._config_for(images), images, None if drawn else -1 if position is None else int(position)
+        )
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks for."""
