@@ -96,6 +96,12 @@ def refuse_forward_mode(op: str) -> None:
         raise TypeError(f"[{op}] torch.func.jvp: {_FORWARD_MODE}")
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work that takes gradients of Functions alone."""
+    level = torch._C._functorch.peek_interpreter_stack()
+    return level is not None and level.key() != torch._C._functorch.TransformType.Functionalize
+
+
 def differentiates_each() -> bool:
     """Whether gradients are wanted of every element of a torch.vmap on its own."""
     kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or []]
@@ -114,9 +120,10 @@ def refuse_layout(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"[{op}] {name}: expected a tensor with its memory, which was freed (resize_(0))")
 
 
-def refuse_batched(gradients: Sequence[Tensor | None]) -> None:
-    """TypeError for gradients that stand for many: backward computes one at a time."""
-    if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients):
+def refuse_batched(gradients: Sequence[Any]) -> None:
+    """TypeError for gradients, or lists of them, that stand for many: backward computes one at a time."""
+    flat = [g for gs in gradients for g in (gs if isinstance(gs, (list, tuple)) else [gs]) if g is not None]
+    if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in flat):
         raise TypeError(
             "vimcore: backward takes one gradient at a time, got a batch of them (is_grads_batched=True, "
             "jacobian(vectorize=True)): leave these options at False"

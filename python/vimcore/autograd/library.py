@@ -17,7 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _core
-from .checks import refuse_batched
+from .checks import is_transformed, refuse_batched
 
 LIBRARY = torch.library.Library("vimcore", "DEF")
 Rule = Callable[..., tuple[Any, Any]]
@@ -37,10 +37,7 @@ class Operator:
         self._rule: Rule | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if (
-            not torch.compiler.is_dynamo_compiling()
-            and torch._C._functorch.peek_interpreter_stack() is not None
-        ):
+        if not torch.compiler.is_dynamo_compiling() and is_transformed():
             leaves, spec = tree_flatten(args)
             return self._transformed.apply(spec, *leaves)
         return self.op(*args)

@@ -30,9 +30,7 @@ from .tensors import NAMES, aligned, exported, on_cuda, place
 
 Maybe = Tensor | None
 
-_SCHEMA = (
-    "str config, str kind, int[] layers, str memory, Tensor? drop_path, Tensor? dropout, Tensor? choices"
-)
+_SCHEMA = "str config, str outputs, str memory, Tensor? drop_path, Tensor? dropout, Tensor? choices"
 
 
 class _Cores:
@@ -69,9 +67,20 @@ def _shapes(config: str) -> Core:
     return Core(config_of(config))
 
 
+@functools.lru_cache(256)
+def parsed(outputs: str) -> tuple[str, tuple[int, ...]]:
+    """Kind and layers out of what an operator takes for them: an empty list would get lost in packages."""
+    kind, _, layers = outputs.partition(" ")
+    return kind, tuple(int(layer) for layer in layers.split(",")) if layers else ()
+
+
+def outputs_text(kind: str, layers: Sequence[int]) -> str:
+    """ "logits", "tokens" or "layers 1,3"."""
+    return f"{kind} {','.join(str(layer) for layer in layers)}" if layers else kind
+
+
 def _request(
-    kind: str,
-    layers: Sequence[int],
+    outputs: str,
     memory: str,
     drop_path: Maybe,
     dropout: Maybe,
@@ -79,7 +88,7 @@ def _request(
 ) -> Request:
     flip, position = (False, -1) if choices is None else choices.tolist()
     given = [None if t is None else exported(dense(t)) for t in (drop_path, dropout)]
-    return Request(kind, tuple(layers), _core.Draws(*given, bool(flip), position), memory)
+    return Request(*parsed(outputs), _core.Draws(*given, bool(flip), position), memory)
 
 
 def _size(images: Tensor, config: str, memory: str, batch: Any) -> int:
@@ -89,9 +98,10 @@ def _size(images: Tensor, config: str, memory: str, batch: Any) -> int:
 
 
 def _fake(
-    images: Tensor, params: Sequence[Tensor], config: str, kind: str, layers: Sequence[int], memory: str,
+    images: Tensor, params: Sequence[Tensor], config: str, outputs: str, memory: str,
     drop_path: Maybe, dropout: Maybe, choices: Maybe, save: bool, apart: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kind, layers = parsed(outputs)
     shape = _shapes(config).output_shape(kind, images)
     out = empty(images, (len(layers), *shape) if kind == "layers" else shape)
     size = images.shape[0] * _size(images, config, memory, 1) if save else 0
@@ -99,26 +109,26 @@ def _fake(
 
 
 def _network(
-    images: Tensor, params: Sequence[Tensor], config: str, kind: str, layers: Sequence[int], memory: str,
+    images: Tensor, params: Sequence[Tensor], config: str, outputs: str, memory: str,
     drop_path: Maybe, dropout: Maybe, choices: Maybe, save: bool, apart: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> logits (B, K), tokens (B, L, D) or outputs of layers (n, B, L, D), and what is saved with `save`."""
     images = dense(images)
     draws = (drop_path, dropout, choices)
-    out, bytes = _fake(images, params, config, kind, layers, memory, *draws, save, apart)
+    out, bytes = _fake(images, params, config, outputs, memory, *draws, save, apart)
     if images.shape[0] == 0:
         return out, bytes
-    core, request = CORES.of(config, params), _request(kind, layers, memory, *draws)
+    core, request = CORES.of(config, params), _request(outputs, memory, *draws)
     core.network.forward(
-        core.weights(params), exported(images), outputs_of(request, out if kind == "layers" else [out]),
+        core.weights(params), exported(images), outputs_of(request, out if request.layers else [out]),
         request.draws, place(images), _core.Saved.lent(memory, exported(bytes)) if save else None,
     )  # fmt: skip
     return out, bytes
 
 
 def _backward_fake(
-    dout: Tensor, images: Tensor, params: Sequence[Tensor], saved: Tensor, config: str, kind: str,
-    layers: Sequence[int], memory: str, drop_path: Maybe, dropout: Maybe, choices: Maybe,
+    dout: Tensor, images: Tensor, params: Sequence[Tensor], saved: Tensor, config: str, outputs: str,
+    memory: str, drop_path: Maybe, dropout: Maybe, choices: Maybe,
     wanted: Sequence[bool], of_images: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     total = layout(params, wanted)[0]
@@ -126,8 +136,8 @@ def _backward_fake(
 
 
 def _backward(
-    dout: Tensor, images: Tensor, params: Sequence[Tensor], saved: Tensor, config: str, kind: str,
-    layers: Sequence[int], memory: str, drop_path: Maybe, dropout: Maybe, choices: Maybe,
+    dout: Tensor, images: Tensor, params: Sequence[Tensor], saved: Tensor, config: str, outputs: str,
+    memory: str, drop_path: Maybe, dropout: Maybe, choices: Maybe,
     wanted: Sequence[bool], of_images: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> gradients of the wanted parameters in one buffer, and of the images (else empty)."""
@@ -137,11 +147,11 @@ def _backward(
     dimages = torch.zeros_like(images) if of_images else None
     if images.shape[0]:
         core = CORES.of(config, params)
-        request = _request(kind, layers, memory, drop_path, dropout, choices)
+        request = _request(outputs, memory, drop_path, dropout, choices)
         kept = aligned(saved[: _size(images, config, memory, images.shape[0])])
         core.network.backward(
             core.bound(params, copy=False).weights, exported(images), _core.Kept(exported(kept), memory),
-            outputs_of(request, dout if kind == "layers" else [dout]),
+            outputs_of(request, dout if request.layers else [dout]),
             _core.Gradients(exported(flat), offsets, exported(dimages)), request.draws, place(images),
         )  # fmt: skip
     return flat, none(images) if dimages is None else dimages
@@ -172,11 +182,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _gradient(ctx: Any, needed: Any, dout: Maybe, _: Any) -> tuple[Any, ...]:
     images, saved, drop_path, dropout, choices, *params = ctx.saved_tensors
-    nothing = None if ctx.options[2] else []  # for torch an empty list is one of tensors
-    rest = (None, None, nothing, None, None, None, None, None, None)
+    rest = (None,) * 8
     if dout is None:
         return None, [None] * len(params), *rest
-    config, kind, layers, _ = ctx.options
+    config, outputs, _ = ctx.options
+    kind, layers = parsed(outputs)
     of_images, of_params = needed[:2]
     names = _shapes(config).names
     wanted = [
@@ -212,7 +222,7 @@ def _rule(info: Any, in_dims: Any, images: Tensor, params: Sequence[Tensor], *re
         dropout = _batch(dropout, of_dropout, n)
     images = _batch(images, of_images, n)
     out, saved = network(images, params, *options, drop_path, dropout, choices, save, apart)
-    axis = 1 if options[1] == "layers" else 0
+    axis = 1 if parsed(options[1])[1] else 0
     return (out.unflatten(axis, (n, out.shape[axis] // n)), saved), (axis, None)
 
 
@@ -229,17 +239,17 @@ network_backward.vmapped(looped(network_backward))
 
 
 @functools.lru_cache(64)
-def _image_macs(config: str, kind: str, height: int, width: int) -> int:
+def _image_macs(config: str, outputs: str, height: int, width: int) -> int:
     """Of one image; without read-out where tokens are wanted."""
-    unread = {} if kind == "logits" else {"num_classes": 0, "neck_reduction": 1}
+    unread = {} if outputs == "logits" else {"num_classes": 0, "neck_reduction": 1}
     return config_of(config).replace(img_size=(height, width), **unread).flops()
 
 
-def _macs(images: Any, config: str, kind: str) -> Any:
-    return images[0] * _image_macs(config, kind, int(images[-2]), int(images[-1]))
+def _macs(images: Any, config: str, outputs: str) -> Any:
+    return images[0] * _image_macs(config, outputs, int(images[-2]), int(images[-1]))
 
 
-network.multiply_adds(lambda images, params, config, kind, *args: _macs(images, config, kind))
+network.multiply_adds(lambda images, params, config, outputs, *args: _macs(images, config, outputs))
 network_backward.multiply_adds(
-    lambda dout, images, params, saved, config, kind, *args: 2 * _macs(images, config, kind),
+    lambda dout, images, params, saved, config, outputs, *args: 2 * _macs(images, config, outputs),
 )

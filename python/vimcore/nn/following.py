@@ -13,7 +13,7 @@ from .._core import Config
 from ..autograd.checks import differentiates_each, refuse_wrapped
 from ..autograd.draws import Chances, Drawn, chances_of, drawn
 from ..autograd.network import takes_part
-from ..autograd.network_operator import network
+from ..autograd.network_operator import network, outputs_text
 from ..autograd.tensors import autocast_type
 from .inputs import checked_images
 from .structure import Made, Places
@@ -114,7 +114,7 @@ def follow(
     )
     apart = save and not torch.compiler.is_dynamo_compiling() and differentiates_each()
     out, _ = network(
-        images, params, plan.text, kind, list(layers), model.memory, draws.drop_path, draws.dropout,
+        images, params, plan.text, outputs_text(kind, layers), model.memory, draws.drop_path, draws.dropout,
         draws.choices(), save, apart,
     )  # fmt: skip
     return tuple(out.unbind(0)) if kind == "layers" else (out,)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..autograd.draws import Drawn
 from ..positions import embedded, resize_pos_embed, rope_tables
 from .following import Plan, draws_of, images_of
 from .parameters import Layer, normalised
-from .readout import readout
+from .readout import activations_like, readout
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -30,15 +29,8 @@ def layerwise(
     named = dict(model.named_parameters())
     images = images_of(model, plan._replace(names=tuple(named)), images, list(named.values()))
     draws = draws_of(model, plan, images, kind == "logits", position)
-    with _activations(images):
+    with activations_like(images):
         return _run(model, plan, kind, images, layers, draws)
-
-
-def _activations(images: Tensor) -> AbstractContextManager[Any]:
-    """Modules of torch compute in the type of the images beside parameters of a wider one."""
-    if images.dtype in _HALF:
-        return torch.autocast(images.device.type, images.dtype)
-    return nullcontext()
 
 
 def _run(
@@ -110,7 +102,8 @@ def _layer(
         h = _dropped(h, draws, index - 1)
     h = _reversed(h, reverse)
     r = None if r is None else _reversed(r, reverse)
-    own = {"memory": model.memory} if isinstance(layer, Layer) else {}
+    ours = type(layer) is Layer and "forward" not in vars(layer)
+    own = {"memory": model.memory} if ours else {}
     out, total = layer(h, r, **own)
     return _reversed(out, reverse), _reversed(total, reverse)
 

@@ -291,7 +291,8 @@ class Layer(_Part):
                 norm=facts.norm, norm_eps=facts.eps, memory=memory,
             )  # fmt: skip
         v = normalised(self.norm, x, residual)
-        own = {"memory": memory} if isinstance(self.mixer, Mixer) else {}
+        ours = type(self.mixer) is Mixer and "forward" not in vars(self.mixer)
+        own = {"memory": memory} if ours else {}
         return self.mixer(v, **own), x.to(_sum_type(x)) if residual is None else residual + x
 
 

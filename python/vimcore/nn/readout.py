@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,13 @@ from ..utils.arguments import integer
 
 Weight = Callable[[str], Tensor]  # a parameter by its state-dict key
 Module = Callable[[Tensor], Tensor]
+
+
+def activations_like(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Within, modules of torch compute in the 16-bit type of this tensor beside wide parameters."""
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(tensor.device.type, tensor.dtype)
+    return nullcontext()
 
 
 def readout(

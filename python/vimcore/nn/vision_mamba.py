@@ -26,7 +26,7 @@ from .following import Plan, follow, plan_of
 from .inputs import checked_images
 from .layerwise import layerwise
 from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
-from .readout import layer_indices, map_shape, patches_of, readout
+from .readout import activations_like, layer_indices, map_shape, patches_of, readout
 from .structure import Places, does_more, made
 
 Network = TypeVar("Network", bound="VisionMamba")
@@ -295,7 +295,8 @@ class VisionMamba(NetworkBase):
             here = plan if isinstance(plan, Plan) else self._config_for(images)
             position = torch.randint(0, here.patches + 1, ())
             tokens = self._call("tokens", images, position=position)[0]
-            return self.head(tokens.index_select(1, position.view(1).to(tokens.device)).squeeze(1))
+            with activations_like(tokens):
+                return self.head(tokens.index_select(1, position.view(1).to(tokens.device)).squeeze(1))
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -329,7 +330,8 @@ class VisionMamba(NetworkBase):
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
-        return readout(tokens, self._known(), self._weight, self.head, self._neck)
+        with activations_like(tokens):
+            return readout(tokens, self._known(), self._weight, self.head, self._neck)
 
     def _neck(self, registers: Tensor) -> Tensor:
         found: Tensor = self.norm_neck(self.neck(registers).flatten(1))
