@@ -7,6 +7,9 @@ bfloat16 on the CPU (the latter where the processor has a unit for it, see `vimc
 bfloat16 or float16 on CUDA. The others are float64 beside float64, else float32. `torch.autocast` converts.
 Arrays of other libraries on a CUDA device (CuPy, ...) are taken without a copy. What does not fit is a
 ValueError that names the argument. Second derivatives are an error.
+
+They are operators of torch as well (`torch.ops.vimcore`): torch.compile, torch.export, torch.func and FLOP
+counters follow them.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _core
+from .autograd import network_operator as network_operator  # for who loads what was exported
 from .autograd import operators
 from .autograd.block import block, block_parameters
 from .autograd.checks import is_followed, refuse_layout, refuse_tracing, refuse_wrapped
@@ -33,8 +37,17 @@ from .autograd.tensors import (
     require_unit,
     wide,
 )
+from .autograd.traced_flops import fvcore_handles
 
-__all__ = ["bidirectional_scan", "causal_conv1d", "layer_norm", "rms_norm", "selective_scan", "vim_block"]
+__all__ = [
+    "bidirectional_scan",
+    "causal_conv1d",
+    "fvcore_handles",
+    "layer_norm",
+    "rms_norm",
+    "selective_scan",
+    "vim_block",
+]
 
 
 # Arguments that may be of a 16-bit type; the others are float32 then.
@@ -42,7 +55,7 @@ _ACTIVATIONS = ("x", "u", "delta", "B", "C", "q", "z")
 
 
 def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
-    """The tensors, contiguous; the first one, an activation, says which type and device all must have."""
+    """The tensors; the first one, an activation, says which type and device all must have."""
     if torch.compiler.is_compiling():
         return [_converted(name, tensor) for name, tensor in tensors.items()]  # operators check as they run
     out: list[Any] = []
@@ -78,7 +91,7 @@ def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
             )
         if activation and not on_cuda(tensor):
             require_unit(f"[{op}] {name}", tensor.dtype)
-        out.append(tensor.resolve_neg().contiguous())
+        out.append(tensor)
     return out
 
 

@@ -14,6 +14,7 @@ from . import _core
 from .config import image_size, patch_grid
 
 
+@torch.compiler.assume_constant_result
 def class_rows(class_token: str, patches: int) -> list[int]:
     """Rows of a position table that belong to class tokens, for ``patches`` patches."""
     return _core.class_rows(class_token, patches)

@@ -181,13 +181,15 @@ def _fold(value: Tensor, dim: int | None, n: int) -> Tensor:
     return value.flatten(0, 1)
 
 
-def same_for_all(op: str, name: str, value: Tensor, dim: int | None) -> Tensor:
+def same_for_all(
+    op: str, name: str, value: Tensor, dim: int | None, remedy: str = "loop over the networks"
+) -> Tensor:
     """The argument; TypeError where torch.vmap gives another one to every image."""
     if dim is None:
         return value
     raise TypeError(
-        f"[{op}] {name}: expected the same in all of torch.vmap, got several: images may differ, weights may "
-        "not; loop over the networks"
+        f"[{op}] {name}: expected the same in all of torch.vmap, got several: images may differ, "
+        f"{name} may not; {remedy}"
     )
 
 

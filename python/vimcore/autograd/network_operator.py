@@ -215,7 +215,8 @@ def _rule(info: Any, in_dims: Any, images: Tensor, params: Sequence[Tensor], *re
     for name, p, dim in zip(_shapes(options[0]).names, params, of_params or [None] * len(params)):
         same_for_all("VisionMamba", name, p, dim)
     if choices is not None:
-        same_for_all("VisionMamba", "draws of flip and class position", choices, of_choices)
+        remedy = "torch.vmap(..., randomness='same')"
+        same_for_all("VisionMamba", "what is drawn for all tokens", choices, of_choices, remedy)
     if drop_path is not None:
         drop_path = _batch(drop_path, of_path, n, axis=1)
     if dropout is not None:

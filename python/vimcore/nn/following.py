@@ -59,10 +59,6 @@ class Plan(NamedTuple):
         """Names of the parameters."""
         return self.names
 
-    def to_dict(self) -> dict[str, Any]:
-        """The values by name."""
-        return self._asdict()
-
     def patches_at(self, height: int, width: int) -> int:
         """Number of patches of images of this size."""
         rows, columns = ((side - self.patch_size) // self.stride + 1 for side in (height, width))
@@ -107,7 +103,7 @@ def follow(
         position: of a random class token in training, where it was drawn before.
     """
     params = [parameter(model, name) for name in plan.names]
-    images = images_of(model, plan, images, params)
+    images = images_of(model, plan, images, plan.names, params)
     draws = draws_of(model, plan, images, kind == "logits", position)
     save = torch.is_grad_enabled() and (
         images.requires_grad or any(p.requires_grad for p, t in zip(params, plan.part) if t)
@@ -120,14 +116,25 @@ def follow(
     return tuple(out.unbind(0)) if kind == "layers" else (out,)
 
 
-def images_of(model: Any, plan: Plan, images: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """The images as operators take them.
+def at_size(model: Any, plan: Plan, images: Tensor) -> Plan:
+    """The plan for images of this size."""
+    height, width = images.shape[-2:]
+    if (height, width) == plan.img_size:
+        return plan
+    found: Plan = model._plan_at(height, width)
+    return found
+
+
+def images_of(
+    model: Any, plan: Plan, images: Tensor, names: Sequence[str], params: Sequence[Tensor]
+) -> Tensor:
+    """The images as operators take them beside parameters of these names.
 
     Raises:
         ValueError, TypeError: they, or a parameter, do not fit.
     """
     if not torch.compiler.is_dynamo_compiling():
-        refuse_wrapped("VisionMamba", plan.names, params)
+        refuse_wrapped("VisionMamba", names, params)
         return checked_images(images, params[0], model._config, model.dynamic_img_size)
     autocast = autocast_type(params[0])
     if autocast is not None:

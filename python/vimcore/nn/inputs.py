@@ -76,4 +76,4 @@ def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) ->
         raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}{remedy}")
     if not cuda:
         require_unit("[VisionMamba] images", images.dtype)
-    return images.resolve_neg().contiguous()
+    return images if is_followed() else images.resolve_neg().contiguous()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..autograd.draws import Drawn
-from ..positions import embedded, resize_pos_embed, rope_tables
-from .following import Plan, draws_of, images_of
+from ..positions import embedded, resize_pos_embed
+from .following import Plan, at_size, draws_of, images_of
 from .parameters import Layer, normalised
 from .readout import activations_like, readout
 
@@ -27,7 +27,7 @@ def layerwise(
     (directions="block") sees the tokens reversed, as in the authors' code.
     """
     named = dict(model.named_parameters())
-    images = images_of(model, plan._replace(names=tuple(named)), images, list(named.values()))
+    images = images_of(model, plan, images, list(named), list(named.values()))
     draws = draws_of(model, plan, images, kind == "logits", position)
     with activations_like(images):
         return _run(model, plan, kind, images, layers, draws)
@@ -36,7 +36,7 @@ def layerwise(
 def _run(
     model: Any, plan: Plan, kind: str, images: Tensor, layers: tuple[int, ...], draws: Drawn
 ) -> tuple[Tensor, ...]:
-    here = _here(model, plan, images)
+    here = at_size(model, plan, images)
     h, r = _embed(model, plan, here, images, draws).to(images.dtype), None
     turn = _rotation(model, here, images) if plan.rope else None
     outputs = []
@@ -62,12 +62,6 @@ def _run(
     return (readout(tokens, here, model._weight, model.head, model._neck),)
 
 
-def _here(model: Any, plan: Plan, images: Tensor) -> Any:
-    """The configuration at the size of these images."""
-    height, width = images.shape[-2:]
-    return plan if (height, width) == plan.img_size else model._plan_at(height, width)
-
-
 def _embed(model: Any, plan: Plan, here: Any, images: Tensor, draws: Drawn) -> Tensor:
     """The tokens (B, L, D) that enter the first layer."""
     patches = model.patch_embed(images)
@@ -85,7 +79,8 @@ def _embed(model: Any, plan: Plan, here: Any, images: Tensor, draws: Drawn) -> T
 
 
 def _rotation(model: Any, here: Any, images: Tensor) -> Any:
-    cos, sin = (table.to(images.device, _wide(images)) for table in rope_tables(here.to_dict()))
+    tables = model._rotations(*here.img_size)
+    cos, sin = [table.to(images.device, _wide(images)) for table in tables]
     return lambda x: model.rope(x, cos, sin)
 
 

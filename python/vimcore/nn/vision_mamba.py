@@ -17,12 +17,12 @@ from .._core import Config, Draws, Saved
 from ..autograd.checks import is_followed, refuse_tracing, refuse_wrapped, tracing_refusal
 from ..autograd.draws import NONE, draw
 from ..autograd.network import Core, NetworkFunction, Request
-from ..positions import resize_pos_embed
+from ..positions import resize_pos_embed, rope_tables
 from ..utils.arguments import boolean, integer
 from . import saving
 from .base import NetworkBase
 from .constant import ENTERING, ConstantWeights
-from .following import Plan, follow, plan_of
+from .following import Plan, at_size, follow, plan_of
 from .inputs import checked_images
 from .layerwise import layerwise
 from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
@@ -322,7 +322,7 @@ class VisionMamba(NetworkBase):
         if not layers:
             return []
         outputs = self._call("layers", images, layers)
-        grid = map_shape(self._config_for(images))
+        grid = map_shape(at_size(self, plan, images) if isinstance(plan, Plan) else self._config_for(images))
         maps = {
             layer: patches_of(x, plan).transpose(1, 2).unflatten(2, grid) for layer, x in zip(layers, outputs)
         }
@@ -399,6 +399,10 @@ class VisionMamba(NetworkBase):
         """The same for images of another size."""
         config = self._network().at(height, width)
         return plan_of(self, config, self._made, self._head_is_fused(), "tokens", ())
+
+    @torch.compiler.assume_constant_result
+    def _rotations(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        return rope_tables(self._network().at(height, width).to_dict())
 
     def _config_for(self, images: Any) -> Config:
         """The configuration with the size of these images, where any is allowed."""
