@@ -186,9 +186,9 @@ def test_pruned(part: str) -> None:
 def test_who_reads_weights_alone_refuses() -> None:
     model = build(SMALL).eval()
     model.layers[0].mixer.register_forward_hook(print)
-    with pytest.raises(RuntimeError, match=r"layers\.0\.mixer: has the hook print.*constant_weights"):
-        with model.constant_weights():
-            pass
+    message = r"layers\.0\.mixer: has the hook print.*constant_weights"
+    with pytest.raises(RuntimeError, match=message), model.constant_weights():
+        pass
 
 
 # ---- other modules -----------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Network, block, scans, convolution and norm as operators of torch: compiled, exported, transformed, counted."""
+"""Network, block, scans, convolution and norm as operators: compiled, exported, transformed, counted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 Model = vimcore.VisionMamba
 OPS = torch.ops.vimcore
 
-# L and the widths are multiples of 16: then no bytes lie unwritten between what is saved, and all can be compared.
+# L and widths are multiples of 16: no bytes lie unwritten between what is saved, and all can be compared.
 B, L, E, N, R, K, D = 2, 16, 32, 4, 2, 3, 16
 
 
@@ -39,7 +39,7 @@ def both() -> list[Tensor]:
     return [rand(B, L, E), rand(B, L, R + 2 * N), rand(E, N), rand(E), rand(E, R), rand(E)] * 2
 
 
-WHOLE = small(img_size=(16, 16), class_token="none", d_state=4)
+WHOLE = small(img_size=(16, 16), class_token="none", d_state=4, depth=1)
 
 
 def network(outputs: str, save: bool, memory: str = "lean") -> tuple[Any, ...]:
@@ -71,7 +71,7 @@ CALLS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
     "block, fast": lambda: (OPS.block, block("fast", False)),
     "logits": lambda: (OPS.network, network("logits", True)),
     "tokens": lambda: (OPS.network, network("tokens", True, "least")),
-    "layers": lambda: (OPS.network, network("layers 0,1", True, "fast")),
+    "layers": lambda: (OPS.network, network("layers 0", True, "fast")),
     "inference": lambda: (OPS.network, network("logits", False)),
 }
 
@@ -172,10 +172,9 @@ def test_compiled_training_by_aot_autograd(hang: Callable[[Model], None] | None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hang", [hook_on_head, hook_inside])
-@pytest.mark.parametrize("design", ["random", "sequence", "registers", "clips"])
-def test_compiled_training_of_hooked_networks(design: str, hang: Callable[[Model], None]) -> None:
-    compiled_step(design, "aot_eager", hang)
+@pytest.mark.parametrize("design", ["random", "sequence", "registers"])
+def test_compiled_training_of_hooked_networks(design: str) -> None:
+    compiled_step(design, "eager", hook_inside)
 
 
 def test_compiled_inference() -> None:
