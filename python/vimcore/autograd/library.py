@@ -13,34 +13,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _core
-from .checks import is_transformed, refuse_batched
+from .checks import is_followed, is_transformed, refuse_batched
 
 LIBRARY = torch.library.Library("vimcore", "DEF")
 Rule = Callable[..., tuple[Any, Any]]
 
 
 class Operator:
-    """An operator of torch, which may be called within transforms of torch.func as well.
+    """An operator of torch, and the same as a Function.
 
-    Those take gradients of a Function alone, not of what was registered for an operator.
+    Compilers and counters see the operator. Plain calls take the Function, which is faster than torch's
+    dispatcher, and so do transforms of torch.func, which follow no gradient of an operator.
     """
 
-    def __init__(self, op: Any) -> None:
+    def __init__(self, op: Any, kernel: Callable[..., Any]) -> None:
         self.op = op
+        self.kernel = kernel
         self.name = op.name().removeprefix("vimcore::")
         self.arguments = [argument.name for argument in op._schema.arguments]
-        self._transformed: Any = None
+        self._function: Any = None  # for plain calls
+        self._transformed: Any = None  # for torch.func, which wants it in two steps and slower
         self._rule: Rule | None = None
 
     def __call__(self, *args: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling() and is_transformed():
-            leaves, spec = tree_flatten(args)
-            return self._transformed.apply(spec, *leaves)
-        return self.op(*args)
+        if torch.compiler.is_dynamo_compiling():
+            return self.op(*args)
+        if not is_followed():
+            if not torch.is_grad_enabled():
+                return self.kernel(*args)
+            leaves, shape = _flat(args)
+            return self._function.apply(shape, *leaves)
+        if not is_transformed():
+            return self.op(*args)
+        leaves, shape = _flat(args)
+        return self._transformed.apply(shape, *leaves)
 
     def gradient(self, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
         """`backward(ctx, needed, *gradients)` of what `setup(ctx, inputs, output)` saved.
@@ -57,7 +66,7 @@ class Operator:
             return backward(ctx, ctx.needs_input_grad, *gradients)
 
         torch.library.register_autograd(self.op.name(), run, setup_context=prepare, lib=LIBRARY)
-        self._transformed = _transformed(self, backward, prepare)
+        self._function, self._transformed = _functions(self, backward, prepare)
 
     def last_derivative(self) -> None:
         """Of an operator that computes gradients: differentiating it is an error."""
@@ -95,37 +104,76 @@ def operator(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, kernel, device)
     torch.library.register_fake(f"vimcore::{name}", fake, lib=LIBRARY)
-    return Operator(getattr(torch.ops.vimcore, name).default)
+    return Operator(getattr(torch.ops.vimcore, name).default, kernel)
 
 
-def _transformed(call: Operator, gradient: Callable[..., Any], prepare: Callable[..., None]) -> Any:
-    """The operator as a Function whose arguments are flat: a tree, then its leaves."""
+Shape = tuple[int, ...]  # of every argument the number of its elements, -1 where it is no list
 
-    def forward(spec: TreeSpec, *leaves: Any) -> Any:
-        out = call.op(*tree_unflatten(leaves, spec))
+
+def _flat(args: Sequence[Any]) -> tuple[list[Any], Shape]:
+    """The arguments, lists replaced by their elements."""
+    leaves: list[Any] = []
+    for value in args:
+        if type(value) is list:
+            leaves += value
+        else:
+            leaves.append(value)
+    return leaves, tuple([len(value) if type(value) is list else -1 for value in args])
+
+
+def _nested(leaves: Sequence[Any], shape: Shape) -> list[Any]:
+    """The arguments that `_flat` took apart."""
+    args: list[Any] = []
+    at = 0
+    for count in shape:
+        args.append(leaves[at] if count < 0 else list(leaves[at : at + count]))
+        at += 1 if count < 0 else count
+    return args
+
+
+def _functions(call: Operator, gradient: Callable[..., Any], prepare: Callable[..., None]) -> tuple[Any, Any]:
+    """The operator as Functions of flat arguments: for plain calls, and for torch.func."""
+
+    def at_once(ctx: Any, shape: Shape, *leaves: Any) -> Any:
+        args = _nested(leaves, shape)
+        out = call.kernel(*args)
+        out = tuple(out) if isinstance(out, list) else out
+        ctx.shape = shape
+        prepare(ctx, tuple(args), out)
+        return out
+
+    def forward(shape: Shape, *leaves: Any) -> Any:
+        out = call.op(*_nested(leaves, shape))
         return tuple(out) if isinstance(out, list) else out
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.spec = inputs[0]
-        prepare(ctx, tree_unflatten(inputs[1:], ctx.spec), output)
+        ctx.shape = inputs[0]
+        prepare(ctx, tuple(_nested(inputs[1:], ctx.shape)), output)
 
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         refuse_batched(gradients)
-        found = gradient(ctx, tree_unflatten(ctx.needs_input_grad[1:], ctx.spec), *gradients)
+        found = gradient(ctx, _nested(ctx.needs_input_grad[1:], ctx.shape), *gradients)
         flat: list[Any] = [None]
-        for value, part in zip(found, ctx.spec.children()):
-            flat += value if isinstance(value, (list, tuple)) else [value] * part.num_leaves
+        for value, count in zip(found, ctx.shape):
+            if count < 0:
+                flat.append(value)
+            else:
+                flat += [None] * count if value is None else value
         return tuple(flat)
 
-    def vmap(info: Any, in_dims: tuple[Any, ...], spec: TreeSpec, *leaves: Any) -> Any:
+    def vmap(info: Any, in_dims: tuple[Any, ...], shape: Shape, *leaves: Any) -> Any:
         assert call._rule is not None
-        out, dims = call._rule(info, tree_unflatten(in_dims[1:], spec), *tree_unflatten(leaves, spec))
+        out, dims = call._rule(info, _nested(in_dims[1:], shape), *_nested(leaves, shape))
         return tuple(out) if isinstance(out, list) else out, dims
 
-    members = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
-    return type(
-        f"Vimcore_{call.name}", (torch.autograd.Function,), {k: staticmethod(f) for k, f in members.items()}
-    )
+    two_steps = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
+    one_step = {"forward": at_once, "backward": backward}
+    name = "Vimcore" + "".join(word.capitalize() for word in call.name.split("_"))
+
+    def function(members: dict[str, Callable[..., Any]]) -> Any:
+        return type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in members.items()})
+
+    return function(one_step), function(two_steps)
 
 
 # ---- vmap --------------------------------------------------------------------------------------------------
@@ -211,14 +259,16 @@ def config_of(text: str) -> _core.Config:
 
 def dense(tensor: Tensor) -> Tensor:
     """Contiguous, and its memory what its shape says."""
-    return tensor.resolve_conj().resolve_neg().contiguous()
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.resolve_neg().contiguous()
 
 
 def empty(like: Tensor, shape: Sequence[Any] | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous tensor beside `like`, of its shape and type where none is given."""
-    return torch.empty(
-        like.shape if shape is None else tuple(shape), dtype=dtype or like.dtype, device=like.device
-    )
+    if shape is None:
+        return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device)
 
 
 def none(like: Tensor) -> Tensor:
