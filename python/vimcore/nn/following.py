@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core import Config
-from ..autograd.checks import differentiates_each, refuse_wrapped
+from ..autograd.checks import differentiates_each, is_followed, refuse_wrapped
 from ..autograd.draws import Chances, Drawn, chances_of, drawn
 from ..autograd.network import takes_part
 from ..autograd.network_operator import network, outputs_text
@@ -135,7 +135,7 @@ def images_of(
     """
     if not torch.compiler.is_dynamo_compiling():
         refuse_wrapped("VisionMamba", names, params)
-        return checked_images(images, params[0], model._config, model.dynamic_img_size)
+        return checked_images(images, params[0], model._config, model.dynamic_img_size, is_followed())
     autocast = autocast_type(params[0])
     if autocast is not None:
         images = images.to(autocast)
