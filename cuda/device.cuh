@@ -13,6 +13,7 @@ namespace vimcore::device {
 
 inline constexpr int warp_size = 32;
 inline constexpr float log2e = 1.4426950408889634f;
+inline constexpr std::uint32_t tf32_bits = 0xffffe000u;  // of a float that multiply_add looks at
 
 // N elements that are read and written at once; the address is a multiple of the size (2, 4, 8 or 16 bytes).
 template <class T, int N>
@@ -130,6 +131,20 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask)
 {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+
+// ---- products of matrices by a warp --------------------------------------------------------------------------------
+// D (16 x 8) += A (16 x 8) B (8 x 8), in float, of elements of A and B cut off after 10 bits of fraction. The lane with
+// g = lane / 4 and q = lane % 4 has A[g][q], A[g + 8][q], A[g][q + 4], A[g + 8][q + 4]; B[q][g], B[q + 4][g]; and
+// D[g][2q], D[g][2q + 1], D[g + 8][2q], D[g + 8][2q + 1].
+__device__ __forceinline__ void multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1)
+{
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+__device__ __forceinline__ float tf32(float x) { return __uint_as_float(__float_as_uint(x) & tf32_bits); }
 
 }  // namespace vimcore::device
 

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <iterator>
 #include <stdexcept>
 #include <utility>
 
@@ -24,12 +25,15 @@ std::string in_small_letters(std::string name)
     return name;
 }
 
+// Those that only Python reads are among them: a picture is never passed over, but an error that says so.
+constexpr const char* picture_suffixes[] = {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg",
+                                            ".pbm",  ".pgm", ".png", ".pnm", ".ppm",  ".tif", ".tiff", ".webp"};
+
 bool is_picture(const std::string& name)
 {
     const std::string lower = in_small_letters(name);
-    for (const char* suffix : {".jpeg", ".jpg", ".pgm", ".png", ".ppm"})
-        if (lower.ends_with(suffix)) return true;
-    return false;
+    return std::any_of(std::begin(picture_suffixes), std::end(picture_suffixes),
+                       [&](const char* suffix) { return lower.ends_with(suffix); });
 }
 
 // Files of the system's own, which nobody misses.

@@ -16,8 +16,8 @@ struct Found {
     Kinds passed_over;  // in folders, beside the pictures; also linked folders, but no hidden files
 };
 
-// Files as given; folders walked, files before subfolders and names in order, for JPEG, PNG, PPM and PGM files; @FILE:
-// the lines of a file, each a picture or a folder. A folder that cannot be read stays in the list, to be reported.
+// Files as given; folders walked, files before subfolders and names in order, for pictures by suffix; @FILE: the
+// lines of a file, each a picture or a folder. A folder that cannot be read stays in the list, to be reported.
 // The same as vimcore/picture_files.py.
 Found find_images(const std::vector<std::string>& arguments);
 

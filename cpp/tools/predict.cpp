@@ -110,8 +110,8 @@ int predict(const std::vector<std::string>& words)
     arguments.flag("--json", format.json, "one JSON object per line and image");
     arguments.flag("--logits", format.logits, "show the logits of all classes too");
     arguments.note(
-        "Pictures are JPEG, PNG, PPM and PGM files. A bad one is reported and skipped; the exit status\n"
-        "is then 1. Other files of a folder are counted by kind.");
+        "Pictures are JPEG, PNG, PPM and PGM files. A bad one, or one of another format, is reported and\n"
+        "skipped; the exit status is then 1. Other files of a folder are counted by kind.");
     if (!arguments.parse(words, options.images)) return 0;
     if (options.images.empty()) throw UsageError("no pictures given");
 

@@ -174,7 +174,8 @@ bool all_finite(const float* values, std::int64_t count)
 int exit_status(const Counts& counts)
 {
     complain_passed_over(counts.passed_over);
-    if (counts.total == 0) throw std::runtime_error("no pictures found (JPEG, PNG, PPM, PGM)");
+    if (counts.total == 0)
+        throw std::runtime_error("no pictures found (JPEG, PNG, PPM, PGM, WebP, TIFF, BMP, GIF, AVIF)");
     if (counts.failed > 0)
         complain(std::to_string(counts.failed) + " of " + std::to_string(counts.total) + " images failed");
     return counts.failed > 0 ? 1 : 0;

@@ -13,9 +13,23 @@ namespace vimcore::cuda {
 
 namespace {
 
-bool is_aligned(const void* p, Index bytes)
+template <class Shape>
+constexpr int shared_bytes(int rank)  // of a direction
 {
-    return reinterpret_cast<std::uintptr_t>(p) % static_cast<std::uintptr_t>(bytes) == 0;
+    return back_warps * back_layout<Shape>(rank).floats * 4;
+}
+
+// Whether every thread may read and write all neighbours that it has at once: channels, and four ranks or columns.
+template <class Shape>
+bool is_wide(const ScanBackward& a)
+{
+    constexpr int wide = Shape::wide;
+    const Index inner = a.xz.size(2) / 2, rank = a.passes[0].dt_weight.size(1), row = a.passes[0].q.size(2);
+    return inner % wide == 0 && rank % 4 == 0 && row % 4 == 0 &&
+           device_scratch::aligned(wide, {a.xz, a.dxz, a.dout, a.out}) &&
+           std::all_of(a.passes.begin(), a.passes.end(), [](const ScanBackwardPass& p) {
+               return device_scratch::aligned(wide, {p.u, p.du}) && device_scratch::aligned(4, {p.q, p.dt_weight});
+           });
 }
 
 template <class Shape_>
@@ -23,13 +37,14 @@ void run(Context& ctx, const ScanBackward& a)
 {
     using T = typename Shape_::T;
     static_assert(Shape_::channels == device_scratch::back_channels(Shape_::states));
-    static_assert(Shape_::tile == device_scratch::back_tile && Shape_::C * Shape_::S == device_scratch::back_kept);
-    static_assert(Shape_::layout(1).bytes == device_scratch::back_shared(Shape_::states, 1) &&
-                  Shape_::layout(100).bytes == device_scratch::back_shared(Shape_::states, 100));
-    const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2, size = sizeof(T);
+    static_assert(Shape_::tile == device_scratch::back_tile && Shape_::kept == device_scratch::back_kept(Shape_::states));
+    static_assert(shared_bytes<Shape_>(1) == device_scratch::back_shared(Shape_::states, 1) &&
+                  shared_bytes<Shape_>(16) == device_scratch::back_shared(Shape_::states, 16) &&
+                  shared_bytes<Shape_>(100) == device_scratch::back_shared(Shape_::states, 100));
+    const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
     const Index state = Shape_::states, rank = a.passes[0].dt_weight.size(1), row = a.passes[0].q.size(2);
     const auto directions = static_cast<int>(a.passes.size());
-    const int bytes = directions * Shape_::layout(static_cast<int>(rank)).bytes;
+    const int bytes = directions * shared_bytes<Shape_>(static_cast<int>(rank));
 
     Arena::Scope scope(arena_of(ctx));
     const device_scratch::TunedBackward own = device_scratch::tuned_backward(ctx, a);
@@ -49,7 +64,6 @@ void run(Context& ctx, const ScanBackward& a)
     s.dout = a.dout.as<T>();
     s.out = a.out.as<T>();
     s.sum = static_cast<float*>(own.sum.data);
-    s.wide_q = rank % 4 == 0 && row % 4 == 0;
     const Index units = own.units, blocks = units * s.groups;
     s.segment_tiles = static_cast<int>(own.segment / Shape_::tile);
     s.segments = static_cast<int>(own.segments);
@@ -70,7 +84,6 @@ void run(Context& ctx, const ScanBackward& a)
         to.lambda = static_cast<float*>(own.pass[i].lambda.data);
         to.steps = static_cast<float*>(own.pass[i].steps.data);
         to.reverse = p.reverse;
-        s.wide_q = s.wide_q && is_aligned(to.q, 4 * size);
     }
     const dim3 grid(static_cast<unsigned>(blocks));
     const unsigned threads = static_cast<unsigned>(directions * back_threads);
@@ -104,8 +117,13 @@ bool scan_backward_tuned(Context& ctx, const ScanBackward& args)
 {
     if (!device_scratch::is_tuned(args)) return false;
     dispatch(args.xz.dtype, [&](auto type) {
-        select<8, 16, 32>(args.passes[0].A_log.size(1),
-                          [&](auto N) { run<BackShape<decltype(type), decltype(N)::value>>(ctx, args); });
+        select<8, 16, 32>(args.passes[0].A_log.size(1), [&](auto N) {
+            using Wide = BackShape<decltype(type), decltype(N)::value, true>;
+            if (is_wide<Wide>(args))
+                run<Wide>(ctx, args);
+            else
+                run<BackShape<decltype(type), decltype(N)::value, false>>(ctx, args);
+        });
     });
     return true;
 }

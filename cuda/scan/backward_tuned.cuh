@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of the scan of d_state 8, 16 or 32, both directions in one launch (formulas: scan/backward_generic.cuh).
 // u, du, out, z, dout, dz (B, len, E); q (B, len, row); checkpoints (B, chunks, N, E).
-// A block takes some channels of one image, with 64 threads for each direction, and walks through time in tiles of 16
-// tokens from where the scan ended, so that the two directions meet in the middle. Whichever comes first to a tile
-// leaves its y as float in `sum`; the other one adds, gates, and stores `out` and dz. A thread holds 2 channels x 4
-// states. At the end of a chunk of several tiles, a run from the checkpoint keeps the states before each of them. One
-// tile:
-//   delta   q to float; delta, delta u, gy of the tile, once per token and channel. Tokens beyond the end get zeros,
-//           which leave states and lambda as they are
-//   run     the states before every fourth token
-//   walk    from the last four tokens to the first: their decays and states again, kept in registers, and y; then
-//           back through them with lambda
-//   finish  du, draw, y with its skip, gate; the tile's share in ddt_weight, ddt_bias, dD and in dq
+// A block takes 64 channels of one image (32 of d_state 32), with two warps for each direction, and walks through time
+// in tiles of 16 tokens from where the scan ended, so that the two directions meet in the middle. Whichever comes first
+// to a tile leaves its y as float in `sum`; the other one adds, gates, and stores `out` and dz. A warp has 32 channels
+// to itself, a thread 4 channels x 4 states; four lanes share channels. At the end of a chunk of several tiles, a run
+// from the checkpoint keeps the states before each of them. One tile:
+//   prepare  q to float; delta (a product of matrices, as are the projection's gradients), delta u, gy of the tile, once
+//            per token and channel. Tokens beyond the end get zeros, which leave states and lambda as they are
+//   run      the states before every fourth token
+//   walk     from the last four tokens to the first: their decays and states again, kept in registers, and y; then
+//            back through them with lambda. Sums over the lanes of a channel, and over channels for dB and dC, are
+//            products by ones; what follows of a token and channel is computed by the lane that has the sums
+//   finish   du, draw, y with its skip, gate; the tile's share in ddt_weight, ddt_bias, dD and in dq
 // Long sequences are cut into segments, a block each: a launch before finds lambda and the sum of delta of every
 // segment as if nothing came after it, from which a block has lambda of its own end. How they are cut depends on the
-// length only. What channels add to a row of dq meets in shared memory: 8 lanes of a warp, then the warps, in order;
-// blocks leave float rows (`part`), scan/sums.h adds them up. So it does with dA, ddt_weight, ddt_bias, dD of every
-// image and segment.
+// length only. What channels add to a row of dq meets in shared memory, the sums of both warps; blocks leave float rows
+// (`part`), scan/sums.h adds them up. So it does with dA, ddt_weight, ddt_bias, dD of every image and segment.
 #pragma once
 
 #include "scan/backward_walk.cuh"
@@ -40,12 +40,11 @@ struct TunedBack {
     const T *z, *dout;
     T *out, *dz;
     float* sum;     // (B, len, E) for two directions
-    float* starts;  // (blocks, directions, tiles of a chunk - 1, 2, 64, 4) or null: a chunk is a tile
+    float* starts;  // (blocks, directions, tiles of a chunk, [states of four steps | delta] / 4, 64, 4)
     int groups;     // of channels
     int tokens, dim, rank, row, pitch, directions;  // row: of q; pitch: 2N + R, rounded up to 4
     int chunk_tiles, chunks;
     int segment_tiles, segments;  // a segment is some chunks
-    bool wide_q;                  // four elements of q may be read at once
     float scale;
 };
 
@@ -54,22 +53,24 @@ struct TunedBack {
 template <class Shape>
 struct BackBlock {
     using T = typename Shape::T;
-    static constexpr int N = Shape::states, C = Shape::C, S = Shape::S, K = Shape::tile, channels = Shape::channels;
+    static constexpr int N = Shape::states, C = Shape::C, S = Shape::S, K = Shape::tile, wide = Shape::wide;
 
     const TunedBack<T>& a;
     const int direction = static_cast<int>(threadIdx.x) / back_threads;
     const int thread = static_cast<int>(threadIdx.x) % back_threads;
+    const int lane = thread % device::warp_size;
     const BackPass<T>& p = a.pass[direction];
     const bool reverse = p.reverse;
-    const int group = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.groups)), e0 = group * channels;
+    const int group = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.groups));
+    const int e0 = group * Shape::channels + thread / device::warp_size * Shape::warp_channels;  // the warp's first
     const int unit = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.groups));  // image and segment
     const int b = unit / a.segments, segment = unit - b * a.segments;
     const int begin = segment * a.segment_tiles;  // first tile of the segment
-    const BackLayout layout = Shape::layout(a.rank);
-    const BackTile<Shape> tile{layout, direction * layout.bytes, a.rank};
+    const BackLayout layout = back_layout<Shape>(a.rank);
+    const BackTile<Shape> tile = tile_of(thread / device::warp_size);
 
-    // Cheaper to find again than to keep in registers: channels of the block, tiles of the image, of the segment.
-    __device__ __forceinline__ int live() const { return a.dim - e0 < channels ? a.dim - e0 : channels; }
+    // Cheaper to find again than to keep in registers: channels of the warp, tiles of the image, of the segment.
+    __device__ __forceinline__ int live() const { return a.dim - e0 < Shape::warp_channels ? a.dim - e0 : Shape::warp_channels; }
     __device__ __forceinline__ int tiles() const { return (a.tokens + K - 1) / K; }
     __device__ __forceinline__ int count() const
     {
@@ -78,117 +79,169 @@ struct BackBlock {
 
     __device__ explicit BackBlock(const TunedBack<T>& args) : a(args) {}
 
-    __device__ __forceinline__ void sync() const { device::sync_group(1 + direction, back_threads); }
-
-    __device__ __forceinline__ void load_weights() const
+    __device__ __forceinline__ BackTile<Shape> tile_of(int warp) const
     {
-        for (int c = thread; c < channels; c += back_threads) {
-            const bool is = c < live();
-            for (int r = 0; r < a.rank; r++)
-                tile.weight[r * channels + c] = is ? p.dt_weight[static_cast<Index>(e0 + c) * a.rank + r] : 0.0f;
-            tile.weight[a.rank * channels + c] = is ? p.dt_bias[e0 + c] : 0.0f;
-            tile.weight[(a.rank + 1) * channels + c] = is ? p.D[e0 + c] : 0.0f;
+        return {layout, (direction * back_warps + warp) * layout.floats, a.rank};
+    }
+    __device__ __forceinline__ void sync() const  // of the direction
+    {
+        if (direction == 0)
+            device::sync_group(1, back_threads);
+        else
+            device::sync_group(2, back_threads);
+    }
+
+    // What a warp has in shared memory all the time.
+    __device__ __forceinline__ void begin_tiles() const
+    {
+        for (int c = lane; c < Shape::warp_channels; c += device::warp_size) {
+            tile.bias[c] = c < live() ? p.dt_bias[e0 + c] : 0.0f;
+            tile.D[c] = c < live() ? p.D[e0 + c] : 0.0f;
         }
+        const device::Vec<float, 4> zeros{};
+        for (int i = 4 * lane; i < layout.dD - layout.totals; i += 4 * device::warp_size) tile.totals.template store<4>(i, zeros);
+        for (int i = 4 * lane; i < layout.bias - layout.dD; i += 4 * device::warp_size) tile.dD.template store<4>(i, zeros);
+        device::sync_warp();
     }
     __device__ __forceinline__ void load_A(float (&A)[C][S]) const
     {
-        const int part = thread % Shape::lanes;
 #pragma unroll
         for (int k = 0; k < C; k++) {
-            const int c = Shape::channel_of(back_row<Shape>(thread, k));
+            const int c = lane / 4 * C + k;
 #pragma unroll
             for (int n = 0; n < S; n++)
-                A[k][n] =
-                    c < live() ? -expf(p.A_log[static_cast<Index>(e0 + c) * N + part * S + n]) * device::log2e : 0.0f;
+                A[k][n] = c < live() ? -expf(p.A_log[static_cast<Index>(e0 + c) * N + lane % 4 * S + n]) * device::log2e : 0.0f;
         }
     }
-    // A thread's values of (N, E), whose channels begin at the block's; zeros beyond the last one.
+    // A thread's values of (N, E), whose channels begin at the warp's; zeros beyond the last one.
     __device__ __forceinline__ void load_states(const float* from, float (&x)[C][S]) const
     {
-        const int c = 2 * (thread / Shape::lanes);
-        from += static_cast<Index>(thread % Shape::lanes * S) * a.dim + c;
-        const bool swapped = (thread & 1) != 0;
+        const int c = lane / 4 * C;
+        from += static_cast<Index>(lane % 4 * S) * a.dim + c;
 #pragma unroll
-        for (int n = 0; n < S; n++, from += a.dim) {
-            device::Vec<float, 2> both{};
-            if (c < live()) both = device::load<2>(from);
-            x[0][n] = swapped ? both[1] : both[0];
-            x[1][n] = swapped ? both[0] : both[1];
-        }
+        for (int n = 0; n < S; n++, from += a.dim)
+#pragma unroll
+            for (int k = 0; k < C; k += 2) {
+                device::Vec<float, 2> two{};
+                if (c + k < live()) two = device::load<2>(from + k);
+                x[k][n] = two[0];
+                x[k + 1][n] = two[1];
+            }
     }
     __device__ __forceinline__ void store_states(float* to, const float (&x)[C][S]) const
     {
-        const int c = 2 * (thread / Shape::lanes);
-        if (c >= live()) return;
-        to += static_cast<Index>(thread % Shape::lanes * S) * a.dim + c;
-        const bool swapped = (thread & 1) != 0;
+        const int c = lane / 4 * C;
+        to += static_cast<Index>(lane % 4 * S) * a.dim + c;
 #pragma unroll
         for (int n = 0; n < S; n++, to += a.dim)
-            device::store(to, device::Vec<float, 2>{{swapped ? x[1][n] : x[0][n], swapped ? x[0][n] : x[1][n]}});
+#pragma unroll
+            for (int k = 0; k < C; k += 2)
+                if (c + k < live()) device::store(to + k, device::Vec<float, 2>{{x[k][n], x[k + 1][n]}});
     }
 
     __device__ __forceinline__ BackRows rows_of(int index) const { return back_rows(index, K, a.tokens, reverse); }
     __device__ __forceinline__ BackPart part_of(const BackRows& rows) const
     {
-        const int pair = thread % Shape::pairs, s0 = thread / Shape::pairs * Shape::deep;
-        const Index place = (static_cast<Index>(b) * a.tokens + rows.natural(s0)) * a.dim + e0 + 2 * pair;
-        return {pair, s0, 2 * pair < live() ? rows.count - s0 : 0, rows.way * a.dim, place};
+        const int s = lane / 4, c = lane % 4 * wide, live_ = live() - c < wide ? live() - c : wide;
+        const Index place = (static_cast<Index>(b) * a.tokens + rows.natural(s)) * a.dim + e0 + c;
+        return {{s < rows.count ? live_ : 0, s + 8 < rows.count ? live_ : 0}, place,
+                static_cast<Index>(8 * rows.way) * a.dim};
     }
-    // Where a thread's part of a tensor (B, len, 2E) begins.
-    __device__ __forceinline__ Index gate_of(const BackPart& own) const { return 2 * own.place - e0 - 2 * own.pair; }
-    __device__ __forceinline__ void prepare(const BackRows& rows) const
+    // Where a thread's part of a tensor (B, len, 2E) begins; its other token is twice as far.
+    __device__ __forceinline__ Index gate_of(const BackPart& own) const { return 2 * own.place - e0 - lane % 4 * wide; }
+    __device__ __forceinline__ BackProjection<T> projection() const
     {
-        const T* const q = p.q + static_cast<Index>(b) * a.tokens * a.row;
-        sync();  // all have left the tile before
-        if (a.wide_q)
-            back_load_q<4>(tile, q, a.rank, a.row, rows, thread);
-        else
-            back_load_q<1>(tile, q, a.rank, a.row, rows, thread);
-        sync();
-        back_delta(tile, p.u, a.rank, part_of(rows));
+        return {p.dt_weight + static_cast<Index>(e0) * a.rank, p.q + static_cast<Index>(b) * a.tokens * a.row, a.rank,
+                a.row, live()};
     }
-    __device__ __forceinline__ void prepare_gy(const BackRows& rows) const
+
+    __device__ __forceinline__ void load_BC(const BackRows& rows) const
     {
-        const BackPart own = part_of(rows);
-        back_gy(tile, a.z + gate_of(own), a.dout, a.scale, own);
-        sync();
+        back_load_BC(tile, projection().q, a.rank, a.row, rows, lane);
+    }
+    // delta of this thread's part, from q.
+    __device__ __forceinline__ void compute_delta(const BackRows& rows, float (&delta)[2][wide]) const
+    {
+        float d[C][4], bias[wide];
+        load_shared(tile.bias, lane % 4 * wide, bias);
+#pragma unroll
+        for (int j = 0; j < C; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) d[j][i] = bias[2 * j + i % 2];
+        back_project<Shape>(projection(), rows, lane, d);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int k = 0; k < wide; k++) {
+                delta[i][k] = device::softplus(d[k / 2][2 * i + k % 2]);
+                if (lane / 4 + 8 * i >= rows.count) delta[i][k] = 0.0f;
+            }
+    }
+    __device__ __forceinline__ void store_delta(const float (&delta)[2][wide], const float (&u)[2][wide]) const
+    {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float du[wide];
+#pragma unroll
+            for (int k = 0; k < wide; k++) du[k] = delta[i][k] * u[i][k];
+            store_shared(tile.delta, part_at<Shape>(lane, i), delta[i]);
+            store_shared(tile.du, part_at<Shape>(lane, i), du);
+        }
+    }
+    __device__ __forceinline__ void load_u(const BackPart& own, float (&u)[2][wide]) const
+    {
+        load_part<Shape>(p.u + own.place, own.other, own, u);
+    }
+    __device__ __forceinline__ void load_gate(const BackPart& own, float (&gate)[2][wide], float (&dout)[2][wide]) const
+    {
+        load_part<Shape>(a.z + gate_of(own), 2 * own.other, own, gate);
+        load_part<Shape>(a.dout + own.place, own.other, own, dout);
+    }
+    // What this thread keeps of tile j of a chunk: four floats at a time.
+    __device__ __forceinline__ float* kept_of(int j) const
+    {
+        const Index chunk = static_cast<Index>(blockIdx.x) * a.directions + direction;
+        return a.starts + ((chunk * a.chunk_tiles + j) * Shape::kept_tile / 4 * back_threads + thread) * 4;
     }
 };
 
+// Four floats at `v` of what kept_of says.
+__device__ __forceinline__ int kept_at(int v) { return v * back_threads * 4; }
+
 // ---- the kernels ---------------------------------------------------------------------------------------------------
 
-// Blocks of a multiprocessor that registers must be left for: as many as its shared memory has room for.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-inline constexpr int back_most_blocks = 2;
-#else
-inline constexpr int back_most_blocks = 3;
-#endif
-template <class Shape>
-inline constexpr int back_blocks = Shape::states == 8 ? 2 : back_most_blocks;
+inline constexpr int back_blocks = 2;  // of a multiprocessor, that registers must be left for
 
 // lambda and the sum of delta of every segment alone.
 template <class Shape>
-__global__ void __launch_bounds__(2 * back_threads, back_blocks<Shape>)
-    scan_backward_ahead(TunedBack<typename Shape::T> a)
+__global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_ahead(TunedBack<typename Shape::T> a)
 {
     constexpr int C = Shape::C, S = Shape::S, K = Shape::tile, step = Shape::step;
     const BackBlock<Shape> block(a);
     float A[C][S], lambda[C][S] = {}, steps[C] = {};
-    block.load_weights();
+    block.begin_tiles();
     block.load_A(A);
     for (int i = 0; i < block.count(); i++) {
         const BackRows rows = block.rows_of(block.begin + (block.reverse ? i : block.count() - 1 - i));
-        block.prepare(rows);
-        block.prepare_gy(rows);
+        const BackPart own = block.part_of(rows);
+        float u[2][Shape::wide], gate[2][Shape::wide], dout[2][Shape::wide], delta[2][Shape::wide];
+        block.load_u(own, u);
+        block.load_gate(own, gate, dout);
+        device::sync_warp();  // all have left the tile before
+        block.load_BC(rows);
+        block.compute_delta(rows, delta);
+        block.store_delta(delta, u);
+        back_gy(block.tile, gate, dout, u, a.scale, block.lane);
+        device::sync_warp();
 #pragma unroll 1
-        for (int s = K - step; s >= 0; s -= step) back_ahead(block.tile, s, A, lambda, steps, block.thread);
+        for (int s = K - step; s >= 0; s -= step) back_ahead(block.tile, s, A, lambda, steps, block.lane);
     }
     const Index unit = block.unit;
     block.store_states(block.p.lambda + unit * Shape::states * a.dim + block.e0, lambda);
-    if (block.thread % Shape::lanes != 0) return;
+    if (block.lane % 4 != 0) return;
 #pragma unroll
     for (int k = 0; k < C; k++) {
-        const int c = Shape::channel_of(back_row<Shape>(block.thread, k));
+        const int c = block.lane / 4 * C + k;
         if (c < block.live()) block.p.steps[unit * a.dim + block.e0 + c] = steps[k];
     }
 }
@@ -208,7 +261,7 @@ __device__ __forceinline__ void back_arrive(const BackBlock<Shape>& block, const
         block.load_states(block.p.lambda + unit * N * a.dim + block.e0, own);
 #pragma unroll
         for (int k = 0; k < C; k++) {
-            const int c = Shape::channel_of(back_row<Shape>(block.thread, k));
+            const int c = block.lane / 4 * C + k;
             const float steps = c < block.live() ? block.p.steps[unit * a.dim + block.e0 + c] : 0.0f;
 #pragma unroll
             for (int n = 0; n < S; n++) lambda[k][n] = fmaf(device::exp2(steps * A[k][n]), lambda[k][n], own[k][n]);
@@ -216,106 +269,215 @@ __device__ __forceinline__ void back_arrive(const BackBlock<Shape>& block, const
     }
 }
 
+// The tile's rows [dB | dC | ddt] of the block's share in dq, from both warps of the direction.
 template <class Shape>
-__global__ void __launch_bounds__(2 * back_threads, back_blocks<Shape>)
-    scan_backward_tuned(TunedBack<typename Shape::T> a)
+__device__ __forceinline__ void back_rows_out(const BackBlock<Shape>& block, const BackRows& rows)
 {
-    constexpr int N = Shape::states, C = Shape::C, S = Shape::S, K = Shape::tile, step = Shape::step;
-    constexpr int channels = Shape::channels;
+    constexpr int N = Shape::states, K = Shape::tile, parts = N / 2;
+    static_assert(back_warps == 2);
+    const auto& a = block.a;
+    const BackTile<Shape> one = block.tile_of(0), two = block.tile_of(1);
+    float* const to = block.p.part + (static_cast<Index>(block.b) * a.groups + block.group) * a.tokens * a.pitch;
+    auto add = [](device::Vec<float, 4> x, const device::Vec<float, 4>& y) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) x[k] += y[k];
+        return x;
+    };
+#pragma unroll
+    for (int i = block.thread; i < K * parts; i += back_threads) {
+        const int s = i / parts, n = i % parts * 4, at = n < N ? one.B_of(s) + n : one.C_of(s) + n - N;
+        const auto sum = add(one.BC.template load<4>(at), two.BC.template load<4>(at));
+        if (s < rows.count) device::store(to + static_cast<Index>(rows.natural(s)) * a.pitch + n, sum);
+    }
+    const int s = block.thread / 4;
+    if (s >= rows.count) return;
+#pragma unroll 1
+    for (int r = block.thread % 4 * 4; r < a.rank; r += 16) {
+        const int at = s * one.padded + r;
+        device::store(to + static_cast<Index>(rows.natural(s)) * a.pitch + 2 * N + r,
+                      add(one.ddt.template load<4>(at), two.ddt.template load<4>(at)));
+    }
+}
+
+// What tiles added up for the parameters.
+template <class Shape>
+__device__ __forceinline__ void back_parameters(const BackBlock<Shape>& block, const float (&dA)[Shape::C][Shape::S])
+{
+    constexpr int N = Shape::states, C = Shape::C, wide = Shape::wide;
+    const auto& a = block.a;
+    const int lane = block.lane, live = block.live();
+    float* const to = block.p.parameters + static_cast<Index>(block.unit) * (N + a.rank + 2) * a.dim + block.e0;
+    block.store_states(to, dA);
+    for (int r0 = 0; r0 <= a.rank; r0 += 16)
+        for (int j = 0; j < C; j++)
+            for (int i = 0; i < 4; i++) {
+                const int r = r0 + lane / 4 * 2 + i / 2, c = 8 * j + lane % 4 * 2 + i % 2;
+                if (r <= a.rank && c < live)
+                    to[static_cast<Index>(N + r) * a.dim + c] =
+                        block.tile.totals[((r0 / 16 * C + j) * device::warp_size + lane) * 4 + i];
+            }
+    device::sync_warp();
+    for (int c = lane; c < live; c += device::warp_size) {
+        const int k = c % wide;
+        float sum = 0.0f;
+        for (int g = 0; g < 8; g++) sum += block.tile.dD[(k / 4 * device::warp_size + 4 * g + c / wide) * 4 + k % 4];
+        to[static_cast<Index>(N + a.rank + 1) * a.dim + c] = sum;
+    }
+}
+
+// From the checkpoint on through n tiles, what kept_of says of each; the last one's delta, du and BC stay.
+template <class Shape>
+__device__ __forceinline__ void back_run_chunk(const BackBlock<Shape>& block, int origin, int way, int n,
+                                               const float* checkpoint, const float (&A)[Shape::C][Shape::S])
+{
+    constexpr int wide = Shape::wide, steps = Shape::tile / Shape::step, kept = Shape::kept / 4;
+    float h[Shape::C][Shape::S];
+    block.load_states(checkpoint, h);
+#pragma unroll 1
+    for (int j = 0; j < n; j++) {
+        const BackRows rows = block.rows_of(origin + way * j);
+        float* const to = block.kept_of(j);
+        float u[2][wide], delta[2][wide];
+        block.load_u(block.part_of(rows), u);
+        device::sync_warp();  // all have left the tile before
+        block.load_BC(rows);
+        block.compute_delta(rows, delta);
+        block.store_delta(delta, u);
+#pragma unroll
+        for (int v = 0; v < 2 * wide; v += 4)
+            device::store(to + kept_at(steps * kept + v / 4),
+                          device::Vec<float, 4>{{delta[v / wide][v % wide], delta[v / wide][v % wide + 1],
+                                                 delta[v / wide][v % wide + 2], delta[v / wide][v % wide + 3]}});
+        device::sync_warp();
+#pragma unroll 1
+        for (int s = 0; s < steps; s++) {
+            put_states<Shape>(h, [&](int v, auto x) { device::store(to + kept_at(s * kept + v), x); });
+            if (s < steps - 1 || j < n - 1) back_run(block.tile, s * Shape::step, h, A, block.lane);
+        }
+    }
+}
+
+// After the walk: all that follows, but what needs the other direction or the other warp. y gets its skip.
+template <class Shape>
+__device__ __forceinline__ void back_finish_tile(const BackBlock<Shape>& block, const BackRows& rows, const BackPart& own,
+                                                 float (&y)[2][Shape::wide])
+{
+    constexpr int wide = Shape::wide;
+    float u[2][wide], draw[2][wide], du[2][wide];
+    block.load_u(own, u);
+    back_finish(block.tile, u, du, draw, y, block.lane);
+    store_part<Shape>(block.p.du + own.place, own.other, own, du);
+#pragma unroll
+    for (int k = 0; k < 2; k++) store_shared(block.tile.delta, part_at<Shape>(block.lane, k), draw[k]);
+    device::sync_warp();  // draw is there; du and gy have been read
+    back_ddt(block.tile, block.projection(), draw, block.lane);
+    back_totals(block.tile, block.projection(), rows, block.lane);
+}
+
+// The output and the gradient of the gate, from y of this direction and of the other one, if there is one.
+template <class Shape>
+__device__ __forceinline__ void back_gate_tile(const BackBlock<Shape>& block, const BackPart& own, bool both,
+                                               float (&y)[2][Shape::wide])
+{
+    constexpr int wide = Shape::wide;
+    const auto& a = block.a;
+    float gate[2][wide], dout[2][wide];
+    block.load_gate(own, gate, dout);
+    if (both) {
+        float other[2][wide];
+        load_part<Shape>(a.sum + own.place, own.other, own, other);
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+#pragma unroll
+            for (int c = 0; c < wide; c++) y[k][c] += other[k][c];
+    }
+    back_gate<Shape>(gate, dout, a.scale, y);
+    store_part<Shape>(a.out + own.place, own.other, own, y);
+    store_part<Shape>(a.dz + block.gate_of(own), 2 * own.other, own, gate);
+}
+
+template <class Shape>
+__global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_tuned(TunedBack<typename Shape::T> a)
+{
+    constexpr int N = Shape::states, C = Shape::C, S = Shape::S, wide = Shape::wide;
+    constexpr int steps = Shape::tile / Shape::step, kept = Shape::kept / 4;
     const BackBlock<Shape> block(a);
     const BackTile<Shape>& tile = block.tile;
-    const auto& p = block.p;
-    const int thread = block.thread, direction = block.direction;
+    const int lane = block.lane;
     const bool both = a.directions == 2, reverse = block.reverse;
-    float A[C][S], lambda[C][S] = {}, dA[C][S] = {}, h[C][S];
-    block.load_weights();
+    float A[C][S], lambda[C][S] = {}, dA[C][S] = {};
+    block.begin_tiles();
     block.load_A(A);
-    for (int i = thread; i < (a.rank + 2) * channels; i += back_threads) tile.totals[i] = 0.0f;
     back_arrive(block, A, lambda);
 
-    // States of a tile's beginning: those of a chunk in `starts`, those of a step in shared memory.
-    auto start_at = [&](int j, int k) {
-        const Index chunk = static_cast<Index>(blockIdx.x) * a.directions + direction;
-        return a.starts + (((chunk * (a.chunk_tiles - 1) + j - 1) * C + k) * back_threads + thread) * S;
-    };
-    auto step_at = [&](int j, int k) { return ((j * C + k) * back_threads + thread) * S; };
-
-    for (int i = 0; i < block.count(); i++) {
-        const int left = block.count() - 1 - i, index = block.begin + (reverse ? i : left);
-        const int chunk = index / a.chunk_tiles, low = chunk * a.chunk_tiles;
-        const int high = block.tiles() - low < a.chunk_tiles ? block.tiles() - 1 : low + a.chunk_tiles - 1;
-        const int within = reverse ? high - index : index - low;  // tiles between the chunk's checkpoint and this one
-        const bool chunk_ends = index == (reverse ? low : high);
-        if (chunk_ends || within == 0) {
-            block.load_states(p.checkpoints + (static_cast<Index>(block.b) * a.chunks + chunk) * N * a.dim + block.e0,
-                              h);
-        } else {
-#pragma unroll
-            for (int k = 0; k < C; k++) get(h[k], device::load<S>(start_at(within, k)));
-        }
 #pragma unroll 1
-        for (int j = chunk_ends ? 0 : within;; j++) {
-            block.prepare(block.rows_of(reverse ? high - j : low + j));
-            if (j == within) break;
-            block.sync();
+    for (int done = 0; done < block.count();) {
+        // The chunk: n tiles from `low` on. Only the sequence's last one, which this begins or ends with, may be shorter.
+        const int left_tiles = block.count() - done, over = left_tiles % a.chunk_tiles;
+        const int n = reverse ? (left_tiles < a.chunk_tiles ? left_tiles : a.chunk_tiles) : over > 0 ? over : a.chunk_tiles;
+        const int low = block.begin + (reverse ? done : left_tiles - n), way = reverse ? -1 : 1;
+        const int origin = reverse ? low + n - 1 : low;
+        const Index chunk = static_cast<Index>(block.b) * a.chunks + low / a.chunk_tiles;
+        back_run_chunk(block, origin, way, n, block.p.checkpoints + chunk * N * a.dim + block.e0, A);
 #pragma unroll 1
-            for (int s = 0; s < K; s += step) back_run(tile, s, h, A, thread);
+        for (int within = n - 1; within >= 0; within--, done++) {
+            const BackRows rows = block.rows_of(origin + way * within);
+            const float* const from = block.kept_of(within);
+            auto fetch = [&](int j) {
 #pragma unroll
-            for (int k = 0; k < C; k++) device::store(start_at(j + 1, k), put(h[k]));
-        }
-
-        const BackRows rows = block.rows_of(index);
-        block.prepare_gy(rows);
-#pragma unroll 1
-        for (int j = 0; j < K / step - 1; j++) {
+                for (int v = 0; v < kept; v++)
+                    device::cp_async<16>(tile.starts, (((j & 1) * kept + v) * device::warp_size + lane) * 4,
+                                         from + kept_at(j * kept + v), true);
+                device::cp_async_commit();
+            };
+            fetch(steps - 1);
+            {
+                const BackPart own = block.part_of(rows);
+                float u[2][wide], gate[2][wide], dout[2][wide], delta[2][wide];
+                block.load_u(own, u);
+                block.load_gate(own, gate, dout);
+                if (within < n - 1) {
 #pragma unroll
-            for (int k = 0; k < C; k++) tile.starts.template store<S>(step_at(j, k), put(h[k]));
-            back_run(tile, j * step, h, A, thread);
-        }
-#pragma unroll 1
-        for (int j = K / step - 1; j >= 0; j--) {
-            if (j < K / step - 1) {
+                    for (int v = 0; v < 2 * wide; v += 4) {
+                        const auto x = device::load<4>(from + kept_at(steps * kept + v / 4));
 #pragma unroll
-                for (int k = 0; k < C; k++) get(h[k], tile.starts.template load<S>(step_at(j, k)));
+                        for (int k = 0; k < 4; k++) delta[v / wide][v % wide + k] = x[k];
+                    }
+                    block.load_BC(rows);
+                    block.store_delta(delta, u);
+                }
+                back_gy(tile, gate, dout, u, a.scale, lane);
+                device::sync_warp();
             }
-            back_walk(tile, j * step, h, A, lambda, dA, thread);
-        }
-        block.sync();
-
-        float y[2][Shape::deep];
-        const BackPart own = block.part_of(rows);
-        back_finish(tile, p.u, p.du, a.rank, own, y);
-        // Of two directions, the first to come to this tile; of both at once, the one that the other waits for.
-        const bool first = both && (i < left || (i == left && direction == 0));
-        if (first) store_part(a.sum + own.place, own.step, own.count, y);
-        if (both)
-            device::sync_block();
-        else
-            block.sync();
-        if (!first) {
-            if (both) {
-                float other[2][Shape::deep];
-                load_part(a.sum + own.place, own.step, own.count, other);
-#pragma unroll
-                for (int k = 0; k < 2; k++)
-#pragma unroll
-                    for (int s = 0; s < Shape::deep; s++) y[k][s] += other[k][s];
+#pragma unroll 1
+            for (int j = steps - 1; j >= 0; j--) {
+                float h[C][S];
+                device::cp_async_wait<0>();
+                get_states<Shape>(h, [&](int v) {
+                    return tile.starts.template load<4>((((j & 1) * kept + v) * device::warp_size + lane) * 4);
+                });
+                if (j > 0) fetch(j - 1);
+                back_walk(tile, j, h, A, lambda, dA, lane);
             }
-            const Index gate = block.gate_of(own);
-            back_gate<Shape>(a.z + gate, a.dout, a.out, a.dz + gate, a.scale, own, y);
-        }
-        back_totals(tile, a.rank, thread);
-        float* const part_rows = p.part + (static_cast<Index>(block.b) * a.groups + block.group) * a.tokens * a.pitch;
-        back_rows_out(tile, part_rows, a.rank, a.pitch, rows, thread);
-    }
+            device::sync_warp();
 
-    block.sync();
-    float* const parameters = p.parameters + static_cast<Index>(block.unit) * (N + a.rank + 2) * a.dim + block.e0;
-    block.store_states(parameters, dA);
-    for (int i = thread; i < (a.rank + 2) * channels; i += back_threads) {
-        const int r = i / channels, c = i % channels;
-        if (c < block.live()) parameters[static_cast<Index>(N + r) * a.dim + c] = tile.totals[i];
+            float y[2][wide];
+            const BackPart own = block.part_of(rows);
+            back_finish_tile(block, rows, own, y);
+            // Of two directions, the first to come to this tile; of both at once, the one that the other waits for.
+            const int left = block.count() - 1 - done;
+            const bool first = both && (done < left || (done == left && block.direction == 0));
+            if (first) store_part<Shape>(a.sum + own.place, own.other, own, y);
+            if (both)
+                device::sync_block();
+            else
+                block.sync();
+            if (!first) back_gate_tile(block, own, both, y);
+            back_rows_out(block, rows);
+            block.sync();
+        }
     }
+    back_parameters(block, dA);
 }
 
 }  // namespace vimcore::cuda

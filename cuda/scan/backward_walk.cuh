@@ -1,225 +1,197 @@
 // SPDX-License-Identifier: Apache-2.0
 // The recurrences of the tuned scan's gradient (see scan/backward_tuned.cuh), four tokens of a tile at a time. A thread
-// holds 2 channels x 4 states; N / 4 lanes share its channels.
+// holds C channels x S states; the four lanes of a slot share its channels.
 #pragma once
 
-#include "scan/backward_tile.cuh"
-#include "scan/tuned.cuh"
+#include "scan/backward_products.cuh"
 
 namespace vimcore::cuda {
 
-template <int S>
-__device__ __forceinline__ device::Vec<float, S> put(const float (&x)[S])
-{
-    device::Vec<float, S> to;
-#pragma unroll
-    for (int i = 0; i < S; i++) to[i] = x[i];
-    return to;
-}
-template <int S>
-__device__ __forceinline__ void get(float (&x)[S], const device::Vec<float, S>& from)
+// States of a thread in memory: four floats of each lane, then the next four.
+template <class Shape, class Put>
+__device__ __forceinline__ void put_states(const float (&x)[Shape::C][Shape::S], Put&& put)
 {
 #pragma unroll
-    for (int i = 0; i < S; i++) x[i] = from[i];
+    for (int v = 0; v < Shape::kept; v += 4) {
+        device::Vec<float, 4> part;
+#pragma unroll
+        for (int i = 0; i < 4; i++) part[i] = x[(v + i) / Shape::S][(v + i) % Shape::S];
+        put(v / 4, part);
+    }
 }
-
-// Row of channel k of a thread. Every other lane has its channels the other way round, so that two lanes exchange sums
-// over states by sending what they have of their second channel.
-template <class Shape>
-__device__ __forceinline__ int back_row(int thread, int k)
+template <class Shape, class Get>
+__device__ __forceinline__ void get_states(float (&x)[Shape::C][Shape::S], Get&& get)
 {
-    return thread / Shape::lanes + (k ^ (thread & 1)) * Shape::slots;
+#pragma unroll
+    for (int v = 0; v < Shape::kept; v += 4) {
+        const device::Vec<float, 4> part = get(v / 4);
+#pragma unroll
+        for (int i = 0; i < 4; i++) x[(v + i) / Shape::S][(v + i) % Shape::S] = part[i];
+    }
 }
 
 // `step` tokens forward from s on.
 template <class Shape>
 __device__ __forceinline__ void back_run(const BackTile<Shape>& tile, int s, float (&h)[Shape::C][Shape::S],
-                                         const float (&A)[Shape::C][Shape::S], int thread)
+                                         const float (&A)[Shape::C][Shape::S], int lane)
 {
-    constexpr int N = Shape::states, C = Shape::C, S = Shape::S, step = Shape::step;
-    const int part = thread % Shape::lanes;
-    device::Vec<float, step> delta[C], du[C];
+    constexpr int C = Shape::C, S = Shape::S;
+    const int at = lane / 4 * C, state = lane % 4 * S;
 #pragma unroll
-    for (int k = 0; k < C; k++) {
-        delta[k] = tile.delta.template load<step>(back_row<Shape>(thread, k) * Shape::pitch + s);
-        du[k] = tile.du.template load<step>(back_row<Shape>(thread, k) * Shape::pitch + s);
-    }
-#pragma unroll
-    for (int i = 0; i < step; i++) {
-        const auto B = tile.BC.template load<S>((s + i) * 2 * N + part * S);
+    for (int i = 0; i < Shape::step; i++) {
+        float B[S], delta[C], du[C];
+        load_shared(tile.BC, s * 2 * Shape::states + tile.B_of(i) + state, B);
+        load_shared(tile.delta, (s + i) * Shape::pitch + at, delta);
+        load_shared(tile.du, (s + i) * Shape::pitch + at, du);
 #pragma unroll
         for (int k = 0; k < C; k++)
 #pragma unroll
-            for (int n = 0; n < S; n++) h[k][n] = fmaf(device::exp2(delta[k][i] * A[k][n]), h[k][n], B[n] * du[k][i]);
+            for (int n = 0; n < S; n++) h[k][n] = fmaf(device::exp2(delta[k] * A[k][n]), h[k][n], B[n] * du[k]);
     }
 }
 
 // `step` tokens from s on, back, nothing but lambda; delta is added to `steps`.
 template <class Shape>
 __device__ __forceinline__ void back_ahead(const BackTile<Shape>& tile, int s, const float (&A)[Shape::C][Shape::S],
-                                           float (&lambda)[Shape::C][Shape::S], float (&steps)[Shape::C], int thread)
+                                           float (&lambda)[Shape::C][Shape::S], float (&steps)[Shape::C], int lane)
 {
-    constexpr int N = Shape::states, C = Shape::C, S = Shape::S, step = Shape::step;
-    const int part = thread % Shape::lanes;
-    device::Vec<float, step> delta[C], gy[C];
+    constexpr int C = Shape::C, S = Shape::S;
+    const int at = lane / 4 * C, state = lane % 4 * S;
 #pragma unroll
-    for (int k = 0; k < C; k++) {
-        delta[k] = tile.delta.template load<step>(back_row<Shape>(thread, k) * Shape::pitch + s);
-        gy[k] = tile.gy.template load<step>(back_row<Shape>(thread, k) * Shape::pitch + s);
-    }
-#pragma unroll
-    for (int i = step - 1; i >= 0; i--) {
-        const auto C_ = tile.BC.template load<S>((s + i) * 2 * N + N + part * S);
+    for (int i = Shape::step - 1; i >= 0; i--) {
+        float C_[S], delta[C], gy[C];
+        load_shared(tile.BC, s * 2 * Shape::states + tile.C_of(i) + state, C_);
+        load_shared(tile.delta, (s + i) * Shape::pitch + at, delta);
+        load_shared(tile.gy, (s + i) * Shape::pitch + at, gy);
 #pragma unroll
         for (int k = 0; k < C; k++) {
-            steps[k] += delta[k][i];
+            steps[k] += delta[k];
 #pragma unroll
             for (int n = 0; n < S; n++)
-                lambda[k][n] = fmaf(gy[k][i], C_[n], lambda[k][n]) * device::exp2(delta[k][i] * A[k][n]);
+                lambda[k][n] = fmaf(gy[k], C_[n], lambda[k][n]) * device::exp2(delta[k] * A[k][n]);
         }
     }
 }
 
-// As reduce_scatter, for lanes of which those that differ in bits below `bit` have their sums already. A recursion, so
-// that the compiler knows every index.
-template <int lanes, int bit = 1, int width = 0, int count>
-__device__ __forceinline__ int back_reduce(float (&y)[count], int lane)
-{
-    constexpr int values = width == 0 ? count : width, half = values / 2;
-    if constexpr (bit >= lanes) {
-        return 0;
-    } else if constexpr (values == 1) {
-        y[0] += device::shuffle_xor(y[0], bit);
-        return back_reduce<lanes, bit * 2, 1>(y, lane);
-    } else {
-        const bool upper = (lane & bit) != 0;
-#pragma unroll
-        for (int i = 0; i < half; i++) {
-            const float keep = upper ? y[i + half] : y[i], send = upper ? y[i] : y[i + half];
-            y[i] = keep + device::shuffle_xor(send, bit);
-        }
-        return (upper ? half : 0) + back_reduce<lanes, bit * 2, half>(y, lane);
-    }
-}
-
-// Sums over a channel's lanes: value i belongs to channel i / (count / 2), then array i / 4, token s + i % 4. Arrays
-// follow each other in `to`.
-template <class Shape, int count>
-__device__ __forceinline__ void back_sums(device::Shared<float> to, int s, float (&x)[count], int thread)
-{
-    constexpr int lanes = Shape::lanes, step = Shape::step, half = count / 2;
-    constexpr int kept = count / lanes > 0 ? count / lanes : 1, vector = kept < step ? kept : step;
-    const int part = thread % lanes;
-    float own[half];
-#pragma unroll
-    for (int i = 0; i < half; i++) own[i] = x[i] + device::shuffle_xor(x[half + i], 1);
-    const int first = back_reduce<lanes, 2>(own, part);
-    device::sync_warp();  // every lane has read what this may write over
-    if (lanes > count && part >= count) return;
-#pragma unroll
-    for (int i = 0; i < kept; i += vector) {
-        device::Vec<float, vector> out;
-#pragma unroll
-        for (int j = 0; j < vector; j++) out[j] = own[i + j];
-        const int at = first + i;
-        to.store<vector>(at / step * Shape::array + back_row<Shape>(thread, 0) * Shape::pitch + s + at % step, out);
-    }
-}
-
-// `step` tokens from s on: their states and y again from h, the states before them; then lambda from behind them to
-// before them.
+// What a warp adds to dB (0) and dC (1) of four tokens, of four states of a thread at a time.
 template <class Shape>
-__device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int s, const float (&h)[Shape::C][Shape::S],
-                                          const float (&A)[Shape::C][Shape::S], float (&lambda)[Shape::C][Shape::S],
-                                          float (&dA)[Shape::C][Shape::S], int thread)
-{
-    constexpr int N = Shape::states, C = Shape::C, S = Shape::S, step = Shape::step, round = Shape::round;
-    constexpr int which = Shape::terms_which;
-    const int part = thread % Shape::lanes;
-    const int warp = thread / device::warp_size, lane = thread % device::warp_size;
-    int at[C];
-    device::Vec<float, step> delta_in[C], du_in[C];
+struct BackRowSums {
+    static constexpr int S = Shape::S, n = S < 4 ? S : 4;
+    float sum[2][S / n][4] = {};
+
+    __device__ __forceinline__ void add(int i, int which, const float (&x)[S], int lane)
+    {
 #pragma unroll
-    for (int k = 0; k < C; k++) {
-        at[k] = back_row<Shape>(thread, k) * Shape::pitch + s;
-        delta_in[k] = tile.delta.template load<step>(at[k]);
-        du_in[k] = tile.du.template load<step>(at[k]);
+        for (int part = 0; part < S / n; part++) {
+            float v[n];
+#pragma unroll
+            for (int k = 0; k < n; k++) v[k] = x[part * n + k];
+            sum_slots<Shape::exact>(sum[which][part], i, v, lane);
+        }
     }
-    float a[step][C][S], state[step + 1][C][S], y[C * step];
+    // To BC, in place of the four tokens from s on.
+    __device__ __forceinline__ void store(const BackTile<Shape>& tile, int s, int lane) const
+    {
+        const int t = s + lane % 4, state = lane / 4 % 4 * S + lane / 16 * (n / 2);
 #pragma unroll
-    for (int k = 0; k < C; k++)
+        for (int which = 0; which < 2; which++)
 #pragma unroll
-        for (int n = 0; n < S; n++) state[0][k][n] = h[k][n];
+            for (int part = 0; part < S / n; part++) {
+                const float(&x)[4] = sum[which][part];
+                float out[n / 2];
+#pragma unroll
+                for (int k = 0; k < n / 2; k++) out[k] = back_mend<Shape> * (x[k] + x[k + 2]);
+                store_shared(tile.BC, (which == 0 ? tile.B_of(t) : tile.C_of(t)) + state + part * n, out);
+            }
+    }
+};
+
+// `step` tokens of step j: their states and y again from h, the states before them; then lambda from behind them to
+// before them. Leaves y, and what BackTile says of delta, du, gy and BC.
+template <class Shape>
+__device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, float (&h)[Shape::C][Shape::S],
+                                          const float (&A)[Shape::C][Shape::S], float (&lambda)[Shape::C][Shape::S],
+                                          float (&dA)[Shape::C][Shape::S], int lane)
+{
+    constexpr int C = Shape::C, S = Shape::S, step = Shape::step, pitch = Shape::pitch;
+    constexpr float ln2 = 0.69314718055994531f;
+    const int s = j * step, BC = s * 2 * Shape::states + lane % 4 * S, at = s * pitch + lane / 4 * C;
+    float a[step][C][S], grown[step][C][S];  // decays; a h[t - 1]
+    float y[4] = {}, lambda_A[4] = {}, lambda_B[4] = {};
+    BackRowSums<Shape> rows;
 #pragma unroll
     for (int i = 0; i < step; i++) {
-        const auto B = tile.BC.template load<S>((s + i) * 2 * N + part * S);
-        const auto C_ = tile.BC.template load<S>((s + i) * 2 * N + N + part * S);
+        float B[S], C_[S], delta[C], du[C], gy[C], sum[4] = {}, dC[S];
+        load_shared(tile.BC, BC + tile.B_of(i), B);
+        load_shared(tile.BC, BC + tile.C_of(i), C_);
+        load_shared(tile.delta, at + i * pitch, delta);
+        load_shared(tile.du, at + i * pitch, du);
+        load_shared(tile.gy, at + i * pitch, gy);
 #pragma unroll
-        for (int k = 0; k < C; k++) {
-            float& sum = y[k * step + i];
+        for (int k = 0; k < C; k++)
 #pragma unroll
             for (int n = 0; n < S; n++) {
-                a[i][k][n] = device::exp2(delta_in[k][i] * A[k][n]);
-                state[i + 1][k][n] = fmaf(a[i][k][n], state[i][k][n], B[n] * du_in[k][i]);
-                sum = n == 0 ? state[i + 1][k][n] * C_[n] : fmaf(state[i + 1][k][n], C_[n], sum);
+                a[i][k][n] = device::exp2(delta[k] * A[k][n]);
+                grown[i][k][n] = a[i][k][n] * h[k][n];
+                h[k][n] = fmaf(B[n], du[k], grown[i][k][n]);
+                sum[k] = n == 0 ? h[k][n] * C_[n] : fmaf(h[k][n], C_[n], sum[k]);
+                dC[n] = k == 0 ? gy[k] * h[k][n] : fmaf(gy[k], h[k][n], dC[n]);
             }
-        }
+        sum_states<true>(y, i, sum[0], sum[1], sum[2], sum[3], lane);
+        rows.add(i, 1, dC, lane);
     }
-    back_sums<Shape>(tile.y, s, y, thread);
-
-    float sums[2 * C * step];
-    device::Vec<float, round> delta_of[C], du_of[C], gy_of[C];  // read again, to hold fewer registers meanwhile
+    device::sync_warp();  // what was loaded is loaded again, to hold fewer registers
 #pragma unroll
     for (int i = step - 1; i >= 0; i--) {
-        if (i % round == round - 1) {
+        float B[S], C_[S], delta[C], du[C], gy[C], by_B[4] = {}, by_A[4] = {}, dB[S];
+        load_shared(tile.BC, BC + tile.B_of(i), B);
+        load_shared(tile.BC, BC + tile.C_of(i), C_);
+        load_shared(tile.delta, at + i * pitch, delta);
+        load_shared(tile.du, at + i * pitch, du);
+        load_shared(tile.gy, at + i * pitch, gy);
 #pragma unroll
-            for (int k = 0; k < C; k++) {
-                delta_of[k] = tile.delta.template load<round>(at[k] + i / round * round);
-                du_of[k] = tile.du.template load<round>(at[k] + i / round * round);
-                gy_of[k] = tile.gy.template load<round>(at[k] + i / round * round);
-            }
-        }
-        const auto B = tile.BC.template load<S>((s + i) * 2 * N + part * S);
-        const auto C_ = tile.BC.template load<S>((s + i) * 2 * N + N + part * S);
-        device::Vec<float, S> dB, dC;
-#pragma unroll
-        for (int k = 0; k < C; k++) {
-            const float delta = delta_of[k][i % round], du = du_of[k][i % round], gy = gy_of[k][i % round];
-            float &lambda_B = sums[2 * k * step + i], &lambda_A = sums[(2 * k + 1) * step + i];
+        for (int k = 0; k < C; k++)
 #pragma unroll
             for (int n = 0; n < S; n++) {
-                const float l = fmaf(gy, C_[n], lambda[k][n]);
-                lambda_B = n == 0 ? l * B[n] : fmaf(l, B[n], lambda_B);
-                dB[n] = k == 0 ? l * du : fmaf(l, du, dB[n]);
-                dC[n] = k == 0 ? gy * state[i + 1][k][n] : fmaf(gy, state[i + 1][k][n], dC[n]);
+                const float l = fmaf(gy[k], C_[n], lambda[k][n]), kept = l * grown[i][k][n];
+                by_B[k] = n == 0 ? l * B[n] : fmaf(l, B[n], by_B[k]);
+                by_A[k] = n == 0 ? kept * A[k][n] : fmaf(kept, A[k][n], by_A[k]);
+                dB[n] = k == 0 ? l * du[k] : fmaf(l, du[k], dB[n]);
+                dA[k][n] = fmaf(delta[k], kept, dA[k][n]);
                 lambda[k][n] = l * a[i][k][n];
-                const float kept = lambda[k][n] * state[i][k][n];
-                lambda_A = n == 0 ? kept * A[k][n] : fmaf(kept, A[k][n], lambda_A);
-                dA[k][n] = fmaf(delta, kept, dA[k][n]);
             }
+        if constexpr (C == 4) {
+            sum_states<true>(lambda_B, i, by_B[0], by_B[1], by_B[2], by_B[3], lane);
+            sum_states<true>(lambda_A, i, by_A[0], by_A[1], by_A[2], by_A[3], lane);
+        } else {
+            sum_states<true>(lambda_B, i, by_B[0], by_B[1], by_A[0], by_A[1], lane);
         }
-        const int terms = warp * Shape::terms;
-        tile.terms.template store<S>(terms + i % round * 2 * which + lane * S, dB);
-        tile.terms.template store<S>(terms + (i % round * 2 + 1) * which + lane * S, dC);
-        if (i % round != 0) continue;
-        device::sync_warp();
-        constexpr int all = round * 2 * N, W = all >= 4 * device::warp_size ? 4 : all / device::warp_size;
-#pragma unroll
-        for (int v = 0; v < all; v += W * device::warp_size) {  // token, dB or dC, state
-            const int at = v + lane * W, token = at / (2 * N), n = at % (2 * N);
-            const int from = terms + (token * 2 + n / N) * which + n % N;
-            auto sum = tile.terms.template load<W>(from);
-#pragma unroll
-            for (int g = 1; g < device::warp_size / Shape::lanes; g++) {
-                const auto more = tile.terms.template load<W>(from + g * N);
-#pragma unroll
-                for (int j = 0; j < W; j++) sum[j] += more[j];
-            }
-            tile.rows.template store<W>((warp * Shape::tile + s + i + token) * 2 * N + n, sum);
-        }
-        device::sync_warp();
+        rows.add(i, 0, dB, lane);
     }
-    back_sums<Shape>(tile.du, s, sums, thread);
+    if constexpr (C == 2) {
+        lambda_A[0] = lambda_B[2];
+        lambda_A[1] = lambda_B[3];
+    }
+    device::sync_warp();  // all lanes have read what follows writes over
+    // A lane has all sums of one token of its slot's channels.
+    const int own = at + lane % 4 * pitch;
+    float delta[C], gy[C], D[C], by_one[C], by_u[C], out[C];
+    load_shared(tile.delta, own, delta);
+    load_shared(tile.gy, own, gy);
+    load_shared(tile.D, lane / 4 * C, D);
+#pragma unroll
+    for (int k = 0; k < C; k++) {
+        const float slope = softplus_slope(delta[k]);
+        by_u[k] = slope * lambda_B[k];
+        by_one[k] = slope * (ln2 * lambda_A[k]);
+        gy[k] = fmaf(delta[k], lambda_B[k], D[k] * gy[k]);
+        out[k] = y[k];
+    }
+    store_shared(tile.du, own, by_u);
+    store_shared(tile.delta, own, by_one);
+    store_shared(tile.gy, own, gy);
+    store_shared(tile.y, own, out);
+    rows.store(tile, s, lane);
 }
 
 }  // namespace vimcore::cuda

@@ -79,6 +79,7 @@ def runtime() -> Any:
     for name in ("end", "replay"):
         getattr(library, f"vimcore_shim_{name}").argtypes = [ctypes.c_void_p]
     library.vimcore_shim_used_bytes.restype = ctypes.c_longlong
+    library.vimcore_shim_set_memory.argtypes = [ctypes.c_longlong]
     return library
 
 

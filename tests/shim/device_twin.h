@@ -146,4 +146,29 @@ inline float shuffle_xor(float value, int mask, shim::Where where = shim::Where:
     return shim::shuffle_xor(value, mask, where);
 }
 
+// ---- products of matrices by a warp --------------------------------------------------------------------------------
+inline float tf32(float x)  // what the multiplier sees of x
+{
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    bits &= tf32_bits;
+    std::memcpy(&x, &bits, sizeof(bits));
+    return x;
+}
+inline void multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1,
+                         shim::Where where = shim::Where::current())
+{
+    const float own[] = {tf32(a0), tf32(a1), tf32(a2), tf32(a3), tf32(b0), tf32(b1)};
+    const auto* all = shim::exchange(own, where);
+    const int g = shim::lane() / 4, q = shim::lane() % 4;
+    for (int i = 0; i < 4; i++) {
+        const int row = 4 * g, column = 4 * (2 * q + i % 2);
+        double sum = d[i];
+        for (int k = 0; k < 4; k++)
+            sum += static_cast<double>(all[row + k][i / 2]) * all[column + k][4] +
+                   static_cast<double>(all[row + k][2 + i / 2]) * all[column + k][5];
+        d[i] = static_cast<float>(sum);
+    }
+}
+
 }  // namespace vimcore::device

@@ -26,7 +26,7 @@ dim3 blockDim, gridDim;
 namespace vimcore::shim {
 namespace {
 
-enum class Wait : std::uint8_t { none, block, group, warp, shuffle, ended };
+enum class Wait : std::uint8_t { none, block, group, warp, shuffle, product, ended };
 
 struct Copy {
     void* to;
@@ -55,7 +55,7 @@ struct Warp {
     Wait kind = Wait::none;  // of the lanes that have arrived
     int mask = 0;
     Where where;
-    float values[2][32];
+    float values[2][32][warp_values];
 };
 
 struct Engine {
@@ -123,6 +123,8 @@ std::string describe(int thread)
             return join("waits at sync_warp (", at(t.where), ")");
         case Wait::shuffle:
             return join("waits at shuffle_xor (", at(t.where), ")");
+        case Wait::product:
+            return join("waits at multiply_add (", at(t.where), ")");
         case Wait::ended:
             return "has ended";
         case Wait::none:
@@ -436,23 +438,27 @@ void group_barrier(int id, int count, const Where& where)
     meet(barrier, Wait::group, id, count, where);
 }
 
+static const char* name_of(Wait kind)
+{
+    return kind == Wait::warp ? "sync_warp" : kind == Wait::shuffle ? "shuffle_xor" : "multiply_add";
+}
+
 // Waits for all lanes of the warp; returns which of the two sets of values was theirs.
-static int meet_warp(Wait kind, int mask, const float* value, const Where& where)
+static int meet_warp(Wait kind, int mask, const float* values, int count, const Where& where)
 {
     const int self = engine.current, lane = self % 32, first = self - lane;
     Warp& warp = engine.warps[self / 32];
-    const char* name = kind == Wait::warp ? "sync_warp" : "shuffle_xor";
+    const char* name = name_of(kind);
     if (warp.lanes != 32)
         fail(join(name, ": the block ends within this warp, which has ", warp.lanes, " lanes (", at(where), ")"));
     if (warp.arrived > 0 && (warp.kind != kind || warp.mask != mask || !same(warp.where, where)))
         fail(join("divergent warp: ", name, " at ", at(where), " with mask ", mask, ", while other lanes wait at ",
-                  warp.kind == Wait::warp ? "sync_warp" : "shuffle_xor", " at ", at(warp.where), " with mask ",
-                  warp.mask));
+                  name_of(warp.kind), " at ", at(warp.where), " with mask ", warp.mask));
     warp.kind = kind;
     warp.where = where;
     const int set = warp.generation & 1;
     warp.mask = mask;
-    if (value) warp.values[set][lane] = *value;
+    for (int i = 0; i < count; i++) warp.values[set][lane][i] = values[i];
     if (++warp.arrived < 32) {
         wait_here(kind, 0, where);
         return set;
@@ -467,14 +473,21 @@ static int meet_warp(Wait kind, int mask, const float* value, const Where& where
     return set;
 }
 
-void warp_barrier(const Where& where) { meet_warp(Wait::warp, 0, nullptr, where); }
+void warp_barrier(const Where& where) { meet_warp(Wait::warp, 0, nullptr, 0, where); }
 
 float shuffle_xor(float value, int mask, const Where& where)
 {
     if (mask < 0 || mask > 31) fail(join("shuffle_xor: mask ", mask, " (", at(where), ")"));
-    const int set = meet_warp(Wait::shuffle, mask, &value, where);
-    return engine.warps[engine.current / 32].values[set][(engine.current % 32) ^ mask];
+    const int set = meet_warp(Wait::shuffle, mask, &value, 1, where);
+    return engine.warps[engine.current / 32].values[set][(engine.current % 32) ^ mask][0];
 }
+
+const float (*exchange(const float (&values)[warp_values], const Where& where))[warp_values]
+{
+    const int set = meet_warp(Wait::product, 0, values, warp_values, where);
+    return engine.warps[engine.current / 32].values[set];
+}
+int lane() { return engine.current % 32; }
 
 std::byte* shared_memory(int offset, std::int64_t bytes, const Where& where)
 {

@@ -56,6 +56,10 @@ void block_barrier(const Where& where);
 void group_barrier(int id, int count, const Where& where);
 void warp_barrier(const Where& where);
 float shuffle_xor(float value, int mask, const Where& where);
+// The values of all 32 lanes, until the warp meets again twice.
+inline constexpr int warp_values = 6;
+const float (*exchange(const float (&values)[warp_values], const Where& where))[warp_values];
+int lane();  // of the calling thread in its warp
 
 // Shared memory of the block; what was never written is made of signalling NaNs.
 std::byte* shared_memory(int offset, std::int64_t bytes, const Where& where);

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <string>
 
@@ -126,5 +127,11 @@ private:
     std::size_t bytes_ = 0;
     Device device_;
 };
+
+// For processes that share a device with another owner of its memory, such as torch: asked once when an allocation
+// finds too little, before OutOfMemory is thrown. It gives back what nobody uses; true: the allocation is tried again.
+// Called by the thread that allocates, also while others compute; nullptr: nobody is asked.
+using GiveBackMemory = std::function<bool(int device, std::size_t bytes)>;
+void set_give_back_memory(GiveBackMemory give_back);
 
 }  // namespace vimcore

@@ -69,6 +69,9 @@ void run_together(Context& ctx, F&& program)
     backend_of(ctx).run(ctx, [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); }, &program);
 }
 
+// Asks who set_give_back_memory() named. False: nobody was named, or nothing was given back.
+bool others_gave_back(int device, std::size_t bytes);
+
 Backend& cpu_backend();
 Backend& cuda_backend();  // throws vimcore::Error where the build or the machine has no CUDA
 

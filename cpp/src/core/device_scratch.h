@@ -235,15 +235,22 @@ inline Tensor generic_memory(Context& ctx, Index batch, Index states, Index dim)
     return states > generic_states ? floats(ctx, {batch, states, dim}) : Tensor{};
 }
 
-// The tuned gradient: tokens of a tile, threads of a direction, elements that a thread keeps, channels of a block,
-// bytes of shared memory of a direction.
-inline constexpr Index back_tile = 16, back_threads = 64, back_kept = 8;
+// The tuned gradient: tokens of a tile, threads of a direction, channels of a thread and elements that it keeps, channels
+// of a block, bytes of shared memory of a direction.
+inline constexpr Index back_tile = 16, back_threads = 64;
 constexpr bool backward_has_states(Index n) { return n == 8 || n == 16 || n == 32; }
-constexpr Index back_channels(Index states) { return back_threads * back_kept / states; }
+constexpr Index back_thread_channels(Index states) { return states == 32 ? 2 : 4; }
+constexpr Index back_kept(Index states) { return back_thread_channels(states) * states / 4; }
+// ... and that it leaves of a tile for the way back: states before every fourth token, delta of 4 per channel.
+constexpr Index back_kept_tile(Index states) { return 4 * back_kept(states) + 4 * back_thread_channels(states); }
+constexpr Index back_channels(Index states) { return back_threads / 4 * back_thread_channels(states); }
 constexpr Index back_shared(Index states, Index rank)
 {
-    const Index channels = back_channels(states), pitch = back_tile + 4, kept = 6144, terms = 4608;
-    return channels * (20 * pitch + 8 * (rank + 2)) + 24 * back_tile * states + kept + terms + 4 * rank * pitch;
+    const Index warp = 32, channels = 8 * back_thread_channels(states), pitch = channels + 4, array = back_tile * pitch;
+    const Index floats = 2 * array + std::max(2 * array, back_tile * round_up(rank, 16)) + back_tile * 2 * states +
+                         2 * warp * back_kept(states) + round_up(rank + 1, 16) * channels + warp * channels / 4 +
+                         2 * channels;
+    return back_threads / warp * floats * 4;
 }
 
 // Tokens of a segment: all, up to some length; then, whatever the batch is, so that its images give the same bits. A
@@ -273,7 +280,7 @@ inline bool is_tuned(const ScanBackward& a)
 struct TunedBackward {
     Index tiles, segment, segments, units, groups, pitch;  // units: segments of all images; groups: of channels
     Tensor sum;                                            // (B, L, E) of both directions
-    Tensor starts;                                         // states at the tiles of a chunk
+    Tensor starts;                                         // what is kept of a chunk, for every block and direction
     struct {
         Tensor part;           // (B, groups, L, pitch)
         Tensor parameters;     // (units, N + R + 2, E)
@@ -293,7 +300,7 @@ inline TunedBackward tuned_backward(Context& ctx, const ScanBackward& a)
     s.groups = ceil_div(inner, back_channels(states));
     s.pitch = round_up(rank + 2 * states, 4);
     if (directions == 2) s.sum = a.out.dtype == DType::f32 ? a.out : floats(ctx, a.out.shape);
-    if (s.tiles > 1) s.starts = floats(ctx, {s.units * s.groups * directions, s.tiles - 1, back_threads * back_kept});
+    s.starts = floats(ctx, {s.units * s.groups * directions, s.tiles, back_threads * back_kept_tile(states)});
     for (Index i = 0; i < directions; i++) {
         s.pass[i].part = floats(ctx, {batch, s.groups, len, s.pitch});
         s.pass[i].parameters = floats(ctx, {s.units, states + rank + 2, inner});

@@ -2,6 +2,8 @@
 #include "vimcore/tensor.h"
 
 #include <charconv>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 
@@ -138,6 +140,30 @@ Tensor Tensor::view(const Shape& other) const
     Tensor result = *this;
     result.shape = other;
     return result;
+}
+
+namespace {
+
+std::mutex give_back_mutex;
+std::shared_ptr<const GiveBackMemory> give_back_memory;
+
+}  // namespace
+
+void set_give_back_memory(GiveBackMemory give_back)
+{
+    auto next = give_back ? std::make_shared<const GiveBackMemory>(std::move(give_back)) : nullptr;
+    std::lock_guard lock(give_back_mutex);
+    give_back_memory.swap(next);
+}
+
+bool others_gave_back(int device, std::size_t bytes)
+{
+    std::shared_ptr<const GiveBackMemory> asked;
+    {
+        std::lock_guard lock(give_back_mutex);
+        asked = give_back_memory;
+    }
+    return asked && (*asked)(device, bytes);
 }
 
 Buffer::Buffer(std::size_t bytes, Device device) : bytes_(bytes), device_(device)

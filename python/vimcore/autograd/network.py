@@ -14,7 +14,7 @@ from torch.utils.dlpack import from_dlpack
 from .. import _core
 from .checks import once_differentiable, refuse_layout
 from .draws import NONE
-from .tensors import aligned, describe, exported, place
+from .tensors import NAMES, aligned, describe, exported, on_cuda, place
 
 
 class Request(NamedTuple):
@@ -145,6 +145,12 @@ class Core:
             return batch, config.tokens, config.embed_dim
         return batch, *config.logits_shape(1)[1:]
 
+    def device_memory(self, memory: str, images: Tensor) -> Tensor:
+        """Room for what a forward saves, of torch's: its allocator knows streams, graphs and what is free."""
+        config, dtype = self.at(*images.shape[-2:]), NAMES[images.dtype]
+        size = _core.Saved.size(config, images.shape[0], dtype, True, memory)
+        return images.new_empty(size, dtype=torch.uint8)
+
     def taking_part(self, kind: str, layers: Sequence[int]) -> list[bool]:
         """For every parameter whether these outputs depend on it."""
         found = self._parts.get((kind, tuple(layers)))
@@ -215,11 +221,16 @@ class NetworkFunction(torch.autograd.Function):
         images: Tensor,
         *params: Tensor,
     ) -> tuple[Tensor, ...]:
-        saved = core.network.saved(request.memory, place(images))
+        # The token is what is saved: autograd frees it with its other saved tensors, hooks may move it.
+        token = core.device_memory(request.memory, images) if on_cuda(images) else None
+        if token is None:
+            saved = core.network.saved(request.memory, place(images))
+        else:
+            saved = _core.Saved.lent(request.memory, exported(token))
         bound = core.bound(params, copy=constant is None)
         outputs = core.run(request, images, params, saved, constant, bound)
-        # The token is what was saved: autograd frees it with its other saved tensors, hooks may move it.
-        ctx.save_for_backward(from_dlpack(saved.token), images, *params)
+        token = from_dlpack(saved.token) if token is None else token
+        ctx.save_for_backward(token, images, *params)
         ctx.set_materialize_grads(False)
         ctx.core, ctx.request, ctx.bound, ctx.state = core, request, bound, bound.state()
         return outputs

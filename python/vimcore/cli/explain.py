@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..data.picture_files import find_images, passed_over_text
+from ..data.picture_files import FORMATS_TEXT, find_images, passed_over_text
 from ..utils import options
 from ..utils.extras import required
 from ..utils.files import printable, shortened
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     if passed_over:
         complain(passed_over_text(passed_over))
     if not paths:
-        raise RuntimeError("no pictures found (JPEG, PNG, PPM, PGM)")
+        raise RuntimeError(f"no pictures found ({FORMATS_TEXT})")
     failed = 0
     with tqdm(
         total=len(paths) * len(explainer.what),

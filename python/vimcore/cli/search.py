@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..data.picture_files import passed_over_text
+from ..data.picture_files import FORMATS_TEXT, passed_over_text
 from ..utils import options
 from ..utils.extras import required
 from ..utils.files import printable
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         complain(passed_over_text(library.passed_over))
     total = len(library.images) + len(library.errors)
     if not total:
-        raise RuntimeError("no pictures found (JPEG, PNG, PPM, PGM)")
+        raise RuntimeError(f"no pictures found ({FORMATS_TEXT})")
     hits = nearest(library, vector, args.topk, args.query if kind == "picture" else None)
     if args.out is not None:
         from ..plots.contact_sheet import plot_sheet

@@ -22,7 +22,16 @@ from ..utils.files import listed, printable
 from .clip_files import find_clips, frames_of_clip, read_clip
 from .digits import load_digits, picture, split_digits
 from .lists import LISTS, read_list
-from .picture_files import SUFFIXES, is_hidden, kind_of, passed_over_text, read_file, reason, walk
+from .picture_files import (
+    FORMATS_TEXT,
+    SUFFIXES,
+    is_hidden,
+    kind_of,
+    passed_over_text,
+    read_file,
+    reason,
+    walk,
+)
 from .pictures import decode
 from .sampling import Key, seed_all
 from .sources import Source, is_source
@@ -213,7 +222,7 @@ def open_images(path: str, split: str = "train", frames: int = 0) -> Images:
         if is_list:
             raise ValueError(f"{path}: no rows below the columns' names, so no images")
         raise ValueError(
-            f"{path}: no images in class folders (JPEG, PNG, PPM, PGM, .npy)"
+            f"{path}: no images in class folders ({FORMATS_TEXT}, .npy)"
             + (f"; {passed_over_text(found.passed_over)}" if found.passed_over else "")
         )
     if len({_is_array(name) for name in found.files}) > 1:

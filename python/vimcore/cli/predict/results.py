@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
-from ...data.picture_files import passed_over_text
+from ...data.picture_files import FORMATS_TEXT, passed_over_text
 from ...utils.files import printable
 from ..streams import complain
 
@@ -58,7 +58,7 @@ def tell(
     if passed_over:
         complain(passed_over_text(passed_over))
     if total == 0:
-        raise RuntimeError("no pictures found (JPEG, PNG, PPM, PGM)")
+        raise RuntimeError(f"no pictures found ({FORMATS_TEXT})")
     if failed:
         complain(f"{failed} of {total} images failed")
     return 1 if failed else 0
