@@ -328,6 +328,18 @@ class BoundWeights:
 
 class Saved:
     def __init__(self, memory: str = "lean", capturing: bool = False) -> None: ...
+    @staticmethod
+    def lent(memory: str, bytes: Array) -> Saved:
+        """What a forward keeps goes into an array (bytes) of the caller's."""
+
+    @staticmethod
+    def size(config: Config, batch: int, dtype: str, cuda: bool, memory: str) -> int:
+        """Bytes that a forward of the network keeps."""
+
+    @staticmethod
+    def block_size(config: Config, batch: int, len: int, dtype: str, cuda: bool, memory: str) -> int:
+        """Bytes that a forward of one block keeps."""
+
     @property
     def bytes(self) -> int: ...
     @property

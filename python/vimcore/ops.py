@@ -335,9 +335,18 @@ def _block_config(sizes: tuple[int, ...], options: tuple[Any, ...]) -> tuple[str
 
 @functools.lru_cache(256)
 def _cached_config(sizes: tuple[int, ...], options: tuple[Any, ...]) -> tuple[str, tuple[str, ...]]:
+    dim, expand, state, width, rank = sizes
+    directions, average, norm, eps, scaled = options
     config = _core.Config(
-        **dict(zip(("embed_dim", "expand", "d_state", "d_conv", "dt_rank"), sizes)),
-        **dict(zip(("directions", "average_directions", "norm", "norm_eps"), options)),
-        layer_scale=1.0 if options[-1] else None,
+        embed_dim=dim,
+        expand=expand,
+        d_state=state,
+        d_conv=width,
+        dt_rank=rank,
+        directions=directions,
+        average_directions=average,
+        norm=norm,
+        norm_eps=eps,
+        layer_scale=1.0 if scaled else None,
     )
     return config.to_json(), tuple(config.block_shapes())

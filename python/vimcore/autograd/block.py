@@ -72,10 +72,11 @@ def _backward(
     dx = None if dout.dtype == total.dtype else empty(dout)
     if total.shape[0]:
         kept = aligned(saved[: _size(dout, config, memory, total.shape[0])])
-        arguments = [exported(t) for t in (dout, dtotal, dsum, dx)]
+        gradients_ = [exported(g) for g in gradients]
+        arguments = [*[exported(t) for t in (dout, dtotal, dsum, dx)], gradients_, place(total)]
         _core.block_backward(
             config_of(config), [exported(p) for p in params], exported(total), reverse,
-            _core.Kept(exported(kept), memory), *arguments, [exported(g) for g in gradients], place(total),
+            _core.Kept(exported(kept), memory), *arguments,
         )  # fmt: skip
     return [dsum, none(dout) if dx is None else dx, *gradients]
 

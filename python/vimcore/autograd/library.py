@@ -107,6 +107,7 @@ def operator(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     return Operator(getattr(torch.ops.vimcore, name).default, kernel)
 
 
+Members = dict[str, Callable[..., Any]]
 Shape = tuple[int, ...]  # of every argument the number of its elements, -1 where it is no list
 
 
@@ -166,11 +167,16 @@ def _functions(call: Operator, gradient: Callable[..., Any], prepare: Callable[.
         out, dims = call._rule(info, _nested(in_dims[1:], shape), *_nested(leaves, shape))
         return tuple(out) if isinstance(out, list) else out, dims
 
-    two_steps = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
-    one_step = {"forward": at_once, "backward": backward}
+    two_steps: Members = {
+        "forward": forward,
+        "setup_context": setup_context,
+        "backward": backward,
+        "vmap": vmap,
+    }
+    one_step: Members = {"forward": at_once, "backward": backward}
     name = "Vimcore" + "".join(word.capitalize() for word in call.name.split("_"))
 
-    def function(members: dict[str, Callable[..., Any]]) -> Any:
+    def function(members: Members) -> Any:
         return type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in members.items()})
 
     return function(one_step), function(two_steps)
@@ -189,7 +195,8 @@ def folded(op: Operator, per_image: Sequence[str], lists: Sequence[int] = (), ax
     """
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        n, given = info.batch_size, []
+        n = info.batch_size
+        given: list[Any] = []
         for name, value, dim in zip(op.arguments, args, in_dims):
             if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
                 dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(value)

@@ -87,8 +87,8 @@ def _request(
     choices: Maybe,
 ) -> Request:
     flip, position = (False, -1) if choices is None else choices.tolist()
-    given = [None if t is None else exported(dense(t)) for t in (drop_path, dropout)]
-    return Request(*parsed(outputs), _core.Draws(*given, bool(flip), position), memory)
+    path, mask = [None if t is None else exported(dense(t)) for t in (drop_path, dropout)]
+    return Request(*parsed(outputs), _core.Draws(path, mask, bool(flip), position), memory)
 
 
 def _size(images: Tensor, config: str, memory: str, batch: Any) -> int:
@@ -120,7 +120,7 @@ def _network(
         return out, bytes
     core, request = CORES.of(config, params), _request(outputs, memory, *draws)
     core.network.forward(
-        core.weights(params), exported(images), outputs_of(request, out if request.layers else [out]),
+        core.weights(params), exported(images), outputs_of(request, list(out) if request.layers else [out]),
         request.draws, place(images), _core.Saved.lent(memory, exported(bytes)) if save else None,
     )  # fmt: skip
     return out, bytes
@@ -151,7 +151,7 @@ def _backward(
         kept = aligned(saved[: _size(images, config, memory, images.shape[0])])
         core.network.backward(
             core.bound(params, copy=False).weights, exported(images), _core.Kept(exported(kept), memory),
-            outputs_of(request, dout if request.layers else [dout]),
+            outputs_of(request, list(dout) if request.layers else [dout]),
             _core.Gradients(exported(flat), offsets, exported(dimages)), request.draws, place(images),
         )  # fmt: skip
     return flat, none(images) if dimages is None else dimages

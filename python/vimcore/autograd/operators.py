@@ -137,7 +137,8 @@ def _conv1d_backward(
     dout, x, weight, bias = _dense([dout, x, weight, bias])
     dx, dweight, dbias = _fresh([x, weight, bias])
     x_, weight_, bias_ = _exported([x, weight, bias])
-    _core.conv1d_backward(x_, weight_, bias_, silu, reverse, *_exported([dout, dx, dweight, dbias]), place(x))
+    arguments = [*_exported([dout, dx, dweight, dbias]), place(x)]
+    _core.conv1d_backward(x_, weight_, bias_, silu, reverse, *arguments)
     return _present([dx, dweight, dbias], x)
 
 

@@ -150,15 +150,11 @@ class _Part(nn.Module):
     @torch.compiler.assume_constant_result
     def _facts(self) -> Facts:
         c = self._config
-        children = [n for n in self._modules if not n.startswith("parametrizations")]
-        plain = [
-            name
-            for name in children
-            if as_built(
-                nn.ModuleDict({name: self._modules[name]}),
-                {path: kind for path, kind in self._made.items() if path.split(".")[0] == name},
-            )
-        ]
+        plain = []
+        for name, child in self.named_children():
+            own = {path: kind for path, kind in self._made.items() if path.split(".")[0] == name}
+            if name != "parametrizations" and as_built(nn.ModuleDict({name: child}), own):
+                plain.append(name)
         two = c.directions in ("ssm", "ssm_conv")
         return Facts(
             c.directions if two else "none",
@@ -294,6 +290,15 @@ class Layer(_Part):
         ours = type(self.mixer) is Mixer and "forward" not in vars(self.mixer)
         own = {"memory": memory} if ours else {}
         return self.mixer(v, **own), x.to(_sum_type(x)) if residual is None else residual + x
+
+
+def equip(model: nn.Module, config: Config) -> None:
+    """Gives modules what they must know to be called, where they lack it."""
+    for module in model.modules():
+        if type(module) is Scale:
+            module.eps = config.norm_eps
+        elif isinstance(module, _Part) and "_config" not in vars(module):
+            module._config, module._made = config, made(module)
 
 
 def _sum_type(x: Tensor) -> torch.dtype:

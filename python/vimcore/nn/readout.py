@@ -14,7 +14,9 @@ from torch import Tensor
 from .. import _core
 from .._core import Config
 from ..utils.arguments import integer
+from .following import Plan
 
+Known = Config | Plan
 Weight = Callable[[str], Tensor]  # a parameter by its state-dict key
 Module = Callable[[Tensor], Tensor]
 
@@ -27,7 +29,7 @@ def activations_like(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def readout(
-    tokens: Tensor, config: Config, weight: Weight, head: Module, neck: Module | None = None
+    tokens: Tensor, config: Known, weight: Weight, head: Module, neck: Module | None = None
 ) -> Tensor:
     """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token.
 
@@ -40,7 +42,7 @@ def readout(
     return head(pooled(tokens, config, weight, neck))
 
 
-def pooled(tokens: Tensor, config: Config, weight: Weight, neck: Module | None = None) -> Tensor:
+def pooled(tokens: Tensor, config: Known, weight: Weight, neck: Module | None = None) -> Tensor:
     """What a head that does not see every token sees: (B, readout width) of normalised tokens (B, L, D)."""
     if config.class_token == "registers":
         registers = tokens[:, class_positions(tokens, config)]
@@ -54,7 +56,7 @@ def pooled(tokens: Tensor, config: Config, weight: Weight, neck: Module | None =
     return tokens[:, -1] if config.pool == "last" else tokens.mean(1)
 
 
-def _through_neck(registers: Tensor, config: Config, weight: Weight) -> Tensor:
+def _through_neck(registers: Tensor, config: Known, weight: Weight) -> Tensor:
     """Registers (B, n, D) one beside the other, narrowed and normalised where the network has a neck."""
     if config.neck_reduction == 1:
         return registers.flatten(1)
@@ -64,7 +66,7 @@ def _through_neck(registers: Tensor, config: Config, weight: Weight) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight("norm_neck.weight"), eps)
 
 
-def class_positions(tokens: Tensor, config: Config) -> list[int]:
+def class_positions(tokens: Tensor, config: Known) -> list[int]:
     """Indices of the class tokens among tokens (B, L, D) of eval mode."""
     if tokens.shape[1] == config.tokens:  # which a compiler knows
         return config.class_positions
@@ -72,7 +74,7 @@ def class_positions(tokens: Tensor, config: Config) -> list[int]:
     return _core.class_places(config.class_token, patches, config.registers or 0)
 
 
-def patches_of(tokens: Tensor, config: Config) -> Tensor:
+def patches_of(tokens: Tensor, config: Known) -> Tensor:
     """Tokens without class tokens."""
     at = class_positions(tokens, config)
     if at == [0]:
@@ -83,12 +85,12 @@ def patches_of(tokens: Tensor, config: Config) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def map_shape(config: Config) -> tuple[int, ...]:
+def map_shape(config: Known) -> tuple[int, ...]:
     """Axes of the patches of an image, (h, w), or of a clip, (T, h, w)."""
     return (config.frames, *config.grid) if config.frames else config.grid
 
 
-def layer_indices(config: Config, indices: Sequence[int] | None) -> list[int]:
+def layer_indices(config: Known, indices: Sequence[int] | None) -> list[int]:
     """Layers counted from the first; None: the last of each quarter, of a pair ("block") the second.
 
     Raises:

@@ -24,7 +24,7 @@ from .constant import ENTERING, ConstantWeights
 from .following import Plan, at_size, follow, plan_of
 from .inputs import checked_images
 from .layerwise import layerwise
-from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
+from .parameters import Layer, PatchEmbed, Rope, Scale, empty, equip, trunc_normal
 from .readout import activations_like, layer_indices, map_shape, patches_of, readout
 from .sharing import SharedNetwork
 from .structure import Places, does_more, made
@@ -502,6 +502,10 @@ class VisionMamba(SharedNetwork):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_core": None, "_places": None, "_constant": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        equip(self, self._config)  # what an earlier version pickled lacks it
 
     def _replicate_for_data_parallel(self) -> VisionMamba:
         replica = super()._replicate_for_data_parallel()
