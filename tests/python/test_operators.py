@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import subprocess
 import sys
@@ -284,6 +285,32 @@ def test_ahead_of_time_package(tmp_path: Path) -> None:
         "    assert torch.equal(model(truth['images']), truth['wanted'])\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_weights_of_a_model_that_is_gone_are_let_go() -> None:
+    from vimcore.autograd.network_operator import CORES
+
+    gc.collect()
+    before = len(CORES)
+    model, images = build(SMALL).eval(), images_for(SMALL, 1, torch.float32)
+    for _ in range(2):
+        torch.vmap(model)(images[None])
+    assert len(CORES) == before + 1
+    del model
+    gc.collect()
+    assert len(CORES) == before
+
+
+def test_changed_weights_are_seen() -> None:
+    """By operators as by plain calls, however they were written to."""
+    torch._dynamo.reset()
+    model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
+    call = torch.compile(model, fullgraph=True, backend="aot_eager")
+    call(images)
+    model.layers[1].mixer.A_log.data.mul_(1.5)
+    assert torch.equal(call(images), model(images))
+    model.head.weight.detach().numpy()[0] += 1
+    assert torch.equal(call(images), model(images))
 
 
 # ---- torch.func --------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,11 @@ _SCHEMA = "str config, str outputs, str memory, Tensor? drop_path, Tensor? dropo
 
 
 class _Cores:
-    """Networks by architecture and weights: the last ones used, since an operator has no place of its own."""
+    """Networks by architecture and weights, since an operator has no place of its own: the last ones used.
+
+    Those of a model that is gone are let go; of tensors that are no parameters, as packages have them, nobody
+    tells when.
+    """
 
     LIMIT = 8
 
@@ -46,16 +51,21 @@ class _Cores:
         """The network of these weights, packed if it was used lately."""
         key = (config, params[0].data_ptr(), str(params[0].device))
         with self._lock:
-            core = self._all.pop(key, None) or Core(config_of(config))
+            core = self._all.pop(key, None)
+            if core is None:
+                core = Core(config_of(config))
+                if isinstance(params[0], torch.nn.Parameter):
+                    weakref.finalize(params[0], self._forget, key)
             self._all[key] = core
             if len(self._all) > self.LIMIT:
                 self._all.popitem(last=False)
             return core
 
-    def clear(self) -> None:
-        """Lets go of all weights."""
-        with self._lock:
-            self._all.clear()
+    def _forget(self, key: tuple[str, int, str]) -> None:
+        self._all.pop(key, None)  # no lock: this may run anywhere, also within `of`
+
+    def __len__(self) -> int:
+        return len(self._all)
 
 
 CORES = _Cores()

@@ -19,7 +19,7 @@ from torch.nn.utils import skip_init
 from .. import ops
 from .._core import Config
 from ..positions import rope_tables
-from .structure import as_built, made
+from .structure import Made, as_built, made
 
 
 def trunc_normal(tensor: Tensor, std: float) -> None:
@@ -145,7 +145,7 @@ class _Part(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self._config = config
-        self._made: dict[str, Any] = {}
+        self._made: Made = {}
 
     @torch.compiler.assume_constant_result
     def _facts(self) -> Facts:
@@ -292,13 +292,21 @@ class Layer(_Part):
         return self.mixer(v, **own), x.to(_sum_type(x)) if residual is None else residual + x
 
 
-def equip(model: nn.Module, config: Config) -> None:
-    """Gives modules what they must know to be called, where they lack it."""
-    for module in model.modules():
+def equip(model: nn.Module, config: Config, built: Made) -> None:
+    """Gives modules what they must know to be called, where they lack it.
+
+    Args:
+        built: what the submodules were when the network was built.
+    """
+    for path, module in model.named_modules():
         if type(module) is Scale:
             module.eps = config.norm_eps
         elif isinstance(module, _Part) and "_config" not in vars(module):
-            module._config, module._made = config, made(module)
+            begin = f"{path}."
+            module._config = config
+            module._made = {
+                at.removeprefix(begin): kind for at, kind in built.items() if at.startswith(begin)
+            }
 
 
 def _sum_type(x: Tensor) -> torch.dtype:

@@ -505,7 +505,7 @@ class VisionMamba(SharedNetwork):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        equip(self, self._config)  # what an earlier version pickled lacks it
+        equip(self, self._config, self._made)  # what an earlier version pickled lacks it
 
     def _replicate_for_data_parallel(self) -> VisionMamba:
         replica = super()._replicate_for_data_parallel()
