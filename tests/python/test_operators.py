@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import torchinfo
 import vimcore
+from fvcore.nn import FlopCountAnalysis
 from golden import relative
 from helpers import SMALL, build, images_for, small
 from torch import Tensor
@@ -191,10 +193,9 @@ def test_compiled_inference() -> None:
     for method in (model.forward_features, model.forward_intermediates):
         found, wanted = torch.compile(method, fullgraph=True, backend="eager")(images), method(images)
         assert all(torch.equal(a, b) for a, b in zip(found, wanted))
-    if not vimcore._core.bf16_refusal():
-        with torch.autocast("cpu"):
-            assert call(images).dtype == torch.bfloat16
-            assert torch.equal(call(images), model(images))
+    with torch.autocast("cpu"):
+        assert call(images).dtype == torch.bfloat16
+        assert torch.equal(call(images), model(images))
     model.dynamic_img_size = False
     with pytest.raises(Exception, match="other sizes by dynamic_img_size"):
         call(torch.randn(2, 3, 4, 4))
@@ -425,9 +426,8 @@ def test_flops_of_the_network_operator() -> None:
 
 
 def test_fvcore() -> None:
-    fvcore = pytest.importorskip("fvcore.nn")
     model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
-    counts = fvcore.FlopCountAnalysis(model, images).set_op_handle(**vimcore.ops.fvcore_handles())
+    counts = FlopCountAnalysis(model, images).set_op_handle(**vimcore.ops.fvcore_handles())
     counts.unsupported_ops_warnings(False)
     assert counts.total() == 2 * model.flops()
     assert counts.by_module()["layers.0"] == counts.by_module()["layers.1"] > 0
@@ -435,7 +435,6 @@ def test_fvcore() -> None:
 
 def test_torchinfo() -> None:
     """Every module with its shape. It counts a linear map once an image, whatever the tokens."""
-    torchinfo = pytest.importorskip("torchinfo")
     model, images = build(SMALL).eval(), images_for(SMALL, 2, torch.float32)
     found = torchinfo.summary(model, input_data=images, verbose=0, depth=5)
     assert found.total_params == sum(p.numel() for p in model.parameters())

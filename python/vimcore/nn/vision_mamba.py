@@ -36,9 +36,11 @@ _NOT_OF_CONFIG = ("self", "memory", "dynamic_img_size", "__class__")  # among wh
 class VisionMamba(SharedNetwork):
     """Vision Mamba: patches, class token, bidirectional Mamba blocks, linear head.
 
-    Submodules only hold parameters: the whole network is one call of the C++ core. What that would pass over
-    (hooks on submodules, adapters, other modules in their place) is an error; parametrizations are followed,
-    and a head that is no plain Linear, or has hooks, is called as a module. Weights may be written in any way
+    Submodules only hold parameters: the whole network is one call of the C++ core. Hooks on submodules,
+    adapters and other modules in their place make it run layer by layer instead, with the same result (a
+    layer is called with the output before it and the residual stream, and gives both). A head that is no
+    plain Linear, or has hooks, is called as a module; parametrizations are followed. torch.compile,
+    torch.export, torch.func and FLOP counters see one operator. Weights may be written in any way
     (fused optimizers, `.data`, numpy views, other processes): every call looks, see `constant_weights`.
 
     Parameters and their gradients are float32, activations of the images' type: float32 or bfloat16, on CUDA
