@@ -116,7 +116,8 @@ void* CudaBackend::allocate(std::size_t bytes, int device)
     // Programs that look for the largest batch recognise the first words.
     throw OutOfMemory("[cuda] CUDA out of memory. " + to_string(Device::cuda(device)) + " (" + properties.name +
                       ") was asked for " + mebibytes(bytes) + ", free are " + mebibytes(free) + " of " +
-                      mebibytes(total) + "; use a smaller batch or image, or end what else holds memory there");
+                      mebibytes(total) +
+                      "; use a smaller batch or image, or have others give memory back (torch.cuda.empty_cache())");
 }
 
 void CudaBackend::release(void* memory, int device) noexcept

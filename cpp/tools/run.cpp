@@ -83,7 +83,10 @@ LoadedModel load_model(const RunOptions& options)
 {
     if (options.weights.empty()) throw UsageError("the argument --weights is required");
     LoadedModel loaded;
-    loaded.model = vimcore::Model::load(options.weights, options.device, options.img_height, options.img_width);
+    loaded.model = vimcore::Model::load(options.weights, {.device = options.device,
+                                                          .img_height = options.img_height,
+                                                          .img_width = options.img_width,
+                                                          .only = options.dtype});
     loaded.labels = vimcore::labels_of(loaded.model->config(), loaded.model->metadata());
     return loaded;
 }

@@ -27,7 +27,10 @@ public:
            const std::string& dtype)
         : options_{.max_batch = 8, .threads = threads, .dtype = to_float_type("[Runtime] dtype", dtype)}
     {
-        model_ = Model::load(path_of(path), cuda < 0 ? Device::cpu() : Device::cuda(cuda), img_height, img_width);
+        model_ = Model::load(path_of(path), {.device = cuda < 0 ? Device::cpu() : Device::cuda(cuda),
+                                             .img_height = img_height,
+                                             .img_width = img_width,
+                                             .only = options_.dtype});
         if (model_->device().type == Device::Type::cuda)
             options_.max_batch = device_batch(model_->config(), options_.dtype, model_->device());
         sessions_.give(make_session());

@@ -32,9 +32,9 @@ def demangled(names: list[str]) -> dict[str, str]:
     return short
 
 
-def read(log: str) -> dict[tuple[str, str], dict[str, tuple[int, int, int]]]:
-    """(file, kernel) -> architecture -> registers, bytes of spills, barriers."""
-    table: dict[tuple[str, str], dict[str, tuple[int, int, int]]] = defaultdict(dict)
+def read(log: str) -> dict[tuple[str, str], dict[str, tuple[int, int]]]:
+    """(file, kernel) -> architecture -> registers, bytes of spills."""
+    table: dict[tuple[str, str], dict[str, tuple[int, int]]] = defaultdict(dict)
     file, kernel, architecture, spills = "", "", "", 0
     for line in log.splitlines():
         if found := re.search(r"Building CUDA object .*/cuda/([\w/]+)\.cu\.o", line):
@@ -43,14 +43,26 @@ def read(log: str) -> dict[tuple[str, str], dict[str, tuple[int, int, int]]]:
             kernel, architecture, spills = found[1], found[2], 0
         elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             spills += int(found[1]) + int(found[2])
-        elif (found := re.search(r"Used (\d+) registers(?:, used (\d+) barriers)?", line)) and kernel:
-            table[file, kernel][architecture] = int(found[1]), spills, int(found[2] or 0)
+        elif (found := re.search(r"Used (\d+) registers", line)) and kernel:
+            table[file, kernel][architecture] = int(found[1]), spills
             kernel = ""
     return table
 
 
+def barriers(log: str) -> dict[tuple[str, str], int]:
+    """(kernel, architecture) -> barriers of a block, where there are several."""
+    found: dict[tuple[str, str], int] = {}
+    kernel = architecture = ""
+    for line in log.splitlines():
+        if begins := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
+            kernel, architecture = begins[1], begins[2]
+        elif (used := re.search(r"used (\d+) barriers", line)) and used[1] not in ("0", "1"):
+            found[kernel, architecture] = int(used[1])
+    return found
+
+
 def main(log: str, expected: int) -> int:
-    table = read(Path(log).read_text())
+    table, several = read(Path(log).read_text()), barriers(Path(log).read_text())
     names = demangled([kernel for _, kernel in table])
     architectures = sorted({a for row in table.values() for a in row}, key=int)
     print("registers, + bytes of spills, / barriers of a block where more than one;")
@@ -59,14 +71,11 @@ def main(log: str, expected: int) -> int:
     faults = []
     for (file, kernel), row in sorted(table.items(), key=lambda item: (item[0][0], names[item[0][1]])):
         label = f"{file}: {names[kernel]}"
-        cells = [
-            str(r) + (f"+{s}" if s else "") + (f"/{b}" if b > 1 else "")
-            for r, s, b in (row.get(a, (0, 0, 0)) for a in architectures)
-        ]
+        cells = [f"{r}+{s}" if s else str(r) for r, s in (row.get(a, (0, 0)) for a in architectures)]
+        also = [several.get((kernel, a), 0) for a in architectures]
+        cells = [f"{cell}/{b}" if b else cell for cell, b in zip(cells, also, strict=True)]
         print(f"{label:64}", *(f"{cell:>8}" for cell in cells))
-        faults += [
-            f"{label} spills {s} bytes on sm_{a}" for a, (_, s, _) in row.items() if s and file in TUNED
-        ]
+        faults += [f"{label} spills {s} bytes on sm_{a}" for a, (_, s) in row.items() if s and file in TUNED]
         if expected and len(row) != expected:
             faults.append(f"{label} was compiled for {len(row)} architectures, not for {expected}")
     missing = [file for file in TUNED if file not in {file for file, _ in table}]

@@ -537,7 +537,7 @@ def test_distributed_gradients_are_those_of_the_joined_batch(
 
 
 def test_activations_copied_on_a_side_stream() -> None:
-    """A hook copies what is saved on a stream of its own and lets go of it: the next forward writes elsewhere."""
+    """A hook copies what is saved on a stream of its own and lets go of it: nobody writes there before."""
     model, side = tiny(), torch.cuda.Stream()
     images = torch.randn(2, 8, 3, 64, 64, device=CUDA)
 

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import vimcore
-from hub_server import Hub, serving
+from hub_server import Hub, ask_instead, serving
 from huggingface_hub import constants
 from vimcore.cli import main
 from vimcore.hub.fetch import fetch, record_of
@@ -36,14 +35,7 @@ SMALL = {"depth": 2, "embed_dim": 16}  # in place of the published sizes, whose 
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """Asked in place of huggingface.co, with an empty cache, and no waiting between attempts."""
     with serving() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(time, "sleep", lambda _: None)
+        ask_instead(hub, tmp_path / "home", monkeypatch)
         yield hub
 
 
@@ -226,6 +218,21 @@ def test_timm(authors: Hub, tmp_path: Path) -> None:
     assert (tmp_path / "other").is_dir()
 
 
+@pytest.mark.slow
+def test_fine_tuning_by_name(authors: Hub, tmp_path: Path) -> None:
+    """`vimcore train --init NAME`: the published weights, a head for the classes at hand."""
+    run, size = tmp_path / "run", ["--img-size", "32", "--batch-size", "500"]
+    train = ["train", "--data", "digits", "--init", NAME, "--epochs", "1", "--lr", "1e-9", "--workers", "0"]
+    assert main([*train, *size, "--out", str(run)]) == 0
+    tuned = vimcore.VisionMamba.load(run / "last.safetensors")
+    made = vimcore.create_model(NAME, pretrained=True)
+    assert (tuned.config["img_size"], tuned.num_classes) == ([32, 32], 10)
+    assert torch.allclose(
+        tuned.layers[1].mixer.in_proj.weight, made.layers[1].mixer.in_proj.weight, atol=1e-7
+    )
+    assert len(authors.downloads()) == 1
+
+
 def test_options_that_change_the_meaning(hub: Hub, small: None) -> None:
     for options, text in (
         ({"class_token": "head"}, "class_token='head': the published weights are for 'middle'"),
@@ -357,6 +364,17 @@ def test_hash_of_the_first_download(hub: Hub) -> None:
         fetch("a/b", "w.pth", pinned=True)
 
 
+def test_hash_that_cannot_be_recorded(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cache that is not ours to write: that is said, and the weights serve."""
+    hub.files["a/b", "w.pth"] = b"x"
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "file"))
+    with pytest.warns(
+        UserWarning, match=r"\[download\] hash not recorded: .*w\.pth\.sha256: Not a directory"
+    ):
+        assert fetch("a/b", "w.pth", pinned=True).read_bytes() == b"x"
+
+
 def test_hash_of_the_list(hub: Hub, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once somebody has computed it."""
     hub.files["hustvl/x", "w.pth"] = checkpoint()
@@ -461,7 +479,7 @@ def test_variables(tmp_path: Path) -> None:
                 ({"HF_HUB_CACHE": str(tmp_path / "c"), "HF_HOME": str(tmp_path / "home2")}, tmp_path / "c"),
             )
         ):
-            variables = {**plain, **variables, "HF_ENDPOINT": hub.url}
+            variables = {**plain, **variables, "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1"}
             for offline in ("1", "0", "1") if i == 0 else ("0",):
                 done = subprocess.run(
                     [sys.executable, "-c", code],

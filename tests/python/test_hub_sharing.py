@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import timm
 import torch
 import vimcore
 import vimcore.timm
-from hub_server import Hub, serving
+from hub_server import Hub, ask_instead, serving
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants
 from safetensors.torch import save_file
 
@@ -31,19 +29,10 @@ def model() -> vimcore.VisionMamba:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """In place of huggingface.co, with an empty cache; uploads go the way that servers without Xet have."""
+    """In place of huggingface.co."""
     with serving() as hub:
         hub.files["somebody/else", "x"] = b""
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
-        monkeypatch.setattr(time, "sleep", lambda _: None)
+        ask_instead(hub, tmp_path / "home", monkeypatch)
         yield hub
 
 
@@ -156,6 +145,11 @@ def test_timm_reads_the_folder(model: vimcore.VisionMamba, tmp_path: Path) -> No
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=9)
     assert torch.equal(other.norm_f.weight, model.norm_f.weight)
     found.save_pretrained(tmp_path / "again")
+    pooled = timm.create_model(f"local-dir:{tmp_path}")
+    pooled.reset_classifier(3, global_pool="avg")
+    with pytest.raises(ValueError, match="no class token network reads with global_pool='avg'"):
+        pooled.save_pretrained(tmp_path / "pooled")
+    assert not (tmp_path / "pooled" / "config.json").exists()
     same(vimcore.VisionMamba.from_pretrained(tmp_path / "again"), model)
     same(vimcore.timm.TimmVisionMamba.from_pretrained(tmp_path / "again"), model)
 

@@ -23,10 +23,12 @@ from torchvision.transforms import v2
 from vim_infer import run
 from vimcore import _core
 from vimcore.cli import main
+from vimcore.data import objects, pairs
 from vimcore.data.classes import open_images
 from vimcore.data.picture_files import SUFFIXES, find_images
 from vimcore.data.pictures import decode, network_input
 from vimcore.data.pillow_pictures import decode_with_pillow
+from vimcore.data.unlabelled import open_unlabelled
 
 SIZES: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_classes": 3}
 KINDS = all_kinds()
@@ -145,6 +147,38 @@ def test_commands_and_runtime_agree(folder: Path, weights: str, capsys: pytest.C
             )
     assert done.returncode == 1
     assert "passed over" not in done.stderr
+
+
+def test_other_tasks_read_them(folder: Path, tmp_path: Path) -> None:
+    """Segmentation, detection, pretraining: images with masks beside them, or alone."""
+    known = {f"{kind.name}{kind.suffix}": kind.pixels for kind in KINDS}
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    for kind in KINDS:
+        (tmp_path / "images" / f"{kind.name}{kind.suffix}").write_bytes(kind.data)
+        mask = np.zeros(kind.pixels.shape[:2], np.uint8)
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{kind.name}.png")
+    found, held, _ = pairs.training_and_validation(str(tmp_path), None, 0.5, pairs.Reading())
+    assert len(found) + len(held) == len(KINDS)
+    for i, file in enumerate(found.images.files):
+        pixels, mask = found.pair(i)
+        np.testing.assert_array_equal(pixels, known[Path(file).name])
+        np.testing.assert_array_equal(objects.decoded(file), pixels)
+        assert mask.shape == pixels.shape[:2]
+    assert len(open_unlabelled(str(folder))) == len(KINDS)
+
+
+@pytest.mark.slow
+def test_search_and_explain(
+    folder: Path, weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [f for f in find_images([str(folder)]) if f.endswith((".webp", ".tif", ".bmp", ".gif"))][::9]
+    assert main(["search", "--weights", weights, "--no-cache", "--json", few[0], *few]) == 0
+    found = [json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(found) == sorted(few[1:])
+    out = tmp_path / "explained"
+    assert main(["explain", "--weights", weights, "--what", "norms", "--out", str(out), few[0], few[-1]]) == 0
+    assert len(list(out.rglob("*.png"))) >= 2
 
 
 def test_pil_images_and_arrays_of_four_channels(weights: str) -> None:

@@ -251,7 +251,7 @@ def test_memory_that_others_give_back(training: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_saved_is_memory_of_torch(dtype: torch.dtype, training: dict[str, Any]) -> None:
-    """So `record_stream` of a hook that copies it on a side stream has its effect, and graphs have their pool."""
+    """So `record_stream` of a hook that copies it on a side stream has effect, and graphs have their pool."""
     model, images = twin(build(SMALL)), images_for(SMALL, 3, dtype)
     for _ in range(3):
         gradients_of(model, images)  # scratch memory, casts, what renews casts

@@ -4,6 +4,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -96,6 +97,7 @@ struct Outputs {
 };
 
 // images: (B, C, H, W) of the configuration's size. saved == nullptr is inference and gives the same numbers.
+// Activations have the type of `out`, and so have images; on the CPU float32 images go with bf16, too.
 // Another size than the weights were made for: forward(ctx, config.at_size(H, W), ...), and backward with the same. The
 // position table is resized, on the CPU once for each of the sizes used last until Params::changed(); dparams.pos_embed
 // has the shape of the table itself.
@@ -106,22 +108,33 @@ void forward(Context& ctx, const Config& config, const Params& params, const Ten
 void backward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Saved& saved,
               const Outputs& gradients, Params& dparams, const Tensor& dimages, const Draws& draws = {});
 
+struct ModelOptions {
+    Device device{};
+    // 0: as stored. Otherwise the position table is resized, class tokens left alone.
+    std::int64_t img_height = 0, img_width = 0;
+    // The one type of activations that sessions will have, or any. With bf16 on the CPU, weights of linear maps are
+    // kept as DType::bf16_panels alone, in about a third of the memory.
+    std::optional<DType> only{};
+};
+
 // A loaded network: immutable, shared between threads.
 class Model {
 public:
+    static std::shared_ptr<const Model> load(const std::string& path, const ModelOptions& options);
     static std::shared_ptr<const Model> load(const std::string& path, Device device = Device::cpu());
-    // img_height / img_width 0: as stored. Otherwise the position table is resized, class tokens left alone.
     static std::shared_ptr<const Model> load(const std::string& path, Device device, std::int64_t img_height,
                                              std::int64_t img_width);
 
     const Config& config() const { return config_; }
     Device device() const { return device_; }
+    std::optional<DType> only() const { return only_; }
     const Params& params() const { return params_; }
     const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
 private:
     Config config_;
     Device device_;
+    std::optional<DType> only_;
     Params params_;
     std::map<std::string, std::string> metadata_;
     std::vector<Buffer> storage_;

@@ -11,7 +11,9 @@
 
 namespace [[gnu::visibility("default")]] vimcore {
 
-// The 8-bit floats and complex numbers are for files only: no operator takes them.
+// The 8-bit floats and complex numbers are for files only: no operator takes them. Panels, the other way round, are for
+// products of matrices only: a weight in the order in which the CPU's kernels read it, as a Model has it that was
+// loaded for bf16 alone (ModelOptions).
 enum class DType : std::uint8_t {
     f32,
     f64,
@@ -31,8 +33,9 @@ enum class DType : std::uint8_t {
     f8_e5m2,
     f8_e5m2fnuz,
     c64,  // pairs of f32
+    bf16_panels,
 };
-inline constexpr int dtype_count = 18;
+inline constexpr int dtype_count = 18;  // that files have: all but panels
 
 std::size_t size_of(DType dtype);
 const char* name_of(DType dtype);

@@ -27,6 +27,7 @@ std::size_t size_of(DType dtype)
         case DType::bf16:
         case DType::i16:
         case DType::u16:
+        case DType::bf16_panels:
             return 2;
         case DType::i8:
         case DType::u8:
@@ -42,9 +43,9 @@ std::size_t size_of(DType dtype)
 
 const char* name_of(DType dtype)
 {
-    static constexpr const char* names[dtype_count] = {
-        "f32", "f64", "f16", "bf16", "i64",     "i32",         "i16",     "i8",          "u64",
-        "u32", "u16", "u8",  "bool", "f8_e4m3", "f8_e4m3fnuz", "f8_e5m2", "f8_e5m2fnuz", "c64"};
+    static constexpr const char* names[dtype_count + 1] = {
+        "f32", "f64", "f16",  "bf16",    "i64",         "i32",     "i16",         "i8",  "u64",        "u32",
+        "u16", "u8",  "bool", "f8_e4m3", "f8_e4m3fnuz", "f8_e5m2", "f8_e5m2fnuz", "c64", "bf16_panels"};
     return names[static_cast<int>(dtype)];
 }
 

@@ -66,6 +66,12 @@ class Core:
             self._sizes[height, width] = found
         return found
 
+    def room(self, memory: str, images: Tensor) -> Tensor:
+        """For what a forward on a device saves: memory of torch, which knows its streams and graphs."""
+        config, dtype = self.at(*images.shape[-2:]), NAMES[images.dtype]
+        size = _core.Saved.size(config, images.shape[0], dtype, True, memory)
+        return images.new_empty(size, dtype=torch.uint8)
+
     def weights(self, params: Sequence[Tensor]) -> _core.BoundWeights:
         """The parameters, in the order of `names`, as the core sees them; bound again when they moved."""
         return self.bound(params).weights
@@ -145,12 +151,6 @@ class Core:
             return batch, config.tokens, config.embed_dim
         return batch, *config.logits_shape(1)[1:]
 
-    def device_memory(self, memory: str, images: Tensor) -> Tensor:
-        """Room for what a forward saves, of torch's: its allocator knows streams, graphs and what is free."""
-        config, dtype = self.at(*images.shape[-2:]), NAMES[images.dtype]
-        size = _core.Saved.size(config, images.shape[0], dtype, True, memory)
-        return images.new_empty(size, dtype=torch.uint8)
-
     def taking_part(self, kind: str, layers: Sequence[int]) -> list[bool]:
         """For every parameter whether these outputs depend on it."""
         found = self._parts.get((kind, tuple(layers)))
@@ -222,7 +222,7 @@ class NetworkFunction(torch.autograd.Function):
         *params: Tensor,
     ) -> tuple[Tensor, ...]:
         # The token is what is saved: autograd frees it with its other saved tensors, hooks may move it.
-        token = core.device_memory(request.memory, images) if on_cuda(images) else None
+        token = core.room(request.memory, images) if on_cuda(images) else None
         if token is None:
             saved = core.network.saved(request.memory, place(images))
         else:

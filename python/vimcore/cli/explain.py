@@ -41,6 +41,15 @@ def _token(text: str) -> str | tuple[int, int]:
     return options.integer(parts[0], least=0), options.integer(parts[1], least=0)
 
 
+def _dtype(text: str) -> str:
+    if text != "float32":
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.60}: explanations are computed in float32, in which what they divide adds up again; "
+            "`vimcore health` tells what 16 bits change"
+        )
+    return text
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
     parser.add_argument(
@@ -99,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("png", "svg"), default="png", help="default: %(default)s")
     parser.add_argument("--threads", type=options.threads, help="CPU threads (default: all cores)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--dtype", type=_dtype, default="float32", help="float32, which explanations need")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per image, and one for figures of all"
     )

@@ -74,7 +74,8 @@ def decode_with_pillow(data: bytes, name: str) -> NDArray[np.uint8]:
         ) from None
     except Image.DecompressionBombError as error:
         raise _core.Error(
-            f"[decode_image] {name}: {error}; PIL.Image.MAX_IMAGE_PIXELS sets the limit"
+            f"[decode_image] {name}: {error}; PIL.Image.MAX_IMAGE_PIXELS sets the limit. As PNG or JPEG it "
+            "is read up to 2^30 pixels"
         ) from None
     except Exception as error:  # of any kind: damage ends deep within Pillow
         text = str(error) or type(error).__name__

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,8 +108,11 @@ def _check_record(repo: str, file: str, digest: str) -> None:
     recorded = _recorded(repo, file)
     if recorded is None:
         record = record_of(repo, file)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        write_text(record, f"{digest}  {file}\n")
+        try:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_text(record, f"{digest}  {file}\n")
+        except OSError as error:  # a cache that others fill
+            warnings.warn(f"[download] hash not recorded: {record}: {error.strerror}", stacklevel=4)
     elif recorded != digest:
         raise RuntimeError(
             f"[download] {repo}/{file}: sha256 {digest}, but {recorded} at the first download: it is another "

@@ -88,7 +88,7 @@ def download(
         RuntimeError: the download fails, see `fetch`; a package is missing.
     """
     weights = published(name)
-    with required("reading the authors' checkpoints", "torch"):
+    with required("reading the authors' checkpoints", "hub"):
         import torch  # noqa: F401  before a download that would be of no use
     path = checkpoint_of(weights, force)
     labels = imagenet_names()

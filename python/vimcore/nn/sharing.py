@@ -21,6 +21,15 @@ Shared = TypeVar("Shared", bound="SharedNetwork")
 class SharedNetwork(NetworkBase):
     """`from_pretrained`, `save_pretrained` and `push_to_hub`."""
 
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        labels: Sequence[str] | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        """Writes a vimcore file."""
+        raise NotImplementedError
+
     @classmethod
     def from_pretrained(
         cls: type[Shared],
@@ -103,7 +112,7 @@ class SharedNetwork(NetworkBase):
             raise TypeError(f"save_pretrained: {', '.join(push_to_hub_kwargs)}: only with push_to_hub=True")
         repo = repo_id or folder.resolve().name
         folder.mkdir(parents=True, exist_ok=True)
-        saving.save(self, folder / WEIGHTS, labels, dtype=dtype)
+        self.save(folder / WEIGHTS, labels, dtype)
         write_beside(folder, repo, model_card_kwargs, config)
         if not push_to_hub:
             return None
