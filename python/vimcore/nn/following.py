@@ -16,7 +16,6 @@ from ..autograd.network import takes_part
 from ..autograd.network_operator import network, outputs_text
 from ..autograd.tensors import autocast_type
 from .inputs import checked_images
-from .structure import Made, Places
 
 
 class Plan(NamedTuple):
@@ -69,21 +68,17 @@ _OF_CONFIG = Plan._fields[Plan._fields.index("img_size") :]
 
 
 def plan_of(
-    model: nn.Module, config: Config, made: Made, head_is_fused: bool, kind: str, layers: tuple[int, ...]
+    config: Config, head_is_fused: bool, calls_modules: bool, kind: str, layers: tuple[int, ...]
 ) -> Plan:
     """The plan of a call for outputs of this kind.
 
     Args:
         config: of the network, with as many classes as its head has, if that is fused.
-
-    Raises:
-        RuntimeError: something hangs on a submodule that cannot be followed.
     """
     names = tuple(config.param_shapes())
     part = tuple(kind == "logits" or takes_part(name, kind, layers) for name in names)
-    calls = bool(Places(model, names, made).called)
     values = [getattr(config, field) for field in _OF_CONFIG]
-    return Plan(config.to_json(), names, part, head_is_fused, calls, chances_of(config), *values)
+    return Plan(config.to_json(), names, part, head_is_fused, calls_modules, chances_of(config), *values)
 
 
 def parameter(model: nn.Module, name: str) -> Any:
@@ -102,7 +97,10 @@ def follow(
     Args:
         position: of a random class token in training, where it was drawn before.
     """
-    params = [parameter(model, name) for name in plan.names]
+    if torch.compiler.is_dynamo_compiling():
+        params = [parameter(model, name) for name in plan.names]
+    else:
+        params = model._tensors(*model._bound_places())
     images = images_of(model, plan, images, plan.names, params)
     draws = draws_of(model, plan, images, kind == "logits", position)
     save = torch.is_grad_enabled() and (

@@ -85,6 +85,7 @@ class Places:
         made: what the submodules were when the network was built.
 
     Attributes:
+        plans: what calls keep here, as it holds as long as this does.
         called: why the network has to call its modules; empty where one call of the core does.
 
     Raises:
@@ -92,6 +93,7 @@ class Places:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], made: Made) -> None:
+        self.plans: dict[Any, Any] = {}
         self.called: list[str] = []
         if hooked_everywhere():
             self.called.append(_reason("all modules", "have hooks (register_module_forward_hook, ...)"))

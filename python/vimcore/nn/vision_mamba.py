@@ -392,15 +392,19 @@ class VisionMamba(SharedNetwork):
 
     @torch.compiler.assume_constant_result
     def _plan(self, kind: str, layers: tuple[int, ...]) -> Plan:
-        fused = self._head_is_fused()
-        config = self._config.replace(num_classes=self.num_classes if fused else 0)
-        return plan_of(self, config, self._made, fused, kind, layers)
+        core, places = self._bound_places()
+        plan: Plan | None = places.plans.get((kind, layers))
+        if plan is None:
+            plan = plan_of(core.config, self._head_is_fused(), bool(places.called), kind, layers)
+            places.plans[kind, layers] = plan
+        return plan
 
     @torch.compiler.assume_constant_result
     def _plan_at(self, height: int, width: int) -> Plan:
         """The same for images of another size."""
-        config = self._network().at(height, width)
-        return plan_of(self, config, self._made, self._head_is_fused(), "tokens", ())
+        core, places = self._bound_places()
+        at = core.at(height, width)
+        return plan_of(at, self._head_is_fused(), bool(places.called), "tokens", ())
 
     @torch.compiler.assume_constant_result
     def _rotations(self, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -457,6 +461,8 @@ class VisionMamba(SharedNetwork):
             return []
         tables = {f"rope.{key}": table for key, table in self.rope.named_buffers()}
         refuse_wrapped("VisionMamba", list(tables), list(tables.values()))
+        if is_followed() and not {Tensor} >= set(map(type, tables.values())):
+            return []  # a tracer's, which hold nothing
         return self.rope.faults(self.config)
 
     # ---- weights that change -------------------------------------------------------------------------------
