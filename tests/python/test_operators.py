@@ -355,9 +355,15 @@ def test_vmap_over_images() -> None:
         torch.vmap(model.forward_intermediates)(sets), model.forward_intermediates(images)
     ):
         assert torch.equal(ours.flatten(0, 1), whole)
+    dropping = build(small(**DROPS)).train()
     with pytest.raises(RuntimeError, match="randomness"):
-        torch.vmap(build(small(**DROPS)).train())(sets)
-    assert torch.vmap(build(small(**DROPS)).train(), randomness="different")(sets).shape == (2, 2, 3)
+        torch.vmap(dropping)(sets)
+    assert torch.vmap(dropping, randomness="different")(sets).shape == (2, 2, 3)
+    torch.manual_seed(0)
+    found_sets = torch.vmap(dropping, randomness="same")(sets)
+    for images_of_set, found_of_set in zip(sets, found_sets):
+        torch.manual_seed(0)
+        assert relative(found_of_set, dropping(images_of_set)) < 1e-6
     flipping = build(small(directions="sequence")).train()
     assert torch.vmap(flipping, randomness="same")(sets).shape == (2, 2, 3)
     with pytest.raises(TypeError, match="randomness='same'"):
