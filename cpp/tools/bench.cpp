@@ -8,7 +8,6 @@
 #include <stdexcept>
 
 #include "commands.h"
-#include "find_images.h"
 #include "run.h"
 #include "text.h"
 #include "vimcore/build_info.h"
@@ -101,7 +100,7 @@ struct Files {
 // Rounds over all pictures in turns with as many images from memory, so that a busy machine slows both alike.
 Files measure_files(const RunOptions& options, const LoadedModel& loaded, double seconds)
 {
-    const Found found = find_images(options.images);
+    const Found found = find_inputs(options, loaded);
     const vimcore::Config& config = loaded.model->config();
     const std::int64_t batch = batch_of(options, config);
     vimcore::Session session(loaded.model, session_options(options, batch));
@@ -112,7 +111,9 @@ Files measure_files(const RunOptions& options, const LoadedModel& loaded, double
 
     Counts counts = run_pictures(options, loaded, found, compute, emit);  // warm, and says which pictures are bad
     complain_passed_over(counts.passed_over);
-    if (counts.total == counts.failed) throw std::runtime_error("no pictures that could be read");
+    if (counts.total == counts.failed)
+        throw std::runtime_error(loaded.model->config().frames > 0 ? "no clips that could be read"
+                                                                   : "no pictures that could be read");
     Files files{.images = counts.total, .failed = counts.failed, .passed_over = counts.passed_over};
     const auto good = static_cast<std::int64_t>(counts.total - counts.failed);
     std::vector<double> rates, alone, shares;

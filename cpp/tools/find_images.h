@@ -21,6 +21,10 @@ struct Found {
 // The same as vimcore/picture_files.py.
 Found find_images(const std::vector<std::string>& arguments);
 
+// Clips in their places: folders that hold pictures, and .npy files. The same as vimcore/clip_files.py.
+Found find_clips(const std::vector<std::string>& arguments);
+
+bool is_picture(const std::string& name);        // by its suffix
 std::string suffix_of(const std::string& path);  // in small letters
 
 // What follows the last field of a JSON object; nothing where nothing was passed over.

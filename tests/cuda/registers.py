@@ -18,6 +18,13 @@ from pathlib import Path
 TUNED = ("scan/forward_tuned", "scan/backward_tuned", "norm", "norm_backward", "conv1d", "conv1d_backward")
 
 
+# What occupancy is reckoned with: kernels by file and pattern of their name, and most registers of a thread.
+MOST = (
+    ("conv1d", re.compile(r"conv_window<.*, 2>"), 96),  # 7 blocks of 96 threads on a multiprocessor
+    ("scan/forward_tuned", re.compile(r"scan_tuned<.*, 16, 8, 32, true>"), 168),  # 6 blocks of 64
+)
+
+
 def demangled(names: list[str]) -> dict[str, str]:
     """Names of kernels without namespaces and arguments, as kernel<float, 4>."""
     text = subprocess.run(
@@ -78,6 +85,9 @@ def main(log: str, expected: int) -> int:
         faults += [f"{label} spills {s} bytes on sm_{a}" for a, (_, s) in row.items() if s and file in TUNED]
         if expected and len(row) != expected:
             faults.append(f"{label} was compiled for {len(row)} architectures, not for {expected}")
+    for (file, kernel), row in table.items():
+        for _, _, most in filter(lambda m: m[0] == file and m[1].search(names[kernel]), MOST):
+            faults += [f"{names[kernel]}: more than {most} registers" for c in row.values() if c[0] > most]
     missing = [file for file in TUNED if file not in {file for file, _ in table}]
     faults += [f"the log has no kernel of cuda/{file}.cu" for file in missing]
     print(*faults, f"{len(table)} kernels, {len(faults)} faults", sep="\n")

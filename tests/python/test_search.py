@@ -232,5 +232,6 @@ def test_in_bfloat16(plain: str, photos: Path, tmp_path: Path, capsys: pytest.Ca
         assert main(command) == 1
         scores.setdefault(dtype, []).append([line.get("score") for line in lines(capsys)])
     assert scores["float32"][0] == scores["float32"][1] != scores["bfloat16"][0]
+    assert len(list(cache_folder().iterdir())) == 2
     assert main(["search", "--weights", plain, query, str(photos), "--dtype", "float16"]) == 1
     assert "--dtype: expected 'float32' or 'bfloat16' on cpu, got 'float16'" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,7 @@ class Images:
         labels: index into `classes` of each image.
         passed_over: files that lay between them, by kind.
         frames: of the clips that the files are: folders of pictures, or arrays (T, H, W, C); 0: images.
+        random_frames: Python's generator draws which frame of each part of a clip is seen.
     """
 
     files: Sequence[str]
@@ -60,6 +62,7 @@ class Images:
     source: Source | None = None
     places: NDArray[np.int64] | None = None
     frames: int = 0
+    random_frames: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -80,7 +83,7 @@ class Images:
         name = self.files[index]
         try:
             if self.frames:
-                return read_clip(name, self.frames)
+                return read_clip(name, self.frames, random.randrange if self.random_frames else None)
             if self.source is not None and self.places is not None:
                 return self.source.read(int(self.places[index]))
             if not _is_array(name):
