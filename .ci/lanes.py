@@ -88,6 +88,15 @@ LANES = {
         ("bash tests/browser/run.sh",),
         ("chromium",),
     ),
+    "torch": Lane(
+        "a package of AOTInductor run in C++ without Python",
+        (
+            *BUILD,
+            *("python/vimcore/autograd", "python/vimcore/nn", "python/src"),
+            *("tests/package/torch.sh", "tests/constraints.txt"),
+        ),
+        ("bash tests/package/torch.sh",),
+    ),
     "fuzz": Lane(
         "hostile input, half a minute for each reader of files",
         (*BUILD, "tests/fuzz"),

@@ -7,10 +7,14 @@ bfloat16 on the CPU (the latter where the processor has a unit for it, see `vimc
 bfloat16 or float16 on CUDA. The others are float64 beside float64, else float32. `torch.autocast` converts.
 Arrays of other libraries on a CUDA device (CuPy, ...) are taken without a copy. What does not fit is a
 ValueError that names the argument. Second derivatives are an error.
+
+They are operators of torch as well (`torch.ops.vimcore`): torch.compile, torch.export, torch.func and FLOP
+counters follow them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,15 +22,10 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .autograd.checks import refuse_layout, refuse_tracing, refuse_wrapped
-from .autograd.operators import (
-    BidirectionalScanFunction,
-    BlockFunction,
-    Conv1dFunction,
-    NormFunction,
-    SelectiveScanFunction,
-    block_parameters,
-)
+from .autograd import network_operator as network_operator  # for who loads what was exported
+from .autograd import operators
+from .autograd.block import block, block_parameters
+from .autograd.checks import is_followed, refuse_layout, refuse_tracing, refuse_wrapped
 from .autograd.tensors import (
     NAMES,
     activation_types,
@@ -38,8 +37,17 @@ from .autograd.tensors import (
     require_unit,
     wide,
 )
+from .autograd.traced_flops import fvcore_handles
 
-__all__ = ["bidirectional_scan", "causal_conv1d", "layer_norm", "rms_norm", "selective_scan", "vim_block"]
+__all__ = [
+    "bidirectional_scan",
+    "causal_conv1d",
+    "fvcore_handles",
+    "layer_norm",
+    "rms_norm",
+    "selective_scan",
+    "vim_block",
+]
 
 
 # Arguments that may be of a 16-bit type; the others are float32 then.
@@ -47,7 +55,9 @@ _ACTIVATIONS = ("x", "u", "delta", "B", "C", "q", "z")
 
 
 def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
-    """The tensors, contiguous; the first one, an activation, says which type and device all must have."""
+    """The tensors; the first one, an activation, says which type and device all must have."""
+    if torch.compiler.is_compiling():
+        return [_converted(name, tensor) for name, tensor in tensors.items()]  # operators check as they run
     out: list[Any] = []
     types: tuple[torch.dtype, ...]
     dtype: torch.dtype | None = None
@@ -61,7 +71,8 @@ def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"[{op}] {name}: expected a tensor, got {describe(tensor)}")
         refuse_wrapped(op, [name], [tensor])
-        refuse_layout(op, name, tensor)
+        if not is_followed():
+            refuse_layout(op, name, tensor)
         activation = name.split()[0] in _ACTIVATIONS
         autocast = autocast_type(tensor)
         if autocast is not None and tensor.is_floating_point():
@@ -80,8 +91,23 @@ def _checked(op: str, tensors: Mapping[str, Tensor | None]) -> list[Any]:
             )
         if activation and not on_cuda(tensor):
             require_unit(f"[{op}] {name}", tensor.dtype)
-        out.append(tensor.resolve_neg().contiguous())
+        out.append(tensor)
     return out
+
+
+def _converted(name: str, tensor: Tensor | None) -> Tensor | None:
+    """As autocast wants it."""
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    autocast = autocast_type(tensor)
+    if autocast is None:
+        return tensor
+    return tensor.to(autocast if name.split()[0] in _ACTIVATIONS else wide(tensor.dtype))
+
+
+def _saves(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a backward may come."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _rank(op: str, name: str, tensor: Tensor | None, rank: int, shape: str) -> None:
@@ -122,7 +148,8 @@ def selective_scan(
     tensors = _checked(op, named)
     _rank(op, "u", u, 3, "(B, L, E)")
     _rank(op, "A", A, 2, "(E, N)")
-    return SelectiveScanFunction.apply(delta_softplus, reverse, *tensors)
+    out: Tensor = operators.selective_scan(*tensors, delta_softplus, reverse)
+    return out
 
 
 def causal_conv1d(
@@ -150,7 +177,8 @@ def causal_conv1d(
     _rank(op, "x", x, 3, "(B, L, E)")
     if weight.ndim != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
         raise ValueError(f"[{op}] weight: expected ({x.shape[2]}, K), got {describe(weight)}")
-    return Conv1dFunction.apply(activation == "silu", reverse, x, weight, bias)
+    out: Tensor = operators.conv1d(x, weight, bias, activation == "silu", reverse)
+    return out
 
 
 def _norm(
@@ -162,9 +190,8 @@ def _norm(
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"[{op}] residual: expected {describe(x)}, got {describe(residual)}")
     rows = (1, -1 if x.numel() else 0, x.shape[-1])
-    out, total = NormFunction.apply(
-        kind, eps, x.reshape(rows), weight, bias, None if residual is None else residual.reshape(rows)
-    )
+    rest = None if residual is None else residual.reshape(rows)
+    out, total = operators.norm(x.reshape(rows), weight, bias, rest, kind, eps)
     return out.view(x.shape) if residual is None else (out.view(x.shape), total.view(x.shape))
 
 
@@ -231,7 +258,14 @@ def bidirectional_scan(
     _rank(op, "z", z, 3, "(B, L, E)")
     for pair_index in range(2):
         _rank(op, "A_log", A_log[pair_index], 2, "(E, N)")
-    return BidirectionalScanFunction.apply(0.5 if average else 1.0, _core.Saved.chunk(memory), *tensors)
+    scale, chunk = 0.5 if average else 1.0, _chunk(memory)
+    out: Tensor = operators.bidirectional_scan(tensors[0], tensors[1:], scale, chunk, _saves(tensors))[0]
+    return out
+
+
+@torch.compiler.assume_constant_result
+def _chunk(memory: str) -> int:
+    return _core.Saved.chunk(memory)
 
 
 def vim_block(
@@ -269,28 +303,50 @@ def vim_block(
     if reverse and directions != "none":
         raise ValueError(f"[{op}] reverse: only with directions='none', got directions={directions!r}")
     _rank(op, "x", x, 3, "(B, L, D)")
-    for name in ("mixer.A_log", "mixer.conv1d.weight", "mixer.dt_proj.weight"):
+    for name in ("mixer.A_log", "mixer.conv1d.weight", "mixer.dt_proj.weight", "norm.weight"):
         if name not in parameters:
             raise ValueError(f"[{op}] parameters: {name} is missing")
     inner, state = parameters["mixer.A_log"].shape
-    if x.shape[1] == 0 or x.shape[2] == 0 or inner % x.shape[2]:
+    dim = parameters["norm.weight"].shape[0]
+    if x.shape[1] == 0 or dim == 0 or x.shape[2] != dim or inner % dim:
         raise ValueError(
             f"[{op}] x: expected (B, L, D) with L > 0 and D a divisor of {inner}, got {describe(x)}"
         )
-    config = _core.Config(
-        embed_dim=x.shape[2],
-        expand=inner // x.shape[2],
-        d_state=state,
-        d_conv=parameters["mixer.conv1d.weight"].shape[-1],
-        dt_rank=parameters["mixer.dt_proj.weight"].shape[-1],
-        directions=directions,
-        average_directions=average_directions,
-        norm=norm,
-        norm_eps=norm_eps,
-        layer_scale=1.0 if "mixer.gamma" in parameters else None,
-    )
-    ordered = block_parameters(config, parameters)
+    sizes = (dim, inner // dim, state, *(parameters[n].shape[-1] for n in _WIDTHS))
+    options = (directions, average_directions, norm, norm_eps, "mixer.gamma" in parameters)
+    config, names = _block_config(sizes, options)
+    ordered = block_parameters(names, parameters)
     x, residual, *tensors = _checked(op, {"x": x, "residual": residual, **ordered})
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"[{op}] residual: expected {describe(x)}, got {describe(residual)}")
-    return BlockFunction.apply(config, reverse, memory, x, residual, *tensors)
+    save = _saves([x, residual, *tensors])
+    out, total, _ = block(x, residual, tensors, config, reverse, memory, save)
+    return out, total
+
+
+_WIDTHS = ("mixer.conv1d.weight", "mixer.dt_proj.weight")
+
+
+@torch.compiler.assume_constant_result
+def _block_config(sizes: tuple[int, ...], options: tuple[Any, ...]) -> tuple[str, tuple[str, ...]]:
+    """What the operator is told, and names of the parameters."""
+    return _cached_config(sizes, options)
+
+
+@functools.lru_cache(256)
+def _cached_config(sizes: tuple[int, ...], options: tuple[Any, ...]) -> tuple[str, tuple[str, ...]]:
+    dim, expand, state, width, rank = sizes
+    directions, average, norm, eps, scaled = options
+    config = _core.Config(
+        embed_dim=dim,
+        expand=expand,
+        d_state=state,
+        d_conv=width,
+        dt_rank=rank,
+        directions=directions,
+        average_directions=average,
+        norm=norm,
+        norm_eps=eps,
+        layer_scale=1.0 if scaled else None,
+    )
+    return config.to_json(), tuple(config.block_shapes())

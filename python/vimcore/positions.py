@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +14,26 @@ from . import _core
 from .config import image_size, patch_grid
 
 
+@torch.compiler.assume_constant_result
 def class_rows(class_token: str, patches: int) -> list[int]:
     """Rows of a position table that belong to class tokens, for ``patches`` patches."""
     return _core.class_rows(class_token, patches)
+
+
+class Sequenced(Protocol):
+    """What says of a network how patches become tokens: a configuration, or plain values of it."""
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def class_token(self) -> str: ...
+    @property
+    def class_positions(self) -> list[int]: ...
+    @property
+    def pos_embed(self) -> bool: ...
+    @property
+    def frames(self) -> int | None: ...
+    def param_shapes(self) -> Iterable[str]: ...
 
 
 def with_class_tokens(x: Tensor, tokens: Tensor, at: list[int]) -> Tensor:
@@ -27,7 +44,7 @@ def with_class_tokens(x: Tensor, tokens: Tensor, at: list[int]) -> Tensor:
 
 
 def embedded(
-    patches: Tensor, weight: Callable[[str], Tensor], made_for: _core.Config, here: _core.Config
+    patches: Tensor, weight: Callable[[str], Tensor], made_for: Sequenced, here: Sequenced
 ) -> Tensor:
     """The tokens (B, L, D) that enter the first layer: class tokens put in place, positions added.
 

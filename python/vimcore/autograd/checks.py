@@ -9,59 +9,72 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 _PLAIN = {Tensor, torch.nn.Parameter}
+_FORWARD_MODE = (
+    "forward-mode differentiation, which vimcore does not follow: "
+    "differentiate with torch.autograd.grad or backward()"
+)
+
+
+def is_followed() -> bool:
+    """Whether torch records or transforms what runs (torch.compile, torch.export, torch.func, FLOP counters).
+
+    It then has to meet the operators that it knows, not calls of the core.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+    )
 
 
 def refuse_tracing(op: str) -> None:
-    """RuntimeError while torch records operators: the result would be written down as a constant."""
-    keys = torch._C._TorchDispatchModeKey  # modes of torch's own that record or imitate what runs
-    if torch.jit.is_tracing():
-        what = "torch.jit.trace and torch.onnx.export(dynamo=False)"
-    elif (
-        torch._C._get_dispatch_mode(keys.FAKE) is not None
-        or torch._C._get_dispatch_mode(keys.PROXY) is not None
-        or torch._C._get_dispatch_mode(keys.FUNCTIONAL) is not None
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
+    """RuntimeError within torch.jit.trace and the legacy exporter, whose files would need the operators.
+
+    Tools that trace in order to count (fvcore) see operators.
+    """
+    if torch.jit.is_tracing() and (
+        torch.onnx.is_in_onnx_export() or getattr(torch.jit._trace, "_trace_module_map", None) is not None
     ):
-        what = "torch.export, torch.onnx.export and make_fx"
-    else:
-        return
-    raise RuntimeError(tracing_refusal(op, what))
+        raise RuntimeError(tracing_refusal(op, "torch.jit.trace and torch.onnx.export(dynamo=False)"))
 
 
 def tracing_refusal(op: str, what: str) -> str:
     """The message for what records operators."""
     return (
-        f"[{op}] {what} cannot follow the C++ core of vimcore, whose result would be recorded as a constant; "
+        f"[{op}] {what} cannot follow the C++ core of vimcore; torch.export and torch.compile do; "
         "to run a network elsewhere save it (model.save) for vimcore.Runtime, vim-infer or the C++ library; "
         "`vimcore export` writes such a file for ONNX Runtime, OpenVINO or torch.export"
     )
 
 
 def refuse_wrapped(op: str, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """TypeError for the first tensor whose shape says something else than its memory."""
+    """TypeError for the first tensor whose shape says something else than its memory.
+
+    Those of torch.func and of tracers may pass where operators are called.
+    """
+    forward = forward_ad._current_level >= 0
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    dual = forward_ad._current_level >= 0
-    if not transformed and not dual and set(map(type, tensors)) <= _PLAIN:
+    if not transformed and not forward and set(map(type, tensors)) <= _PLAIN:
         return
+    if transformed:
+        refuse_forward_mode(op)
     for name, tensor in zip(names, tensors):
         if not isinstance(tensor, Tensor):
             given = "none" if tensor is None else type(tensor).__name__
             found = f"{given}: put the parameter back, or build a network without it"
-        elif transformed and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            found = (
-                "one of torch.func (vmap, grad, jvp, functionalize), which vimcore does not follow: give the "
-                "network a batch, and differentiate with torch.autograd"
-            )
-        elif dual and forward_ad.unpack_dual(tensor).tangent is not None:
-            found = (
-                "a dual tensor of forward-mode differentiation, which vimcore does not follow: "
-                "differentiate with torch.autograd.grad or backward()"
-            )
-        elif type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
-            continue  # plain, or a subclass that adds methods to its memory
+        elif forward and forward_ad.unpack_dual(tensor).tangent is not None:
+            found = f"a dual tensor of {_FORWARD_MODE}"
+        elif type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ or (
+            isinstance(tensor, (FakeTensor, FunctionalTensor)) and is_followed()
+        ):
+            continue  # plain, or a subclass that adds methods to its memory, or seen by a tracer
         elif type(tensor).__name__ == "DTensor":
             found = (
                 "a DTensor, of which each process holds a part: shard the network as a whole "
@@ -76,6 +89,26 @@ def refuse_wrapped(op: str, names: Sequence[str], tensors: Sequence[Tensor]) -> 
         raise TypeError(f"[{op}] {name}: expected a plain tensor, got {found}")
 
 
+def refuse_forward_mode(op: str) -> None:
+    """TypeError within torch.func.jvp."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack):
+        raise TypeError(f"[{op}] torch.func.jvp: {_FORWARD_MODE}")
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is at work that takes gradients of Functions alone."""
+    level = torch._C._functorch.peek_interpreter_stack()
+    return level is not None and level.key() != torch._C._functorch.TransformType.Functionalize
+
+
+def differentiates_each() -> bool:
+    """Whether gradients are wanted of every element of a torch.vmap on its own."""
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or []]
+    Kind = torch._C._functorch.TransformType
+    return Kind.Vmap in kinds and Kind.Grad in kinds[kinds.index(Kind.Vmap) :]
+
+
 def refuse_layout(op: str, name: str, tensor: Tensor) -> None:
     """TypeError for a tensor that is no dense array, or whose memory was freed."""
     if tensor.is_nested or tensor.layout is not torch.strided:
@@ -87,9 +120,10 @@ def refuse_layout(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"[{op}] {name}: expected a tensor with its memory, which was freed (resize_(0))")
 
 
-def refuse_batched(gradients: Sequence[Tensor | None]) -> None:
-    """TypeError for gradients that stand for many: backward computes one at a time."""
-    if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients):
+def refuse_batched(gradients: Sequence[Any]) -> None:
+    """TypeError for gradients, or lists of them, that stand for many: backward computes one at a time."""
+    flat = [g for gs in gradients for g in (gs if isinstance(gs, (list, tuple)) else [gs]) if g is not None]
+    if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in flat):
         raise TypeError(
             "vimcore: backward takes one gradient at a time, got a batch of them (is_grads_batched=True, "
             "jacobian(vectorize=True)): leave these options at False"

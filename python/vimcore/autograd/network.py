@@ -133,55 +133,75 @@ class Core:
             constant: what the parameters are bound to, if it is known that they did not change.
             bound: what they are bound to, if that is known.
         """
-        batch, at = images.shape[0], place(images)
         weights = constant or (bound or self.bound(params)).weights
-        config = self.at(*images.shape[-2:])
-        tokens = (batch, config.tokens, config.embed_dim)
-        if request.kind == "layers":
-            outputs = [images.new_empty(tokens) for _ in request.layers]
-            wanted = _core.Outputs(None, None, list(request.layers), [exported(y) for y in outputs])
-        else:
-            features = request.kind == "tokens"
-            outputs = [images.new_empty(tokens if features else config.logits_shape(batch))]
-            wanted = _one_output(request.kind, exported(outputs[0]))
-        if batch:
+        shape = self.output_shape(request.kind, images)
+        count = len(request.layers) if request.kind == "layers" else 1
+        outputs = [images.new_empty(shape) for _ in range(count)]
+        if images.shape[0]:
             self.network.forward(
-                weights, exported(images), wanted, request.draws, at, saved, constant is not None
-            )
+                weights, exported(images), outputs_of(request, outputs), request.draws, place(images), saved,
+                constant is not None,
+            )  # fmt: skip
         return tuple(outputs)
+
+    def output_shape(self, kind: str, images: Tensor) -> tuple[Any, ...]:
+        """Shape of an output of these images, whose number may be a symbol."""
+        config, batch = self.at(*map(int, images.shape[-2:])), images.shape[0]
+        if kind != "logits":
+            return batch, config.tokens, config.embed_dim
+        return batch, *config.logits_shape(1)[1:]
 
     def taking_part(self, kind: str, layers: Sequence[int]) -> list[bool]:
         """For every parameter whether these outputs depend on it."""
         found = self._parts.get((kind, tuple(layers)))
         if found is None:
-            found = [kind == "logits" or self._takes_part(name, kind, layers) for name in self.names]
+            found = [kind == "logits" or takes_part(name, kind, layers) for name in self.names]
             self._parts[(kind, tuple(layers))] = found
         return found
 
-    @staticmethod
-    def _takes_part(name: str, kind: str, layers: Sequence[int]) -> bool:
-        if name.startswith(("head.", "neck.", "norm_neck.")) or (
-            kind == "layers" and name.startswith("norm_f.")
-        ):
-            return False
-        return kind == "tokens" or not name.startswith("layers.") or int(name.split(".")[1]) <= max(layers)
-
     def layout(self, params: Sequence[Tensor], wanted: tuple[bool, ...]) -> tuple[int, list[int], list[int]]:
-        """One buffer for the gradients of the wanted parameters.
-
-        Returns:
-            its length, the offset of every parameter (-1: not wanted), the padded sizes of the wanted ones.
-        """
+        """As the function of this name, for the parameters of this network."""
         found = self._layouts.get(wanted)
         if found is None:
-            total, offsets, sizes = 0, [], []
-            for p, want in zip(params, wanted):
-                offsets.append(total if want else -1)
-                if want:
-                    sizes.append((p.numel() + 15) // 16 * 16)
-                    total += sizes[-1]
-            found = self._layouts[wanted] = (total, offsets, sizes)
+            found = self._layouts[wanted] = layout(params, wanted)
         return found
+
+
+def takes_part(name: str, kind: str, layers: Sequence[int]) -> bool:
+    """Whether outputs other than logits depend on the parameter of this name."""
+    if name.startswith(("head.", "neck.", "norm_neck.")) or (kind == "layers" and name.startswith("norm_f.")):
+        return False
+    return kind == "tokens" or not name.startswith("layers.") or int(name.split(".")[1]) <= max(layers)
+
+
+def layout(params: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[int, list[int], list[int]]:
+    """One buffer for the gradients of the wanted parameters.
+
+    Returns:
+        its length, the offset of every parameter (-1: not wanted), the padded sizes of the wanted ones.
+    """
+    total, offsets, sizes = 0, [], []
+    for p, want in zip(params, wanted):
+        offsets.append(total if want else -1)
+        if want:
+            sizes.append((p.numel() + 15) // 16 * 16)
+            total += sizes[-1]
+    return total, offsets, sizes
+
+
+def outputs_of(request: Request, tensors: Sequence[Tensor]) -> _core.Outputs:
+    """Where outputs go, or their gradients come from."""
+    if request.kind == "layers":
+        return _core.Outputs(None, None, list(request.layers), [exported(y) for y in tensors])
+    return _one_output(request.kind, exported(tensors[0]))
+
+
+def pieces_of(
+    flat: Tensor, params: Sequence[Tensor], wanted: Sequence[bool], sizes: Sequence[int]
+) -> list[Tensor | None]:
+    """The gradients of parameters out of one buffer; None of those that are not wanted."""
+    pieces = iter(flat.split(sizes))
+    return [next(pieces)[: p.numel()].view(p.shape) if want else None for p, want in zip(params, wanted)]
 
 
 def _one_output(kind: str, array: Any) -> _core.Outputs:
@@ -251,8 +271,4 @@ class NetworkFunction(torch.autograd.Function):
                 request.draws,
                 place(images),
             )
-        pieces = iter(flat.split(sizes))
-        dparams = [
-            next(pieces)[: p.numel()].view(p.shape) if want else None for p, want in zip(params, wanted)
-        ]
-        return (None, None, None, dimages, *dparams)
+        return (None, None, None, dimages, *pieces_of(flat, params, wanted, sizes))

@@ -23,12 +23,15 @@ from ..autograd.tensors import (
 )
 
 
-def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) -> Tensor:
+def checked_images(
+    images: Any, like: Tensor, config: Config, any_size: bool, followed: bool = False
+) -> Tensor:
     """The images as the core takes them.
 
     Args:
         like: a parameter of the network.
         any_size: whether sizes other than the configuration's are taken.
+        followed: by a tracer: memory is not looked at.
 
     Raises:
         ValueError: type, shape or device do not fit, of the images or of the parameter.
@@ -46,7 +49,8 @@ def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) ->
     images = from_device(images)
     if isinstance(images, Tensor):
         refuse_wrapped("VisionMamba", ["images"], [images])
-        refuse_layout("VisionMamba", "images", images)
+        if not followed:
+            refuse_layout("VisionMamba", "images", images)
     autocast = autocast_type(like)
     if autocast is not None and isinstance(images, Tensor) and images.is_floating_point():
         images = images.to(autocast)
@@ -75,4 +79,4 @@ def checked_images(images: Any, like: Tensor, config: Config, any_size: bool) ->
         raise ValueError(f"[VisionMamba] images: expected {expected}, got {describe(images)}{remedy}")
     if not cuda:
         require_unit("[VisionMamba] images", images.dtype)
-    return images.resolve_neg().contiguous()
+    return images if followed else images.resolve_neg().contiguous()

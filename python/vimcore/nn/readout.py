@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,22 +14,41 @@ from torch import Tensor
 from .. import _core
 from .._core import Config
 from ..utils.arguments import integer
+from .following import Plan
 
+Known = Config | Plan
 Weight = Callable[[str], Tensor]  # a parameter by its state-dict key
+Module = Callable[[Tensor], Tensor]
 
 
-def readout(tokens: Tensor, config: Config, weight: Weight, head: Callable[[Tensor], Tensor]) -> Tensor:
-    """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
+def activations_like(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Within, modules of torch compute in the 16-bit type of this tensor beside wide parameters."""
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(tensor.device.type, tensor.dtype)
+    return nullcontext()
+
+
+def readout(
+    tokens: Tensor, config: Known, weight: Weight, head: Module, neck: Module | None = None
+) -> Tensor:
+    """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token.
+
+    Args:
+        neck: what narrows registers (B, n, D) to the readout; None: computed from its weights.
+    """
     if config.head_per_token:
         logits = head(tokens)
         return logits.amax(1) if config.pool == "max" else logits
-    return head(pooled(tokens, config, weight))
+    return head(pooled(tokens, config, weight, neck))
 
 
-def pooled(tokens: Tensor, config: Config, weight: Weight) -> Tensor:
+def pooled(tokens: Tensor, config: Known, weight: Weight, neck: Module | None = None) -> Tensor:
     """What a head that does not see every token sees: (B, readout width) of normalised tokens (B, L, D)."""
     if config.class_token == "registers":
-        return _through_neck(tokens[:, class_positions(tokens, config)], config, weight)
+        registers = tokens[:, class_positions(tokens, config)]
+        if neck is not None and config.neck_reduction > 1:
+            return neck(registers)
+        return _through_neck(registers, config, weight)
     if config.class_token == "double":
         return (tokens[:, 0] + tokens[:, -1]) / 2
     if config.class_token != "none":
@@ -35,7 +56,7 @@ def pooled(tokens: Tensor, config: Config, weight: Weight) -> Tensor:
     return tokens[:, -1] if config.pool == "last" else tokens.mean(1)
 
 
-def _through_neck(registers: Tensor, config: Config, weight: Weight) -> Tensor:
+def _through_neck(registers: Tensor, config: Known, weight: Weight) -> Tensor:
     """Registers (B, n, D) one beside the other, narrowed and normalised where the network has a neck."""
     if config.neck_reduction == 1:
         return registers.flatten(1)
@@ -45,13 +66,15 @@ def _through_neck(registers: Tensor, config: Config, weight: Weight) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight("norm_neck.weight"), eps)
 
 
-def class_positions(tokens: Tensor, config: Config) -> list[int]:
+def class_positions(tokens: Tensor, config: Known) -> list[int]:
     """Indices of the class tokens among tokens (B, L, D) of eval mode."""
+    if tokens.shape[1] == config.tokens:  # which a compiler knows
+        return config.class_positions
     patches = tokens.shape[1] - config.class_tokens
     return _core.class_places(config.class_token, patches, config.registers or 0)
 
 
-def patches_of(tokens: Tensor, config: Config) -> Tensor:
+def patches_of(tokens: Tensor, config: Known) -> Tensor:
     """Tokens without class tokens."""
     at = class_positions(tokens, config)
     if at == [0]:
@@ -62,12 +85,12 @@ def patches_of(tokens: Tensor, config: Config) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def map_shape(config: Config) -> tuple[int, ...]:
+def map_shape(config: Known) -> tuple[int, ...]:
     """Axes of the patches of an image, (h, w), or of a clip, (T, h, w)."""
     return (config.frames, *config.grid) if config.frames else config.grid
 
 
-def layer_indices(config: Config, indices: Sequence[int] | None) -> list[int]:
+def layer_indices(config: Known, indices: Sequence[int] | None) -> list[int]:
     """Layers counted from the first; None: the last of each quarter, of a pair ("block") the second.
 
     Raises:

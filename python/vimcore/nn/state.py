@@ -15,9 +15,9 @@ from .. import _core
 from ..utils.files import listed
 from ..weights.wrappers import ROPE_TABLES
 from .base import NetworkBase
-from .parameters import Layer, Mixer, PatchEmbed, Rope, Scale
+from .parameters import CausalConv1d, Layer, Mixer, PatchEmbed, Rope, Scale
 
-_OURS = (Layer, Mixer, PatchEmbed, Rope, Scale)
+_OURS = (CausalConv1d, Layer, Mixer, PatchEmbed, Rope, Scale)
 _PLAIN = (*_OURS, nn.ModuleList, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Dropout)
 
 # What the names of tensors tell about who put them there, and how plain weights come back.

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from .._core import Config, Draws, Saved
-from ..autograd.checks import refuse_tracing, refuse_wrapped, tracing_refusal
-from ..autograd.draws import NONE, draw, draw_position
+from ..autograd.checks import is_followed, refuse_tracing, refuse_wrapped, tracing_refusal
+from ..autograd.draws import NONE, draw
 from ..autograd.network import Core, NetworkFunction, Request
-from ..positions import resize_pos_embed
+from ..positions import resize_pos_embed, rope_tables
 from ..utils.arguments import boolean, integer
 from . import saving
 from .constant import ENTERING, ConstantWeights
+from .following import Plan, at_size, follow, plan_of
 from .inputs import checked_images
-from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
-from .readout import layer_indices, map_shape, patches_of, readout
+from .layerwise import layerwise
+from .parameters import Layer, PatchEmbed, Rope, Scale, empty, equip, trunc_normal
+from .readout import activations_like, layer_indices, map_shape, patches_of, readout
 from .sharing import SharedNetwork
 from .structure import Places, does_more, made
 
@@ -34,9 +36,11 @@ _NOT_OF_CONFIG = ("self", "memory", "dynamic_img_size", "__class__")  # among wh
 class VisionMamba(SharedNetwork):
     """Vision Mamba: patches, class token, bidirectional Mamba blocks, linear head.
 
-    Submodules only hold parameters: the whole network is one call of the C++ core. What that would pass over
-    (hooks on submodules, adapters, other modules in their place) is an error; parametrizations are followed,
-    and a head that is no plain Linear, or has hooks, is called as a module. Weights may be written in any way
+    Submodules only hold parameters: the whole network is one call of the C++ core. Hooks on submodules,
+    adapters and other modules in their place make it run layer by layer instead, with the same result (a
+    layer is called with the output before it and the residual stream, and gives both). A head that is no
+    plain Linear, or has hooks, is called as a module; parametrizations are followed. torch.compile,
+    torch.export, torch.func and FLOP counters see one operator. Weights may be written in any way
     (fused optimizers, `.data`, numpy views, other processes): every call looks, see `constant_weights`.
 
     Parameters and their gradients are float32, activations of the images' type: float32 or bfloat16, on CUDA
@@ -139,10 +143,10 @@ class VisionMamba(SharedNetwork):
         if c.neck_reduction > 1:
             self.neck = empty(nn.Linear, embed_dim, embed_dim // c.neck_reduction, bias=False)
             trunc_normal(self.neck.weight, 0.02)
-            self.norm_neck = Scale(c.readout_width, norm == "layer")
+            self.norm_neck = Scale(c.readout_width, c.norm, c.norm_eps)
         self.head = self._new_head(c.num_classes)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.depth))
-        self.norm_f = Scale(embed_dim, norm == "layer")
+        self.norm_f = Scale(embed_dim, c.norm, c.norm_eps)
 
         weight = self.patch_embed.proj.weight
         trunc_normal(weight, math.sqrt(1 / weight[0].numel()) / 0.87962566103423978)
@@ -285,11 +289,16 @@ class VisionMamba(SharedNetwork):
             ValueError: shape, type or device of the images or of a parameter do not fit.
             vimcore.Error: this CPU does not compute in bfloat16.
         """
-        if self._head_is_fused():
+        plan = self._known()
+        fused = plan.head_is_fused if isinstance(plan, Plan) else self._head_is_fused()
+        if fused:
             return self._call("logits", images)[0]
-        if self._config.class_token == "random" and self.training:
-            position = draw_position(self._config_for(images))
-            return self.head(self._call("tokens", images, position=position)[0][:, position])
+        if plan.class_token == "random" and self.training:
+            here = plan if isinstance(plan, Plan) else self._config_for(images)
+            position = torch.randint(0, here.patches + 1, ())
+            tokens = self._call("tokens", images, position=position)[0]
+            with activations_like(tokens):
+                return self.head(tokens.index_select(1, position.view(1).to(tokens.device)).squeeze(1))
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -309,21 +318,26 @@ class VisionMamba(SharedNetwork):
             indices: layers, negative ones count from the last; None: the last of each quarter. With
                 directions="block" a pair of layers has one output, that of its second (odd) layer.
         """
-        wanted = layer_indices(self._config, indices)
+        plan = self._known()
+        wanted = layer_indices(plan, indices)
         layers = tuple(sorted(set(wanted)))
         if not layers:
             return []
         outputs = self._call("layers", images, layers)
-        grid = map_shape(self._config_for(images))
+        grid = map_shape(at_size(self, plan, images) if isinstance(plan, Plan) else self._config_for(images))
         maps = {
-            layer: patches_of(x, self._config).transpose(1, 2).unflatten(2, grid)
-            for layer, x in zip(layers, outputs)
+            layer: patches_of(x, plan).transpose(1, 2).unflatten(2, grid) for layer, x in zip(layers, outputs)
         }
         return [maps[layer] for layer in wanted]
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """Pools normalised tokens (B, L, D), applies the head: (B, num_classes); pool="all": per token."""
-        return readout(tokens, self._config, self._weight, self.head)
+        with activations_like(tokens):
+            return readout(tokens, self._known(), self._weight, self.head, self._neck)
+
+    def _neck(self, registers: Tensor) -> Tensor:
+        found: Tensor = self.norm_neck(self.neck(registers).flatten(1))
+        return found
 
     def _weight(self, name: str) -> Tensor:
         """A parameter by its state-dict key, also a parametrised one."""
@@ -346,21 +360,21 @@ class VisionMamba(SharedNetwork):
         )
 
     def _call(
-        self, kind: str, images: Tensor, layers: tuple[int, ...] = (), position: int = -1
+        self, kind: str, images: Tensor, layers: tuple[int, ...] = (), position: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling():  # the core is not traced: a graph break
-            return torch.compiler.disable(VisionMamba._run)(self, kind, images, layers, position)
-        return self._run(kind, images, layers, position)
-
-    def _run(
-        self, kind: str, images: Tensor, layers: tuple[int, ...], position: int = -1
-    ) -> tuple[Tensor, ...]:
-        refuse_tracing("VisionMamba")
+        if is_followed():
+            refuse_tracing("VisionMamba")
+            plan = self._plan(kind, layers)
+            run = layerwise if plan.calls_modules else follow
+            return run(self, plan, kind, images, layers, position)
         entered = self._constant
         if entered and not (entered[-1].computed and torch.is_grad_enabled()):
             core, params, constant = entered[-1].core, entered[-1].params, entered[-1].weights
         else:
-            (core, params), constant = self._weights(), None
+            core, places, constant = *self._bound_places(), None
+            if places.called:
+                return layerwise(self, self._plan(kind, layers), kind, images, layers, position)
+            params = self._tensors(core, places)
         images = checked_images(images, params[0], self._config, self.dynamic_img_size)
         self._config_for(images)  # says which size is out of range
         differentiated = False
@@ -371,6 +385,30 @@ class VisionMamba(SharedNetwork):
         if differentiated:
             return NetworkFunction.apply(core, request, constant, images, *params)
         return core.run(request, images, params, None, constant)
+
+    def _known(self) -> Plan | Config:
+        """What is known of the network: for a compiler in plain values."""
+        return self._plan("tokens", ()) if torch.compiler.is_compiling() else self._config
+
+    @torch.compiler.assume_constant_result
+    def _plan(self, kind: str, layers: tuple[int, ...]) -> Plan:
+        core, places = self._bound_places()
+        plan: Plan | None = places.plans.get((kind, layers))
+        if plan is None:
+            plan = plan_of(core.config, self._head_is_fused(), bool(places.called), kind, layers)
+            places.plans[kind, layers] = plan
+        return plan
+
+    @torch.compiler.assume_constant_result
+    def _plan_at(self, height: int, width: int) -> Plan:
+        """The same for images of another size."""
+        core, places = self._bound_places()
+        at = core.at(height, width)
+        return plan_of(at, self._head_is_fused(), bool(places.called), "tokens", ())
+
+    @torch.compiler.assume_constant_result
+    def _rotations(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        return rope_tables(self._network().at(height, width).to_dict())
 
     def _config_for(self, images: Any) -> Config:
         """The configuration with the size of these images, where any is allowed."""
@@ -391,9 +429,15 @@ class VisionMamba(SharedNetwork):
         """The core's network, and its parameters in its order.
 
         Raises:
-            RuntimeError: something hangs on a submodule that a call would pass over.
+            RuntimeError: something hangs on a submodule that who reads weights alone would pass over.
             TypeError: a parameter is no plain tensor.
         """
+        core, places = self._bound_places()
+        if places.called:
+            raise RuntimeError(places.called[0])
+        return core, self._tensors(core, places)
+
+    def _bound_places(self) -> tuple[Core, Places]:
         core = self._network()
         places = self._places  # other threads may set it meanwhile
         if places is None or not places.hold(self):
@@ -405,15 +449,20 @@ class VisionMamba(SharedNetwork):
                     "ignore these: build the network with their rope_grid, or put the constructor's back"
                 )
             self._places = places
+        return core, places
+
+    def _tensors(self, core: Core, places: Places) -> list[Tensor]:
         params = places.tensors(self)
         refuse_wrapped("VisionMamba", core.names, params)
-        return core, params
+        return params
 
     def _rotation_faults(self) -> list[str]:
         if not self._config.rope:
             return []
         tables = {f"rope.{key}": table for key, table in self.rope.named_buffers()}
         refuse_wrapped("VisionMamba", list(tables), list(tables.values()))
+        if is_followed() and not {Tensor} >= set(map(type, tables.values())):
+            return []  # a tracer's, which hold nothing
         return self.rope.faults(self.config)
 
     # ---- weights that change -------------------------------------------------------------------------------
@@ -444,12 +493,14 @@ class VisionMamba(SharedNetwork):
                 self._constant = tuple(other for other in self._constant if other is not constant)
         constant.check(self)
 
-    def _draws(self, kind: str, images: Tensor, position: int) -> Draws:
+    def _draws(self, kind: str, images: Tensor, position: Tensor | None) -> Draws:
         """The random draws of one forward in training; a position of the class token may be given."""
         if not self.training:
             return NONE
-        drawn = position < 0 and kind == "logits" and self._head_is_fused()
-        return draw(self._config_for(images), images, None if drawn else position)
+        drawn = position is None and kind == "logits" and self._head_is_fused()
+        return draw(
+            self._config_for(images), images, None if drawn else -1 if position is None else int(position)
+        )
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks for."""
@@ -459,6 +510,10 @@ class VisionMamba(SharedNetwork):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_core": None, "_places": None, "_constant": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        equip(self, self._config, self._made)  # what an earlier version pickled lacks it
 
     def _replicate_for_data_parallel(self) -> VisionMamba:
         replica = super()._replicate_for_data_parallel()
