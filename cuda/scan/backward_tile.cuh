@@ -38,13 +38,13 @@ struct BackShape {
 
 // Floats of one warp's arrays in shared memory, by their places. padded: the rank as products of matrices have it.
 struct BackLayout {
-    int delta, du, gy, y, BC, starts, totals, dD, bias, D, floats;
+    int delta, du, gy, y, BC, h, lambda, dA, totals, dD, bias, D, dbias, floats;
     int padded;
 };
 template <class Shape>
 __host__ __device__ constexpr BackLayout back_layout(int rank)
 {
-    constexpr int K = Shape::tile, C = Shape::C;
+    constexpr int K = Shape::tile;
     BackLayout at{};
     at.padded = (rank + 15) / 16 * 16;
     const int ddt = K * at.padded;
@@ -53,12 +53,15 @@ __host__ __device__ constexpr BackLayout back_layout(int rank)
     at.gy = at.du + Shape::array;
     at.y = at.du + (ddt > 2 * Shape::array ? ddt : 2 * Shape::array);
     at.BC = at.y + Shape::array;
-    at.starts = at.BC + K * 2 * Shape::states;
-    at.totals = at.starts + 2 * Shape::kept * device::warp_size;
-    at.dD = at.totals + (rank + 16) / 16 * 16 * C * 8;
+    at.h = at.BC + K * 2 * Shape::states;
+    at.lambda = at.h + Shape::kept * device::warp_size;
+    at.dA = at.lambda + Shape::kept * device::warp_size;
+    at.totals = at.dA + Shape::kept * device::warp_size;
+    at.dD = at.totals + at.padded * Shape::warp_channels;
     at.bias = at.dD + device::warp_size * Shape::wide;
     at.D = at.bias + Shape::warp_channels;
-    at.floats = at.D + Shape::warp_channels;
+    at.dbias = at.D + Shape::warp_channels;
+    at.floats = at.dbias + Shape::warp_channels;
     return at;
 }
 
@@ -71,30 +74,36 @@ struct BackTile {
     device::Shared<float> y;       // [token][channel]
     device::Shared<float> ddt;     // in place of du and gy at last: [token][r]
     device::Shared<float> BC;      // [token][B (N) | C (N)], odd tokens [C | B]: no bank conflicts; later [dB | dC]
-    device::Shared<float> starts;  // [step % 2][states / 4][lane][4] states before a step
-    device::Shared<float> totals;  // ddt_weight and, as of one more rank, ddt_bias: [rank / 16][channel / 8][lane][4]
-    device::Shared<float> dD;      // [channel / 4 of the lane][lane][4]
-    device::Shared<float> bias, D;
+    device::Shared<float> h;       // [states / 4][lane][4]: states before the next step
+    device::Shared<float> lambda, dA;    // the same; registers have them only where they are needed
+    device::Shared<float> totals;        // ddt_weight: [rank / 16][channel / 8][lane][4]
+    device::Shared<float> dD;            // [channel / 4 of the lane][lane][4]
+    device::Shared<float> bias, D, dbias;  // [channel]
     int padded;
 
-    __device__ BackTile(const BackLayout& at, int base, int rank)
+    __device__ BackTile(const BackLayout& at, int base)
         : delta(take(base + at.delta, Shape::array)),
           du(take(base + at.du, Shape::array)),
           gy(take(base + at.gy, Shape::array)),
           y(take(base + at.y, Shape::array)),
           ddt(take(base + at.du, Shape::tile * at.padded)),
           BC(take(base + at.BC, Shape::tile * 2 * Shape::states)),
-          starts(take(base + at.starts, at.totals - at.starts)),
-          totals(take(base + at.totals, (rank + 16) / 16 * 16 * Shape::C * 8)),
+          h(take(base + at.h, Shape::kept * device::warp_size)),
+          lambda(take(base + at.lambda, Shape::kept * device::warp_size)),
+          dA(take(base + at.dA, Shape::kept * device::warp_size)),
+          totals(take(base + at.totals, at.padded * Shape::warp_channels)),
           dD(take(base + at.dD, device::warp_size * Shape::wide)),
           bias(take(base + at.bias, Shape::warp_channels)),
           D(take(base + at.D, Shape::warp_channels)),
+          dbias(take(base + at.dbias, Shape::warp_channels)),
           padded(at.padded)
     {
     }
     // Of one token: where B, or dB, begins, and C.
     __device__ static int B_of(int s) { return (2 * s + (s & 1)) * Shape::states; }
     __device__ static int C_of(int s) { return (2 * s + 1 - (s & 1)) * Shape::states; }
+    // Of four of a lane's states: where they are in h, lambda and dA.
+    __device__ static int state_of(int v, int lane) { return (v * device::warp_size + lane) * 4; }
 
 private:
     __device__ static device::Shared<float> take(int at, int count) { return device::shared<float>(4 * at, count); }

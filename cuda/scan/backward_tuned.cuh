@@ -81,7 +81,7 @@ struct BackBlock {
 
     __device__ __forceinline__ BackTile<Shape> tile_of(int warp) const
     {
-        return {layout, (direction * back_warps + warp) * layout.floats, a.rank};
+        return {layout, (direction * back_warps + warp) * layout.floats};
     }
     __device__ __forceinline__ void sync() const  // of the direction
     {
@@ -97,10 +97,13 @@ struct BackBlock {
         for (int c = lane; c < Shape::warp_channels; c += device::warp_size) {
             tile.bias[c] = c < live() ? p.dt_bias[e0 + c] : 0.0f;
             tile.D[c] = c < live() ? p.D[e0 + c] : 0.0f;
+            tile.dbias[c] = 0.0f;
         }
         const device::Vec<float, 4> zeros{};
-        for (int i = 4 * lane; i < layout.dD - layout.totals; i += 4 * device::warp_size) tile.totals.template store<4>(i, zeros);
-        for (int i = 4 * lane; i < layout.bias - layout.dD; i += 4 * device::warp_size) tile.dD.template store<4>(i, zeros);
+        for (int i = 4 * lane; i < layout.dD - layout.totals; i += 4 * device::warp_size)
+            tile.totals.template store<4>(i, zeros);
+#pragma unroll
+        for (int i = 0; i < wide; i += 4) tile.dD.template store<4>(i * device::warp_size + 4 * lane, zeros);
         device::sync_warp();
     }
     __device__ __forceinline__ void load_A(float (&A)[C][S]) const
@@ -301,18 +304,20 @@ __device__ __forceinline__ void back_rows_out(const BackBlock<Shape>& block, con
 
 // What tiles added up for the parameters.
 template <class Shape>
-__device__ __forceinline__ void back_parameters(const BackBlock<Shape>& block, const float (&dA)[Shape::C][Shape::S])
+__device__ __forceinline__ void back_parameters(const BackBlock<Shape>& block)
 {
     constexpr int N = Shape::states, C = Shape::C, wide = Shape::wide;
     const auto& a = block.a;
     const int lane = block.lane, live = block.live();
     float* const to = block.p.parameters + static_cast<Index>(block.unit) * (N + a.rank + 2) * a.dim + block.e0;
+    float dA[C][Shape::S];
+    get_states<Shape>(dA, block.tile.dA, lane);
     block.store_states(to, dA);
-    for (int r0 = 0; r0 <= a.rank; r0 += 16)
+    for (int r0 = 0; r0 < a.rank; r0 += 16)
         for (int j = 0; j < C; j++)
             for (int i = 0; i < 4; i++) {
                 const int r = r0 + lane / 4 * 2 + i / 2, c = 8 * j + lane % 4 * 2 + i % 2;
-                if (r <= a.rank && c < live)
+                if (r < a.rank && c < live)
                     to[static_cast<Index>(N + r) * a.dim + c] =
                         block.tile.totals[((r0 / 16 * C + j) * device::warp_size + lane) * 4 + i];
             }
@@ -321,6 +326,7 @@ __device__ __forceinline__ void back_parameters(const BackBlock<Shape>& block, c
         const int k = c % wide;
         float sum = 0.0f;
         for (int g = 0; g < 8; g++) sum += block.tile.dD[(k / 4 * device::warp_size + 4 * g + c / wide) * 4 + k % 4];
+        to[static_cast<Index>(N + a.rank) * a.dim + c] = block.tile.dbias[c];
         to[static_cast<Index>(N + a.rank + 1) * a.dim + c] = sum;
     }
 }
@@ -405,10 +411,15 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
     const BackTile<Shape>& tile = block.tile;
     const int lane = block.lane;
     const bool both = a.directions == 2, reverse = block.reverse;
-    float A[C][S], lambda[C][S] = {}, dA[C][S] = {};
+    float A[C][S];
     block.begin_tiles();
     block.load_A(A);
-    back_arrive(block, A, lambda);
+    {
+        float lambda[C][S] = {}, dA[C][S] = {};
+        back_arrive(block, A, lambda);
+        put_states<Shape>(lambda, tile.lambda, lane);
+        put_states<Shape>(dA, tile.dA, lane);
+    }
 
 #pragma unroll 1
     for (int done = 0; done < block.count();) {
@@ -426,8 +437,7 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
             auto fetch = [&](int j) {
 #pragma unroll
                 for (int v = 0; v < kept; v++)
-                    device::cp_async<16>(tile.starts, (((j & 1) * kept + v) * device::warp_size + lane) * 4,
-                                         from + kept_at(j * kept + v), true);
+                    device::cp_async<16>(tile.h, tile.state_of(v, lane), from + kept_at(j * kept + v), true);
                 device::cp_async_commit();
             };
             fetch(steps - 1);
@@ -453,11 +463,9 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
             for (int j = steps - 1; j >= 0; j--) {
                 float h[C][S];
                 device::cp_async_wait<0>();
-                get_states<Shape>(h, [&](int v) {
-                    return tile.starts.template load<4>((((j & 1) * kept + v) * device::warp_size + lane) * 4);
-                });
+                get_states<Shape>(h, tile.h, lane);
                 if (j > 0) fetch(j - 1);
-                back_walk(tile, j, h, A, lambda, dA, lane);
+                back_walk(tile, j, h, A, lane);
             }
             device::sync_warp();
 
@@ -477,7 +485,7 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
             block.sync();
         }
     }
-    back_parameters(block, dA);
+    back_parameters(block);
 }
 
 }  // namespace vimcore::cuda
