@@ -33,37 +33,30 @@ struct BackShape {
     // Sums over lanes are products by ones. dB and dC of bfloat16 are sums of what one product sees of a number: 3 bits
     // more than the results have.
     static constexpr bool exact = !std::is_same_v<T, __nv_bfloat16>, exact_dt = sizeof(T) == 4;
+    // Whether registers can keep the ones that sums are multiplied by from token to token.
+    static constexpr bool keeps_ones = states == 8 || (!exact && aligned);
     static_assert(kept_tile == tile / step * kept + halves * wide);
 };
 
-// Floats of one warp's arrays in shared memory, by their places. padded: the rank as products of matrices have it.
-struct BackLayout {
-    int delta, du, gy, y, BC, h, lambda, dA, totals, dD, bias, D, dbias, floats;
-    int padded;
-};
+// Where one warp's arrays are in shared memory, in floats; those that depend on the rank come last. padded: the rank as
+// products of matrices have it.
 template <class Shape>
-__host__ __device__ constexpr BackLayout back_layout(int rank)
-{
-    constexpr int K = Shape::tile;
-    BackLayout at{};
-    at.padded = (rank + 15) / 16 * 16;
-    const int ddt = K * at.padded;
-    at.delta = 0;
-    at.du = at.delta + Shape::array;
-    at.gy = at.du + Shape::array;
-    at.y = at.du + (ddt > 2 * Shape::array ? ddt : 2 * Shape::array);
-    at.BC = at.y + Shape::array;
-    at.h = at.BC + K * 2 * Shape::states;
-    at.lambda = at.h + Shape::kept * device::warp_size;
-    at.dA = at.lambda + Shape::kept * device::warp_size;
-    at.totals = at.dA + Shape::kept * device::warp_size;
-    at.dD = at.totals + at.padded * Shape::warp_channels;
-    at.bias = at.dD + device::warp_size * Shape::wide;
-    at.D = at.bias + Shape::warp_channels;
-    at.dbias = at.D + Shape::warp_channels;
-    at.floats = at.dbias + Shape::warp_channels;
-    return at;
-}
+struct BackLayout {
+    static constexpr int K = Shape::tile, channels = Shape::warp_channels, states = Shape::kept * device::warp_size;
+    static constexpr int delta = 0, du = delta + Shape::array, gy = du + Shape::array, y = gy + Shape::array;
+    static constexpr int BC = y + Shape::array, h = BC + K * 2 * Shape::states, lambda = h + states, dA = lambda + states;
+    static constexpr int dD = dA + states, bias = dD + device::warp_size * Shape::wide, D = bias + channels;
+    static constexpr int dbias = D + channels, totals = dbias + channels;
+    int padded, ddt, floats;
+
+    __host__ __device__ constexpr explicit BackLayout(int rank) : padded((rank + 15) / 16 * 16), ddt(du), floats(0)
+    {
+        floats = totals + padded * channels;
+        if (K * padded <= BC - du) return;  // in place of du, gy and y, where there is room
+        ddt = floats;
+        floats += K * padded;
+    }
+};
 
 // The arrays of one warp, in the order of the scan.
 template <class Shape>
@@ -72,7 +65,7 @@ struct BackTile {
     device::Shared<float> du;      // [token][channel] delta u; later slope sum_n B lambda
     device::Shared<float> gy;      // [token][channel]; later the gradient of u
     device::Shared<float> y;       // [token][channel]
-    device::Shared<float> ddt;     // in place of du and gy at last: [token][r]
+    device::Shared<float> ddt;     // [token][r], at last
     device::Shared<float> BC;      // [token][B (N) | C (N)], odd tokens [C | B]: no bank conflicts; later [dB | dC]
     device::Shared<float> h;       // [states / 4][lane][4]: states before the next step
     device::Shared<float> lambda, dA;    // the same; registers have them only where they are needed
@@ -81,21 +74,21 @@ struct BackTile {
     device::Shared<float> bias, D, dbias;  // [channel]
     int padded;
 
-    __device__ BackTile(const BackLayout& at, int base)
+    __device__ BackTile(const BackLayout<Shape>& at, int base)
         : delta(take(base + at.delta, Shape::array)),
           du(take(base + at.du, Shape::array)),
           gy(take(base + at.gy, Shape::array)),
           y(take(base + at.y, Shape::array)),
-          ddt(take(base + at.du, Shape::tile * at.padded)),
+          ddt(take(base + at.ddt, Shape::tile * at.padded)),
           BC(take(base + at.BC, Shape::tile * 2 * Shape::states)),
-          h(take(base + at.h, Shape::kept * device::warp_size)),
-          lambda(take(base + at.lambda, Shape::kept * device::warp_size)),
-          dA(take(base + at.dA, Shape::kept * device::warp_size)),
-          totals(take(base + at.totals, at.padded * Shape::warp_channels)),
+          h(take(base + at.h, at.states)),
+          lambda(take(base + at.lambda, at.states)),
+          dA(take(base + at.dA, at.states)),
+          totals(take(base + at.totals, at.padded * at.channels)),
           dD(take(base + at.dD, device::warp_size * Shape::wide)),
-          bias(take(base + at.bias, Shape::warp_channels)),
-          D(take(base + at.D, Shape::warp_channels)),
-          dbias(take(base + at.dbias, Shape::warp_channels)),
+          bias(take(base + at.bias, at.channels)),
+          D(take(base + at.D, at.channels)),
+          dbias(take(base + at.dbias, at.channels)),
           padded(at.padded)
     {
     }

@@ -16,7 +16,7 @@ namespace {
 template <class Shape>
 constexpr int shared_bytes(int rank)  // of a direction
 {
-    return back_warps * back_layout<Shape>(rank).floats * 4;
+    return back_warps * BackLayout<Shape>(rank).floats * 4;
 }
 
 // Whether every thread may read and write all neighbours that it has at once: channels, and four ranks or columns.

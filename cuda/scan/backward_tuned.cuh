@@ -57,16 +57,16 @@ struct BackBlock {
 
     const TunedBack<T>& a;
     const int direction = static_cast<int>(threadIdx.x) / back_threads;
-    const int thread = static_cast<int>(threadIdx.x) % back_threads;
-    const int lane = thread % device::warp_size;
+    int thread = static_cast<int>(threadIdx.x) % back_threads, lane = thread % device::warp_size;
     const BackPass<T>& p = a.pass[direction];
     const bool reverse = p.reverse;
     const int group = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.groups));
-    const int e0 = group * Shape::channels + thread / device::warp_size * Shape::warp_channels;  // the warp's first
+    int e0 = group * Shape::channels + thread / device::warp_size * Shape::warp_channels;  // the warp's first
     const int unit = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.groups));  // image and segment
-    const int b = unit / a.segments, segment = unit - b * a.segments;
+    int b = unit / a.segments;
+    const int segment = unit - b * a.segments;
     const int begin = segment * a.segment_tiles;  // first tile of the segment
-    const BackLayout layout = back_layout<Shape>(a.rank);
+    const BackLayout<Shape> layout{a.rank};
     const BackTile<Shape> tile = tile_of(thread / device::warp_size);
 
     // Cheaper to find again than to keep in registers: channels of the warp, tiles of the image, of the segment.
@@ -78,6 +78,15 @@ struct BackBlock {
     }
 
     __device__ explicit BackBlock(const TunedBack<T>& args) : a(args) {}
+
+    // Addresses and the like are computed again from here on: the recurrence leaves no registers to keep them in.
+    __device__ __forceinline__ void renew()
+    {
+        device::renew(thread);
+        device::renew(lane);
+        device::renew(e0);
+        device::renew(b);
+    }
 
     __device__ __forceinline__ BackTile<Shape> tile_of(int warp) const
     {
@@ -100,7 +109,7 @@ struct BackBlock {
             tile.dbias[c] = 0.0f;
         }
         const device::Vec<float, 4> zeros{};
-        for (int i = 4 * lane; i < layout.dD - layout.totals; i += 4 * device::warp_size)
+        for (int i = 4 * lane; i < layout.padded * layout.channels; i += 4 * device::warp_size)
             tile.totals.template store<4>(i, zeros);
 #pragma unroll
         for (int i = 0; i < wide; i += 4) tile.dD.template store<4>(i * device::warp_size + 4 * lane, zeros);
@@ -407,9 +416,8 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
 {
     constexpr int N = Shape::states, C = Shape::C, S = Shape::S, wide = Shape::wide;
     constexpr int steps = Shape::tile / Shape::step, kept = Shape::kept / 4;
-    const BackBlock<Shape> block(a);
+    BackBlock<Shape> block(a);
     const BackTile<Shape>& tile = block.tile;
-    const int lane = block.lane;
     const bool both = a.directions == 2, reverse = block.reverse;
     float A[C][S];
     block.begin_tiles();
@@ -417,8 +425,8 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
     {
         float lambda[C][S] = {}, dA[C][S] = {};
         back_arrive(block, A, lambda);
-        put_states<Shape>(lambda, tile.lambda, lane);
-        put_states<Shape>(dA, tile.dA, lane);
+        put_states<Shape>(lambda, tile.lambda, block.lane);
+        put_states<Shape>(dA, tile.dA, block.lane);
     }
 
 #pragma unroll 1
@@ -437,7 +445,7 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
             auto fetch = [&](int j) {
 #pragma unroll
                 for (int v = 0; v < kept; v++)
-                    device::cp_async<16>(tile.h, tile.state_of(v, lane), from + kept_at(j * kept + v), true);
+                    device::cp_async<16>(tile.h, tile.state_of(v, block.lane), from + kept_at(j * kept + v), true);
                 device::cp_async_commit();
             };
             fetch(steps - 1);
@@ -456,18 +464,20 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
                     block.load_BC(rows);
                     block.store_delta(delta, u);
                 }
-                back_gy(tile, gate, dout, u, a.scale, lane);
+                back_gy(tile, gate, dout, u, a.scale, block.lane);
                 device::sync_warp();
             }
+            block.renew();
 #pragma unroll 1
             for (int j = steps - 1; j >= 0; j--) {
                 float h[C][S];
                 device::cp_async_wait<0>();
-                get_states<Shape>(h, tile.h, lane);
+                get_states<Shape>(h, tile.h, block.lane);
                 if (j > 0) fetch(j - 1);
-                back_walk(tile, j, h, A, lane);
+                back_walk(tile, j, h, A, block.lane);
             }
             device::sync_warp();
+            block.renew();
 
             float y[2][wide];
             const BackPart own = block.part_of(rows);
@@ -483,6 +493,7 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
             if (!first) back_gate_tile(block, own, both, y);
             back_rows_out(block, rows);
             block.sync();
+            block.renew();
         }
     }
     back_parameters(block);

@@ -137,6 +137,7 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, fl
         load_shared(tile.delta, at + i * pitch, delta);
         load_shared(tile.du, at + i * pitch, du);
         load_shared(tile.gy, at + i * pitch, gy);
+        if constexpr (!Shape::keeps_ones) device::renew(lane);
 #pragma unroll
         for (int k = 0; k < C; k++)
 #pragma unroll
@@ -162,6 +163,7 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, fl
         load_shared(tile.delta, at + i * pitch, delta);
         load_shared(tile.du, at + i * pitch, du);
         load_shared(tile.gy, at + i * pitch, gy);
+        if constexpr (!Shape::keeps_ones) device::renew(lane);
 #pragma unroll
         for (int k = 0; k < C; k++)
 #pragma unroll
