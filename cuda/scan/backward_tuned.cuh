@@ -60,11 +60,9 @@ struct BackBlock {
     int thread = static_cast<int>(threadIdx.x) % back_threads, lane = thread % device::warp_size;
     const BackPass<T>& p = a.pass[direction];
     const bool reverse = p.reverse;
-    const int group = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.groups));
-    int e0 = group * Shape::channels + thread / device::warp_size * Shape::warp_channels;  // the warp's first
+    int group = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.groups)), e0 = first_channel();  // of the warp
     const int unit = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.groups));  // image and segment
-    int b = unit / a.segments;
-    const int segment = unit - b * a.segments;
+    const int b = unit / a.segments, segment = unit - b * a.segments;
     const int begin = segment * a.segment_tiles;  // first tile of the segment
     const BackLayout<Shape> layout{a.rank};
     const BackTile<Shape> tile = tile_of(thread / device::warp_size);
@@ -83,9 +81,13 @@ struct BackBlock {
     __device__ __forceinline__ void renew()
     {
         device::renew(thread);
-        device::renew(lane);
-        device::renew(e0);
-        device::renew(b);
+        device::renew(group);
+        lane = thread % device::warp_size;
+        e0 = first_channel();
+    }
+    __device__ __forceinline__ int first_channel() const
+    {
+        return group * Shape::channels + thread / device::warp_size * Shape::warp_channels;
     }
 
     __device__ __forceinline__ BackTile<Shape> tile_of(int warp) const
@@ -429,18 +431,22 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
         put_states<Shape>(dA, tile.dA, block.lane);
     }
 
+    int within = -1;  // the tile's place in its chunk
 #pragma unroll 1
-    for (int done = 0; done < block.count();) {
-        // The chunk: n tiles from `low` on. Only the sequence's last one, which this begins or ends with, may be shorter.
-        const int left_tiles = block.count() - done, over = left_tiles % a.chunk_tiles;
-        const int n = reverse ? (left_tiles < a.chunk_tiles ? left_tiles : a.chunk_tiles) : over > 0 ? over : a.chunk_tiles;
-        const int low = block.begin + (reverse ? done : left_tiles - n), way = reverse ? -1 : 1;
-        const int origin = reverse ? low + n - 1 : low;
-        const Index chunk = static_cast<Index>(block.b) * a.chunks + low / a.chunk_tiles;
-        back_run_chunk(block, origin, way, n, block.p.checkpoints + chunk * N * a.dim + block.e0, A);
-#pragma unroll 1
-        for (int within = n - 1; within >= 0; within--, done++) {
-            const BackRows rows = block.rows_of(origin + way * within);
+    for (int done = 0; done < block.count(); done++, within--) {
+        const bool fresh = within < 0;
+        if (fresh) {
+            // A chunk of n tiles from `low` on. Only the sequence's last one, the first or last here, may be shorter.
+            const int left_tiles = block.count() - done, over = left_tiles % a.chunk_tiles;
+            const int n = left_tiles < a.chunk_tiles ? left_tiles : over > 0 && !reverse ? over : a.chunk_tiles;
+            const int low = block.begin + (reverse ? done : left_tiles - n), way = reverse ? -1 : 1;
+            const Index chunk = static_cast<Index>(block.b) * a.chunks + low / a.chunk_tiles;
+            back_run_chunk(block, reverse ? low + n - 1 : low, way, n,
+                           block.p.checkpoints + chunk * N * a.dim + block.e0, A);
+            within = n - 1;
+        }
+        {
+            const BackRows rows = block.rows_of(block.begin + (reverse ? done : block.count() - 1 - done));
             const float* const from = block.kept_of(within);
             auto fetch = [&](int j) {
 #pragma unroll
@@ -454,7 +460,7 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
                 float u[2][wide], gate[2][wide], dout[2][wide], delta[2][wide];
                 block.load_u(own, u);
                 block.load_gate(own, gate, dout);
-                if (within < n - 1) {
+                if (!fresh) {
 #pragma unroll
                     for (int v = 0; v < 2 * wide; v += 4) {
                         const auto x = device::load<4>(from + kept_at(steps * kept + v / 4));
@@ -477,8 +483,10 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
                 back_walk(tile, j, h, A, block.lane);
             }
             device::sync_warp();
+        }
+        {
             block.renew();
-
+            const BackRows rows = block.rows_of(block.begin + (reverse ? done : block.count() - 1 - done));
             float y[2][wide];
             const BackPart own = block.part_of(rows);
             back_finish_tile(block, rows, own, y);
