@@ -39,7 +39,8 @@ __device__ __forceinline__ void back_project(const BackProjection<typename Shape
         float x[2][4], w[C][4];
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            load_ranks<Shape>(p.q + static_cast<Index>(rows.natural(g + 8 * i)) * p.row, r, p.rank, g + 8 * i < rows.count, x[i]);
+            load_ranks<Shape>(p.q + static_cast<Index>(rows.natural(g + 8 * i)) * p.row, r, p.rank,
+                              g + 8 * i < rows.count, x[i]);
 #pragma unroll
         for (int j = 0; j < C; j++)
             load_ranks<Shape>(p.weight + (c0 + 2 * j) * p.rank, r, p.rank, c0 + 2 * j < p.live, w[j]);
@@ -172,9 +173,9 @@ __device__ __forceinline__ void sum_states(float (&to)[4], int i, float a, float
 }
 
 // Of token i of four: sums of x over a warp's slots of channels, of even and of odd slots to two elements each. Lane i
-// of a channel has, with g = lane / 4 and p = g % 4, value 2 (g / 4) of lane p in to[0] and to[2], the next one in to[1]
-// and to[3]; of two values, value g / 4 in to[0] and to[2]. First a product by the unit matrix brings a value's slots to
-// the lanes where another one adds them.
+// of a channel has, with g = lane / 4 and p = g % 4, value 2 (g / 4) of lane p in to[0] and to[2], the next one in
+// to[1] and to[3]; of two values, value g / 4 in to[0] and to[2]. First a product by the unit matrix brings a value's
+// slots to the lanes where another one adds them.
 template <bool exact, int n>
 __device__ __forceinline__ void sum_slots(float (&to)[4], int i, const float (&x)[n], int lane)
 {

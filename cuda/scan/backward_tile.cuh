@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // One tile of the tuned scan's gradient (see scan/backward_tuned.cuh) as one warp has it in shared memory, and
 // everything that happens to it but the recurrence and the products of matrices: q to float, the gradient of y, what
-// follows from the sums over states. Outside the recurrence the lane with g = lane / 4 and q = lane % 4 has tokens g and
-// g + 8, in the order of the scan, and the `wide` neighbouring channels of the warp from wide q on: so a product of
+// follows from the sums over states. Outside the recurrence the lane with g = lane / 4 and q = lane % 4 has tokens g
+// and g + 8, in the order of the scan, and the `wide` neighbouring channels of the warp from wide q on: so a product of
 // matrices (device::multiply_add) lays them out, where column 2q + e of its j-th result is channel wide q + 2j + e.
 #pragma once
 
@@ -24,11 +24,12 @@ struct BackShape {
     using T = T_;
     static constexpr bool aligned = aligned_;
     static constexpr int states = N, C = device_scratch::back_thread_channels(N), S = N / 4, tile = 16, step = 4;
-    static constexpr int slots = device::warp_size / 4, warp_channels = slots * C, channels = back_warps * warp_channels;
-    static constexpr int wide = 2 * C, halves = 2;      // channels and tokens of a thread outside the recurrence
-    static constexpr int pitch = warp_channels + 4;     // floats from token to token: no bank conflicts
+    static constexpr int slots = device::warp_size / 4, warp_channels = slots * C,
+                         channels = back_warps * warp_channels;
+    static constexpr int wide = 2 * C, halves = 2;   // channels and tokens of a thread outside the recurrence
+    static constexpr int pitch = warp_channels + 4;  // floats from token to token: no bank conflicts
     static constexpr int array = tile * pitch;
-    static constexpr int kept = C * S;                   // states
+    static constexpr int kept = C * S;                                   // states
     static constexpr int kept_tile = device_scratch::back_kept_tile(N);  // floats that a thread leaves for the walk
     // Sums over lanes are products by ones. dB and dC of bfloat16 are sums of what one product sees of a number: 3 bits
     // more than the results have.
@@ -44,7 +45,8 @@ template <class Shape>
 struct BackLayout {
     static constexpr int K = Shape::tile, channels = Shape::warp_channels, states = Shape::kept * device::warp_size;
     static constexpr int delta = 0, du = delta + Shape::array, gy = du + Shape::array, y = gy + Shape::array;
-    static constexpr int BC = y + Shape::array, h = BC + K * 2 * Shape::states, lambda = h + states, dA = lambda + states;
+    static constexpr int BC = y + Shape::array, h = BC + K * 2 * Shape::states, lambda = h + states,
+                         dA = lambda + states;
     static constexpr int dD = dA + states, bias = dD + device::warp_size * Shape::wide, D = bias + channels;
     static constexpr int dbias = D + channels, totals = dbias + channels;
     int padded, ddt, floats;
@@ -61,16 +63,16 @@ struct BackLayout {
 // The arrays of one warp, in the order of the scan.
 template <class Shape>
 struct BackTile {
-    device::Shared<float> delta;   // [token][channel]; later slope ln 2 sum_n A a h[t - 1] lambda; then draw
-    device::Shared<float> du;      // [token][channel] delta u; later slope sum_n B lambda
-    device::Shared<float> gy;      // [token][channel]; later the gradient of u
-    device::Shared<float> y;       // [token][channel]
-    device::Shared<float> ddt;     // [token][r], at last
-    device::Shared<float> BC;      // [token][B (N) | C (N)], odd tokens [C | B]: no bank conflicts; later [dB | dC]
-    device::Shared<float> h;       // [states / 4][lane][4]: states before the next step
-    device::Shared<float> lambda, dA;    // the same; registers have them only where they are needed
-    device::Shared<float> totals;        // ddt_weight: [rank / 16][channel / 8][lane][4]
-    device::Shared<float> dD;            // [channel / 4 of the lane][lane][4]
+    device::Shared<float> delta;       // [token][channel]; later slope ln 2 sum_n A a h[t - 1] lambda; then draw
+    device::Shared<float> du;          // [token][channel] delta u; later slope sum_n B lambda
+    device::Shared<float> gy;          // [token][channel]; later the gradient of u
+    device::Shared<float> y;           // [token][channel]
+    device::Shared<float> ddt;         // [token][r], at last
+    device::Shared<float> BC;          // [token][B (N) | C (N)], odd tokens [C | B]: no bank conflicts; later [dB | dC]
+    device::Shared<float> h;           // [states / 4][lane][4]: states before the next step
+    device::Shared<float> lambda, dA;  // the same; registers have them only where they are needed
+    device::Shared<float> totals;      // ddt_weight: [rank / 16][channel / 8][lane][4]
+    device::Shared<float> dD;          // [channel / 4 of the lane][lane][4]
     device::Shared<float> bias, D, dbias;  // [channel]
     int padded;
 

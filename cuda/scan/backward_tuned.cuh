@@ -6,7 +6,8 @@
 // to a tile leaves its y as float in `sum`; the other one adds, gates, and stores `out` and dz. A warp has 32 channels
 // to itself, a thread 4 channels x 4 states; four lanes share channels. At the end of a chunk of several tiles, a run
 // from the checkpoint keeps the states before each of them. One tile:
-//   prepare  q to float; delta (a product of matrices, as are the projection's gradients), delta u, gy of the tile, once
+//   prepare  q to float; delta (a product of matrices, as are the projection's gradients), delta u, gy of the tile,
+//   once
 //            per token and channel. Tokens beyond the end get zeros, which leave states and lambda as they are
 //   run      the states before every fourth token
 //   walk     from the last four tokens to the first: their decays and states again, kept in registers, and y; then
@@ -68,7 +69,10 @@ struct BackBlock {
     const BackTile<Shape> tile = tile_of(thread / device::warp_size);
 
     // Cheaper to find again than to keep in registers: channels of the warp, tiles of the image, of the segment.
-    __device__ __forceinline__ int live() const { return a.dim - e0 < Shape::warp_channels ? a.dim - e0 : Shape::warp_channels; }
+    __device__ __forceinline__ int live() const
+    {
+        return a.dim - e0 < Shape::warp_channels ? a.dim - e0 : Shape::warp_channels;
+    }
     __device__ __forceinline__ int tiles() const { return (a.tokens + K - 1) / K; }
     __device__ __forceinline__ int count() const
     {
@@ -124,7 +128,8 @@ struct BackBlock {
             const int c = lane / 4 * C + k;
 #pragma unroll
             for (int n = 0; n < S; n++)
-                A[k][n] = c < live() ? -expf(p.A_log[static_cast<Index>(e0 + c) * N + lane % 4 * S + n]) * device::log2e : 0.0f;
+                A[k][n] = c < live() ? -expf(p.A_log[static_cast<Index>(e0 + c) * N + lane % 4 * S + n]) * device::log2e
+                                     : 0.0f;
         }
     }
     // A thread's values of (N, E), whose channels begin at the warp's; zeros beyond the last one.
@@ -158,7 +163,8 @@ struct BackBlock {
     {
         const int s = lane / 4, c = lane % 4 * wide, live_ = live() - c < wide ? live() - c : wide;
         const Index place = (static_cast<Index>(b) * a.tokens + rows.natural(s)) * a.dim + e0 + c;
-        return {{s < rows.count ? live_ : 0, s + 8 < rows.count ? live_ : 0}, place,
+        return {{s < rows.count ? live_ : 0, s + 8 < rows.count ? live_ : 0},
+                place,
                 static_cast<Index>(8 * rows.way) * a.dim};
     }
     // Where a thread's part of a tensor (B, len, 2E) begins; its other token is twice as far.
@@ -288,7 +294,7 @@ template <class Shape>
 __device__ __forceinline__ void back_rows_out(const BackBlock<Shape>& block, const BackRows& rows)
 {
     constexpr int N = Shape::states, K = Shape::tile, parts = N / 2;
-    static_assert(back_warps == 2);
+    static_assert(back_warps == 2 && K * parts % back_threads == 0);
     const auto& a = block.a;
     const BackTile<Shape> one = block.tile_of(0), two = block.tile_of(1);
     float* const to = block.p.part + (static_cast<Index>(block.b) * a.groups + block.group) * a.tokens * a.pitch;
@@ -298,8 +304,9 @@ __device__ __forceinline__ void back_rows_out(const BackBlock<Shape>& block, con
         return x;
     };
 #pragma unroll
-    for (int i = block.thread; i < K * parts; i += back_threads) {
-        const int s = i / parts, n = i % parts * 4, at = n < N ? one.B_of(s) + n : one.C_of(s) + n - N;
+    for (int k = 0; k < K * parts / back_threads; k++) {
+        const int i = block.thread + k * back_threads, s = i / parts, n = i % parts * 4,
+                  at = n < N ? one.B_of(s) + n : one.C_of(s) + n - N;
         const auto sum = add(one.BC.template load<4>(at), two.BC.template load<4>(at));
         if (s < rows.count) device::store(to + static_cast<Index>(rows.natural(s)) * a.pitch + n, sum);
     }
@@ -376,8 +383,8 @@ __device__ __forceinline__ void back_run_chunk(const BackBlock<Shape>& block, in
 
 // After the walk: all that follows, but what needs the other direction or the other warp. y gets its skip.
 template <class Shape>
-__device__ __forceinline__ void back_finish_tile(const BackBlock<Shape>& block, const BackRows& rows, const BackPart& own,
-                                                 float (&y)[2][Shape::wide])
+__device__ __forceinline__ void back_finish_tile(const BackBlock<Shape>& block, const BackRows& rows,
+                                                 const BackPart& own, float (&y)[2][Shape::wide])
 {
     constexpr int wide = Shape::wide;
     float u[2][wide], draw[2][wide], du[2][wide];

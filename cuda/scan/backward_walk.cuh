@@ -33,7 +33,8 @@ __device__ __forceinline__ void get_states(float (&x)[Shape::C][Shape::S], Get&&
 template <class Shape>
 __device__ __forceinline__ void put_states(const float (&x)[Shape::C][Shape::S], device::Shared<float> to, int lane)
 {
-    put_states<Shape>(x, [&](int v, const auto& part) { to.template store<4>(BackTile<Shape>::state_of(v, lane), part); });
+    put_states<Shape>(x,
+                      [&](int v, const auto& part) { to.template store<4>(BackTile<Shape>::state_of(v, lane), part); });
 }
 template <class Shape>
 __device__ __forceinline__ void get_states(float (&x)[Shape::C][Shape::S], device::Shared<float> from, int lane)
@@ -108,7 +109,7 @@ struct BackRowSums {
         for (int which = 0; which < 2; which++)
 #pragma unroll
             for (int part = 0; part < S / n; part++) {
-                const float(&x)[4] = sum[which][part];
+                const float (&x)[4] = sum[which][part];
                 float out[n / 2];
 #pragma unroll
                 for (int k = 0; k < n / 2; k++) out[k] = back_mend<Shape> * (x[k] + x[k + 2]);

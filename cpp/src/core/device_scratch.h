@@ -235,8 +235,8 @@ inline Tensor generic_memory(Context& ctx, Index batch, Index states, Index dim)
     return states > generic_states ? floats(ctx, {batch, states, dim}) : Tensor{};
 }
 
-// The tuned gradient: tokens of a tile, threads of a direction, channels of a thread and elements that it keeps, channels
-// of a block, bytes of shared memory of a direction.
+// The tuned gradient: tokens of a tile, threads of a direction, channels of a thread and elements that it keeps,
+// channels of a block, bytes of shared memory of a direction.
 inline constexpr Index back_tile = 16, back_threads = 64;
 constexpr bool backward_has_states(Index n) { return n == 8 || n == 16 || n == 32; }
 constexpr Index back_thread_channels(Index states) { return states == 32 ? 2 : 4; }
