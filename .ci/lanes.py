@@ -57,7 +57,10 @@ LANES = {
     ),
     "cuda": Lane(
         "every kernel for every architecture, registers and spills, instruction counts",
-        (*BUILD, "cuda", "python/src", "python/vimcore/__init__.py", "tests/cuda", "tests/constraints.txt"),
+        (
+            *(*BUILD, "cuda", "python/src", "python/vimcore/__init__.py", "tests/cuda"),
+            *("tests/shim/architecture.h", "tests/constraints.txt"),
+        ),
         ("bash tests/cuda/compile_all.sh build/cuda",),
         ("c++", "nvcc"),
     ),

@@ -199,7 +199,9 @@ std::vector<Algorithm> candidates(const Blas& device, const GemmArgs& g, const G
                                   const Alignments& align)
 {
     const Functions& call = library().call;
-    const Product product(g, bias);
+    // The search does not read the bias, but takes its address for as aligned as that of every bias to come: 16 bytes.
+    const auto near = reinterpret_cast<std::uintptr_t>(bias) / 256 * 256 + 16;
+    const Product product(g, bias ? reinterpret_cast<const void*>(near) : nullptr);
     const Descriptor<Preference> preference(call.preference_destroy, g, call.preference_create);
     auto prefer = [&](PreferenceAttribute attribute, auto value) {
         set(call.preference_set, Preference(preference), attribute, value, g);

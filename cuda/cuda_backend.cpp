@@ -60,7 +60,10 @@ std::shared_ptr<void> event_behind(cudaStream_t stream)
     return event;
 }
 
-std::string mebibytes(std::size_t bytes) { return std::to_string(bytes >> 20) + " MiB"; }
+std::string mebibytes(std::size_t bytes)
+{
+    return bytes < 1u << 20 ? std::to_string(bytes) + " bytes" : std::to_string(bytes >> 20) + " MiB";
+}
 
 std::string version(int number)  // 13020 -> 13.2
 {
@@ -78,8 +81,7 @@ std::string missing_device()
     if (cudaRuntimeGetVersion(&runtime) != cudaSuccess) runtime = 0;
     (void)cudaGetLastError();
     if (status == cudaErrorInitializationError)
-        return "CUDA cannot be used here (" + std::string(cudaGetErrorName(status)) +
-               "): a process that used it was forked; start processes by \"spawn\" or \"forkserver\"";
+        return "CUDA cannot be used here (" + std::string(cudaGetErrorName(status)) + ")" + forked_remedy;
     if (driver == 0) return "this machine has no NVIDIA driver; install one, or use the CPU";
     if (status == cudaErrorInsufficientDriver)
         return "the NVIDIA driver is made for CUDA " + version(driver) + ", this build of vimcore for " +
@@ -97,21 +99,25 @@ std::string missing_device()
 void* CudaBackend::allocate(std::size_t bytes, int device)
 {
     const DeviceGuard guard(device);
-    const OutsideCapture outside;
     void* memory = nullptr;
-    const cudaError_t status = cudaMalloc(&memory, bytes);
-    if (status != cudaErrorMemoryAllocation) {
-        check(status, "cudaMalloc", __FILE__, __LINE__);
-        return memory;
-    }
-    (void)cudaGetLastError();
+    auto allocated = [&] {
+        const OutsideCapture outside;
+        const cudaError_t status = cudaMalloc(&memory, bytes);
+        if (status != cudaErrorMemoryAllocation) check(status, "cudaMalloc", __FILE__, __LINE__);
+        (void)cudaGetLastError();
+        return status == cudaSuccess;
+    };
+    if (allocated()) return memory;
+    if (others_gave_back(device, bytes) && allocated()) return memory;
     std::size_t free = 0, total = 0;
     VIM_CUDA(cudaMemGetInfo(&free, &total));
     cudaDeviceProp properties{};
     VIM_CUDA(cudaGetDeviceProperties(&properties, device));
-    throw OutOfMemory("[cuda] out of memory on " + to_string(Device::cuda(device)) + " (" + properties.name +
-                      "): asked for " + mebibytes(bytes) + ", free are " + mebibytes(free) + " of " + mebibytes(total) +
-                      "; use a smaller batch or image, or torch.cuda.empty_cache() where torch holds memory");
+    // Programs that look for the largest batch recognise the first words.
+    throw OutOfMemory("[cuda] CUDA out of memory. " + to_string(Device::cuda(device)) + " (" + properties.name +
+                      ") was asked for " + mebibytes(bytes) + ", free are " + mebibytes(free) + " of " +
+                      mebibytes(total) +
+                      "; use a smaller batch or image, or have others give memory back (torch.cuda.empty_cache())");
 }
 
 void CudaBackend::release(void* memory, int device) noexcept

@@ -88,6 +88,7 @@ std::string remedy(cudaError_t status)
     if (left_by_a_kernel(status))
         return "; a kernel launched earlier failed, last launched: " + last_launched() +
                "; VIMCORE_CUDA_SYNC=1 names the one that fails. The process must be restarted to use the device again";
+    if (status == cudaErrorInitializationError) return forked_remedy;
     if (status == cudaErrorNoKernelImageForDevice)
         return "; this build has kernels for the architectures " VIMCORE_CUDA_ARCHITECTURES
                ", build with -DCMAKE_CUDA_ARCHITECTURES for others";

@@ -20,6 +20,11 @@ using Index = std::int64_t;
 __host__ __device__ constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 inline Index round_up(Index a, Index b) { return ceil_div(a, b) * b; }
 
+// What to do about cudaErrorInitializationError.
+inline constexpr const char* forked_remedy =
+    ": a process that used CUDA was forked, and the child cannot use it; start processes by \"spawn\" or "
+    "\"forkserver\"";
+
 // Throws vimcore::Error unless status is cudaSuccess.
 void check(cudaError_t status, const char* call, const char* file, int line);
 #define VIM_CUDA(call) ::vimcore::cuda::check((call), #call, __FILE__, __LINE__)

@@ -78,6 +78,7 @@ PYTHON_FLOORS = [
     "utils",
     "config",
     "positions autograd weights",
+    "hub",
     "ops",
     "nn",
     "io segmentation detection pretraining",

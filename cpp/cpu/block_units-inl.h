@@ -13,7 +13,8 @@ namespace vimcore::cpu::VIM_ISA {
 
 #if defined(VIM_AMX)
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // the latter is clang's until version 15
+#define VIM_HAS_TILES
 // Macros, because the compiler's intrinsics paste the number of a tile into the instruction. Strides are in bytes.
 #define VIM_TILE_ZERO(t) _tile_zero(t)
 #define VIM_TILE_LOAD(t, from, stride) _tile_loadd(t, from, stride)
@@ -58,7 +59,7 @@ VIM_INLINE void emulated_dot(int c, int a, int b)
 struct BlockUnit {
     static constexpr Index rows = 32, columns = 32, depth = 32, group = 2;
 
-#if defined(__AMX_BF16__)
+#if defined(VIM_HAS_TILES)
     // Whoever used tiles on this thread before may have shaped them otherwise.
     BlockUnit()
     {

@@ -122,6 +122,8 @@ public:
     void download(Context&, const Tensor& from, void* host) override { std::memcpy(host, from.data, from.bytes()); }
     void copy(Context& ctx, const Tensor& from, const Tensor& to) override;
     void fill_zero(Context&, const Tensor& tensor) override { std::memset(tensor.data, 0, tensor.bytes()); }
+    std::size_t panel_bytes(std::int64_t n, std::int64_t k) const override;
+    void make_panels(const float* weight, std::int64_t n, std::int64_t k, void* panels) const override;
     void change_stream(Context& ctx, void* from, void* to) override;
     std::shared_ptr<void> mark(Context&) override { return nullptr; }
     void await(Context&, void*) override {}

@@ -2,6 +2,7 @@
 // What happens once per image rather than once per block: patches, class tokens, position table, RoPE.
 // Copies and sums; the arithmetic that costs time is in the projections.
 #include <cstring>
+#include <type_traits>
 
 #include "core/class_places.h"
 #include "cpu_backend.h"
@@ -13,8 +14,8 @@ namespace {
 constexpr Index patch_rows = 64;  // patches of a task
 constexpr Index token_rows = 64;  // tokens of a task
 
-// Calls f(image pixels, patch pixels) for every run of `patch` pixels of patch j of image b.
-template <class T, class F>
+// Calls f(image pixels, patch pixels) for every run of `patch` pixels of patch j of image b; pixels of type I and T.
+template <class I, class T, class F>
 void for_each_run(const Patches& a, Index b, Index j, F&& f)
 {
     const Index channels = a.images.size(1), height = a.images.size(2), width = a.images.size(3), P = a.patch;
@@ -22,29 +23,39 @@ void for_each_run(const Patches& a, Index b, Index j, F&& f)
     T* cols = a.cols.as<T>() + (b * a.cols.size(1) + j - a.begin) * channels * P * P;
     for (Index c = 0; c < channels; c++)
         for (Index y = 0; y < P; y++)
-            f(a.images.as<T>() + ((b * channels + c) * height + y0 + y) * width + x0, cols + (c * P + y) * P);
+            f(a.images.as<I>() + ((b * channels + c) * height + y0 + y) * width + x0, cols + (c * P + y) * P);
 }
 
-template <class T>
+// f with numbers of the types of images and cols.
+template <class F>
+void dispatch_pixels(const Patches& a, F&& f)
+{
+    dispatch(a.cols.dtype, [&](auto t) { a.images.dtype == a.cols.dtype ? f(t, t) : f(Wide<decltype(t)>{}, t); });
+}
+
+template <class I, class T>
 void patches_forward(Context& ctx, const Patches& a)
 {
     const Index batch = a.images.size(0), rows = a.cols.size(1), blocks = ceil_div(rows, patch_rows);
     parallel_for(ctx, batch * blocks, [&](Index task) {
         const Index b = task / blocks, begin = task % blocks * patch_rows;
         for (Index j = begin; j < std::min(rows, begin + patch_rows); j++)
-            for_each_run<T>(a, b, a.begin + j, [&](const T* pixels, T* patch) {
-                std::memcpy(patch, pixels, sizeof(T) * static_cast<std::size_t>(a.patch));
+            for_each_run<I, T>(a, b, a.begin + j, [&](const I* pixels, T* patch) {
+                if constexpr (std::is_same_v<I, T>)
+                    std::memcpy(patch, pixels, sizeof(T) * static_cast<std::size_t>(a.patch));
+                else
+                    for (Index i = 0; i < a.patch; i++) patch[i] = T(pixels[i]);
             });
     });
 }
 
-template <class T>
+template <class I, class T>
 void patches_backward(Context& ctx, const Patches& a)  // patches may overlap: one task per image
 {
     parallel_for(ctx, a.images.size(0), [&](Index b) {
         for (Index j = a.begin; j < a.begin + a.cols.size(1); j++)
-            for_each_run<T>(a, b, j, [&](T* pixels, const T* patch) {
-                for (Index i = 0; i < a.patch; i++) pixels[i] = T(Wide<T>(pixels[i]) + Wide<T>(patch[i]));
+            for_each_run<I, T>(a, b, j, [&](I* pixels, const T* patch) {
+                for (Index i = 0; i < a.patch; i++) pixels[i] = I(Wide<T>(pixels[i]) + Wide<T>(patch[i]));
             });
     });
 }
@@ -127,12 +138,12 @@ void rope(Context& ctx, const Rope& a)
 
 void CpuBackend::patches_forward(Context& ctx, const Patches& args)
 {
-    dispatch(args.cols.dtype, [&](auto t) { cpu::patches_forward<decltype(t)>(ctx, args); });
+    dispatch_pixels(args, [&](auto i, auto t) { cpu::patches_forward<decltype(i), decltype(t)>(ctx, args); });
 }
 
 void CpuBackend::patches_backward(Context& ctx, const Patches& args)
 {
-    dispatch(args.cols.dtype, [&](auto t) { cpu::patches_backward<decltype(t)>(ctx, args); });
+    dispatch_pixels(args, [&](auto i, auto t) { cpu::patches_backward<decltype(i), decltype(t)>(ctx, args); });
 }
 
 void CpuBackend::tokens_forward(Context& ctx, const TokensForward& args)

@@ -107,11 +107,19 @@ void run_gemms_tn(Context& ctx, std::span<const GemmTn<T>> problems)
 }
 
 template <class T>
+Index panel_elements(Index n, Index k)
+{
+    const Kernels<T>& kernel = kernels<T>();
+    return round_up(n, kernel.nr) * round_up(k, kernel.depth);
+}
+
+template <class T>
 const T* packed_linear(Context& ctx, const Tensor& w, Index n, Index k, bool transposed)
 {
+    if (w.dtype == DType::bf16_panels) return w.as<T>();
     const WeightForm form = transposed ? WeightForm::panels_transposed : WeightForm::panels;
     const Kernels<T>& kernel = kernels<T>();
-    return packed<T>(ctx, w, form, round_up(n, kernel.nr) * round_up(k, kernel.depth), [&](T* out) {
+    return packed<T>(ctx, w, form, panel_elements<T>(n, k), [&](T* out) {
         kernel.pack(
             {.w = w.as<Wide<T>>(), .ldw = transposed ? n : k, .n = n, .k = k, .transposed = transposed, .out = out});
     });
@@ -208,6 +216,17 @@ void backward(Context& ctx, std::span<const LinearBackward> args)
 }
 
 }  // namespace
+
+std::size_t CpuBackend::panel_bytes(std::int64_t n, std::int64_t k) const
+{
+    return sizeof(bf16) * static_cast<std::size_t>(panel_elements<bf16>(n, k));
+}
+
+void CpuBackend::make_panels(const float* weight, std::int64_t n, std::int64_t k, void* panels) const
+{
+    kernels<bf16>().pack(
+        {.w = weight, .ldw = k, .n = n, .k = k, .transposed = false, .out = static_cast<bf16*>(panels)});
+}
 
 void CpuBackend::linear_forward(Context& ctx, const std::span<const LinearForward>& args)
 {

@@ -198,6 +198,27 @@ const vimcore::Preprocess& pictures_of(const vimcore_model& model, const char* o
     return *model.preprocess;
 }
 
+void load_model(const char* path, const char* device, std::int64_t img_height, std::int64_t img_width,
+                std::optional<vimcore::DType> only, vimcore_model** model)
+{
+    given("model", "path", path);
+    given("model", "model", model);
+    if (img_height < 0 || img_width < 0)
+        throw std::invalid_argument("[model] img_height and img_width: expected 0 or more, got " +
+                                    std::to_string(img_height) + " and " + std::to_string(img_width));
+    auto loaded = std::make_shared<vimcore_model>();
+    loaded->model = vimcore::Model::load(path, {.device = vimcore::device_from(device ? device : "cpu"),
+                                                .img_height = img_height,
+                                                .img_width = img_width,
+                                                .only = only});
+    const vimcore::Config& config = loaded->model->config();
+    loaded->labels = vimcore::labels_of(config, loaded->model->metadata());
+    loaded->preprocess = vimcore::preprocess_of(config, loaded->model->metadata());
+    loaded->outputs = config.logits_shape(1).numel();
+    loaded->features = config.tokens_shape(1).numel();
+    *model = handles<vimcore_model>().add(std::move(loaded));
+}
+
 }  // namespace
 
 extern "C" {
@@ -208,22 +229,13 @@ const char* vimcore_last_error(void) { return last_error.text; }
 vimcore_status vimcore_model_load(const char* path, const char* device, int64_t img_height, int64_t img_width,
                                   vimcore_model** model)
 {
-    return guarded([&] {
-        given("model", "path", path);
-        given("model", "model", model);
-        if (img_height < 0 || img_width < 0)
-            throw std::invalid_argument("[model] img_height and img_width: expected 0 or more, got " +
-                                        std::to_string(img_height) + " and " + std::to_string(img_width));
-        auto loaded = std::make_shared<vimcore_model>();
-        loaded->model =
-            vimcore::Model::load(path, vimcore::device_from(device ? device : "cpu"), img_height, img_width);
-        const vimcore::Config& config = loaded->model->config();
-        loaded->labels = vimcore::labels_of(config, loaded->model->metadata());
-        loaded->preprocess = vimcore::preprocess_of(config, loaded->model->metadata());
-        loaded->outputs = config.logits_shape(1).numel();
-        loaded->features = config.tokens_shape(1).numel();
-        *model = handles<vimcore_model>().add(std::move(loaded));
-    });
+    return guarded([&] { load_model(path, device, img_height, img_width, {}, model); });
+}
+
+vimcore_status vimcore_model_load_for(const char* path, const char* device, int64_t img_height, int64_t img_width,
+                                      const char* dtype, vimcore_model** model)
+{
+    return guarded([&] { load_model(path, device, img_height, img_width, parse_dtype("model", dtype), model); });
 }
 
 void vimcore_model_destroy(vimcore_model* model) { handles<vimcore_model>().remove(model); }

@@ -8,7 +8,6 @@
 #include <stdexcept>
 
 #include "commands.h"
-#include "find_images.h"
 #include "run.h"
 #include "text.h"
 #include "vimcore/build_info.h"
@@ -44,7 +43,28 @@ struct Row {
     std::size_t runs;
     double ms, fastest;  // per image
     double gflops;       // 10^9 multiply-adds per second
+    std::int64_t peak;   // bytes of the process at the most, weights and images included; 0: not known here
 };
+
+// Linux keeps the most memory that a process has had: makes it forget, and tells.
+void forget_peak()
+{
+    if (std::FILE* file = std::fopen("/proc/self/clear_refs", "w")) {
+        std::fputs("5", file);
+        std::fclose(file);
+    }
+}
+
+std::int64_t peak_bytes()
+{
+    long long kib = 0;
+    if (std::FILE* file = std::fopen("/proc/self/status", "r")) {
+        for (char line[256]; std::fgets(line, sizeof line, file);)
+            if (std::sscanf(line, "VmHWM: %lld", &kib) == 1) break;
+        std::fclose(file);
+    }
+    return kib * 1024;
+}
 
 Row measure(const RunOptions& options, const LoadedModel& loaded, std::int64_t batch, double seconds)
 {
@@ -67,7 +87,8 @@ Row measure(const RunOptions& options, const LoadedModel& loaded, std::int64_t b
             .runs = times.size(),
             .ms = ms,
             .fastest = *std::min_element(times.begin(), times.end()),
-            .gflops = static_cast<double>(config.flops()) / ms * 1e-6};
+            .gflops = static_cast<double>(config.flops()) / ms * 1e-6,
+            .peak = peak_bytes()};
 }
 
 struct Files {
@@ -79,7 +100,7 @@ struct Files {
 // Rounds over all pictures in turns with as many images from memory, so that a busy machine slows both alike.
 Files measure_files(const RunOptions& options, const LoadedModel& loaded, double seconds)
 {
-    const Found found = find_images(options.images);
+    const Found found = find_inputs(options, loaded);
     const vimcore::Config& config = loaded.model->config();
     const std::int64_t batch = batch_of(options, config);
     vimcore::Session session(loaded.model, session_options(options, batch));
@@ -90,7 +111,9 @@ Files measure_files(const RunOptions& options, const LoadedModel& loaded, double
 
     Counts counts = run_pictures(options, loaded, found, compute, emit);  // warm, and says which pictures are bad
     complain_passed_over(counts.passed_over);
-    if (counts.total == counts.failed) throw std::runtime_error("no pictures that could be read");
+    if (counts.total == counts.failed)
+        throw std::runtime_error(loaded.model->config().frames > 0 ? "no clips that could be read"
+                                                                   : "no pictures that could be read");
     Files files{.images = counts.total, .failed = counts.failed, .passed_over = counts.passed_over};
     const auto good = static_cast<std::int64_t>(counts.total - counts.failed);
     std::vector<double> rates, alone, shares;
@@ -115,16 +138,17 @@ std::string json_row(const Row& row)
     return "{\"height\": " + std::to_string(row.height) + ", \"width\": " + std::to_string(row.width) +
            ", \"tokens\": " + std::to_string(row.tokens) + ", \"batch\": " + std::to_string(row.batch) +
            ", \"runs\": " + std::to_string(row.runs) + ", \"ms_per_image\": " + number(row.ms, 6) +
-           ", \"fastest_ms\": " + number(row.fastest, 6) + ", \"gflops\": " + number(row.gflops, 6) + "}";
+           ", \"fastest_ms\": " + number(row.fastest, 6) + ", \"gflops\": " + number(row.gflops, 6) +
+           ", \"peak_bytes\": " + std::to_string(row.peak) + "}";
 }
 
 void print_row(const Row& row)
 {
     char text[160];
-    std::snprintf(text, sizeof text, "%5lld x %-5lld %8lld %6lld %11.2f %11.2f %10.1f %8.1f\n",
+    std::snprintf(text, sizeof text, "%5lld x %-5lld %8lld %6lld %11.2f %11.2f %10.1f %8.1f %9.1f\n",
                   static_cast<long long>(row.height), static_cast<long long>(row.width),
                   static_cast<long long>(row.tokens), static_cast<long long>(row.batch), row.ms, row.fastest,
-                  1e3 / row.ms, row.gflops);
+                  1e3 / row.ms, row.gflops, static_cast<double>(row.peak) / (1 << 20));
     print(text);
     flush();
 }
@@ -150,10 +174,11 @@ int bench(const std::vector<std::string>& words)
 
     const vimcore::BuildInfo build = vimcore::build_info();
     std::string rows;
-    if (!json) print("   size          tokens  batch    ms/image     fastest   images/s   Gmac/s\n");
+    if (!json) print("   size          tokens  batch    ms/image     fastest   images/s   Gmac/s  peak MiB\n");
     if (sizes.empty()) sizes.push_back(0);
     for (const std::int64_t size : sizes) {
         options.img_height = options.img_width = size;
+        forget_peak();
         const LoadedModel loaded = load_model(options);
         for (const std::int64_t batch : batches) {
             const Row row = measure(options, loaded, batch, seconds);
@@ -161,6 +186,7 @@ int bench(const std::vector<std::string>& words)
                 rows += (rows.empty() ? "" : ", ") + json_row(row);
             else
                 print_row(row);
+            forget_peak();
         }
     }
     int status = 0;

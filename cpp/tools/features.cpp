@@ -73,7 +73,8 @@ int features(const std::vector<std::string>& words)
     arguments.flag("--json", json, "print what was written as JSON");
     arguments.note(
         "The file holds the float32 tensor `features`, one row per good picture in order, and the metadata\n"
-        "key vimcore.images, a JSON list of the pictures' names. All features are held in memory.");
+        "key vimcore.images, a JSON list of the pictures' names. All features are held in memory. Networks of\n"
+        "clips take folders of pictures, one a frame, and .npy files (T, H, W, C) uint8.");
     if (!arguments.parse(words, options.images)) return 0;
     if (options.images.empty()) throw UsageError("no pictures given");
     if (out.empty()) throw UsageError("the argument --out is required");
@@ -110,9 +111,9 @@ int features(const std::vector<std::string>& words)
         names.push_back(path);
         return {};
     };
-    const Counts counts = run_pictures(options, loaded, find_images(options.images), compute, emit);
+    const Counts counts = run_pictures(options, loaded, find_inputs(options, loaded), compute, emit);
     const int status = exit_status(counts);
-    if (names.empty()) throw std::runtime_error("no picture gave features, so nothing is written to " + out);
+    if (names.empty()) throw std::runtime_error("nothing gave features, so nothing is written to " + out);
 
     const auto count = static_cast<std::int64_t>(names.size());
     const vimcore::Shape shape = all_tokens ? vimcore::Shape{count, length, width} : vimcore::Shape{count, pool_width};
@@ -123,7 +124,8 @@ int features(const std::vector<std::string>& words)
               std::to_string(counts.failed) + ", \"width\": " + std::to_string(all_tokens ? width : pool_width) +
               passed_over_json(counts.passed_over) + "}\n");
     else
-        print(out + ": features " + vimcore::to_string(shape) + " of " + std::to_string(count) + " pictures\n");
+        print(out + ": features " + vimcore::to_string(shape) + " of " + std::to_string(count) +
+              (config.frames > 0 ? " clips\n" : " pictures\n"));
     return status;
 }
 

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <iterator>
 #include <stdexcept>
 #include <utility>
 
@@ -24,13 +25,9 @@ std::string in_small_letters(std::string name)
     return name;
 }
 
-bool is_picture(const std::string& name)
-{
-    const std::string lower = in_small_letters(name);
-    for (const char* suffix : {".jpeg", ".jpg", ".pgm", ".png", ".ppm"})
-        if (lower.ends_with(suffix)) return true;
-    return false;
-}
+// Those that only Python reads are among them: a picture is never passed over, but an error that says so.
+constexpr const char* picture_suffixes[] = {".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg",
+                                            ".pbm",  ".pgm", ".png", ".pnm", ".ppm",  ".tif", ".tiff", ".webp"};
 
 // Files of the system's own, which nobody misses.
 bool is_hidden(const std::string& name)
@@ -46,7 +43,7 @@ std::string kind_of(const std::string& name)
 }
 
 // The files of a folder before its subfolders; links to folders are not followed, so that there are no circles.
-void walk(const std::string& folder, bool hidden, Found& found)
+void walk(const std::string& folder, bool (*wanted)(const std::string& name), bool hidden, Found& found)
 {
     std::error_code error;
     std::vector<std::string> files, folders;
@@ -57,7 +54,7 @@ void walk(const std::string& folder, bool hidden, Found& found)
         const bool is_folder = entries->is_directory(ignored);
         if (is_folder && !entries->is_symlink(ignored))
             folders.push_back(name);
-        else if (!is_folder && is_picture(name))
+        else if (!is_folder && wanted(name))
             files.push_back(name);
         else if (!hidden && !is_hidden(name))
             found.passed_over[is_folder ? "linked folder" : kind_of(name)]++;
@@ -67,16 +64,38 @@ void walk(const std::string& folder, bool hidden, Found& found)
     std::sort(folders.begin(), folders.end());
     const std::string prefix = folder.ends_with('/') ? folder : folder + '/';
     for (const std::string& name : files) found.paths.push_back(prefix + name);
-    for (const std::string& name : folders) walk(prefix + name, hidden || is_hidden(name), found);
+    for (const std::string& name : folders) walk(prefix + name, wanted, hidden || is_hidden(name), found);
 }
 
-void add(const std::string& path, Found& found)
+bool is_folder(const std::string& path)
 {
     std::error_code error;
-    if (fs::is_directory(path, error))
-        walk(path, false, found);
-    else
-        found.paths.push_back(path);
+    return fs::is_directory(path, error);
+}
+
+// The arguments, those that are lists as their lines.
+std::vector<std::string> with_lists(const std::vector<std::string>& arguments)
+{
+    std::vector<std::string> found;
+    for (const std::string& argument : arguments) {
+        if (!argument.starts_with('@')) {
+            found.push_back(argument);
+            continue;
+        }
+        const std::vector<std::string> lines = read_list(argument.substr(1));
+        found.insert(found.end(), lines.begin(), lines.end());
+    }
+    return found;
+}
+
+bool is_array(const std::string& name) { return in_small_letters(name).ends_with(".npy"); }
+
+bool is_of_clip(const std::string& name) { return is_array(name) || is_picture(name); }
+
+std::string folder_of(const std::string& path)
+{
+    const std::size_t slash = path.rfind('/'), last = path.find_last_not_of('/', slash);
+    return last == std::string::npos ? path.substr(0, slash + 1) : path.substr(0, last + 1);
 }
 
 }  // namespace
@@ -98,17 +117,47 @@ std::vector<std::string> read_list(const std::string& path)
     return lines;
 }
 
+bool is_picture(const std::string& name)
+{
+    const std::string lower = in_small_letters(name);
+    return std::any_of(std::begin(picture_suffixes), std::end(picture_suffixes),
+                       [&](const char* suffix) { return lower.ends_with(suffix); });
+}
+
 Found find_images(const std::vector<std::string>& arguments)
 {
     Found found;
-    for (const std::string& argument : arguments) {
-        if (argument.starts_with('@')) {
-            for (const std::string& line : read_list(argument.substr(1))) add(line, found);
-        } else {
-            add(argument, found);
-        }
+    for (const std::string& path : with_lists(arguments)) {
+        if (is_folder(path))
+            walk(path, is_picture, false, found);
+        else
+            found.paths.push_back(path);
     }
     return found;
+}
+
+Found find_clips(const std::vector<std::string>& arguments)
+{
+    Found clips;
+    for (const std::string& path : with_lists(arguments)) {
+        if (!is_folder(path)) {
+            clips.paths.push_back(path);
+            continue;
+        }
+        Found files;
+        walk(path, is_of_clip, false, files);
+        for (const auto& [kind, count] : files.passed_over) clips.passed_over[kind] += count;
+        std::string last;
+        for (const std::string& name : files.paths) {
+            if (is_array(name) || is_folder(name)) {  // a folder here is one that cannot be read
+                clips.paths.push_back(name);
+            } else if (const std::string folder = folder_of(name); folder != last) {
+                clips.paths.push_back(folder);
+                last = folder;
+            }
+        }
+    }
+    return clips;
 }
 
 std::string suffix_of(const std::string& path) { return in_small_letters(fs::path(path).extension().string()); }

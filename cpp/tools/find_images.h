@@ -16,11 +16,15 @@ struct Found {
     Kinds passed_over;  // in folders, beside the pictures; also linked folders, but no hidden files
 };
 
-// Files as given; folders walked, files before subfolders and names in order, for JPEG, PNG, PPM and PGM files; @FILE:
-// the lines of a file, each a picture or a folder. A folder that cannot be read stays in the list, to be reported.
+// Files as given; folders walked, files before subfolders and names in order, for pictures by suffix; @FILE: the
+// lines of a file, each a picture or a folder. A folder that cannot be read stays in the list, to be reported.
 // The same as vimcore/picture_files.py.
 Found find_images(const std::vector<std::string>& arguments);
 
+// Clips in their places: folders that hold pictures, and .npy files. The same as vimcore/clip_files.py.
+Found find_clips(const std::vector<std::string>& arguments);
+
+bool is_picture(const std::string& name);        // by its suffix
 std::string suffix_of(const std::string& path);  // in small letters
 
 // What follows the last field of a JSON object; nothing where nothing was passed over.

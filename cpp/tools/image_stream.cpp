@@ -1,59 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "image_stream.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
-#include <new>
-#include <system_error>
 
-#include "vimcore/error.h"
+#include "regular_file.h"
 
 namespace vim_infer {
-namespace {
-
-constexpr std::int64_t max_file = std::int64_t{1} << 31;
-
-std::vector<unsigned char> read_file(const std::string& path)
-{
-    const auto fail = [] { throw std::system_error(errno, std::generic_category()); };
-    struct stat status;
-    if (::stat(path.c_str(), &status) != 0) fail();
-    if (!S_ISREG(status.st_mode)) throw vimcore::Error("not a regular file");  // opening alone may have effects
-    // O_NONBLOCK: a named pipe, put there in between, must not hang.
-    struct Descriptor {
-        int number;
-        ~Descriptor()
-        {
-            if (number >= 0) ::close(number);
-        }
-    } const file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
-    if (file.number < 0) fail();
-    if (::fstat(file.number, &status) != 0) fail();
-    if (!S_ISREG(status.st_mode)) throw vimcore::Error("not a regular file");
-    if (status.st_size > max_file) throw vimcore::Error("file is larger than 2 GiB");
-    std::vector<unsigned char> bytes(static_cast<std::size_t>(status.st_size));
-    std::size_t at = 0;
-    while (at < bytes.size()) {
-        const ::ssize_t done = ::read(file.number, bytes.data() + at, bytes.size() - at);
-        if (done < 0 && errno == EINTR) continue;
-        if (done < 0) fail();
-        if (done == 0) break;  // it became shorter: the decoder says what is missing
-        at += static_cast<std::size_t>(done);
-    }
-    bytes.resize(at);
-    return bytes;
-}
-
-}  // namespace
 
 Decode to_pixels(const vimcore::Preprocess& steps)
 {
-    return [steps](const std::vector<unsigned char>& bytes, Loaded& image) {
+    return [steps](const std::string& path, Loaded& image) {
+        const std::vector<unsigned char> bytes = read_file(path);
         image.pixels.resize(steps.mean.size() * static_cast<std::size_t>(steps.crop_height * steps.crop_width));
         vimcore::load_image(bytes.data(), bytes.size(), "", steps, image.pixels.data());
     };
@@ -61,7 +18,8 @@ Decode to_pixels(const vimcore::Preprocess& steps)
 
 Decode to_picture()
 {
-    return [](const std::vector<unsigned char>& bytes, Loaded& image) {
+    return [](const std::string& path, Loaded& image) {
+        const std::vector<unsigned char> bytes = read_file(path);
         image.picture = vimcore::decode_image(bytes.data(), bytes.size(), "");
     };
 }
@@ -71,15 +29,9 @@ void load(const std::string& path, const Decode& decode, Loaded& image)
     image.path = path;
     image.error.clear();
     try {
-        decode(read_file(path), image);
-    } catch (const std::system_error& error) {
-        image.error = std::strerror(error.code().value());
-    } catch (const std::bad_alloc&) {
-        image.error = "out of memory";
-    } catch (const std::exception& error) {
-        image.error = error.what();
-        const std::string prefix = "[decode_image] : ";  // the path is said by whoever prints this
-        if (image.error.starts_with(prefix)) image.error.erase(0, prefix.size());
+        decode(path, image);
+    } catch (...) {
+        image.error = what_is_wrong();
     }
 }
 

@@ -21,8 +21,8 @@ struct Loaded {
     vimcore::Image picture;     // or the picture as it is
 };
 
-// Fills in one of both from the bytes of a file; exceptions say what is wrong with it.
-using Decode = std::function<void(const std::vector<unsigned char>& bytes, Loaded& image)>;
+// Fills in one of both from a file; exceptions say what is wrong with it.
+using Decode = std::function<void(const std::string& path, Loaded& image)>;
 Decode to_pixels(const vimcore::Preprocess& steps);
 Decode to_picture();
 

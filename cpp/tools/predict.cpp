@@ -110,8 +110,9 @@ int predict(const std::vector<std::string>& words)
     arguments.flag("--json", format.json, "one JSON object per line and image");
     arguments.flag("--logits", format.logits, "show the logits of all classes too");
     arguments.note(
-        "Pictures are JPEG, PNG, PPM and PGM files. A bad one is reported and skipped; the exit status\n"
-        "is then 1. Other files of a folder are counted by kind.");
+        "Pictures are JPEG, PNG, PPM and PGM files. A bad one, or one of another format, is reported and\n"
+        "skipped; the exit status is then 1. Other files of a folder are counted by kind. Clips, for networks of\n"
+        "clips, are folders of pictures, one a frame, and .npy files (T, H, W, C) uint8.");
     if (!arguments.parse(words, options.images)) return 0;
     if (options.images.empty()) throw UsageError("no pictures given");
 
@@ -124,7 +125,7 @@ int predict(const std::vector<std::string>& words)
     std::vector<float> logits(static_cast<std::size_t>(batch) * classes);
 
     const auto compute = [&](const float* pixels, std::int64_t count) { session.run(pixels, count, logits.data()); };
-    const Found found = find_images(options.images);
+    const Found found = find_inputs(options, loaded);
     std::size_t left = found.paths.size();
     const auto emit = [&](const std::string& path, const std::string& error, std::int64_t position) -> std::string {
         std::string what = error;

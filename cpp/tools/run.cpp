@@ -7,6 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "clips.h"
 #include "progress.h"
 #include "text.h"
 
@@ -49,6 +50,16 @@ vimcore::DType parse_dtype(const std::string& text)
     throw UsageError("argument --dtype: expected float32, bfloat16 or float16, got '" + text + "'");
 }
 
+Decode decode_for(const LoadedModel& loaded)
+{
+    const vimcore::Config& config = loaded.model->config();
+    const auto steps = vimcore::preprocess_of(config, loaded.model->metadata());
+    if (!steps)
+        throw std::runtime_error("the network takes images of " + std::to_string(config.in_chans) +
+                                 " channels, which no picture file has");
+    return config.frames > 0 ? to_clip(*steps, config.frames) : to_pixels(*steps);
+}
+
 }  // namespace
 
 void RunOptions::add_network(Arguments& arguments)
@@ -83,7 +94,10 @@ LoadedModel load_model(const RunOptions& options)
 {
     if (options.weights.empty()) throw UsageError("the argument --weights is required");
     LoadedModel loaded;
-    loaded.model = vimcore::Model::load(options.weights, options.device, options.img_height, options.img_width);
+    loaded.model = vimcore::Model::load(options.weights, {.device = options.device,
+                                                          .img_height = options.img_height,
+                                                          .img_width = options.img_width,
+                                                          .only = options.dtype});
     loaded.labels = vimcore::labels_of(loaded.model->config(), loaded.model->metadata());
     return loaded;
 }
@@ -93,17 +107,9 @@ vimcore::SessionOptions session_options(const RunOptions& options, std::int64_t 
     return {.max_batch = batch, .threads = static_cast<int>(options.threads), .dtype = options.dtype};
 }
 
-vimcore::Preprocess steps_of(const LoadedModel& loaded)
+Found find_inputs(const RunOptions& options, const LoadedModel& loaded)
 {
-    const vimcore::Config& config = loaded.model->config();
-    if (config.frames > 0)
-        throw std::runtime_error("the network takes clips of " + std::to_string(config.frames) +
-                                 " frames, which are no pictures; `vimcore predict` classifies folders of frames");
-    const auto steps = vimcore::preprocess_of(config, loaded.model->metadata());
-    if (!steps)
-        throw std::runtime_error("the network takes images of " + std::to_string(config.in_chans) +
-                                 " channels, which no picture file has");
-    return *steps;
+    return loaded.model->config().frames > 0 ? find_clips(options.images) : find_images(options.images);
 }
 
 std::int64_t batch_of(const RunOptions& options, const vimcore::Config& config)
@@ -128,10 +134,10 @@ Counts run_pictures(
     const auto image = static_cast<std::size_t>(config.images_shape(1).numel());
     const auto batch = static_cast<std::size_t>(batch_of(options, config));
     const int threads = decoders(options);
-    ImageStream stream(found.paths, to_pixels(steps_of(loaded)), threads, batch + static_cast<std::size_t>(threads));
+    ImageStream stream(found.paths, decode_for(loaded), threads, batch + static_cast<std::size_t>(threads));
     Progress progress(stream.total(), options.progress);
 
-    Counts counts{.passed_over = found.passed_over};
+    Counts counts{.passed_over = found.passed_over, .clips = config.frames > 0};
     std::vector<float> pixels(image * std::min(batch, stream.total()));
     struct Waiting {
         std::string path, error;
@@ -174,9 +180,12 @@ bool all_finite(const float* values, std::int64_t count)
 int exit_status(const Counts& counts)
 {
     complain_passed_over(counts.passed_over);
-    if (counts.total == 0) throw std::runtime_error("no pictures found (JPEG, PNG, PPM, PGM)");
+    if (counts.total == 0)
+        throw std::runtime_error(counts.clips ? "no clips found (folders of pictures, .npy files)"
+                                              : "no pictures found (JPEG, PNG, PPM, PGM, WebP, TIFF, BMP, GIF, AVIF)");
     if (counts.failed > 0)
-        complain(std::to_string(counts.failed) + " of " + std::to_string(counts.total) + " images failed");
+        complain(std::to_string(counts.failed) + " of " + std::to_string(counts.total) +
+                 (counts.clips ? " clips failed" : " images failed"));
     return counts.failed > 0 ? 1 : 0;
 }
 

@@ -36,7 +36,8 @@ struct LoadedModel {
 LoadedModel load_model(const RunOptions& options);
 vimcore::SessionOptions session_options(const RunOptions& options, std::int64_t batch);
 
-vimcore::Preprocess steps_of(const LoadedModel& loaded);  // an error where the input is no picture
+// What the network takes of these: pictures, or clips.
+Found find_inputs(const RunOptions& options, const LoadedModel& loaded);
 
 // As asked for; else 8, and less where images are large.
 std::int64_t batch_of(const RunOptions& options, const vimcore::Config& config);
@@ -46,10 +47,11 @@ int decoders(const RunOptions& options);  // threads that read pictures
 struct Counts {
     std::size_t total = 0, failed = 0;
     Kinds passed_over;
+    bool clips = false;
 };
 
-// Calls compute(pixels, count) for batches of good pictures, then emit(path, error, position) for all pictures in
-// order: position in the batch, or -1 where `error` says what is wrong with the picture. emit returns what is wrong
+// Calls compute(pixels, count) for batches of good pictures or clips, then emit(path, error, position) for all of them
+// in order: position in the batch, or -1 where `error` says what is wrong with the picture. emit returns what is wrong
 // with the result, or nothing. What is wrong is reported on standard error.
 Counts run_pictures(
     const RunOptions& options, const LoadedModel& loaded, const Found& found,

@@ -123,8 +123,8 @@ int segment(const std::vector<std::string>& words)
     arguments.flag("--json", json, "one JSON object per line and image");
     arguments.note(
         "Weights are the file of a network for segmentation with the head fcn, linear or uper, which run on the\n"
-        "CPU. Pictures are JPEG, PNG, PPM and PGM files of any size. A bad one is reported and skipped; the exit\n"
-        "status is then 1. Other files of a folder are counted by kind.");
+        "CPU. Pictures are JPEG, PNG, PPM and PGM files of any size. A bad one, or one of another format, is\n"
+        "reported and skipped; the exit status is then 1. Other files of a folder are counted by kind.");
     if (!arguments.parse(words, options.images)) return 0;
     if (options.images.empty()) throw UsageError("no pictures given");
     if (options.weights.empty()) throw UsageError("the argument --weights is required");

@@ -59,7 +59,8 @@ nb::dict plan_bytes(const Config& config, std::int64_t batch, const std::string&
     const DType type = to_float_type("[plan] dtype", dtype);
     const Device device = cuda ? Device::cuda() : Device::cpu();
     nb::dict out;
-    out["weights"] = weight_bytes(config);
+    const bool inference_here = memory.empty() && !cuda;
+    out["weights"] = weight_bytes(config, inference_here ? std::optional(type) : std::nullopt);
     if (memory.empty()) {
         out["scratch"] = forward_bytes(config, batch, type, threads, device);
     } else {

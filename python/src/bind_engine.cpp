@@ -5,10 +5,20 @@
 #include "bindings.h"
 #include "convert.h"
 #include "reusable.h"
+#include "vimcore/plan.h"
 
 namespace vimcore::python {
 
 namespace {
+
+// Images that a device takes at a time: 64, or as many as a GiB of scratch memory is enough for, but no fewer than 8.
+std::int64_t device_batch(const Config& config, DType dtype, Device device)
+{
+    constexpr std::int64_t most = std::int64_t{1} << 30;
+    std::int64_t batch = 64;
+    while (batch > 8 && forward_scratch(config, batch, dtype, 1, device).held > most) batch /= 2;
+    return batch;
+}
 
 // A network from a file, for inference from any number of threads.
 class Engine {
@@ -17,7 +27,12 @@ public:
            const std::string& dtype)
         : options_{.max_batch = 8, .threads = threads, .dtype = to_float_type("[Runtime] dtype", dtype)}
     {
-        model_ = Model::load(path_of(path), cuda < 0 ? Device::cpu() : Device::cuda(cuda), img_height, img_width);
+        model_ = Model::load(path_of(path), {.device = cuda < 0 ? Device::cpu() : Device::cuda(cuda),
+                                             .img_height = img_height,
+                                             .img_width = img_width,
+                                             .only = options_.dtype});
+        if (model_->device().type == Device::Type::cuda)
+            options_.max_batch = device_batch(model_->config(), options_.dtype, model_->device());
         sessions_.give(make_session());
     }
 

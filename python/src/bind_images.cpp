@@ -41,6 +41,9 @@ void bind_images(nb::module_& m)
         "decode_image", [](const nb::bytes& bytes, const std::string& name) { return from_image(decode(bytes, name)); },
         nb::arg("data"), nb::arg("name") = "<memory>");
     m.def(
+        "picture_kind", [](const nb::bytes& bytes) { return picture_kind(bytes.data(), bytes.size()); },
+        nb::arg("data"));
+    m.def(
         "upright",
         [](const In& image, const nb::bytes& file) {
             return from_image(upright(to_image(image, "upright"), file.data(), file.size()));

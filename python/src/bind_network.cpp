@@ -71,6 +71,34 @@ Token token_of(nb::handle self)
                  cuda ? nb::device::cuda::value : nb::device::cpu::value, cuda ? device.index : 0);
 }
 
+std::unique_ptr<SavedHandle> lent(const std::string& memory, Out bytes)
+{
+    return std::make_unique<SavedHandle>(to_memory(memory), std::move(bytes), false);
+}
+
+// "f32", ... of what is computed in.
+DType to_activation(const std::string& name)
+{
+    for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+        if (name == name_of(dtype)) return dtype;
+    throw std::invalid_argument("[Saved] dtype: expected f32, f64, bf16 or f16, got " + name);
+}
+
+Device device_for(bool cuda) { return cuda ? Device::cuda(0) : Device::cpu(); }
+
+std::size_t saved_size(const Config& config, std::int64_t batch, const std::string& dtype, bool cuda,
+                       const std::string& memory)
+{
+    return Saved::bytes(config, batch, to_activation(dtype), device_for(cuda), to_memory(memory));
+}
+
+std::size_t saved_block_size(const Config& config, std::int64_t batch, std::int64_t len, const std::string& dtype,
+                             bool cuda, const std::string& memory)
+{
+    const Shape shape{batch, len, config.embed_dim};
+    return Saved::block_bytes(config, shape, to_activation(dtype), device_for(cuda), to_memory(memory));
+}
+
 // Where a call writes what it is asked for; in backward, the gradients of these.
 struct OutputArrays {
     MaybeOut logits, tokens;
@@ -303,9 +331,15 @@ void bind_network(nb::module_& m)
         .def(
             "__init__",
             [](SavedHandle* self, const std::string& memory, bool capturing) {
-                new (self) SavedHandle(to_memory(memory), nullptr, capturing);
+                new (self) SavedHandle(to_memory(memory), std::shared_ptr<ReusableSaved>(), capturing);
             },
             nb::arg("memory") = "lean", nb::arg("capturing") = false)
+        .def_static("lent", &lent, nb::arg("memory"), nb::arg("bytes").noconvert(),
+                    "What a forward keeps goes into an array (bytes) of the caller's.")
+        .def_static("size", &saved_size, nb::arg("config"), nb::arg("batch"), nb::arg("dtype"), nb::arg("cuda"),
+                    nb::arg("memory"), "Bytes that a forward of the network keeps.")
+        .def_static("block_size", &saved_block_size, nb::arg("config"), nb::arg("batch"), nb::arg("len"),
+                    nb::arg("dtype"), nb::arg("cuda"), nb::arg("memory"), "Bytes that a forward of one block keeps.")
         .def_prop_ro("bytes", &SavedHandle::bytes)
         .def_prop_ro("memory", &SavedHandle::memory)
         .def_prop_ro("token", &token_of)

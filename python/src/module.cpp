@@ -26,6 +26,18 @@ nb::dict build_info_dict()
     return out;
 }
 
+// ask(device, bytes) -> whether memory was given back; None: nobody is asked.
+void ask_for_memory(nb::object ask)
+{
+    if (ask.is_none()) return set_give_back_memory(nullptr);
+    auto* const held = new nb::object(std::move(ask));  // never destroyed: calls may outlive the interpreter
+    set_give_back_memory([held](int device, std::size_t bytes) {
+        if (!Py_IsInitialized()) return false;
+        const nb::gil_scoped_acquire gil;
+        return nb::cast<bool>((*held)(device, bytes));
+    });
+}
+
 }  // namespace
 
 NB_MODULE(_core, m)
@@ -55,6 +67,10 @@ NB_MODULE(_core, m)
         nb::sig("def cuda_products() -> dict[str, typing.Any]"),
         "Products of matrices on CUDA so far: by cuBLASLt, by built-in kernels as it had no algorithm,\nand by it with "
         "another algorithm than for other numbers of rows.");
+    m.def("set_give_back_memory", ask_for_memory, nb::arg("ask").none(),
+          nb::sig("def set_give_back_memory(ask: collections.abc.Callable[[int, int], bool] | None) -> None"),
+          "Who is asked, by device and bytes, when a CUDA device has no memory left.\n\nTrue: the allocation is tried "
+          "again.");
     m.def("fma_peak", fma_peak, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def("bf16_peak", bf16_peak, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>());
     m.def(

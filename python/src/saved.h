@@ -45,10 +45,22 @@ public:
         saved_ = origin_ ? origin_->take([] { return std::make_unique<Saved>(); }) : std::make_unique<Saved>();
         saved_->memory = memory;
     }
+    // Into memory of the caller's, (bytes) u8.
+    SavedHandle(Memory memory, Out lent, bool capturing)
+        : capturing_(capturing), saved_(std::make_unique<Saved>()), lent_(std::move(lent))
+    {
+        saved_->memory = memory;
+        saved_->lent = to_tensor(*lent_, "Saved", "memory");
+        if (saved_->lent.dtype != DType::u8 || saved_->lent.shape.rank() != 1 ||
+            reinterpret_cast<std::uintptr_t>(saved_->lent.data) % 64 != 0)
+            throw std::invalid_argument("[Saved] memory: expected (bytes) u8 at an address that 64 divides, got " +
+                                        describe(saved_->lent));
+    }
     SavedHandle(const SavedHandle&) = delete;
     SavedHandle& operator=(const SavedHandle&) = delete;
     ~SavedHandle()
     {
+        if (lent_) return;
         if (capturing_) captured_saved().give(std::move(saved_));
         if (origin_) origin_->give(std::move(saved_));
     }
@@ -61,6 +73,7 @@ private:
     std::shared_ptr<ReusableSaved> origin_;
     bool capturing_;
     std::unique_ptr<Saved> saved_;
+    MaybeOut lent_;
 };
 
 // The bytes that a forward kept, those of its SavedHandle or a copy that a saved-tensor hook made of them, and what

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # The extension module, private to the package. Written by python/src/stub.py, not by hand.
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, TypeAlias
 
@@ -32,6 +32,13 @@ def cuda_products() -> dict[str, Any]:
     """
     Products of matrices on CUDA so far: by cuBLASLt, by built-in kernels as it had no algorithm,
     and by it with another algorithm than for other numbers of rows.
+    """
+
+def set_give_back_memory(ask: Callable[[int, int], bool] | None) -> None:
+    """
+    Who is asked, by device and bytes, when a CUDA device has no memory left.
+
+    True: the allocation is tried again.
     """
 
 def fma_peak(threads: int) -> float: ...
@@ -321,6 +328,18 @@ class BoundWeights:
 
 class Saved:
     def __init__(self, memory: str = "lean", capturing: bool = False) -> None: ...
+    @staticmethod
+    def lent(memory: str, bytes: Array) -> Saved:
+        """What a forward keeps goes into an array (bytes) of the caller's."""
+
+    @staticmethod
+    def size(config: Config, batch: int, dtype: str, cuda: bool, memory: str) -> int:
+        """Bytes that a forward of the network keeps."""
+
+    @staticmethod
+    def block_size(config: Config, batch: int, len: int, dtype: str, cuda: bool, memory: str) -> int:
+        """Bytes that a forward of one block keeps."""
+
     @property
     def bytes(self) -> int: ...
     @property
@@ -517,6 +536,7 @@ def write_safetensors(
     """
 
 def decode_image(data: bytes, name: str = "<memory>") -> NDArray[numpy.uint8]: ...
+def picture_kind(data: bytes) -> str: ...
 def upright(image: Array, file: bytes) -> NDArray[numpy.uint8]: ...
 def resize_bicubic(image: Array, height: int, width: int) -> NDArray[numpy.uint8]: ...
 def resize_linear(image: Array, height: int, width: int) -> NDArray[numpy.uint8]: ...

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from . import _core
 from ._core import Config, Preprocess
 from .data.given import Given, given, input_of
+from .hub.repository import locate
 from .results import NOT_FINITE, Prediction, Predictions, prediction_of
 from .utils.arguments import gpu_number, integer, sides
 from .utils.clips import clip_input
@@ -77,6 +78,47 @@ class Runtime:
         steps = stored.rescaled(*config.img_size) if stored else Preprocess.default(config)
         self.preprocess: dict[str, Any] | None = steps.to_dict() if steps else None
         self.is_embedding = self._engine.metadata.get(EMBEDDING_KEY) == "true"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        device: str = "cpu",
+        threads: int | None = None,
+        img_size: int | tuple[int, int] | None = None,
+        dtype: str = "float32",
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Runtime:
+        """The network of a folder or repository that `VisionMamba.save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            source: OWNER/NAME of a repository, a folder, or a vimcore file.
+            device, threads, img_size, dtype: see `Runtime`.
+            revision, token, cache_dir, local_files_only, force_download: as of `hf_hub_download`.
+
+        Raises:
+            OSError, ValueError, vimcore.Error: it holds no vimcore file.
+            RuntimeError: the download fails, or huggingface_hub is missing; says the remedy.
+        """
+        path, bare = locate(
+            source,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_only=local_files_only,
+            force=force_download,
+        )
+        if bare is not None:
+            raise ValueError(
+                f"{path}: holds tensors alone; VisionMamba.from_pretrained reads them, and its "
+                "save_pretrained writes what a Runtime reads"
+            )
+        return cls(path, device, threads, img_size, dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as its arguments: whoever unpickles it, another process or `copy`, opens the file again."""
@@ -156,7 +198,7 @@ class Runtime:
         """The most probable classes of pictures.
 
         Args:
-            x: a path, the bytes of a file, a PIL image, a uint8 array (H, W, 3) or (H, W); or a list of
+            x: a path, the bytes of a file, a PIL image, a uint8 array (H, W, 3 or 4) or (H, W); or a list of
                 these, or an array (N, H, W, 3).
             topk: how many classes.
             batch: pictures that are computed at once.

@@ -6,8 +6,9 @@ except networks of clips.
     timm.create_model("vimcore_vim_tiny_patch16_224", features_only=True)
     python -m vimcore.timm train.py --model vimcore_vim_tiny_patch16_224 ...    # a script of timm's
 
-No weights are downloaded. A local file comes by timm's ways: `checkpoint_path=FILE`, or for another number of
-classes, channels or pixels `pretrained=True, pretrained_cfg_overlay={"file": FILE}`.
+`pretrained=True` loads the weights that the authors published, where there are some (see `vimcore download`),
+for any number of classes, channels or pixels. A local file comes by timm's ways: `checkpoint_path=FILE`, or
+`pretrained=True, pretrained_cfg_overlay={"file": FILE}`.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ except ModuleNotFoundError as error:
     raise ImportError(f"vimcore.timm needs timm; {needs('train')}") from error
 
 from . import ops
-from ._core import Preprocess
+from ._core import Config, Preprocess
 from .config import list_models, model_options
+from .hub.pretrained import FREE, check_options, checkpoint_of
+from .hub.published import PUBLISHED
 from .nn import saving
 from .nn.readout import class_positions, map_shape, patches_of, pooled
 from .nn.structure import does_more
 from .nn.vision_mamba import Network, VisionMamba
 from .utils.arguments import integer, native, sides
+from .weights.checkpoints import read_checkpoint
 from .weights.wrappers import chosen, plain_names
 
 _IMAGENET = Preprocess()
@@ -380,10 +384,15 @@ def checkpoint_filter_fn(state: Mapping[str, Tensor], model: VisionMamba) -> dic
 # ---- registration ------------------------------------------------------------------------------------------
 
 
-def _default_cfg(options: Mapping[str, Any]) -> dict[str, Any]:
-    size = int(options["img_size"])
+_OPTIONS = Config().to_dict()
+_SOURCES = ("url", "file", "state_dict", "hf_hub_id")  # of weights, in a pretrained_cfg
+
+
+def _default_cfg(name: str) -> dict[str, Any]:
+    size, weights = int(model_options(name)["img_size"]), PUBLISHED.get(name)
+    source = {"hf_hub_id": weights.repo, "hf_hub_filename": weights.file} if weights else {"url": ""}
     return {
-        "url": "",
+        **source,
         "num_classes": 1000,
         "input_size": (3, size, size),
         "pool_size": None,
@@ -404,11 +413,25 @@ def _quarters(depth: int, directions: str) -> tuple[int, ...]:
     return tuple(sorted({max(count * i // 4 - 1, 0) for i in range(1, 5)}))
 
 
+def _with_weights(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's arguments, with the authors' weights as tensors: read by `read_checkpoint`, their hash checked.
+
+    A pretrained_cfg of its own, or an overlay that names another source, is timm's to follow.
+    """
+    overlay = dict(given.get("pretrained_cfg_overlay") or {})
+    if name not in PUBLISHED or given.get("pretrained_cfg") or any(overlay.get(key) for key in _SOURCES):
+        return dict(given)
+    options = {key: value for key, value in model_options(name, given).items() if key in _OPTIONS}
+    check_options(name, Config(**options).to_dict(), (*FREE, "in_chans"))
+    path = checkpoint_of(PUBLISHED[name], cache_dir=given.get("cache_dir"))
+    return {**given, "pretrained_cfg_overlay": {**overlay, "state_dict": read_checkpoint(os.fspath(path))[0]}}
+
+
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
     """What timm calls to make the model `name` of vimcore."""
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        options = model_options(name, kwargs)
+        options = model_options(name, _with_weights(name, kwargs) if pretrained else kwargs)
         quarters = _quarters(options["depth"], options.get("directions", "ssm_conv"))
         model: nn.Module = build_model_with_cfg(
             TimmVisionMamba,
@@ -418,6 +441,8 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
             feature_cfg={"out_indices": quarters, "feature_cls": "getter"},
             **options,
         )
+        facts: Any = model.pretrained_cfg
+        facts.pop("state_dict", None)  # tensors that nobody needs any more
         return model
 
     create.__name__ = create.__qualname__ = f"vimcore_{name}"
@@ -432,7 +457,7 @@ def _names() -> list[str]:
 
 if __name__ != "__main__":
     __all__ = ["TimmVisionMamba", "checkpoint_filter_fn"]
-    default_cfgs = generate_default_cfgs({f"vimcore_{n}": _default_cfg(model_options(n)) for n in _names()})
+    default_cfgs = generate_default_cfgs({f"vimcore_{n}": _default_cfg(n) for n in _names()})
     globals().update({f"vimcore_{name}": register_model(_entrypoint(name)) for name in _names()})
 elif len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
     print(f"usage: python -m vimcore.timm SCRIPT ...\n\n{__doc__}")

@@ -11,7 +11,8 @@ layer decay. Accuracy is that of the last weights on the held-out 359; nothing i
 logistic regression on the mean of the tokens, each feature standardised over the unlabelled digits.
 
 What is done is kept in RUNS and not done again, so that a run that was stopped goes on; after a change of a
-preset it takes another RUNS.
+preset it takes another RUNS. After a change of one preset `--arms mim --known RESULTS/pretrain-digits.json`
+finds that arm anew and takes the others from the earlier figures, as the table then says.
 The table goes to stdout; with --out, FOLDER/pretrain-digits.json (every figure, machine, versions, date) and
 FOLDER/pretrain-digits.md are written. Status 1: a gain is below what is demanded.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import statistics
 import sys
 import time
@@ -145,13 +147,18 @@ def features(weights: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Work:
-    """All cells of one arm and seed, one after another."""
+    """All cells of one arm and seed, one after another.
+
+    Attributes:
+        known: cells of an earlier run, from which all are taken; None: they are found.
+    """
 
     arm: str
     seed: int
     runs: Path
     epochs: int | None
     updates: int | None
+    known: list[cells.Cell] | None = None
 
     @property
     def name(self) -> str:
@@ -160,9 +167,9 @@ class Work:
     def found(self) -> Iterator[cells.Cell]:
         """Those that are known, and those that are found."""
         weights, start = self.runs / f"{self.name}.safetensors", []
-        if self.arm == "none":
+        if self.arm == "none" and self.known is None:
             cells.untrained(weights, "digits-mim", seed=self.seed)
-        else:
+        elif self.arm != "none":
             flags = pretraining(self.arm, self.seed, self.epochs)
             yield self._cell("pretraining", None, flags, functools.partial(self._pretrained, flags))
             weights = self.runs / self.name / "last.safetensors"
@@ -179,7 +186,15 @@ class Work:
     def _cell(self, what: str, number: int | None, flags: list[str], make: Any) -> cells.Cell:
         name = what if number is None else f"{what}-{number}"
         key = {"arm": self.arm, "seed": self.seed, "what": what, "subset": number, "flags": flags}
+        if self.known is not None:
+            return self._taken(self.known, key)
         return cells.kept(self.runs / "cells" / f"{self.name}-{name}.json", key, make)
+
+    def _taken(self, known: list[cells.Cell], key: dict[str, Any]) -> cells.Cell:
+        for cell in known:
+            if {name: cell.get(name) for name in key} == key:
+                return cell
+        raise ValueError(f"--known: {self.name}, {key['what']} {key['subset']}: no figure of these settings")
 
     def _pretrained(self, flags: list[str]) -> dict[str, Any]:
         summary = cells.train(self.runs / self.name, flags)
@@ -241,11 +256,13 @@ def missed(gained: dict[str, dict[str, Any]]) -> list[str]:
 
 def markdown(report: dict[str, Any]) -> str:
     """The tables, and where they come from."""
+    epochs = ", ".join(f"{arm} {count}" for arm, count in report["epochs"].items())
     found, seeds, titles = report["cells"], ", ".join(map(str, report["seeds"])), " | ".join(TITLES.values())
     lines = [
         "Per cent right of 359 held-out digits, labels a class: means over "
         f"{len(SUBSETS)} subsets of labelled digits and seeds {seeds}. Vim with 4 blocks of width 64, "
-        f"16 patches. {report['machine']} ({report['isa']}), one thread, {report['date'][:10]}.",
+        f"16 patches. Epochs of pretraining: {epochs}. {report['machine']} ({report['isa']}), one thread, "
+        f"{report['date'][:10]}.",
         "",
         f"| pretraining | {titles} | CPU seconds of pretraining, a seed |",
         "|" + "---|" * (len(TITLES) + 2),
@@ -255,6 +272,10 @@ def markdown(report: dict[str, Any]) -> str:
         used = [c["cpu_seconds"] for c in found if c["what"] == "pretraining" and c["arm"] == arm]
         known = [seconds for seconds in used if seconds is not None]
         lines.append(f"| {arm} | {values} | {f'{statistics.fmean(known):.0f}' if known else '-'} |")
+    if report["known"] is not None:
+        k = report["known"]
+        where = f"{k['machine']} ({k['isa']}), {k['date'][:10]}"
+        lines += ["", f"Found in an earlier run and taken from it: {', '.join(k['arms'])}. {where}."]
     lines += ["", "Points over none: mean (least to most of the subsets).", ""]
     lines += [f"| pretraining | {titles} |", "|" + "---|" * (len(TITLES) + 1)]
     for arm, columns in report["gains"].items():
@@ -270,15 +291,36 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def epochs_of(arm: str, args: argparse.Namespace, earlier: dict[str, Any] | None) -> int:
+    """Of its pretraining."""
+    from vimcore.train.presets import PRESETS
+
+    if earlier is not None and arm not in args.arms:
+        return int(earlier["epochs"][arm])
+    return int(args.epochs or PRESETS[ARMS[arm]]["epochs"])
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """What the JSON file holds."""
     write_digits(args.runs / "digits")
-    works = [Work(arm, seed, args.runs, args.epochs, args.updates) for seed in args.seeds for arm in ARMS]
+    earlier = json.loads(args.known.read_text(encoding="utf-8")) if args.known else None
+    works = []
+    for seed in args.seeds:
+        for arm in ARMS:
+            known = None if arm in args.arms or earlier is None else earlier["cells"]
+            epochs = args.epochs if known is None else None  # theirs are the presets'
+            works.append(Work(arm, seed, args.runs, epochs, args.updates, known))
     found = cells.side_by_side(worked, works, args.jobs)
     gained = gains(found)
     return {
         **cells.origin(["scikit-learn"]),
         "seeds": args.seeds,
+        "known": earlier
+        and {
+            "arms": [arm for arm in ARMS if arm not in args.arms],
+            **{name: earlier[name] for name in ("date", "machine", "isa", "versions")},
+        },
+        "epochs": {arm: epochs_of(arm, args, earlier) for arm in ARMS if ARMS[arm]},
         "demanded": DEMANDED,
         "gains": gained,
         "missed": missed(gained),
@@ -294,7 +336,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     cells.add_arguments(parser)
     parser.add_argument("--updates", type=int, help="of fine-tuning (default: 200 plain, 300 augmented)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="found anew (default: all)")
+    parser.add_argument("--known", type=Path, metavar="JSON", help="earlier figures, for the other arms")
     args = parser.parse_args(argv)
+    if (args.known is None) != (set(args.arms) == {*ARMS}):
+        parser.error("--known: earlier figures stand for the arms that --arms leaves out; both or neither")
     report = measure(args)
     cells.write(args.out, "pretrain-digits", report, markdown(report))
     return 1 if report["missed"] else 0

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from official_kernels import AddNorm, Direction, kernels, scan, scan_gradients
 
-__all__ = ["SIZES", "Layer", "VimOfficial", "build", "kernels", "scan", "scan_gradients"]
+__all__ = ["DEPTHS", "SIZES", "Layer", "VimOfficial", "build", "kernels", "scan", "scan_gradients"]
 
-SIZES = {"tiny": 192, "small": 384, "base": 768}
+SIZES = {"toy": 64, "tiny": 192, "small": 384, "base": 768}  # toy: to try a benchmark out
+DEPTHS = {"toy": 2, "tiny": 24, "small": 24, "base": 24}
 
 
 class Weight(nn.Module):
@@ -144,4 +145,4 @@ class VimOfficial(nn.Module):
 
 def build(size: str, img_size: int) -> VimOfficial:
     """The published network of vim_{tiny,small,base}_patch16."""
-    return VimOfficial(img_size, width=SIZES[size])
+    return VimOfficial(img_size, width=SIZES[size], depth=DEPTHS[size])

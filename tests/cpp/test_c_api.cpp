@@ -136,7 +136,7 @@ void test_other_networks()
     vimcore_model_info info{};
     const char* label = "untouched";
     float value = 0;
-    CHECK(vimcore_model_load(file.path.c_str(), "cpu", 32, 40, &model) == VIMCORE_OK);
+    CHECK(vimcore_model_load_for(file.path.c_str(), "cpu", 32, 40, nullptr, &model) == VIMCORE_OK);
     CHECK(vimcore_model_get_info(model, &info) == VIMCORE_OK);
     CHECK(info.height == 32 && info.width == 40 && info.tokens == 20 && info.outputs == 60);
     CHECK(vimcore_model_label(model, 0, &label) == VIMCORE_OK && label == nullptr);
@@ -181,6 +181,8 @@ void test_errors()
     CHECK(says(vimcore_model_load(nullptr, "cpu", 0, 0, &model), bad, "path"));
     CHECK(says(vimcore_model_load(path, "cpu", 0, 0, nullptr), bad, "NULL"));
     CHECK(says(vimcore_model_load(path, "cpu", -1, 0, &model), bad, "img_height"));
+    CHECK(says(vimcore_model_load_for(path, "cpu", 0, 0, "bf15", &model), bad, "dtype"));
+    CHECK(says(vimcore_model_load_for(path, "cpu", 0, 0, "f16", &model), bad, "dtype"));
     CHECK(says(vimcore_model_load(path, "cpu", 4, 4, &model), bad, "img_size"));
     for (const char* device : {"", "gpu", "cuda:", "cuda:-1", "cuda:1x", "cuda:99999999999", "CPU"})
         CHECK(says(vimcore_model_load(path, device, 0, 0, &model), bad, "device"));
@@ -214,6 +216,14 @@ void test_errors()
             CHECK(vimcore_session_run(session, image.data(), 1, logits, 3) == VIMCORE_OK);
             vimcore_session_destroy(session);
         }
+        vimcore_model* only = nullptr;
+        CHECK(vimcore_model_load_for(path, "cpu", 0, 0, "bf16", &only) == VIMCORE_OK);
+        CHECK(says(vimcore_session_create(only, 1, 1, nullptr, &session), bad, "expected bf16, for which alone"));
+        CHECK(vimcore_session_create(only, 1, 1, "bf16", &session) == VIMCORE_OK);
+        vimcore_model_destroy(only);
+        std::vector<float> same(out.size());
+        CHECK(vimcore_session_run(session, image.data(), 1, same.data(), 3) == VIMCORE_OK && same == narrow);
+        vimcore_session_destroy(session);
         CHECK(wide != narrow);
         for (std::size_t i = 0; i < wide.size(); i++) CHECK_CLOSE(narrow[i], wide[i], 0.05 * std::abs(wide[i]) + 0.01);
         session = nullptr;

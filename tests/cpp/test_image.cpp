@@ -5,6 +5,7 @@
 #include <fstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -24,10 +25,16 @@ void test_images()
     CHECK(image.height == 1 && image.width == 2 && std::memcmp(image.pixels.data(), "abcdef", 6) == 0);
     const std::string grey = "P5 2 1 255 ab";
     CHECK(std::memcmp(decode_image(grey.data(), grey.size(), "a.pgm").pixels.data(), "aaabbb", 6) == 0);
-    for (const std::string bad :
-         {"", "P6", "P6 2 1 255 abcde", "P6 2 1 65535 abcdefabcdef", "P6 0 1 255 ", "GIF89a",
-          "P6 99999999 99999999 255 a", "\xFF\xD8\xFF", "\x89PNG\r\n\x1A\n", "\x89PNG\r\n\x1A\n1234567"})
+    for (const std::string bad : {"", "P6", "P6 2 1 255 abcde", "P6 2 1 65535 abcdefabcde", "P6 2 1 65536 abcdefabcdef",
+                                  "P6 2 1 0 abcdef", "P6 0 1 255 ", "GIF89a", "P6 99999999 99999999 255 a",
+                                  "\xFF\xD8\xFF", "\x89PNG\r\n\x1A\n", "\x89PNG\r\n\x1A\n1234567"})
         CHECK(contains(message_of<Error>([&] { decode_image(bad.data(), bad.size(), "bad.file"); }), "bad.file: "));
+
+    const std::string deep("P5 4 1 65535 \0\0\x12\x34\xFF\x7E\xFF\xFF", 21);  // value / 257, rounded
+    CHECK(decode_image(deep.data(), deep.size(), "a.pgm").pixels ==
+          (std::vector<std::uint8_t>{0, 0, 0, 18, 18, 18, 254, 254, 254, 255, 255, 255}));
+    const std::string few("P6 1 1 3 \0\1\2", 12);
+    CHECK(decode_image(few.data(), few.size(), "a.ppm").pixels == (std::vector<std::uint8_t>{0, 85, 170}));
 
     const Folder folder;
     const std::string path = (folder.path / "a.ppm").string();
@@ -42,6 +49,38 @@ void test_images()
     CHECK_THROWS(resize_bicubic(flat, 0, 3), std::invalid_argument);
     flat.pixels.pop_back();
     CHECK_THROWS(resize_bicubic(flat, 3, 3), std::invalid_argument);
+}
+
+void test_kinds()
+{
+    const std::pair<std::string, std::string> files[] = {
+        {"\xFF\xD8\xFF\xE0", "JPEG"},
+        {"P5 1 1 255 a", "PPM/PGM"},
+        {"P2 1 1 255 9", "PNM"},
+        {"RIFF\x10\x10\x10\x10WEBPVP8 ", "WebP"},
+        {"RIFF\x10\x10\x10\x10WAVEfmt ", ""},
+        {"\x10\x10\x10\x18"
+         "ftypheic",
+         "HEIC"},
+        {"\x10\x10\x10\x18"
+         "ftypavif",
+         "AVIF"},
+        {std::string("MM\0*", 4), "TIFF"},
+        {"GIF89a", "GIF"},
+        {"BM" + std::string(12, 'x') + std::string("\x28\0\0\0", 4), "BMP"},
+        {"BMW is a car, no picture", ""},
+        {"%PDF-1.7", "a PDF"},
+        {" \n<!DocType html>", "a page of the web or a drawing (HTML, XML, SVG)"},
+        {"P", ""},
+        {"", ""},
+    };
+    for (const auto& [bytes, kind] : files) {
+        CHECK(picture_kind(bytes.data(), bytes.size()) == kind);
+        for (std::size_t size = 0; size < bytes.size(); ++size) picture_kind(bytes.data(), size);
+        if (kind == "JPEG" || kind == "PPM/PGM" || bytes.empty()) continue;
+        const std::string said = message_of<Error>([&] { decode_image(bytes.data(), bytes.size(), "bad.file"); });
+        CHECK(contains(said, "bad.file: " + (kind.empty() ? "neither JPEG, PNG" : kind + ", which")));
+    }
 }
 
 // EXIF in a JPEG's APP1 segment: one directory entry of tag 0x0112, big-endian, and where it may be cut.
@@ -126,6 +165,7 @@ void test_preprocess()
 int main()
 {
     test_images();
+    test_kinds();
     test_orientation();
     test_preprocess();
     return check_failures();

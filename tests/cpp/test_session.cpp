@@ -8,8 +8,10 @@
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -95,7 +97,7 @@ void test_no_allocation(const std::shared_ptr<const Model>& model, DType dtype)
     const Config& c = model->config();
     const std::int64_t batch = 7, sizes[] = {7, 1, 3, 4, 7, 2};  // more than max_batch, and less
     const std::vector<float> images = make_images(c, batch);
-    std::vector<float> logits(static_cast<std::size_t>(batch * c.num_classes)),
+    std::vector<float> logits(static_cast<std::size_t>(c.logits_shape(batch).numel())),
         tokens(static_cast<std::size_t>(batch * c.tokens() * c.embed_dim));
     for (const int threads : {1, 2, 4}) {
         const long before = allocations;
@@ -157,6 +159,74 @@ void test_types(const std::shared_ptr<const Model>& model)
         CHECK_THROWS(Session(model, {.dtype = dtype}), std::invalid_argument);
 }
 
+std::string message_of(const std::function<void()>& call)
+{
+    try {
+        call();
+    } catch (const std::exception& error) {
+        return error.what();
+    }
+    return "no error";
+}
+
+// A model for bf16 alone: the same bits as one for all types, in less memory, and refused where it does not serve.
+void test_only(const Config& config)
+{
+    const File file(config);
+    const ModelOptions narrow{.img_height = 40, .img_width = 32, .only = DType::bf16};
+    const auto model = Model::load(file.path, narrow);
+    const auto wide = Model::load(file.path, narrow.device, narrow.img_height, narrow.img_width);
+    CHECK(model->only() == DType::bf16 && !wide->only());
+    const std::vector<float> images = make_images(model->config(), 5);
+    Session ours(model, {.max_batch = 3, .dtype = DType::bf16}), theirs(wide, {.dtype = DType::bf16});
+    CHECK(ours.run(images.data(), 5) == theirs.run(images.data(), 5));
+    std::vector<float> tokens(static_cast<std::size_t>(model->config().tokens_shape(5).numel())), same = tokens;
+    ours.features(images.data(), 5, tokens.data());
+    theirs.features(images.data(), 5, same.data());
+    CHECK(tokens == same);
+    if (!config.layer_scale) test_no_allocation(model, DType::bf16);  // which packs a product in every call
+    test_shared_model(model, DType::bf16);
+
+    CHECK(message_of([&] { Session{model}; }) ==
+          "[session] dtype: expected bf16, for which alone the model was loaded, got f32");
+    for (const std::optional<DType> type : {std::optional<DType>{}, std::optional<DType>{DType::f32}})
+        CHECK(message_of([&] {
+                  save_model(file.path, model->config(), model->params(), {}, {}, type);
+              }).find("ModelOptions::only") != std::string::npos);
+    Context ctx(Device::cpu(), 1);
+    Outputs out;
+    const Tensor pixels{const_cast<float*>(images.data()), model->config().images_shape(1), DType::f32, {}};
+    out.tokens = {tokens.data(), model->config().tokens_shape(1), DType::f32, {}};
+    CHECK(message_of([&] { forward(ctx, model->config(), model->params(), pixels, out); }).find("expected bf16") !=
+          std::string::npos);
+    Saved saved;
+    std::vector<std::uint16_t> narrow_tokens(tokens.size());
+    out.tokens = {narrow_tokens.data(), out.tokens.shape, DType::bf16, {}};
+    forward(ctx, model->config(), model->params(), pixels, out, &saved);
+    Weights gradients(model->config());
+    CHECK(message_of([&] {
+              backward(ctx, model->config(), model->params(), pixels, saved, out, gradients.params, {});
+          }).find("bf16_panels") != std::string::npos);
+    CHECK_THROWS(Model::load(file.path, {.only = DType::f16}), std::invalid_argument);
+}
+
+void test_only()
+{
+    if (bf16_unit().empty()) return;  // after test_types: emulated at the least
+    CHECK(weight_bytes(Config{}, DType::bf16) < 6 * weight_bytes(Config{}) / 10);
+    CHECK(weight_bytes(Config{}, DType::f32) == weight_bytes(Config{}));
+    test_only(small());
+    Config other = small();
+    other.layer_scale = 0.1;
+    other.class_token = ClassToken::registers, other.registers = 4, other.neck_reduction = 2;
+    test_only(other);
+    other = small();
+    other.directions = Directions::ssm;
+    other.embed_dim = 35;
+    other.num_classes = 0;
+    test_only(other);
+}
+
 void test_arguments(const std::shared_ptr<const Model>& model)
 {
     CHECK_THROWS(Session(nullptr), std::invalid_argument);
@@ -178,6 +248,7 @@ int main()
     test_no_allocation(model, DType::f32);
     test_shared_model(model, DType::f32);
     test_types(model);
+    test_only();
     test_arguments(model);
     Session last(model);
     model.reset();  // the session keeps its model

@@ -86,6 +86,19 @@ int main(int, char** arguments)
     CHECK((counts(library) == Counts{5, 11, 2}));
     CHECK(side.values(product) == (Floats{30, 70, 70, 174}));
 
+    // An algorithm expects no more of a bias than that 16 divides its address, wherever the first one was.
+    Side other = Side::cuda(DType::f32);
+    const Tensor biases = other.parameter({68}, Floats(68, 1)), row = other.parameter({1, 4}, Floats(4, 1));
+    const Tensor square = other.parameter({4, 4}, Floats(16, 1)), sum = other.wide_result({1, 4});
+    CHECK(reinterpret_cast<std::uintptr_t>(biases.data) % 256 == 0);
+    const Counts before_biases = counts(library);
+    for (Index first : {0, 4, 64}) {
+        const LinearForward at = {.x = row, .weight = square, .bias = biases.slice(first, first + 4), .y = sum};
+        linear_forward(other.ctx, {&at, 1});
+        CHECK(other.values(sum) == Floats(4, 5));
+    }
+    CHECK((counts(library) == Counts{before_biases.heuristics + 1, before_biases.matmuls + 3, before_biases.batches}));
+
     // Backward: both gradients of both projections in two batches; those of the weights are added to, in float32.
     const Tensor dw = side.parameter({2, n, k}, Floats(static_cast<std::size_t>(2 * n * k), 0.5f));
     const Tensor dy = side.activation({2, m, n}, Floats(2 * m * n, 1));
@@ -93,12 +106,12 @@ int main(int, char** arguments)
     LinearBackward gradients[2];
     for (int i = 0; i < 2; i++) gradients[i] = {.x = x[i], .weight = w[i], .dy = dy[i], .dx = dx[i], .dweight = dw[i]};
     for (int i = 0; i < 2; i++) linear_backward(side.ctx, gradients);
-    CHECK((counts(library) == Counts{7, 15, 6}));
+    CHECK((counts(library) == Counts{8, 18, 6}));
     CHECK(side.values(dx) == Floats(2 * m * k, n));
     CHECK(side.values(dw) == Floats(2 * n * k, 2 * m + 0.5f));
     gradients[0].accumulate_dx = true;  // not alike: one after the other
     linear_backward(side.ctx, gradients);
-    CHECK((counts(library) == Counts{10, 19, 6}));
+    CHECK((counts(library) == Counts{11, 22, 6}));
     CHECK(side.values(dx[0]) == Floats(m * k, 2 * n) && side.values(dx[1]) == Floats(m * k, n));
 
     // Sums over tokens are cut where whole slices are summed; the rest is another product.
@@ -108,7 +121,7 @@ int main(int, char** arguments)
     const LinearBackward over_tokens = {.x = long_x, .dy = long_dy, .dweight = dw[0]};
     const Floats before = side.values(dw[0]);
     linear_backward(side.ctx, {&over_tokens, 1});
-    CHECK((counts(library) == Counts{12, 21, 6}));
+    CHECK((counts(library) == Counts{13, 24, 6}));
     CHECK(side.values(dw[0])[0] == before[0] + tokens);
 
     // An algorithm that does not take this many rows gives way to the next best, which is counted.

@@ -55,6 +55,11 @@ nvcc=$(sed -n 's/.*VIMCORE_CUDA=ON: \([^ ]*\) .*/\1/p' "$tools/configure.log")
 "$nvcc" -std=c++20 -Icuda -Icpp/include -Icpp/src -I"$(dirname "$header")" -c -o "$tools/check.o" tests/cuda/check_cublaslt.cpp
 echo 'cuda/cublaslt.h agrees with cublasLt.h'
 
+include=$(dirname "$(dirname "$(readlink -f "$nvcc")")")/include
+[ -e "$include/cuda_occupancy.h" ] || include=$tools/nvidia/cu13/include
+${CXX:-c++} -std=c++20 -O1 -Itests/shim -I"$include" tests/cuda/check_occupancy.cpp -o "$tools/check_occupancy"
+"$tools/check_occupancy"
+
 rm -rf "$tools/site"
 mkdir "$tools/site"
 cp -r python/vimcore "$tools/site/vimcore"

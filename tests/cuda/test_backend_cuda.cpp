@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory, copies, streams and recordings of the CUDA backend, and what its errors say.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
 #include <limits>
 #include <string>
 
@@ -8,6 +12,9 @@
 #include "vimcore/build_info.h"
 #include "vimcore/error.h"
 #include "vimcore/ops.h"
+#ifdef VIMCORE_SHIM
+#include "runtime.h"
+#endif
 
 using namespace vimcore;
 using namespace vimcore::test;
@@ -133,7 +140,7 @@ void check_recordings()
 void check_errors()
 {
     const std::string memory = message([] { Buffer buffer(std::size_t{1} << 44, Device::cuda()); });
-    CHECK(has(memory, "out of memory on cuda:0") && has(memory, "asked for 16777216 MiB") && has(memory, "free are"));
+    CHECK(has(memory, "CUDA out of memory. cuda:0 (") && has(memory, "was asked for 16777216 MiB, free are "));
     CHECK(has(message([] { Buffer buffer(64, Device::cuda(99)); }), "devices 0 to"));
     CHECK(Buffer(64, Device::cuda()).data() != nullptr);  // neither error stays behind
 
@@ -148,6 +155,58 @@ void check_errors()
     const std::string call = message([] { VIM_CUDA(cudaErrorInvalidValue); });
     CHECK(has(call, "[cuda] cudaErrorInvalidValue: ") && has(call, "[test_backend_cuda.cpp:"));
     CHECK(has(message([] { cuda::allow_shared_memory(nullptr, 1 << 30); }), "needs 1073741824 bytes of shared memory"));
+}
+
+// Whoever else holds memory is asked once, and only where there is too little. Not on a GPU, which other tests share.
+void check_memory_of_others()
+{
+#ifdef VIMCORE_SHIM
+    const std::size_t before = shim::device_memory();
+    shim::set_device_memory(std::size_t{64} << 20);
+    std::size_t free = 0, total = 0;
+    VIM_CUDA(cudaMemGetInfo(&free, &total));
+    const std::size_t wanted = free / 8 * 5;
+    Buffer others(wanted, Device::cuda());
+    int asked = 0;
+    auto ask = [&](bool give) {
+        set_give_back_memory([&asked, &others, wanted, give](int device, std::size_t bytes) {
+            CHECK(device == 0 && bytes == wanted);
+            asked++;
+            if (give) others = Buffer();
+            return true;
+        });
+    };
+    auto take = [&] { return message([&] { Buffer buffer(wanted, Device::cuda()); }); };
+    ask(false);  // says so, but frees nothing: no third attempt
+    CHECK(has(take(), "out of memory") && asked == 1);
+    ask(true);
+    CHECK(take().empty() && asked == 2);
+    CHECK(take().empty() && asked == 2);
+    others = Buffer(wanted, Device::cuda());
+    set_give_back_memory([](int, std::size_t) -> bool { throw Error("stop"); });
+    CHECK(take() == "stop");
+    set_give_back_memory(nullptr);
+    CHECK(has(take(), "out of memory") && asked == 2);
+    others = Buffer();
+    shim::set_device_memory(before);
+#endif
+}
+
+// A child of a process that used the device has none: every call says what to do instead.
+void check_fork()
+{
+    const pid_t child = fork();
+    if (child == 0) {
+        const std::string memory = message([] { Buffer buffer(64, Device::cuda()); });
+        const std::string call = message([] { cuda_description(0); });
+        _exit(has(memory, "was forked") && has(memory, "\"spawn\" or \"forkserver\"") && has(call, "was forked") &&
+                      cuda_device_count() == 0
+                  ? 0
+                  : 1);
+    }
+    int status = -1;
+    CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
+    CHECK(Buffer(64, Device::cuda()).data() != nullptr);
 }
 
 void check_description()
@@ -169,5 +228,7 @@ int main()
     check_streams();
     check_recordings();
     check_errors();
+    check_memory_of_others();
+    check_fork();
     return check_failures();
 }

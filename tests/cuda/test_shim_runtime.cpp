@@ -60,10 +60,12 @@ void check_launches()
         CHECK(with(none, 1) == cudaErrorInvalidConfiguration);
         CHECK(with(1, none) == cudaErrorInvalidConfiguration);
     }
+    shim::set_registers(32);
     CHECK(with(1, 1024) == cudaSuccess && with(1, {4, 4, 64}) == cudaSuccess);
     CHECK(with(1, 1025) == cudaErrorInvalidConfiguration);
     CHECK(with(1, {32, 33, 1}) == cudaErrorInvalidConfiguration);
     CHECK(with(1, {1, 1, 65}) == cudaErrorInvalidConfiguration);
+    shim::set_registers(shim::thread_registers);
 
     CHECK(start(other, 1, 1, 48 * 1024, nullptr, 1) == cudaSuccess);
     CHECK(start(other, 1, 1, 48 * 1024 + 1, nullptr, 1) == cudaErrorInvalidValue);
@@ -71,13 +73,59 @@ void check_launches()
     CHECK(start(other, 1, 1, 100 * 1024, nullptr, 1) == cudaSuccess);
     CHECK(start(other, 1, 1, 100 * 1024 + 1, nullptr, 1) == cudaErrorInvalidValue);
     CHECK(start(empty, 1, 1, 100 * 1024, nullptr, 1) == cudaErrorInvalidValue);  // each kernel for itself
-    CHECK(allow(other, 227 * 1024) == cudaSuccess && allow(other, 227 * 1024 + 1) == cudaErrorInvalidValue);
-    shim::set_architecture(89);
-    CHECK(allow(other, 99 * 1024) == cudaSuccess && allow(other, 99 * 1024 + 1) == cudaErrorInvalidValue);
-    int value = 0;
-    CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) == cudaSuccess &&
-          value == 99 * 1024);
+}
+
+// What a launch may take on each GPU, and what is refused there alone.
+void check_architectures()
+{
+    const auto threads = [](unsigned count) { return start(empty, 1, count, 0, nullptr, 1); };
+    const auto cluster = [](unsigned blocks, dim3 grid) {
+        cudaLaunchConfig_t config = {};
+        cudaLaunchAttribute attribute = {};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {blocks, 1, 1};
+        config.gridDim = grid;
+        config.blockDim = 32;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        return cudaLaunchKernelEx(&config, empty, 1);
+    };
+    for (const shim::Architecture& gpu : shim::architectures) {
+        shim::set_architecture(gpu.number);
+        const int most = static_cast<int>(gpu.block_shared);
+        CHECK(allow(other, most) == cudaSuccess && allow(other, most + 1) == cudaErrorInvalidValue);
+        CHECK(start(other, 1, 1, gpu.block_shared, nullptr, 1) == cudaSuccess);
+        int value = 0;
+        CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) == cudaSuccess);
+        CHECK(value == most);
+        CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess);
+        CHECK(value == gpu.number / 10);
+        CHECK(threads(256) == cudaSuccess && threads(257) == cudaErrorLaunchOutOfResources);
+        shim::set_registers(64);
+        CHECK(threads(1024) == cudaSuccess);
+        shim::set_registers(65);
+        CHECK(threads(1024) == cudaErrorLaunchOutOfResources && threads(896) == cudaSuccess);
+        shim::set_registers(shim::thread_registers);
+        const bool clusters = gpu.number >= 90;
+        CHECK(cluster(1, 3) == cudaSuccess && cluster(0, 3) == cudaErrorInvalidClusterSize);
+        CHECK(cluster(8, 16) == (clusters ? cudaSuccess : cudaErrorInvalidClusterSize));
+        CHECK(cluster(9, 18) == cudaErrorInvalidClusterSize && cluster(2, 3) == cudaErrorInvalidClusterSize);
+    }
     shim::set_architecture(90);
+    try {
+        shim::set_architecture(75);
+        CHECK(false);
+    } catch (const shim::Failure& failure) {
+        CHECK(std::strstr(failure.what(), "there is no 75, but 80 86 89 90 100 120"));
+    }
+    CHECK(shim::architecture().number == 90);
+
+    // Three blocks of the scan's backward fit an H100; with all 16 barriers each, an RTX 5090 has one of any size.
+    constexpr shim::Footprint backward = {128, 168, 16, 68 * shim::KiB};
+    CHECK(shim::resident_blocks(shim::architecture(), backward) == 3);
+    CHECK(shim::resident_blocks(shim::architectures[0], backward) == 2);
+    CHECK(shim::resident_blocks(shim::architectures[5], {128, 168, 16, 1024}) == 1);
+    CHECK(shim::resident_blocks(shim::architectures[5], {128, 168, 3, 1024}) == 3);
 }
 
 void check_memory()
@@ -98,7 +146,7 @@ void check_memory()
     CHECK(cudaMemset(memory, 7, 48) == cudaSuccess && cudaMemset(memory, 7, 49) == cudaErrorInvalidValue);
     CHECK(cudaMemset(host, 7, 1) == cudaErrorInvalidValue);
     CHECK(cudaMemcpy(host, memory, 48, cudaMemcpyDeviceToHost) == cudaSuccess && host[47] == 7);
-    CHECK(cudaMalloc(&more, shim::device_memory) == cudaErrorMemoryAllocation && !more);
+    CHECK(cudaMalloc(&more, shim::device_memory()) == cudaErrorMemoryAllocation && !more);
     CHECK(cudaFree(memory + 1) == cudaErrorInvalidValue);
     CHECK(cudaFree(memory) == cudaSuccess && cudaFree(memory) == cudaErrorInvalidValue &&
           cudaFree(nullptr) == cudaSuccess);
@@ -402,6 +450,7 @@ void check_shared_memory_of_threads(std::integer_sequence<int, kernels...>)
 int main()
 {
     check_launches();
+    check_architectures();
     check_late();
     check_errors_of_functions();
     check_shared_memory_of_threads(std::make_integer_sequence<int, 64>{});

@@ -50,11 +50,11 @@ def planned(tiny: bool) -> list[tuple[str, str, float, Case]]:
         add("scan_backward", cases.scan_backward_case, 1, 2, 32, 5, "f32")
         add("block", cases.block_case, 1, 32, 32, 2, "f32")
         add("block_backward", cases_training.block_backward_case, 1, 32, 32, 2, "f32")
-        add("model", cases.model_case, 1, "tiny", 32, 2, "f32", both)
-        add("train", cases_training.train_case, 1, "tiny", 32, 2, "f32", both)
-        add("latency", cases.latency_case, 1, "tiny", 32, "f32")
-        add("error", cases.error_case, 1, "tiny", 32, "f32")
-        add("long", cases_training.long_case, 1, "tiny", 64, "f32")
+        add("model", cases.model_case, 1, "toy", 32, 2, "f32", both)
+        add("train", cases_training.train_case, 1, "toy", 32, 2, "f32", both)
+        add("latency", cases.latency_case, 1, "toy", 32, "f32")
+        add("error", cases.error_case, 1, "toy", 32, "f32")
+        add("long", cases_training.long_case, 1, "toy", 64, "f32")
         return found
     scans = [(128, 197), (32, 1025), (16, 6085), (1, 6085)]
     blocks = [(192, 224, 128), (192, 512, 32), (192, 1248, 16), (384, 224, 128), (384, 1248, 8)]

@@ -295,15 +295,21 @@ def attention_kernel(model: torch.nn.Module, images: Tensor) -> str:
     return " / ".join([found[0], *(n[:80] for n in seen[:1])])
 
 
+def vim(size: str, side: int, **options: Any) -> Any:
+    """vimcore's network of this size."""
+    import vimcore
+
+    width, depth = vim_official.SIZES[size], vim_official.DEPTHS[size]
+    return vimcore.VisionMamba(img_size=side, embed_dim=width, depth=depth, **options)
+
+
 def networks(
     device: Device, size: str, side: int, kind: torch.dtype, names: list[str]
 ) -> dict[str, torch.nn.Module]:
     """Networks of this size with random weights, ready for images in `kind`."""
-    import vimcore
-
     found: dict[str, torch.nn.Module] = {}
     with torch.device(device.torch):  # large position tables are drawn there
-        found["vimcore"] = vimcore.VisionMamba(img_size=side, embed_dim=vim_official.SIZES[size]).eval()
+        found["vimcore"] = vim(size, side).eval()
         if "official" in names:
             peer = vim_official.build(size, side).eval()
             peer.load_state_dict(found["vimcore"].state_dict())
@@ -340,7 +346,7 @@ def model_case(
     row["images_per_second"] = {name: batch / s for name, s in row["seconds"].items()}
     if setting.rates:
         sizes = floors.Sizes(batch, (side // 16) ** 2 + 1, vim_official.SIZES[size])
-        row["floor"] = floors.model(setting.rates, sizes, ITEM[dtype], dtype)
+        row["floor"] = floors.model(setting.rates, sizes, ITEM[dtype], dtype, vim_official.DEPTHS[size])
         row["share_of_floor"] = row["floor"] / row["seconds"]["vimcore"]
     return row
 

@@ -13,7 +13,7 @@ import deit
 import torch
 import torch.nn.functional as F
 import vim_official
-from cases import TYPES, Setting, graphs, relative
+from cases import TYPES, Setting, graphs, relative, vim
 from timing import Call, Device
 from torch import Tensor, nn
 
@@ -122,14 +122,10 @@ def training_networks(
     device: Device, size: str, side: int, kind: torch.dtype, names: list[str]
 ) -> dict[str, nn.Module]:
     """Networks of this size for images in `kind`; ours and the authors' have the same random weights."""
-    import vimcore
-
     found: dict[str, nn.Module] = {}
     with torch.device(device.torch):  # large position tables are drawn there
         for name, memory in (("vimcore", "lean"), ("vimcore fast", "fast")):
-            found[name] = vimcore.VisionMamba(
-                img_size=side, embed_dim=vim_official.SIZES[size], memory=memory
-            )
+            found[name] = vim(size, side, memory=memory)
         if "official" in names:
             found["official"] = vim_official.build(size, side)
         for model in found.values():
@@ -151,8 +147,6 @@ def train_case(
 
     error: of the gradient of all parameters for the first image.
     """
-    import vimcore
-
     device, kind = setting.device, TYPES[dtype]
     row: dict[str, Any] = {"kind": "train", "size": size, "side": side, "batch": batch, "dtype": dtype}
     if not setting.peer("scan"):
@@ -174,7 +168,7 @@ def train_case(
         return step
 
     if (side // 16) ** 2 + 1 <= EXACT_TOKENS:
-        exact = vimcore.VisionMamba(img_size=side, embed_dim=vim_official.SIZES[size]).double()
+        exact = vim(size, side).double()
         exact.load_state_dict(models["vimcore"].state_dict())
         with torch.enable_grad():
             F.cross_entropy(exact(images[:1].cpu().double()), labels[:1].cpu()).backward()
@@ -200,14 +194,13 @@ def long_case(setting: Setting, size: str, side: int, dtype: str, seconds: float
 
     `seconds` is not used: a mode is run twice. Peak and plan are without weights and images.
     """
-    import vimcore
     from vimcore.tools import plan
 
     device, kind = setting.device, TYPES[dtype]
     row: dict[str, Any] = {"kind": "long", "size": size, "side": side, "dtype": dtype}
     row |= {"tokens": (side // 16) ** 2 + 1, "seconds": {}, "planned": {}, "memory": {}, "skipped": {}}
     with torch.device(device.torch):
-        model = vimcore.VisionMamba(img_size=side, embed_dim=vim_official.SIZES[size]).train()
+        model = vim(size, side).train()
     images = torch.randn(1, 3, side, side, device=device.torch, dtype=kind)
     free = torch.cuda.mem_get_info()[0] if device.cuda else None
     spelled = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[dtype]

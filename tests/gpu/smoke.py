@@ -2,7 +2,7 @@
 """Is it right at all, and where does the time go: Vim-Ti against float64 on the CPU, then its kernels.
 
     python tests/gpu/smoke.py --json smoke.json                  # seconds to a minute on a GPU
-    python tests/gpu/smoke.py --json smoke.json --device cpu     # two layers, float32: to try it out
+    python tests/gpu/smoke.py --json smoke.json --device cpu     # small, in float32: to try it out
 
 The file is written after every part. 1 is returned if a type errs by more than it may, two runs differ, an
 image alone has other bits than among others, or a product of matrices went to a built-in kernel.
@@ -51,11 +51,11 @@ def step(model: vimcore.VisionMamba, images: Tensor, probe: Tensor) -> tuple[Ten
 def correctness(device: torch.device, report: dict[str, Any], save: Callable[[], None]) -> list[str]:
     """Every type against float64; what is wrong."""
     cuda = device.type == "cuda"
-    options = {} if cuda else {"depth": 2}
+    side, options = (224, {}) if cuda else (64, {"depth": 2})
     torch.manual_seed(0)
-    model = vimcore.create_model("vim_tiny_patch16_224", **options).to(device).eval()
-    images, probe = torch.randn(3, 3, 224, 224), torch.randn(3, 1000)
-    double = vimcore.create_model("vim_tiny_patch16_224", **options).double().eval()
+    model = vimcore.create_model("vim_tiny_patch16_224", img_size=side, **options).to(device).eval()
+    images, probe = torch.randn(3, 3, side, side), torch.randn(3, 1000)
+    double = vimcore.create_model("vim_tiny_patch16_224", img_size=side, **options).double().eval()
     double.load_state_dict(model.state_dict())
     truth, gradients = step(double, images.double(), probe.double())
     largest = max(float(g.norm()) for g in gradients.values())

@@ -536,6 +536,33 @@ def test_distributed_gradients_are_those_of_the_joined_batch(
     ddp.assert_agree(found, truth, 1e-3 if dtype == "float32" else 2e-2)
 
 
+def test_activations_copied_on_a_side_stream() -> None:
+    """A hook copies what is saved on a stream of its own and lets go of it: nobody writes there before."""
+    model, side = tiny(), torch.cuda.Stream()
+    images = torch.randn(2, 8, 3, 64, 64, device=CUDA)
+
+    def pack(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)  # so that the next forward comes first
+            copy = tensor.to("cpu", non_blocking=True) if tensor.dtype == torch.uint8 else tensor
+            event = side.record_event()
+        tensor.record_stream(side)
+        return copy, event
+
+    def unpack(packed: tuple[Tensor, torch.cuda.Event]) -> Tensor:
+        packed[1].synchronize()
+        return packed[0].to(CUDA)
+
+    found = []
+    for hooks in (contextlib.nullcontext(), torch.autograd.graph.saved_tensors_hooks(pack, unpack)):
+        with hooks:
+            losses = [model(x).square().sum() for x in images]
+        found.append([torch.autograd.grad(loss, list(model.parameters())) for loss in losses])
+    for first, second in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("memory", ["least", "fast"])
 def test_activations_offloaded_to_the_host(memory: str) -> None:
     """As `save_on_cpu` has it: the same gradients, and the memory of the GPU is free in between."""

@@ -6,6 +6,7 @@ Where the processor has no unit for it the kernels are emulated (conftest.py); t
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import subprocess
@@ -33,7 +34,7 @@ BF16 = torch.bfloat16
 
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_twice_the_error_of_torch_at_most(name: str) -> None:
-    """Against the authors' numbers in float64: logits, the gradient as a whole, its worst parameter."""
+    """Against the authors' numbers in float64: tokens, logits, all gradients together, the worst of them."""
     g = golden.load(name)
     model = build(g.config, g.weights)
     twin_logits, twin = half_twin.gradients(g.config, g.weights, g.input, g.probe)
@@ -53,16 +54,57 @@ def test_twice_the_error_of_torch_at_most(name: str) -> None:
     assert {k: v.dtype for k, v in grads.items() if v.dtype != torch.float32} == {"input": BF16}
     truth = {k: v for k, v in g.grads.items() if v.any()}
     assert not any(grads[k].any() for k in g.grads.keys() - truth.keys())
-    assert whole(grads, truth) <= 2 * whole(twin, truth)
+    assert half_twin.whole(grads, truth) <= 2 * half_twin.whole(twin, truth)
     worst = max(golden.relative(twin[k], v) for k, v in truth.items())
     errors = {k: golden.relative(grads[k], v) for k, v in truth.items()}
     assert not {k: e for k, e in errors.items() if e > 2 * worst}
 
 
-def whole(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """The relative error of all gradients together."""
-    flat = [torch.cat([x[k].double().flatten() for k in truth]) for x in (found, truth)]
-    return golden.relative(*flat)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_no_gradient_is_twice_as_wrong_as_torchs(name: str) -> None:
+    """Every parameter against its own of the twin, in the mean square over networks that differ a little.
+
+    Of a single network either error may be a third or thrice of what it usually is: both are sums of
+    roundings, whose signs are chance. The truth is our own float64, which other tests hold to the authors'.
+    """
+    g = golden.load(name)
+    draws = 8 if name == "v2_long" else 12  # the twin is slow
+    ours: dict[str, float] = {}
+    theirs: dict[str, float] = {}
+    probe = g.probe.bfloat16().float()
+    for draw in range(draws):
+        weights, images = shaken(g, draw)
+        _, truth = run(build(g.config, weights, torch.float64), images.double(), probe.double())
+        _, grads = run(build(g.config, weights), images.bfloat16(), probe)
+        _, twin = half_twin.gradients(g.config, weights, images, probe)
+        for key, value in truth.items():
+            if value.any():
+                ours[key] = ours.get(key, 0.0) + golden.relative(grads[key], value) ** 2
+                theirs[key] = theirs.get(key, 0.0) + golden.relative(twin[key], value) ** 2
+    assert len(ours) > 10
+    ratios = {key: math.sqrt(ours[key] / theirs[key]) for key in ours if key != "head.bias"}
+    assert not {key: ratio for key, ratio in ratios.items() if not ratio <= 2}
+    assert ours["head.bias"] < draws * 1e-10  # a sum of the incoming gradient, in float32
+
+
+def shaken(g: golden.Golden, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Weights and images that differ from the golden ones by what rounding to bfloat16 changes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shake(x: Tensor) -> Tensor:
+        return x * (1 + 2**-8 * torch.randn(x.shape, generator=generator))
+
+    return {key: shake(w) for key, w in g.weights.items()}, shake(g.input).bfloat16().float()
+
+
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_the_yardstick_of_the_golden_files(name: str) -> None:
+    """What the C++ test reads is what the twin computes; torch's choice of kernels changes it a little."""
+    rows = {row["file"]: row for row in csv.DictReader(half_twin.TABLE.read_text().splitlines())}
+    assert rows.keys() == set(golden.NAMES)
+    stored = [float(rows[name][key]) for key in ("forward", "gradients", "worst gradient")]
+    assert stored == pytest.approx(half_twin.errors(name), rel=0.25)
 
 
 def deep(tokens: int) -> tuple[reference.Config, vimcore.VisionMamba]:

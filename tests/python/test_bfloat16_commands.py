@@ -22,6 +22,8 @@ from vimcore.cli import main
 from vimcore.pretraining import MaskedImages, NextPatch
 from vimcore.segmentation import UperNet
 from vimcore.tools import plan
+from vimcore.tools.bench import Options
+from vimcore.tools.bench.memory import peak_bytes
 from vimcore.tools.selftest import report
 from vimcore.train.in_memory import evaluate, fit
 
@@ -271,6 +273,28 @@ def test_what_is_planned_is_what_is_saved() -> None:
         saved = core.network.saved(memory, _core.Place())
         core.run(Request("logits"), images, params, saved)
         assert plan.needed(model.config, 5, f"training, {memory}", "cpu", "bfloat16")["saved"] == saved.bytes
+
+
+@pytest.mark.slow
+def test_memory_of_a_large_image() -> None:
+    """Weights in one type and images as they are: at most 0.6 of float32's memory at 1248 px."""
+    sizes = {
+        dtype: peak_bytes(Options(threads=2, dtype=dtype), None, 1248, 1, None, runtime=True) or 0
+        for dtype in ("float32", "bfloat16")
+    }
+    assert 40e6 < sizes["bfloat16"] < 0.6 * sizes["float32"]
+
+
+def test_plan_of_inference_counts_weights_once() -> None:
+    config = {"embed_dim": 192, "img_size": (1248, 1248)}
+    wide, narrow = (plan.needed(config, 1, "inference", "cpu", t, 2) for t in ("float32", "bfloat16"))
+    assert wide["packed"] == wide["weights"]
+    assert narrow["packed"] == 0
+    assert narrow["weights"] < 0.65 * wide["weights"]  # tables of positions stay as they are
+    assert narrow["images"] == wide["images"] == 3 * 1248**2 * 4
+    assert sum(narrow.values()) < 0.6 * sum(wide.values())
+    training = plan.needed(config, 1, "training, lean", "cpu", "bfloat16")
+    assert training["weights"] == wide["weights"]
 
 
 @pytest.mark.slow

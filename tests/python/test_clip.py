@@ -94,6 +94,27 @@ def test_files_hold_both_towers(token: str, loss: str, tmp_path: Path) -> None:
     )
 
 
+def test_files_in_bfloat16(tmp_path: Path) -> None:
+    """What computing in bfloat16 rounds is rounded in the file: both files then give the same, to the bit."""
+    made, x, tokens = model(), images(), clip.Tokenizer(9)(["a", "b", "c"])
+    found = []
+    for name, dtype in (("wide", None), ("narrow", "bfloat16")):
+        both, alone = tmp_path / f"{name}.safetensors", tmp_path / f"{name} alone.safetensors"
+        clip.save(made, both, dtype=dtype)
+        clip.export_image_tower(made, alone, dtype=torch.bfloat16 if dtype else None)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            outputs = clip.load(both)(x, tokens)
+        found.append([*outputs, torch.from_numpy(vimcore.Runtime(alone, dtype="bfloat16")(x.numpy()))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    kinds = {name: kind for name, kind, _ in _core.safetensors_header(tmp_path / "narrow.safetensors")[0]}
+    narrow = {name for name, kind in kinds.items() if kind == "bf16"}
+    block = "transformer.resblocks.0."
+    assert {f"{block}attn.in_proj_weight", f"{block}mlp.c_fc.weight", "text_projection"} <= narrow
+    assert "visual.trunk.layers.0.mixer.in_proj.weight" in narrow
+    assert not {"token_embedding.weight", "positional_embedding", f"{block}ln_1.weight"} & narrow
+    assert {kinds[name] for name in kinds.keys() - narrow} == {"f32"}
+
+
 def test_open_clip_makes_and_reads_our_towers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """By name, with its transforms; its image tower is exported, its weights are our file's."""
     name = "vimcore_vim_tiny_patch16_224"

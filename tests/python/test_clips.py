@@ -17,7 +17,6 @@ from golden import relative
 from helpers import assert_matches_reference, build, images_for, run, small
 from numpy.typing import NDArray
 from torch import Tensor
-from vim_infer import run as vim_infer
 from vimcore.cli import main
 from vimcore.config import model_options
 from vimcore.data.clip_files import find_clips, frame_names, frames_of_clip, read_clip
@@ -188,6 +187,12 @@ def test_published_checkpoints_load_strictly(tmp_path: Path) -> None:
         runtime.clip_input(pixels[:5])
     assert main(["health", "--weights", str(tmp_path / "F.safetensors"), "--count", "1"]) == 0
 
+    tubelets = {**state, "patch_embed.proj.weight": torch.zeros(24, 3, 2, 16, 16)}
+    torch.save({"model": tubelets}, tmp_path / "tubelets.pth")
+    with pytest.raises(ValueError, match=r"tubelets\) of 2 frames; expected patches of one frame"):
+        convert(str(tmp_path / "tubelets.pth"), str(tmp_path / "G.safetensors"))
+    with pytest.raises(ValueError, match=r"expected \(24, 3, 1, 16, 16\), got \(24, 3, 2, 16, 16\)"):
+        vimcore.load_checkpoint(model, tmp_path / "tubelets.pth")
     del state["temporal_pos_embedding"]
     torch.save({"model": state}, tmp_path / "cut.pth")
     with pytest.raises(ValueError, match=r"missing: temporal_pos_embedding \(1, 2, 24\)"):
@@ -280,9 +285,6 @@ def test_train_evaluate_predict(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert sum(right) >= 13
     assert main(["predict", "--weights", weights, "--json", str(val / "left" / "0" / "frame0.png")]) == 1
     assert "a clip is a folder of pictures or a .npy file" in capsys.readouterr().out
-    refused = vim_infer("predict", "--weights", weights, val / "left" / "0")
-    assert refused.returncode == 1
-    assert "takes clips of 3 frames" in refused.stderr
     assert main(["info", weights]) == 0
     assert "13: 3 frames of 2 x 2 patches, class tokens: 1" in capsys.readouterr().out
 
@@ -303,6 +305,55 @@ def test_training_of_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main([*command, "--frames", "3", "--init", str(tmp_path / "image.safetensors")]) == 0
     assert "every frame begins as one" in capsys.readouterr().err
     assert vimcore.VisionMamba.load(out / "last.safetensors").config["frames"] == 3
+
+
+def test_clips_of_another_length_start_a_network(tmp_path: Path) -> None:
+    """Positions in time are those between, in the middles of the longer frames; all else is as it was."""
+    from vimcore.tasks import backbone
+    from vimcore.tasks.classification.settings import ClassificationSettings
+
+    old = build(CLIPS)
+    old.save(tmp_path / "three.safetensors", labels=[str(i) for i in range(old.num_classes)])
+    settings = ClassificationSettings(init=str(tmp_path / "three.safetensors"))
+    new = vimcore.VisionMamba(**{**old.config, "frames": 6})
+    notes = backbone.start_from(new, settings, [str(i) for i in range(old.num_classes)])
+    assert "positions in time resized from 3 to 6 frames (linear)" in notes
+    state = old.state_dict()
+    a, b, c = state.pop("temporal_pos_embedding")[0]
+    between = torch.stack(
+        [a, 0.75 * a + 0.25 * b, 0.25 * a + 0.75 * b, 0.75 * b + 0.25 * c, 0.25 * b + 0.75 * c, c]
+    )
+    torch.testing.assert_close(new.temporal_pos_embedding[0], between)
+    assert all(torch.equal(new.state_dict()[name], value) for name, value in state.items())
+
+
+def test_random_frames(tmp_path: Path) -> None:
+    """One of each part, by the sample's seed; validation sees the middle ones."""
+    from vimcore.data.classes import Training
+    from vimcore.tasks.classification.settings import ClassificationSettings
+    from vimcore.tasks.classification.task import Classification
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        clip = np.broadcast_to(np.arange(12, dtype=np.uint8)[:, None, None, None], (12, 8, 8, 3))
+        np.save(tmp_path / name / "clip.npy", clip)
+    settings = ClassificationSettings(
+        data=str(tmp_path), val=str(tmp_path), frames=3, frame_sampling="random", augment="none",
+        model="videomamba_tiny_patch16_224", img_size=(8,), mean=(0.0,) * 3, std=(1.0,) * 3,
+    )  # fmt: skip
+    data = Classification(settings).data()
+
+    def shown(sample: Any) -> list[int]:
+        return [round(255 * float(value)) for value in sample.images[0, :, 0, 0]]
+
+    assert isinstance(data.train, Training)
+    seen = [shown(data.train[0, seed]) for seed in range(40)]
+    assert seen == [shown(data.train[0, seed]) for seed in range(40)]
+    for t in range(3):
+        assert {frames[t] for frames in seen} == set(range(4 * t, 4 * t + 4))
+    assert shown(data.valid[0]) == [2, 6, 10]
+    data = Classification(settings.merged({"frame_sampling": "middle"})).data()
+    assert shown(data.train[0, 1]) == [2, 6, 10]
 
 
 def test_frames_are_augmented_alike() -> None:

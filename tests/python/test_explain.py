@@ -176,6 +176,7 @@ def test_refused(weights: Path, pictures: Path, tmp_path: Path, capsys: pytest.C
         (["--token", "middle"], "expected 'class' or ROW,COLUMN"),
         (["--layers", "first"], "expected a whole number"),
         (["--target", "1", "--topk", "2"], "not allowed with argument"),
+        (["--dtype", "bfloat16"], "explanations are computed in float32"),
     ],
 )
 def test_bad_usage(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,15 @@ def load(path: str) -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    sys.path.insert(0, str(TESTS / "gpu"))
+    try:
+        return load("gpu/bench.py")
+    finally:
+        sys.path.remove(str(TESTS / "gpu"))
+
+
 def run(*options: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TESTS / "gpu/bench.py"), *options]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
@@ -236,27 +245,29 @@ def test_every_case_runs(tmp_path: Path) -> None:
         assert title in table.stdout
 
 
-def test_time_that_is_up(tmp_path: Path) -> None:
-    done = run(
-        "--device", "cpu", "--seconds", "0", "--only", "scan,error", "--json", "report.json", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "report.json").read_text())
+def test_time_that_is_up(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "report.json"
+    assert bench.main(["--device", "cpu", "--seconds", "0", "--only", "scan,error", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
     assert report["rows"] == []
-    assert report["skipped"] == ["scan 2 32 5 f32", "error tiny 32 f32"]
-    assert "Skipped for lack of time:\n- scan 2 32 5 f32" in done.stdout
+    assert report["skipped"] == ["scan 2 32 5 f32", "error toy 32 f32"]
+    assert "Skipped for lack of time:\n- scan 2 32 5 f32" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    (tmp_path / "rates").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "rates").chmod(0o755)
-    options = ("--device", "cpu", "--rates", "rates", "--only", "scan", "--json", "report.json")
-    done = run(*options, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "Failed:\n- rates: RuntimeError: --rates rates: it failed" in done.stdout
-    assert "| (2, 32, 5) f32 |" in done.stdout  # the cases go on, without floors
+def test_what_is_missing_is_named(
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = tmp_path / "rates"
+    rates.write_text("#!/bin/sh\nexit 1\n")
+    rates.chmod(0o755)
+    options = ["--device", "cpu", "--rates", str(rates), "--only", "scan"]
+    assert bench.main([*options, "--json", str(tmp_path / "report.json")]) == 1
+    printed = capsys.readouterr().out
+    assert f"Failed:\n- rates: RuntimeError: --rates {rates}: it failed" in printed
+    assert "| (2, 32, 5) f32 |" in printed  # the cases go on, without floors
     if not torch.cuda.is_available():
-        assert "no GPU that torch can use" in run(cwd=tmp_path).stderr
+        assert bench.main([]) == 1
+        assert "no GPU that torch can use" in capsys.readouterr().err
 
 
 def test_peers_that_were_not_brought_along(tmp_path: Path) -> None:

@@ -52,12 +52,13 @@ def test_tiny_curves_from_start_to_end(tmp_path: Path) -> None:
     assert done.stdout.count("| ok |") == 4
 
 
-def test_time_that_is_up(tmp_path: Path) -> None:
-    done = run("--device", "cpu", "--seconds", "-1", "--json", "report.json", cwd=tmp_path)
-    assert done.returncode == 1  # nothing was shown
-    assert "No time for tiny float32" in done.stdout
+def test_time_that_is_up(stability: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "report.json")
+    assert stability.main(["--device", "cpu", "--seconds", "-1", "--json", file]) == 1  # nothing was shown
+    assert "No time for tiny float32" in capsys.readouterr().out
     if not torch.cuda.is_available():
-        assert "no GPU that torch can use" in run(cwd=tmp_path).stderr
+        assert stability.main([]) == 1
+        assert "no GPU that torch can use" in capsys.readouterr().err
 
 
 def curve(losses: list[float], **changes: Any) -> dict[str, Any]:

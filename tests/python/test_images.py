@@ -245,7 +245,9 @@ def test_pnm(mode: str) -> None:
         b"\0",
         b"GIF89a....",
         b"P6",
-        b"P6 1 1 65535\n" + bytes(6),
+        b"P6 1 1 65535\n" + bytes(5),
+        b"P6 1 1 65536\n" + bytes(6),
+        b"P6 1 1 0\n" + bytes(6),
         b"P6 99999999 99999999 255\n",
         b"P3 1 1 255 1 1 1",
     ],
@@ -399,7 +401,7 @@ def test_pillow_stands_in(mode: str) -> None:
 
 
 def test_pillow_refuses_what_the_core_refuses() -> None:
-    with pytest.raises(_core.Error, match="test: expected 8-bit grey or RGB, got mode F"):
+    with pytest.raises(_core.Error, match="test: TIFF: expected 8 or 16 bits, grey or colour, got mode F"):
         images.decode_with_pillow(encode(Image.new("F", (8, 8)), "TIFF"), "test")
     data = encode(Image.fromarray(picture(20, 31)), "JPEG")
     for bad in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", data[: len(data) // 2]):

@@ -23,12 +23,12 @@ from vimcore.tools.predict import predict
 
 PASSED_OVER = {
     ".heic": 1,
-    ".tiff": 1,
-    ".webp": 3,
+    ".jxl": 3,
+    ".psd": 1,
     "linked folder": 1,
     "no suffix": 2,
 }
-TEXT = "passed over: 3 .webp, 2 no suffix, 1 .heic, 1 .tiff, 1 linked folder"
+TEXT = "passed over: 3 .jxl, 2 no suffix, 1 .heic, 1 .psd, 1 linked folder"
 
 
 @pytest.fixture
@@ -37,13 +37,13 @@ def odd(tmp_path: Path) -> Path:
     root = tmp_path / "odd"
     for name in ("sub/deeper", ".git", "empty"):
         (root / name).mkdir(parents=True)
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini", ".git/config", ".hidden.webp"):
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", ".git/config", ".hidden.jxl"):
         (root / name).write_bytes(b"x")
     for name in (
-        "a.webp",
-        "b.WebP",
-        "sub/c.webp",
-        "sub/d.tiff",
+        "a.jxl",
+        "b.JxL",
+        "sub/c.jxl",
+        "sub/d.psd",
         "sub/deeper/e.heic",
         "README",
         "sub/Makefile",
@@ -66,7 +66,7 @@ def test_what_is_passed_over(odd: Path) -> None:
     assert found == ["one.png", "sub/\udcff\udce9.JPG", "sub/deeper/z.ppm"]
     assert counts == PASSED_OVER
     assert passed_over_text(counts) == TEXT
-    assert list(find_images([str(odd / "a.webp")], counts)) == [str(odd / "a.webp")]  # named, so it is meant
+    assert list(find_images([str(odd / "a.jxl")], counts)) == [str(odd / "a.jxl")]  # named, so it is meant
     assert counts == PASSED_OVER
 
 
@@ -133,16 +133,17 @@ def test_names_that_are_no_text_in_a_table(
     assert main(["predict", "--weights", str(weights), str(odd / "sub")]) == 0
     out, error = capsys.readouterr()
     assert f"{odd}/sub/\\xff\\xe9.JPG\n" in out
-    assert error == "vimcore: passed over: 1 .heic, 1 .tiff, 1 .webp, 1 linked folder, 1 no suffix\n"
+    assert error == "vimcore: passed over: 1 .heic, 1 .jxl, 1 .psd, 1 linked folder, 1 no suffix\n"
 
 
 def test_nothing_but_other_files(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x" / "y").mkdir(parents=True)
-    (tmp_path / "x" / "y" / "a.webp").write_bytes(b"x")
+    (tmp_path / "x" / "y" / "a.jxl").write_bytes(b"x")
     done = same_as_python(capsys, "predict", "--weights", weights, "--json", tmp_path / "x")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "vim-infer: passed over: 1 .webp\nvim-infer: no pictures found (JPEG, PNG, PPM, PGM)\n"
+        "vim-infer: passed over: 1 .jxl\n"
+        "vim-infer: no pictures found (JPEG, PNG, PPM, PGM, WebP, TIFF, BMP, GIF, AVIF)\n"
     )
 
 
@@ -215,11 +216,11 @@ def test_health_tells_too(weights: Path, odd: Path, capsys: pytest.CaptureFixtur
     assert json.loads(out)["passed_over"] == PASSED_OVER
     assert error == f"vimcore: {TEXT}\n"
     assert main(["health", "--weights", str(weights), str(odd / "empty")]) == 1
-    (odd / "empty" / "a.webp").write_bytes(b"x")
+    (odd / "empty" / "a.jxl").write_bytes(b"x")
     assert main(["health", "--weights", str(weights), str(odd / "empty")]) == 1
     assert capsys.readouterr().err.splitlines()[-2:] == [
-        "vimcore: passed over: 1 .webp",
-        "vimcore: no pictures found (JPEG, PNG, PPM, PGM)",
+        "vimcore: passed over: 1 .jxl",
+        "vimcore: no pictures found (JPEG, PNG, PPM, PGM, WebP, TIFF, BMP, GIF, AVIF)",
     ]
     os.mkfifo(odd / "a.png")
     with pytest.raises(OSError, match="not a regular file"):

@@ -133,3 +133,21 @@ def test_the_table_is_that_of_the_runs(script: Any, name: str, file: str) -> Non
     measured = module.gains(report["cells"]) if name == "pretrain_digits" else report["cells"]
     assert report["missed"] == module.missed(measured)
     assert {"date", "machine", "isa", "versions"} <= set(report)
+
+
+def test_arms_are_taken_from_earlier_figures(script: Any, tmp_path: Path) -> None:
+    """With the same settings only; nothing is computed."""
+    digits = script("pretrain_digits")
+    report = json.loads((BENCH / "results" / "pretrain-digits.json").read_text(encoding="utf-8"))
+    for arm in ("none", "ar2"):
+        of_arm = [cell for cell in report["cells"] if (cell["arm"], cell["seed"]) == (arm, 1)]
+        assert digits.worked(digits.Work(arm, 1, tmp_path, None, None, report["cells"])) == of_arm
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"--known: ar2-1, pretraining None: no figure of these settings"):
+        digits.worked(digits.Work("ar2", 1, tmp_path, 7, None, report["cells"]))
+    with pytest.raises(SystemExit):
+        digits.main(["--runs", str(tmp_path), "--arms", "mim"])
+    known = {"arms": ["none", "ar2"], "machine": "An Engine", "isa": "avx2", "date": "2026-01-02T03:04:05"}
+    assert "taken from it: none, ar2. An Engine (avx2), 2026-01-02." in digits.markdown(
+        {**report, "known": known}
+    )

@@ -112,11 +112,11 @@ def test_refuses(path: str, tmp_path: Path) -> None:
         (
             np.zeros((3, 16, 24), np.uint8),
             ValueError,
-            r"expected pixels \(H, W, 3\) or \(H, W\), got \(3, 16, 24\)",
+            r"expected pixels \(H, W, 3\), \(H, W, 4\) or \(H, W\), got \(3, 16, 24\)",
         ),
         ([pixels(), tmp_path / "bad.png"], ValueError, r"bad\.png: "),
         (str(tmp_path / "none.jpg"), ValueError, r"none\.jpg: No such file"),
-        (Image.new("I;16", (4, 4)), ValueError, "8 bits, grey or colour, got mode I;16"),
+        (Image.new("F", (4, 4)), ValueError, "8 or 16 bits, grey or colour, got mode F"),
     ]
     for x, kind, said in cases:
         with pytest.raises(kind, match=said):

@@ -206,3 +206,32 @@ def test_refuses(plain: str, photos: Path, tmp_path: Path, capsys: pytest.Captur
     ):
         assert main(["search", "--weights", plain, *arguments]) == 1
         assert said in capsys.readouterr().err
+
+
+def test_in_bfloat16(plain: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files of every task; vectors near those in float32, kept in an index of their own."""
+    both, dense = tmp_path / "both.safetensors", tmp_path / "dense.safetensors"
+    made = clip.create(vimcore.VisionMamba(**SIZES, num_classes=0), 12, width=8, layers=1, heads=2, context=6)
+    clip.save(made.eval(), both)
+    options: dict[str, Any] = {**SIZES, "num_classes": 0, "class_token": "none"}
+    FCN(vimcore.VisionMamba(**options), 3).eval().save(dense)
+    images = np.random.default_rng(0).standard_normal((3, 3, 16, 16), dtype=np.float32)
+    for path in (plain, str(both), str(dense)):
+        wide, narrow = open_embedder(path), open_embedder(path, dtype="bfloat16")
+        assert (wide.dtype, narrow.dtype) == ("float32", "bfloat16")
+        found = [narrow.images(images), *([narrow.text("a red")[0][None]] if narrow.reads_text else [])]
+        wanted = [wide.images(images), *([wide.text("a red")[0][None]] if wide.reads_text else [])]
+        for a, b in zip(found, wanted, strict=True):
+            assert a.dtype == np.float32
+            assert (a * b).sum(1).min() > 0.999
+            assert not np.array_equal(a, b)
+    query = str(photos / "digit 7" / "003.png")
+    scores: dict[str, list[Any]] = {}
+    for dtype in ("float32", "bfloat16", "float32"):
+        command = ["search", "--weights", plain, query, str(photos), "--json", "--dtype", dtype]
+        assert main(command) == 1
+        scores.setdefault(dtype, []).append([line.get("score") for line in lines(capsys)])
+    assert scores["float32"][0] == scores["float32"][1] != scores["bfloat16"][0]
+    assert len(list(cache_folder().iterdir())) == 2
+    assert main(["search", "--weights", plain, query, str(photos), "--dtype", "float16"]) == 1
+    assert "--dtype: expected 'float32' or 'bfloat16' on cpu, got 'float16'" in capsys.readouterr().err

@@ -139,6 +139,7 @@ def test_a_recorded_inference(dtype: torch.dtype, gpu: dict[str, Any]) -> None:
 def test_a_recorded_inference_keeps_its_weights(gpu: dict[str, Any]) -> None:
     """Parameters that moved are bound again; what a graph reads stays where it was."""
     model, images = twin(build(SMALL).eval()), images_for(SMALL, 2, torch.bfloat16)
+    gc.collect()  # networks of other tests
     model(images)
     with Graph(gpu) as graph:
         found = model(images)

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -51,6 +54,14 @@ def test_runtime_types_and_devices(dtype: torch.dtype, file: str) -> None:
     assert exact == (dtype == torch.float32)  # the type asked for is the one that is used
 
 
+def test_more_images_than_are_taken_at_a_time(file: str) -> None:
+    images = images_for(SMALL, 70, torch.float32).numpy()
+    runtime = vimcore_shim.Runtime(file, device="cuda", dtype="bfloat16")
+    wanted = np.concatenate([runtime(images[i : i + 1]) for i in range(70)])
+    for _ in range(3):  # directly, recorded, replayed
+        assert np.array_equal(runtime(images), wanted)
+
+
 def test_runtime_from_several_threads(file: str) -> None:
     images = images_for(SMALL, 2, torch.float32).numpy()
     runtime = vimcore_shim.Runtime(file, device="cuda")
@@ -92,6 +103,36 @@ def test_a_device_that_is_not_there(file: str) -> None:
     remedy = "VIMCORE_CUDA=ON" if vimcore.build_info()["cuda"] is False else "GPU|driver"
     with pytest.raises(vimcore.Error, match=remedy):
         vimcore.Runtime(file, device="cuda")
+
+
+FORKED = """
+import os, sys
+import numpy as np
+import vimcore_shim
+
+images = np.zeros((1, 3, 8, 12), np.float32)
+runtime = vimcore_shim.Runtime(sys.argv[1], device="cuda")
+wanted = runtime(images)
+child = os.fork()
+if child == 0:
+    for call in (lambda: runtime(images), lambda: vimcore_shim.Runtime(sys.argv[1], device="cuda")):
+        try:
+            call()
+        except vimcore_shim.Error as error:
+            print(error, flush=True)
+    os._exit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+assert np.array_equal(runtime(images), wanted)
+"""
+
+
+def test_a_process_that_was_forked(file: str) -> None:
+    """The child is told what to do instead, by what it has and by what it makes; the parent goes on."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", FORKED, file]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('was forked, and the child cannot use it; start processes by "spawn"') == 2
 
 
 def test_predict_on_the_device(tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:

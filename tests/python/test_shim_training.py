@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from typing import Any
 
 import golden
@@ -12,7 +13,7 @@ import torch
 import vimcore
 from golden import relative
 from helpers import SMALL, build, images_for, small
-from shim import GRADIENTS, agree, autocast, gradients, twin, vimcore_shim
+from shim import GRADIENTS, Graph, agree, autocast, gradients, runtime, twin, vimcore_shim
 from torch import Tensor
 
 
@@ -165,6 +166,133 @@ def test_a_captured_step_keeps_its_memory(training: dict[str, Any]) -> None:
         wanted.append(gradients(model))
     assert all(torch.equal(g[name], wanted[0][name]) for g in wanted for name in g)
     vimcore_shim._core.release_memory()
+
+
+@pytest.mark.parametrize("dtype", list(GRADIENTS))
+def test_a_recorded_step(dtype: torch.dtype, training: dict[str, Any]) -> None:
+    """Forward and backward, replayed with weights and images as they are by then: the bits of an eager step.
+
+    Without a GPU torch records nothing: the zeros that gradients are added to come from the test.
+    """
+    model, images = twin(build(SMALL)).eval(), images_for(SMALL, 3, dtype)
+    parameters, probe = list(model.parameters()), torch.randn(3, 3).to(dtype)
+
+    def step(net: Any) -> tuple[Tensor, ...]:
+        logits = net(images)
+        return logits, *torch.autograd.grad(logits, list(net.parameters()), probe, retain_graph=True)
+
+    step(model)
+    with Graph(training) as graph:
+        found = step(model)
+    assert not any(g.any() for g in found[1:])
+    for _ in range(3):
+        for g in found[1:]:
+            g.zero_()
+        graph.replay()
+        for net in (twin(model), model):  # eager steps between replays, of the same network, too
+            assert all(torch.equal(a, b) for a, b in zip(found, step(net), strict=True))
+        for p, g in zip(parameters, found[1:], strict=True):
+            p.data.sub_(g, alpha=0.1)
+        images.add_(0.25)
+    vimcore_shim._core.release_memory()
+
+
+@pytest.mark.parametrize("memory", ["least", "fast"])
+def test_recorded_steps_side_by_side(memory: str, training: dict[str, Any]) -> None:
+    """Two graphs of one network, replayed in turn, share nothing that they write to."""
+    model = twin(build(small(depth=2), dtype=torch.float32, memory=memory))
+    batches = [images_for(SMALL, count, torch.float32) for count in (2, 3)]
+    graphs, found, wanted = [], [], []
+    for images in batches:
+        wanted.append(torch.autograd.grad(model(images).sum(), list(model.parameters())))
+        with Graph(training) as graph:
+            logits = model(images)
+            probe = torch.ones_like(logits)
+            found.append(torch.autograd.grad(logits, list(model.parameters()), probe, retain_graph=True))
+        graphs.append((graph, logits, probe))  # what a pool of torch's would keep
+    for _ in range(2):
+        for (graph, *_), gradients_, expected in zip(graphs, found, wanted, strict=True):
+            for g in gradients_:
+                g.zero_()
+            graph.replay()
+            assert all(torch.equal(a, b) for a, b in zip(gradients_, expected, strict=True))
+    vimcore_shim._core.release_memory()
+
+
+def test_memory_that_others_give_back(training: dict[str, Any]) -> None:
+    """A device without memory asks once whoever holds some; without an answer the error names the amounts."""
+    model, images, library = twin(build(SMALL)), images_for(SMALL, 2, torch.bfloat16), runtime()
+    wanted = gradients_of(model, images)
+    asked: list[tuple[int, int]] = []
+
+    def give(device: int, needed: int) -> bool:
+        asked.append((device, needed))
+        library.vimcore_shim_set_memory(8 << 30)
+        return True
+
+    try:
+        for answer in (None, lambda device, needed: False):
+            vimcore_shim._core.set_give_back_memory(answer)
+            library.vimcore_shim_set_memory(0)
+            vimcore_shim._core.release_memory()
+            message = r"CUDA out of memory. cuda:0 \(.* was asked for .* free are"
+            with pytest.raises(vimcore_shim.Error, match=message):
+                gradients_of(model, images)
+        vimcore_shim._core.set_give_back_memory(give)
+        found = gradients_of(model, images)
+    finally:
+        library.vimcore_shim_set_memory(8 << 30)
+        vimcore_shim._core.set_give_back_memory(vimcore_shim.autograd.memory.give_back)
+    assert len(asked) == 1
+    assert asked[0][0] == 0
+    assert asked[0][1] > 0
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_is_memory_of_torch(dtype: torch.dtype, training: dict[str, Any]) -> None:
+    """So `record_stream` of a hook that copies it on a side stream has effect, and graphs have their pool."""
+    model, images = twin(build(SMALL)), images_for(SMALL, 3, dtype)
+    for _ in range(3):
+        gradients_of(model, images)  # scratch memory, casts, what renews casts
+    gc.collect()  # networks of other tests
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    used, alive = runtime().vimcore_shim_used_bytes(), []
+    for _ in range(3):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            alive.append(model(images))
+    assert runtime().vimcore_shim_used_bytes() == used
+    tokens = [t for t in kept if t.dtype == torch.uint8]
+    assert len(tokens) == 3
+    assert len({t.data_ptr() for t in tokens}) == 3
+    assert all(t.untyped_storage().resizable() and t.untyped_storage().nbytes() == t.numel() for t in tokens)
+
+
+def gradients_of(model: Any, images: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(model(images).float().square().sum(), list(model.parameters()))
+
+
+def test_torch_gives_back_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that it holds and does not use; nothing before it used a device, or while it records a graph."""
+    held, state = [300, 100], {"initialized": False, "recording": False}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: state["initialized"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["recording"])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held[0])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.pop(0) if len(held) > 1 else None)
+    give_back = vimcore.autograd.memory.give_back
+    assert not give_back(0, 50)
+    state.update(initialized=True, recording=True)
+    assert not give_back(0, 50)
+    assert held == [300, 100]
+    state["recording"] = False
+    assert give_back(0, 50)
+    assert not give_back(0, 50)
+    assert held == [100]
 
 
 def test_saliency_and_second_derivatives(training: dict[str, Any]) -> None:

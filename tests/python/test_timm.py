@@ -26,6 +26,7 @@ import vimcore.timm
 from PIL import Image
 from timm.models._features import FeatureGetterNet
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from vimcore.hub.published import PUBLISHED
 from vimcore.timm import TimmVisionMamba
 
 NAME = "vimcore_vim_tiny_patch16_224"
@@ -51,7 +52,9 @@ def test_registered_models() -> None:
     of_images = [name for name in vimcore.list_models() if not name.startswith("videomamba")]
     assert sorted(names) == sorted(f"vimcore_{name}" for name in of_images)
     assert timm.list_models(module="timm", filter="vimcore_*") == names
-    assert timm.list_models("vimcore_*", pretrained=True) == []
+    assert sorted(timm.list_models("vimcore_*", pretrained=True)) == sorted(
+        f"vimcore_{name}" for name in PUBLISHED
+    )
     assert timm.is_model(NAME)
     cfg = timm.get_pretrained_cfg(NAME)
     assert (cfg.input_size, cfg.classifier, cfg.first_conv) == ((3, 224, 224), "head", "patch_embed.proj")
@@ -385,7 +388,7 @@ def test_weights_from_files(tmp_path: Path) -> None:
     )
     custom = {"file": str(tmp_path / "vim.safetensors"), "custom_load": True}
     assert torch.equal(small(pretrained=True, pretrained_cfg_overlay=custom).eval()(x), first(x))
-    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+    with pytest.raises(ValueError, match="the published weights are for"):
         small(pretrained=True)
     with pytest.raises(RuntimeError, match=r"pos_embed"):
         small(checkpoint_path=str(tmp_path / "vim.pth"), img_size=48)

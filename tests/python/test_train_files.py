@@ -23,7 +23,7 @@ def odd_folder(path: Path) -> Path:
     """Two classes of six pictures, and what else lies in such folders."""
     root = folder(path, digits=(0, 1), each=6)
     one = root / "digit 1"
-    for name in ("a.webp", "b.WEBP", "c.tiff", "notes", ".DS_Store", "Thumbs.db"):
+    for name in ("a.jxl", "b.JXL", "c.psd", "notes", ".DS_Store", "Thumbs.db"):
         (one / name).write_bytes(b"x")
     (root / "labels.txt").write_text("x")
     (root / "loose.png").write_bytes((one / "000.png").read_bytes())
@@ -32,8 +32,8 @@ def odd_folder(path: Path) -> Path:
 
 
 ODD = {
-    ".webp": 2,
-    ".tiff": 1,
+    ".jxl": 2,
+    ".psd": 1,
     "no suffix": 1,
     "linked folder": 1,
     ".txt outside class folders": 1,
@@ -54,17 +54,17 @@ def test_files_passed_over_are_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["train", *arguments, "--batch-size", "4", "--epochs", "1", "--json"]) == 0
     out, error = capsys.readouterr()
     assert json.loads(out)["passed_over"] == ODD
-    assert "\nvimcore: passed over: 2 .webp, 1 .png outside class folders, 1 .tiff, " in error
+    assert "\nvimcore: passed over: 2 .jxl, 1 .png outside class folders, 1 .psd, " in error
     assert main(["eval", str(run / "best.safetensors"), "--data", str(root), "--json", "--workers", "0"]) == 0
     out, error = capsys.readouterr()
     assert json.loads(out)["passed_over"] == ODD
-    assert error.startswith("vimcore: passed over: 2 .webp, ")
+    assert error.startswith("vimcore: passed over: 2 .jxl, ")
     assert main(["eval", str(run), "--data", str(root), "--out", str(tmp_path / "answers.csv")]) == 1
     assert "expected a name that ends with .npz" in capsys.readouterr().err
 
     (tmp_path / "none" / "class").mkdir(parents=True)
-    (tmp_path / "none" / "class" / "a.webp").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"no images in class folders .*; passed over: 1 \.webp"):
+    (tmp_path / "none" / "class" / "a.jxl").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"no images in class folders .*; passed over: 1 \.jxl"):
         open_images(str(tmp_path / "none"))
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'none'))}: no images"):  # its name once
         training_and_validation(str(root), str(tmp_path / "none"), 0.1)

@@ -41,7 +41,7 @@ PUBLISHED = {
 
 def test_every_preset_is_checked_here() -> None:
     """Those of other tasks are in the tests of these tasks, `finetune` in its own."""
-    here = {*PUBLISHED, *MAMBAR, "digits", "finetune"}
+    here = {*PUBLISHED, *MAMBAR, *VIDEOMAMBA, "digits", "finetune"}
     assert here == {name for name in PRESETS if task_of(name) == "classify"}
 
 
@@ -65,6 +65,30 @@ def test_presets_of_registers(name: str) -> None:
     finetune = name.endswith("finetune")
     expected = ("rand-m9-mstd0.5-inc1", 1, 1.0) if finetune else ("3a", 3, 0.875)
     assert (s.rand_augment, s.repeats, s.crop_pct) == expected
+
+
+# updates of the authors' epochs for 1,024 clips and their copies, decay, drop path, RandAugment
+VIDEOMAMBA = {
+    "videomamba-tiny": (140, 0.1, 0.1, "rand-m5-n2-mstd0.25-inc1"),
+    "videomamba-small": (100, 0.05, 0.35, "rand-m7-n4-mstd0.5-inc1"),
+    "videomamba-middle": (100, 0.05, 0.8, "rand-m7-n4-mstd0.5-inc1"),
+}
+
+
+@pytest.mark.parametrize("name", VIDEOMAMBA)
+def test_presets_of_clips(name: str) -> None:
+    updates, decay, drop_path, augment = VIDEOMAMBA[name]
+    s = preset(name)
+    assert (backbone.frames_of(s), backbone.size_of(s), s.frame_sampling) == (8, (224, 224), "random")
+    assert (s.weight_decay, s.drop_path_rate, s.rand_augment) == (decay, drop_path, augment)
+    assert (s.layer_decay, s.label_smoothing, s.ema, s.crop_pct) == (0.75, 0.1, 0.0, 1.0)
+    assert (s.mixup, s.cutmix, s.random_erase) == (0.8, 1.0, 0.25)
+    assert peak_lr(s, 8) == pytest.approx(8e-4)  # 2e-4 for 256 images, 64 clips twice on each process
+    assert s.epochs * 1024 // (s.batch_size * 8) == updates
+    lr = Schedule(s, peak_lr(s, 8), 10)
+    assert lr(0) == pytest.approx(4e-6)
+    assert lr(100) == pytest.approx(8e-4, rel=0.03)  # after 5 of the authors' epochs
+    assert lr(10 * s.epochs - 1) == pytest.approx(4e-6, rel=0.1)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -162,6 +162,7 @@ def test_bench(weights: Path, pictures: Path) -> None:
     facts = json.loads(run("bench", "--weights", weights, *options, "--json", pictures / "a.b").stdout)
     assert [(row["height"], row["batch"]) for row in facts["network"]] == [(24, 1), (24, 3), (40, 1), (40, 3)]
     assert all(0 < row["fastest_ms"] <= row["ms_per_image"] and row["runs"] >= 5 for row in facts["network"])
+    assert all(1 << 20 < row["peak_bytes"] < 1 << 30 for row in facts["network"])
     assert facts["files"]["images"] == 4
     assert facts["files"]["share"] > 0
     text = run("bench", "--weights", weights, "--seconds", "0", pictures / "a.b").stdout

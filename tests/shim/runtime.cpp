@@ -2,6 +2,9 @@
 // The fake runtime: errors, devices, memory, launches. Device memory is host memory of exactly the size asked for.
 #include "runtime.h"
 
+#include <unistd.h>
+#include <algorithm>
+
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -20,15 +23,26 @@ struct Allocation {
     int device;
 };
 
+Architecture find_architecture(int number)
+{
+    std::string known;
+    for (const Architecture& gpu : architectures) {
+        if (gpu.number == number) return gpu;
+        known += " " + std::to_string(gpu.number);
+    }
+    throw Failure(join("VIMCORE_SHIM_ARCH: there is no ", number, ", but", known));
+}
+
 struct State {
     std::map<std::uintptr_t, Allocation> memory;
     std::map<const void*, std::size_t> shared;  // of kernels, from cudaFuncSetAttribute
-    std::size_t used = 0, most = 0;
-    int architecture = 90, devices = 2;
+    std::size_t used = 0, most = 0, memory_size = std::size_t{8} << 30;
+    Architecture gpu = find_architecture(90);
+    int devices = 2, registers = thread_registers;
     bool foreign = false;
     State()
     {
-        if (const char* text = std::getenv("VIMCORE_SHIM_ARCH")) architecture = std::atoi(text);
+        if (const char* text = std::getenv("VIMCORE_SHIM_ARCH")) gpu = find_architecture(std::atoi(text));
         if (const char* text = std::getenv("VIMCORE_SHIM_DEVICES")) devices = std::atoi(text);
         if (const char* text = std::getenv("VIMCORE_SHIM_FOREIGN")) foreign = std::atoi(text) != 0;
     }
@@ -58,6 +72,9 @@ const std::pair<const std::uintptr_t, Allocation>* find(const void* memory)
     return address < next->first + next->second.bytes ? &*next : nullptr;
 }
 
+// state_lock() is held.
+std::size_t free_memory() { return state().memory_size - std::min(state().memory_size, state().used); }
+
 cudaError_t check_range(const void* memory, std::size_t bytes, bool device, const char* name)
 {
     const auto* allocation = find(memory);
@@ -81,9 +98,28 @@ cudaError_t check_copy(const void* to, const void* from, std::size_t bytes, cuda
 
 cudaError_t check_device(int device)
 {
+    if (const cudaError_t status = check_process()) return status;
     if (device_count() == 0) return error(cudaErrorNoDevice, "VIMCORE_SHIM_DEVICES");
     if (device >= 0 && device < device_count()) return cudaSuccess;
     return error(cudaErrorInvalidDevice, "device ", device, " of ", device_count());
+}
+
+// What the launch asks for beside its grid: a cluster.
+cudaError_t check_attributes(const cudaLaunchConfig_t& config)
+{
+    for (unsigned i = 0; i < config.numAttrs; i++) {
+        if (config.attrs[i].id != cudaLaunchAttributeClusterDimension)
+            return error(cudaErrorInvalidValue, "launch attribute ", static_cast<int>(config.attrs[i].id));
+        const auto& size = config.attrs[i].val.clusterDim;
+        const std::uint64_t blocks = std::uint64_t{size.x} * size.y * size.z, most = state().gpu.cluster;
+        const dim3 grid = config.gridDim;
+        if (blocks == 0 || blocks > most)
+            return error(cudaErrorInvalidClusterSize, "a cluster of ", blocks, " blocks, sm_", state().gpu.number,
+                         " has clusters of ", most);
+        if (grid.x % size.x != 0 || grid.y % size.y != 0 || grid.z % size.z != 0)
+            return error(cudaErrorInvalidClusterSize, "the grid is not made of whole clusters");
+    }
+    return cudaSuccess;
 }
 
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel)
@@ -101,12 +137,16 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel)
     const std::lock_guard lock(state_lock());
     const auto allowed = state().shared.find(kernel);
     const std::size_t limit =
-        allowed == state().shared.end() ? 48 * 1024 : std::max<std::size_t>(48 * 1024, allowed->second);
+        allowed == state().shared.end() ? granted_shared : std::max(granted_shared, allowed->second);
     if (config.dynamicSmemBytes > limit)
         return error(cudaErrorInvalidValue, config.dynamicSmemBytes, " bytes of shared memory, the kernel may use ",
                      limit, " (cudaFuncSetAttribute)");
-    if (config.numAttrs != 0) return error(cudaErrorInvalidValue, "launch attributes");
-    return cudaSuccess;
+    const int threads = static_cast<int>(block.x * block.y * block.z);
+    if (resident_blocks(state().gpu, {threads, state().registers, 1, config.dynamicSmemBytes}) == 0)
+        return error(cudaErrorLaunchOutOfResources, threads, " threads, which may have ", state().registers,
+                     " registers each, and ", config.dynamicSmemBytes, " bytes of shared memory on sm_",
+                     state().gpu.number);
+    return check_attributes(config);
 }
 
 }  // namespace
@@ -117,6 +157,12 @@ std::mutex& state_lock()
     return lock;
 }
 
+cudaError_t check_process()
+{
+    static const pid_t first = getpid();
+    return getpid() == first ? cudaSuccess : error(cudaErrorInitializationError, "the process was forked");
+}
+
 cudaError_t remember_error(cudaError_t code, std::string why)
 {
     last_error = explained = code;
@@ -124,13 +170,9 @@ cudaError_t remember_error(cudaError_t code, std::string why)
     return code;
 }
 
-int architecture() { return state().architecture; }
-std::size_t shared_limit()
-{
-    const int number = architecture();
-    return (number == 80 ? 163 : number == 86 || number == 89 || number == 120 ? 99 : 227) * std::size_t{1024};
-}
-void set_architecture(int number) { state().architecture = number; }
+const Architecture& architecture() { return state().gpu; }
+void set_architecture(int number) { state().gpu = find_architecture(number); }
+void set_registers(int of_thread) { state().registers = of_thread; }
 int device_count() { return state().devices; }
 int current_device() { return device_in_use; }
 std::int64_t allocations() { return allocation_count; }
@@ -138,6 +180,16 @@ std::int64_t launches()
 {
     run_everything();
     return launch_count;
+}
+std::size_t device_memory()
+{
+    const std::lock_guard lock(state_lock());
+    return state().memory_size;
+}
+void set_device_memory(std::size_t bytes)
+{
+    const std::lock_guard lock(state_lock());
+    state().memory_size = bytes;
 }
 std::size_t most_memory()
 {
@@ -186,6 +238,8 @@ cudaError_t cudaPeekAtLastError() { return last_error; }
 // ---- devices -------------------------------------------------------------------------------------------------------
 cudaError_t cudaGetDeviceCount(int* count)
 {
+    *count = 0;
+    if (const cudaError_t status = check_process()) return status;
     *count = device_count();
     return *count > 0 ? cudaSuccess : error(cudaErrorNoDevice, "VIMCORE_SHIM_DEVICES");
 }
@@ -204,11 +258,11 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* to, int device)
 {
     if (const cudaError_t status = check_device(device)) return status;
     *to = {};
-    to->totalGlobalMem = device_memory;
-    to->major = architecture() / 10;
-    to->minor = architecture() % 10;
+    to->totalGlobalMem = device_memory();
+    to->major = architecture().number / 10;
+    to->minor = architecture().number % 10;
     to->multiProcessorCount = 4;
-    std::snprintf(to->name, sizeof(to->name), "CPU shim, sm_%d", architecture());
+    std::snprintf(to->name, sizeof(to->name), "CPU shim, sm_%d", architecture().number);
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device)
@@ -218,7 +272,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     *value = attribute == cudaDevAttrComputeCapabilityMajor   ? p.major
              : attribute == cudaDevAttrComputeCapabilityMinor ? p.minor
              : attribute == cudaDevAttrMultiProcessorCount    ? p.multiProcessorCount
-                                                              : static_cast<int>(shared_limit());
+                                                              : static_cast<int>(architecture().block_shared);
     return cudaSuccess;
 }
 cudaError_t cudaRuntimeGetVersion(int* version)
@@ -237,7 +291,7 @@ cudaError_t cudaMalloc(void** memory, std::size_t bytes)
     allocation_count++;
     *memory = nullptr;
     if (bytes == 0) return cudaSuccess;
-    if ((running() && bytes > device_memory - state().used) || posix_memalign(memory, 256, bytes))
+    if ((running() && bytes > free_memory()) || posix_memalign(memory, 256, bytes))
         return error(cudaErrorMemoryAllocation, bytes, " bytes");
     if (running()) fill_poison(*memory, bytes);
     state().used += bytes;
@@ -265,8 +319,8 @@ cudaError_t cudaFree(void* memory)
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total)
 {
     const std::lock_guard lock(state_lock());
-    *total = device_memory;
-    *free = device_memory - state().used;
+    *total = state().memory_size;
+    *free = free_memory();
     return check_device(device_in_use);
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream)
@@ -316,8 +370,9 @@ cudaError_t cudaMemset(void* memory, int value, std::size_t bytes)
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value)
 {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-    if (value < 0 || static_cast<std::size_t>(value) > shared_limit())
-        return error(cudaErrorInvalidValue, value, " bytes of shared memory, a block may have ", shared_limit());
+    if (value < 0 || static_cast<std::size_t>(value) > architecture().block_shared)
+        return error(cudaErrorInvalidValue, value, " bytes of shared memory, a block may have ",
+                     architecture().block_shared);
     const std::lock_guard lock(state_lock());
     state().shared[kernel] = static_cast<std::size_t>(value);
     return cudaSuccess;

@@ -92,6 +92,7 @@ cudaError_t refuse(Capture& capture, cudaError_t code, const char* why)
 // For anything queued on the stream.
 cudaError_t check_stream(cudaStream_t stream)
 {
+    if (const cudaError_t status = check_process()) return status;
     if (!stream) {
         for (const auto& capture : handles().captures)
             for (const CUstream_st* other : capture->streams)
@@ -217,6 +218,7 @@ thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 cudaError_t allow_unsafe(const char* call)
 {
+    if (const cudaError_t status = check_process()) return status;
     if (thread_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
     for (const auto& capture : handles().captures)
         if (capture->mode == cudaStreamCaptureModeGlobal ||

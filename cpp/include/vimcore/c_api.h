@@ -51,6 +51,10 @@ VIMCORE_API const char* vimcore_last_error(void);
  * the position table. A session keeps its model alive. */
 VIMCORE_API vimcore_status vimcore_model_load(const char* path, const char* device, int64_t img_height,
                                               int64_t img_width, vimcore_model** model);
+/* The same for sessions of one dtype alone, see vimcore_session_create: with "bf16" on the CPU, a third of the memory.
+ */
+VIMCORE_API vimcore_status vimcore_model_load_for(const char* path, const char* device, int64_t img_height,
+                                                  int64_t img_width, const char* dtype, vimcore_model** model);
 VIMCORE_API void vimcore_model_destroy(vimcore_model* model); /* NULL is allowed */
 VIMCORE_API vimcore_status vimcore_model_get_info(const vimcore_model* model, vimcore_model_info* info);
 

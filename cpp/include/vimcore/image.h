@@ -30,10 +30,15 @@ struct Preprocess {                                    // names and JSON of the 
 };
 
 // JPEG (grey, YCbCr, RGB, CMYK), PNG (any colour type; alpha is dropped, 16 bits become 8: value / 257, rounded) and
-// binary PPM/PGM, turned as EXIF (or else XMP) in the file says. A PNG that ends behind its last pixel is whole.
-// vimcore::Error names the file and what is wrong with it; also when built without libjpeg or libpng.
+// binary PPM/PGM (any maximum), turned as EXIF (or else XMP) in the file says. A PNG that ends behind its last pixel is
+// whole. vimcore::Error names the file and what is wrong with it, of other formats which one it is; also when built
+// without libjpeg or libpng.
 Image decode_image(const std::string& path);
 Image decode_image(const void* bytes, std::size_t size, const std::string& name);
+
+// The format by a file's first bytes: "JPEG", "PNG", "PPM/PGM", which decode_image reads; "WebP", "TIFF", ..., or a
+// phrase for what is no picture, such as "a PDF"; empty where it is none of those known.
+std::string picture_kind(const void* bytes, std::size_t size);
 
 // A picture that another program decoded, turned as EXIF (or else XMP) in its JPEG or PNG file says.
 Image upright(Image image, const void* file, std::size_t size);

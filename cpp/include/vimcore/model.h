@@ -4,6 +4,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,15 +39,21 @@ struct Saved {
     Tensor residual;  // (B, L, D) input of the final norm
     Buffer storage;
     std::size_t used = 0;  // bytes of the storage that the tensors take, from its beginning
+    Tensor lent;           // (bytes) u8, memory of the caller in the place of the storage, or none
 
-    // Points all tensors into the storage, which grows when it is too small.
+    // Points all tensors into the storage, which grows when it is too small, or into what was lent, which must do.
     void prepare(const Config& config, std::int64_t batch, DType dtype, Device device = Device::cpu());
     // Points all tensors into other memory: a copy of the `used` bytes of a Saved of the same mode and arguments.
     void attach(const Config& config, std::int64_t batch, DType dtype, Device device, void* data, std::size_t bytes);
-    // The same for one block on tokens of `shape`, (B, L, D).
+    // The same for one block on tokens of `shape`, (B, L, D), without the residual, which the caller keeps.
     void prepare_block(const BlockConfig& config, const Shape& shape, DType dtype, Device device = Device::cpu());
     void attach_block(const BlockConfig& config, const Shape& shape, DType dtype, Device device, void* data,
                       std::size_t bytes);
+
+    // Bytes that tensors take of a forward of these arguments, of a block's: no more than those of one image, times batch.
+    static std::size_t bytes(const Config& config, std::int64_t batch, DType dtype, Device device, Memory memory);
+    static std::size_t block_bytes(const BlockConfig& config, const Shape& shape, DType dtype, Device device,
+                                   Memory memory);
 
     static std::int64_t chunk(Memory memory);  // tokens between scan checkpoints: 64, fast 16
 };
@@ -89,6 +96,7 @@ struct Outputs {
 };
 
 // images: (B, C, H, W) of the configuration's size. saved == nullptr is inference and gives the same numbers.
+// Activations have the type of `out`, and so have images; on the CPU float32 images go with bf16, too.
 // Another size than the weights were made for: forward(ctx, config.at_size(H, W), ...), and backward with the same. The
 // position table is resized, on the CPU once for each of the sizes used last until Params::changed(); dparams.pos_embed
 // has the shape of the table itself.
@@ -99,22 +107,33 @@ void forward(Context& ctx, const Config& config, const Params& params, const Ten
 void backward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Saved& saved,
               const Outputs& gradients, Params& dparams, const Tensor& dimages, const Draws& draws = {});
 
+struct ModelOptions {
+    Device device{};
+    // 0: as stored. Otherwise the position table is resized, class tokens left alone.
+    std::int64_t img_height = 0, img_width = 0;
+    // The one type of activations that sessions will have, or any. With bf16 on the CPU, weights of linear maps are
+    // kept as DType::bf16_panels alone, in about a third of the memory.
+    std::optional<DType> only{};
+};
+
 // A loaded network: immutable, shared between threads.
 class Model {
 public:
+    static std::shared_ptr<const Model> load(const std::string& path, const ModelOptions& options);
     static std::shared_ptr<const Model> load(const std::string& path, Device device = Device::cpu());
-    // img_height / img_width 0: as stored. Otherwise the position table is resized, class tokens left alone.
     static std::shared_ptr<const Model> load(const std::string& path, Device device, std::int64_t img_height,
                                              std::int64_t img_width);
 
     const Config& config() const { return config_; }
     Device device() const { return device_; }
+    std::optional<DType> only() const { return only_; }
     const Params& params() const { return params_; }
     const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
 private:
     Config config_;
     Device device_;
+    std::optional<DType> only_;
     Params params_;
     std::map<std::string, std::string> metadata_;
     std::vector<Buffer> storage_;

@@ -169,7 +169,7 @@ void selective_scan_backward(Context& ctx, const SelectiveScanBackward& args);
 // ---- embedding, RoPE, read-out -------------------------------------------------------------------------------------
 // Rows of patches: cols[b, gy*gw + gx] = image[b, :, gy*stride : +P, gx*stride : +P], flattened (C, P, P).
 struct Patches {
-    Tensor images;  // (B, C, H, W)
+    Tensor images;  // (B, C, H, W), of the type of cols; on the CPU float32 beside bf16 as well
     std::int64_t patch = 16, stride = 16;
     std::int64_t begin = 0;  // first patch row of cols
     Tensor cols;             // (B, J', C P P)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "vimcore/config.h"
@@ -42,7 +43,9 @@ std::int64_t saved_bytes(const Config& config, Memory memory, std::int64_t batch
 std::int64_t training_bytes(const Config& config, Memory memory, std::int64_t batch, DType dtype = DType::f32,
                             int threads = 1, Device device = Device::cpu());
 
-std::int64_t weight_bytes(const Config& config);  // float32 parameters; a backend's packed form comes to as much again
+// Of float32 parameters, a backend's packed form of which comes to as much again; or of a model on the CPU for one type
+// of activations, see ModelOptions: with bf16 nothing comes to that.
+std::int64_t weight_bytes(const Config& config, std::optional<DType> only = {});
 
 // Memory of this machine, or what a container may use of it.
 std::int64_t machine_bytes();

@@ -5,12 +5,15 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <string>
 
 namespace [[gnu::visibility("default")]] vimcore {
 
-// The 8-bit floats and complex numbers are for files only: no operator takes them.
+// The 8-bit floats and complex numbers are for files only: no operator takes them. Panels, the other way round, are for
+// products of matrices only: a weight in the order in which the CPU's kernels read it, as a Model has it that was
+// loaded for bf16 alone (ModelOptions).
 enum class DType : std::uint8_t {
     f32,
     f64,
@@ -30,8 +33,9 @@ enum class DType : std::uint8_t {
     f8_e5m2,
     f8_e5m2fnuz,
     c64,  // pairs of f32
+    bf16_panels,
 };
-inline constexpr int dtype_count = 18;
+inline constexpr int dtype_count = 18;  // that files have: all but panels
 
 std::size_t size_of(DType dtype);
 const char* name_of(DType dtype);
@@ -126,5 +130,11 @@ private:
     std::size_t bytes_ = 0;
     Device device_;
 };
+
+// For processes that share a device with another owner of its memory, such as torch: asked once when an allocation
+// finds too little, before OutOfMemory is thrown. It gives back what nobody uses; true: the allocation is tried again.
+// Called by the thread that allocates, also while others compute; nullptr: nobody is asked.
+using GiveBackMemory = std::function<bool(int device, std::size_t bytes)>;
+void set_give_back_memory(GiveBackMemory give_back);
 
 }  // namespace vimcore

@@ -48,6 +48,10 @@ public:
         for (const Copy& c : *static_cast<const std::vector<Copy>*>(prepared)) copy(ctx, c.from, c.to);
     }
     virtual void fill_zero(Context& ctx, const Tensor& tensor) = 0;
+    // Weights (n, k) of linear maps as DType::bf16_panels: the bytes that these take, 0 where the device has no such
+    // form; and how they are made, from float32.
+    virtual std::size_t panel_bytes(std::int64_t, std::int64_t) const { return 0; }
+    virtual void make_panels(const float*, std::int64_t, std::int64_t, void*) const {}
     // Makes work on stream `to` wait for what was queued on `from`.
     virtual void change_stream(Context& ctx, void* from, void* to) = 0;
     // A mark behind what is queued on the context's stream, for another stream to wait for; none where calls complete.
@@ -68,6 +72,9 @@ void run_together(Context& ctx, F&& program)
 {
     backend_of(ctx).run(ctx, [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); }, &program);
 }
+
+// Asks who set_give_back_memory() named. False: nobody was named, or nothing was given back.
+bool others_gave_back(int device, std::size_t bytes);
 
 Backend& cpu_backend();
 Backend& cuda_backend();  // throws vimcore::Error where the build or the machine has no CUDA

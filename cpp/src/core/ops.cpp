@@ -48,6 +48,14 @@ public:
         return tensor ? required_wide(name, tensor, shape) : *this;
     }
 
+    // Wide, or as the CPU's products of bf16 read it.
+    const Check& linear_weight(const Tensor& weight) const
+    {
+        const bool panels = weight.dtype == DType::bf16_panels && dtype_ == DType::bf16 &&
+                            ctx_.device().type == Device::Type::cpu && weight.device == ctx_.device();
+        return panels && weight ? *this : required_wide("weight", weight, weight.shape);
+    }
+
     // Either an activation or wide.
     const Check& either(const char* name, const Tensor& tensor, const Shape& shape) const
     {
@@ -136,7 +144,7 @@ void linear_forward(Context& ctx, std::span<const LinearForward> args)
         const std::int64_t outputs = a.weight.size(0);
         check.required("x", a.x, with_last(a.x, a.weight.size(1)));
         check.required("y", a.y, with_last(a.x, check.row_of(a.y, outputs)));
-        check.required_wide("weight", a.weight, a.weight.shape).optional_wide("bias", a.bias, {outputs});
+        check.linear_weight(a.weight).optional_wide("bias", a.bias, {outputs});
     }
     backend_of(ctx).linear_forward(ctx, args);
 }
@@ -224,7 +232,7 @@ void check_selective_scan(const Check& check, const Scan& a)
 
 void check_patches(Context& ctx, const Patches& a)
 {
-    Check check(ctx, "patches", "images", a.images);
+    Check check(ctx, "patches", "cols", a.cols);
     check.rank("images", a.images, 4);
     check.rank("cols", a.cols, 3);
     check.positive("patch", a.patch);
@@ -234,7 +242,10 @@ void check_patches(Context& ctx, const Patches& a)
         check.fail("images",
                    "expected at least " + std::to_string(a.patch) + " pixels a side, got " + describe(a.images));
     const std::int64_t total = ((height - a.patch) / a.stride + 1) * ((width - a.patch) / a.stride + 1);
-    check.required("images", a.images, a.images.shape);
+    if (ctx.device().type == Device::Type::cpu)
+        check.either("images", a.images, a.images.shape);
+    else
+        check.required("images", a.images, a.images.shape);
     check.required("cols", a.cols, {a.images.size(0), a.cols.size(1), a.images.size(1) * a.patch * a.patch});
     if (a.begin < 0 || a.begin + a.cols.size(1) > total)
         check.fail("cols", "rows reach beyond the " + std::to_string(total) + " patches of " + describe(a.images));

@@ -2,6 +2,8 @@
 #include "vimcore/tensor.h"
 
 #include <charconv>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 
@@ -25,6 +27,7 @@ std::size_t size_of(DType dtype)
         case DType::bf16:
         case DType::i16:
         case DType::u16:
+        case DType::bf16_panels:
             return 2;
         case DType::i8:
         case DType::u8:
@@ -40,9 +43,9 @@ std::size_t size_of(DType dtype)
 
 const char* name_of(DType dtype)
 {
-    static constexpr const char* names[dtype_count] = {
-        "f32", "f64", "f16", "bf16", "i64",     "i32",         "i16",     "i8",          "u64",
-        "u32", "u16", "u8",  "bool", "f8_e4m3", "f8_e4m3fnuz", "f8_e5m2", "f8_e5m2fnuz", "c64"};
+    static constexpr const char* names[dtype_count + 1] = {
+        "f32", "f64", "f16",  "bf16",    "i64",         "i32",     "i16",         "i8",  "u64",        "u32",
+        "u16", "u8",  "bool", "f8_e4m3", "f8_e4m3fnuz", "f8_e5m2", "f8_e5m2fnuz", "c64", "bf16_panels"};
     return names[static_cast<int>(dtype)];
 }
 
@@ -138,6 +141,30 @@ Tensor Tensor::view(const Shape& other) const
     Tensor result = *this;
     result.shape = other;
     return result;
+}
+
+namespace {
+
+std::mutex give_back_mutex;
+std::shared_ptr<const GiveBackMemory> give_back_memory;
+
+}  // namespace
+
+void set_give_back_memory(GiveBackMemory give_back)
+{
+    auto next = give_back ? std::make_shared<const GiveBackMemory>(std::move(give_back)) : nullptr;
+    std::lock_guard lock(give_back_mutex);
+    give_back_memory.swap(next);
+}
+
+bool others_gave_back(int device, std::size_t bytes)
+{
+    std::shared_ptr<const GiveBackMemory> asked;
+    {
+        std::lock_guard lock(give_back_mutex);
+        asked = give_back_memory;
+    }
+    return asked && (*asked)(device, bytes);
 }
 
 Buffer::Buffer(std::size_t bytes, Device device) : bytes_(bytes), device_(device)

@@ -27,6 +27,9 @@ void check_names(const std::vector<Named>& tensors)
         if (!seen.insert(name).second) throw std::invalid_argument(who + ": given twice");
         if (tensor.device.type != Device::Type::cpu)
             throw std::invalid_argument(who + ": expected cpu memory, got " + describe(tensor));
+        if (tensor.dtype == DType::bf16_panels)
+            throw std::invalid_argument(who + ": " + describe(tensor) +
+                                        " has an order that files do not; load the model without ModelOptions::only");
         if (!tensor.data && tensor.numel() > 0) throw std::invalid_argument(who + ": has no data");
     }
 }

@@ -2,12 +2,14 @@
 // Pictures from memory or a file: which format it is, PPM/PGM itself, and which way up.
 #include "vimcore/image.h"
 
+#include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <memory>
-#include <string_view>
+#include <vector>
 
 #include "files/json.h"
 #include "images/image_formats.h"
@@ -38,7 +40,20 @@ constexpr std::uintmax_t max_file = std::uintmax_t{1} << 31;
 
 bool is_space(unsigned char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
 
-// P5 or P6, width, height, 255, one white space, bytes; '#' starts a comment in the header.
+// A level 0 ... maximum as 8 bits, by value. Grey of two bytes passes through 16 bits, as Pillow has it.
+std::vector<std::uint8_t> levels_of(std::uint64_t maximum, bool grey)
+{
+    std::vector<std::uint8_t> levels(maximum + 1);
+    for (std::uint64_t value = 0; value <= maximum; ++value) {
+        const double share = static_cast<double>(value) / static_cast<double>(maximum);
+        const bool deep = grey && maximum > 255;
+        const auto stretched = static_cast<std::uint32_t>(std::nearbyint(share * (deep ? 65535 : 255)));
+        levels[value] = static_cast<std::uint8_t>(deep ? (stretched * 255 + 32895) >> 16 : stretched);
+    }
+    return levels;
+}
+
+// P5 or P6, width, height, maximum, one white space, samples of one byte or two; '#' starts a comment in the header.
 Image decode_pnm(const ImageFile& file)
 {
     std::size_t at = 2;
@@ -56,18 +71,26 @@ Image decode_pnm(const ImageFile& file)
         if (at == begin || at == file.size) file.fail("corrupt or truncated PPM/PGM header");
         return value;
     };
-    const std::uint64_t width = number(), height = number(), depth = number();
-    if (depth != 255) file.fail("PPM/PGM with maximum " + std::to_string(depth) + " is not supported, only 255");
+    const std::uint64_t width = number(), height = number(), maximum = number();
+    if (maximum < 1 || maximum > 65535)
+        file.fail("PPM/PGM with maximum " + std::to_string(maximum) + ", expected 1 to 65535");
     if (!is_space(file.bytes[at++])) file.fail("corrupt PPM/PGM header");
     const std::uint64_t channels = file.bytes[1] == '6' ? 3 : 1;
     if (width > max_image_side || height > max_image_side) make_image(file, height, width);  // names the limit
-    if (height * width * channels > file.size - at) file.fail("truncated PPM/PGM");
+    const std::size_t bytes = maximum > 255 ? 2 : 1;
+    if (height * width * channels * bytes > file.size - at) file.fail("truncated PPM/PGM");
     Image image = make_image(file, height, width);
     const unsigned char* from = file.bytes + at;
-    if (channels == 3)
+    if (channels == 3 && maximum == 255) {
         std::memcpy(image.pixels.data(), from, image.pixels.size());
-    else
-        for (std::size_t i = 0; i < image.pixels.size(); ++i) image.pixels[i] = from[i / 3];
+        return image;
+    }
+    const std::vector<std::uint8_t> levels = levels_of(maximum, channels == 1);
+    for (std::size_t i = 0; i < image.pixels.size(); ++i) {
+        const unsigned char* sample = from + (channels == 3 ? i : i / 3) * bytes;
+        const std::uint64_t value = bytes == 2 ? std::uint64_t{sample[0]} << 8 | sample[1] : sample[0];
+        image.pixels[i] = levels[std::min(value, maximum)];
+    }
     return image;
 }
 
@@ -76,13 +99,16 @@ Image decode_pnm(const ImageFile& file)
 Image decode_image(const void* bytes, std::size_t size, const std::string& name)
 {
     const ImageFile file{static_cast<const unsigned char*>(bytes), size, name};
-    const std::string_view text(static_cast<const char*>(bytes), size);
     if (size == 0) file.fail("file is empty");
-    if (text.starts_with("\xFF\xD8\xFF")) return upright(decode_jpeg(file), orientation_of(bytes, size));
-    if (text.starts_with("\x89PNG\r\n\x1A\n")) return upright(decode_png(file), orientation_of(bytes, size));
-    if (size > 2 && (text.starts_with("P5") || text.starts_with("P6")) && is_space(file.bytes[2]))
-        return decode_pnm(file);
-    file.fail("neither JPEG, PNG nor binary PPM/PGM");
+    const std::string kind = picture_kind(bytes, size);
+    if (kind == "JPEG") return upright(decode_jpeg(file), orientation_of(bytes, size));
+    if (kind == "PNG") return upright(decode_png(file), orientation_of(bytes, size));
+    if (kind == "PPM/PGM") return decode_pnm(file);
+    for (const char* other : {"WebP", "TIFF", "BMP", "GIF", "AVIF", "PNM"})
+        if (kind == other)
+            file.fail(kind + ", which vimcore reads in Python alone, with Pillow; convert it to PNG or JPEG");
+    if (kind.empty()) file.fail("neither JPEG, PNG nor PPM/PGM, nor another format of pictures that is known");
+    file.fail(kind + ", which is not read; give the picture as PNG or JPEG");
 }
 
 Image decode_image(const std::string& path)

@@ -182,7 +182,7 @@ void run(const Pass& pass, const Tensor& images, const Saved& saved, const Outpu
 void backward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Saved& saved,
               const Outputs& gradients, Params& dparams, const Tensor& dimages, const Draws& draws)
 {
-    const Pass pass(ctx, config, params, images, draws);
+    const Pass pass(ctx, config, params, images, gradients, draws);
     internals(ctx).training = true;
     dparams.blocks.resize(static_cast<std::size_t>(config.depth));
     if (pass.batch > 0) run_together(ctx, [&] { run(pass, images, saved, gradients, dparams, dimages); });

@@ -161,7 +161,7 @@ void run(const Pass& pass, const Tensor& images, const Outputs& out, Saved* save
 void forward(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Outputs& out,
              Saved* saved, const Draws& draws)
 {
-    const Pass pass(ctx, config, params, images, draws);
+    const Pass pass(ctx, config, params, images, out, draws);
     internals(ctx).training = saved != nullptr;
     if (saved && internals(ctx).cache) internals(ctx).cache->begin_step();
     if (saved && !counts(ctx)) saved->prepare(config, pass.batch, pass.dtype, ctx.device());

@@ -7,12 +7,38 @@
 
 namespace vimcore {
 
-Pass::Pass(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Draws& draws)
+namespace {
+
+DType type_of(const Outputs& outputs, const Tensor& images)
+{
+    if (outputs.logits) return outputs.logits.dtype;
+    if (outputs.tokens) return outputs.tokens.dtype;
+    return outputs.intermediates.empty() ? images.dtype : outputs.intermediates[0].dtype;
+}
+
+void check_types(const Params& params, const Tensor& images, DType dtype, Device device)
+{
+    const bool converted = device.type == Device::Type::cpu && images.dtype == wide(dtype);
+    if (images.dtype != dtype && !converted)
+        throw std::invalid_argument("[forward] images: expected " + std::string(name_of(dtype)) +
+                                    " as the outputs, got " + describe(images));
+    if (params.norm_weight.dtype != wide(dtype))
+        throw std::invalid_argument("[forward] images: expected " + std::string(name_of(params.norm_weight.dtype)) +
+                                    " as the parameters, got " + describe(images));
+    if (params.patch_weight.dtype == DType::bf16_panels && dtype != DType::bf16)
+        throw std::invalid_argument("[forward] outputs: expected bf16, for which alone the weights are kept, got " +
+                                    std::string(name_of(dtype)));
+}
+
+}  // namespace
+
+Pass::Pass(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Outputs& outputs,
+           const Draws& draws)
     : ctx(ctx),
       config(config),
       params(params),
       draws(draws),
-      dtype(images.dtype),
+      dtype(type_of(outputs, images)),
       batch(images.shape.rank() == (config.frames > 0 ? 5 : 4) ? images.size(0) : 0),
       len(config.tokens()),
       dim(config.embed_dim),
@@ -24,9 +50,7 @@ Pass::Pass(Context& ctx, const Config& config, const Params& params, const Tenso
     if (static_cast<std::int64_t>(params.blocks.size()) != config.depth)
         throw std::invalid_argument("[forward] params: expected " + std::to_string(config.depth) + " blocks, got " +
                                     std::to_string(params.blocks.size()));
-    if (params.patch_weight.dtype != wide(dtype))
-        throw std::invalid_argument("[forward] images: expected " + std::string(name_of(params.patch_weight.dtype)) +
-                                    " as the parameters, got " + describe(images));
+    check_types(params, images, dtype, ctx.device());
     if (draws.drop_path && !(draws.drop_path.shape == Shape{config.depth, batch}))
         throw std::invalid_argument("[forward] drop_path: expected " + to_string(Shape{config.depth, batch}) +
                                     ", got " + describe(draws.drop_path));

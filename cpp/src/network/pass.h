@@ -23,7 +23,9 @@ struct Selection {
 };
 
 struct Pass {
-    Pass(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Draws& draws);
+    // `outputs`, or their gradients, say which type activations have.
+    Pass(Context& ctx, const Config& config, const Params& params, const Tensor& images, const Outputs& outputs,
+         const Draws& draws);
     ~Pass()
     {
         internals(ctx).cache = outer_cache;

@@ -175,17 +175,6 @@ std::int64_t saved_bytes(const Config& c, Memory memory, std::int64_t batch, DTy
     return saturated(one + static_cast<double>(c.depth - 1) * (two - one));
 }
 
-std::int64_t weight_bytes(const Config& config)
-{
-    double elements = 0;
-    for_each_param(config, [&](const std::string&, const Shape& shape) {
-        double size = 1;
-        for (const std::int64_t side : shape) size *= static_cast<double>(side);
-        elements += size;
-    });
-    return saturated(elements * sizeof(float));
-}
-
 std::int64_t machine_bytes()
 {
     double bytes = static_cast<double>(::sysconf(_SC_PHYS_PAGES)) * static_cast<double>(::sysconf(_SC_PAGE_SIZE));

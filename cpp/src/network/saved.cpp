@@ -17,7 +17,10 @@ std::int64_t Saved::chunk(Memory memory) { return memory == Memory::fast ? 16 : 
 
 namespace {
 
-// Points the tensors of `depth` blocks into memory from `base` on; how many bytes they take. shape: (B, L, D).
+// Points the tensors of `depth` blocks, or of one block without a network around it, whose caller keeps the residual,
+// into memory from `base` on; how many bytes they take. shape: (B, L, D).
+constexpr std::int64_t alone = 0;
+
 std::size_t lay_out(Saved& saved, const BlockConfig& c, std::int64_t depth, const Shape& shape, DType dtype,
                     Device device, void* base)
 {
@@ -32,20 +35,27 @@ std::size_t lay_out(Saved& saved, const BlockConfig& c, std::int64_t depth, cons
         return tensor;
     };
     saved.batch = batch;
-    saved.blocks.resize(static_cast<std::size_t>(depth));
+    saved.blocks.resize(depth == alone ? 1 : static_cast<std::size_t>(depth));
     for (BlockSaved& block : saved.blocks) {
         block.chunk = chunk;
-        block.residual = place(shape, wide(dtype));
+        if (depth != alone) block.residual = place(shape, wide(dtype));
         block.xz = saved.memory == Memory::least ? Tensor{} : place({batch, len, 2 * c.inner()}, dtype);
         block.q = place({projections, batch, len, q}, dtype);
         block.checkpoints = place({n, batch, chunks, c.d_state, c.inner()}, wide(dtype));
     }
-    saved.residual = place(shape, wide(dtype));
+    if (depth != alone) saved.residual = place(shape, wide(dtype));
     return used;
 }
 
 void prepare(Saved& saved, const BlockConfig& c, std::int64_t depth, const Shape& shape, DType dtype, Device device)
 {
+    if (saved.lent) {
+        saved.used = lay_out(saved, c, depth, shape, dtype, device, saved.lent.data);
+        if (saved.used > saved.lent.bytes() || saved.lent.device != device)
+            throw std::invalid_argument("[Saved] memory: expected " + std::to_string(saved.used) + " bytes on " +
+                                        to_string(device) + ", got " + describe(saved.lent));
+        return;
+    }
     saved.used = lay_out(saved, c, depth, shape, dtype, device, saved.storage.data());
     if (saved.used <= saved.storage.bytes() && saved.storage.device() == device) return;
     saved.storage = Buffer();  // before the larger one is asked for
@@ -64,11 +74,29 @@ void attach(Saved& saved, const BlockConfig& c, std::int64_t depth, const Shape&
                                     " bytes that forward saved, got " + std::to_string(bytes));
 }
 
+std::size_t bytes_of(const BlockConfig& c, std::int64_t depth, const Shape& shape, DType dtype, Device device,
+                           Memory memory)
+{
+    Saved nothing;
+    nothing.memory = memory;
+    return lay_out(nothing, c, depth, shape, dtype, device, nullptr);
+}
+
 }  // namespace
 
 std::size_t lay_out(Saved& saved, const Config& config, std::int64_t batch, DType dtype, Device device, void* base)
 {
     return lay_out(saved, config, config.depth, config.tokens_shape(batch), dtype, device, base);
+}
+
+std::size_t Saved::bytes(const Config& c, std::int64_t images, DType dtype, Device device, Memory memory)
+{
+    return bytes_of(c, c.depth, c.tokens_shape(images), dtype, device, memory);
+}
+
+std::size_t Saved::block_bytes(const BlockConfig& c, const Shape& shape, DType dtype, Device device, Memory memory)
+{
+    return bytes_of(c, alone, shape, dtype, device, memory);
 }
 
 void Saved::prepare(const Config& c, std::int64_t images, DType dtype, Device device)
@@ -78,7 +106,7 @@ void Saved::prepare(const Config& c, std::int64_t images, DType dtype, Device de
 
 void Saved::prepare_block(const BlockConfig& c, const Shape& shape, DType dtype, Device device)
 {
-    vimcore::prepare(*this, c, 1, shape, dtype, device);
+    vimcore::prepare(*this, c, alone, shape, dtype, device);
 }
 
 void Saved::attach(const Config& c, std::int64_t images, DType dtype, Device device, void* data, std::size_t bytes)
@@ -89,7 +117,7 @@ void Saved::attach(const Config& c, std::int64_t images, DType dtype, Device dev
 void Saved::attach_block(const BlockConfig& c, const Shape& shape, DType dtype, Device device, void* data,
                          std::size_t bytes)
 {
-    vimcore::attach(*this, c, 1, shape, dtype, device, data, bytes);
+    vimcore::attach(*this, c, alone, shape, dtype, device, data, bytes);
 }
 
 }  // namespace vimcore

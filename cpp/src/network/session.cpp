@@ -25,14 +25,14 @@ Outputs outputs_to(const Tensor& result, bool features)
     return out;
 }
 
-// x and y are float32; between them activations are of type `dtype`.
+// x and y are float32; between them activations are of type `dtype`. The CPU converts images as it cuts them.
 void compute(Context& ctx, const Model& model, DType dtype, const Tensor& x, const Tensor& y, bool features)
 {
     Arena::Scope scope(arena_of(ctx));
-    const bool narrow = dtype != DType::f32;
-    const Tensor images = narrow ? arena_of(ctx).take(x.shape, dtype) : x;
+    const bool narrow = dtype != DType::f32, copied = narrow && ctx.device().type != Device::Type::cpu;
+    const Tensor images = copied ? arena_of(ctx).take(x.shape, dtype) : x;
     const Tensor result = narrow ? arena_of(ctx).take(y.shape, dtype) : y;
-    if (narrow) backend_of(ctx).copy(ctx, x, images);
+    if (copied) backend_of(ctx).copy(ctx, x, images);
     forward(ctx, model.config(), model.params(), images, outputs_to(result, features));
     if (narrow) backend_of(ctx).copy(ctx, result, y);
 }
@@ -105,6 +105,9 @@ Session::Session(std::shared_ptr<const Model> model, SessionOptions options)
         throw std::invalid_argument("[session] max_batch: expected at least 1, got " +
                                     std::to_string(options_.max_batch));
     const bool cpu = model_->device() == Device::cpu();
+    if (model_->only().value_or(options_.dtype) != options_.dtype)
+        throw std::invalid_argument("[session] dtype: expected " + std::string(name_of(*model_->only())) +
+                                    ", for which alone the model was loaded, got " + name_of(options_.dtype));
     require_activations("session", options_.dtype, model_->device());
     if (cpu)
         require_memory("session", "batches of " + std::to_string(options_.max_batch) + " images",

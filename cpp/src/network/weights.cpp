@@ -86,12 +86,14 @@ void initialize_tensor(const Config& config, const std::string& name, const Tens
     }
 }
 
-// Whether computing in 16 bits rounds this parameter: a matrix, or a convolution that is one. Those along the tokens
-// and the projection of time steps are not.
+// Whether computing in 16 bits rounds this parameter: a matrix, or a convolution that is one; of text towers also by
+// torch's names for attention. Those along the tokens, the projection of time steps and embeddings are not.
 bool is_rounded(const std::string& name, const Shape& shape)
 {
     const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
-    return shape.rank() >= 2 && name.ends_with(".weight") && !has("conv1d") && !has("dt_proj");
+    const bool matrix =
+        name.ends_with(".weight") || name.ends_with(".attn.in_proj_weight") || name == "text_projection";
+    return shape.rank() >= 2 && matrix && !has("conv1d") && !has("dt_proj") && !has("token_embedding");
 }
 
 }  // namespace

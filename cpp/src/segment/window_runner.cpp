@@ -57,13 +57,9 @@ void WindowRunner::run(Context& ctx, Streams& streams, const float* images, std:
     for (std::size_t i = 0; i < streams.outputs.layers.size(); i++)
         streams.tokens.push_back(arena_of(ctx).take(config.tokens_shape(count), DType::f32));
     streams.outputs.intermediates = streams.tokens;
-    Tensor x{const_cast<float*>(images), config.images_shape(count), DType::f32, {}};
-    if (narrow) {
+    const Tensor x{const_cast<float*>(images), config.images_shape(count), DType::f32, {}};
+    if (narrow)
         for (Tensor& tokens : streams.outputs.intermediates) tokens = arena_of(ctx).take(tokens.shape, dtype_);
-        const Tensor wide = x;
-        x = arena_of(ctx).take(wide.shape, dtype_);
-        backend_of(ctx).copy(ctx, wide, x);
-    }
     forward(ctx, config, network_.weights.params, x, streams.outputs);
     for (std::size_t i = 0; narrow && i < streams.tokens.size(); i++)
         backend_of(ctx).copy(ctx, streams.outputs.intermediates[i], streams.tokens[i]);

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _core
 from ..autograd.network import Request
 from ..autograd.tensors import activation_types, describe, on_cuda
-from ..data.picture_files import find_images, read_file
+from ..data.picture_files import FORMATS_TEXT, find_images, read_file
 from ..data.pictures import network_input
 from ..io import load_model
 from ..nn.inputs import checked_images
@@ -177,7 +177,7 @@ def health_of_file(
     for path in itertools.islice(find_images(pictures, passed_over), count):
         inputs.append(network_input(read_file(path), path, preprocess))
     if not inputs:
-        raise ValueError("no pictures found (JPEG, PNG, PPM, PGM)")
+        raise ValueError(f"no pictures found ({FORMATS_TEXT})")
     return health(model, torch.from_numpy(np.stack(inputs)))
 
 

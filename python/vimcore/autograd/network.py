@@ -14,7 +14,7 @@ from torch.utils.dlpack import from_dlpack
 from .. import _core
 from .checks import once_differentiable, refuse_layout
 from .draws import NONE
-from .tensors import aligned, describe, exported, place
+from .tensors import NAMES, aligned, describe, exported, on_cuda, place
 
 
 class Request(NamedTuple):
@@ -65,6 +65,12 @@ class Core:
                 self._sizes = {self.config.img_size: self.config}
             self._sizes[height, width] = found
         return found
+
+    def room(self, memory: str, images: Tensor) -> Tensor:
+        """For what a forward on a device saves: memory of torch, which knows its streams and graphs."""
+        config, dtype = self.at(*images.shape[-2:]), NAMES[images.dtype]
+        size = _core.Saved.size(config, images.shape[0], dtype, True, memory)
+        return images.new_empty(size, dtype=torch.uint8)
 
     def weights(self, params: Sequence[Tensor]) -> _core.BoundWeights:
         """The parameters, in the order of `names`, as the core sees them; bound again when they moved."""
@@ -195,11 +201,16 @@ class NetworkFunction(torch.autograd.Function):
         images: Tensor,
         *params: Tensor,
     ) -> tuple[Tensor, ...]:
-        saved = core.network.saved(request.memory, place(images))
+        # The token is what is saved: autograd frees it with its other saved tensors, hooks may move it.
+        token = core.room(request.memory, images) if on_cuda(images) else None
+        if token is None:
+            saved = core.network.saved(request.memory, place(images))
+        else:
+            saved = _core.Saved.lent(request.memory, exported(token))
         bound = core.bound(params, copy=constant is None)
         outputs = core.run(request, images, params, saved, constant, bound)
-        # The token is what was saved: autograd frees it with its other saved tensors, hooks may move it.
-        ctx.save_for_backward(from_dlpack(saved.token), images, *params)
+        token = from_dlpack(saved.token) if token is None else token
+        ctx.save_for_backward(token, images, *params)
         ctx.set_materialize_grads(False)
         ctx.core, ctx.request, ctx.bound, ctx.state = core, request, bound, bound.state()
         return outputs

@@ -4,9 +4,9 @@
 On CUDA a call is queued on torch's current stream of the tensor's device, and what it writes was allocated by
 torch: streams, lifetimes and `torch.cuda.graph` work as with torch's own operators. Before a capture, run the
 call once. What was captured, an inference or a training step, reads the weights anew in every replay; an
-inference captured within `constant_weights` keeps the casts that it found. What a network saved for its
-backward is not torch's memory: a hook on saved tensors that copies it on another stream has to make the
-network's stream wait for that.
+inference captured within `constant_weights` keeps the casts that it found. What a network saves for its
+backward is memory of torch's, too: a hook on saved tensors that copies it on another stream calls
+`record_stream`, as for any tensor.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ COMMANDS = {
     "predict": "classify image files (no torch needed)",
     "search": "find pictures by a sentence or by an example picture",
     "explain": "show what a network does with images, and why it decides: attention, features, relevance",
+    "download": "fetch the weights that the authors of Vim published, or list them",
     "convert": "convert a PyTorch checkpoint, such as the authors', to a vimcore file",
     "export": "write a network for ONNX Runtime, OpenVINO or torch.export, checked against the core",
     "info": "show what a vimcore file contains",

@@ -6,7 +6,10 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..utils.extras import required
 from .output import print_json, print_table
+
+IMAGENET, CLASSES = "imagenet-1k", 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="set an option of VisionMamba, or of a head, that the tensors do not determine; may be repeated",
     )
-    parser.add_argument("--labels", metavar="FILE", help="class names, one per line or a JSON list")
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help=f"class names, one per line or a JSON list; {IMAGENET} for those of ImageNet (needs timm)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -40,11 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from .. import _core
+    from ..hub.pretrained import imagenet_names
     from ..weights.convert import parse_setting, read_labels
     from ..weights.convert_dense import convert
+    from ..weights.metadata import LABELS_KEY, TASK_KEY
 
     settings = dict(parse_setting(text) for text in args.set)
-    labels = read_labels(args.labels) if args.labels else None
+    if args.labels == IMAGENET:
+        with required(f"--labels {IMAGENET}", "train"):
+            import timm  # noqa: F401
+        labels = imagenet_names()
+    else:
+        labels = read_labels(args.labels) if args.labels else None
     config, assumptions = convert(
         args.source,
         args.destination,
@@ -53,6 +68,9 @@ def run(args: argparse.Namespace) -> int:
         labels=labels,
         dtype=args.dtype,
     )
+    written = _core.safetensors_header(args.destination)[1]
+    if config["num_classes"] == CLASSES and not {LABELS_KEY, TASK_KEY} & set(written):
+        assumptions.append(f"labels none; if these are ImageNet's {CLASSES} classes: --labels {IMAGENET}")
     if args.json:
         print_json({"config": config, "assumptions": assumptions, "written": args.destination})
         return 0

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..data.picture_files import find_images, passed_over_text
+from ..data.picture_files import FORMATS_TEXT, find_images, passed_over_text
 from ..utils import options
 from ..utils.extras import required
 from ..utils.files import printable, shortened
@@ -39,6 +39,15 @@ def _token(text: str) -> str | tuple[int, int]:
     if len(parts) != 2:
         raise argparse.ArgumentTypeError(f"expected 'class' or ROW,COLUMN of a patch, got {text!r:.60}")
     return options.integer(parts[0], least=0), options.integer(parts[1], least=0)
+
+
+def _dtype(text: str) -> str:
+    if text != "float32":
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.60}: explanations are computed in float32, in which what they divide adds up again; "
+            "`vimcore health` tells what 16 bits change"
+        )
+    return text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("png", "svg"), default="png", help="default: %(default)s")
     parser.add_argument("--threads", type=options.threads, help="CPU threads (default: all cores)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--dtype", type=_dtype, default="float32", help="float32, which explanations need")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per image, and one for figures of all"
     )
@@ -120,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     if passed_over:
         complain(passed_over_text(passed_over))
     if not paths:
-        raise RuntimeError("no pictures found (JPEG, PNG, PPM, PGM)")
+        raise RuntimeError(f"no pictures found ({FORMATS_TEXT})")
     failed = 0
     with tqdm(
         total=len(paths) * len(explainer.what),

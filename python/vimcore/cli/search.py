@@ -7,10 +7,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..data.picture_files import passed_over_text
+from ..data.picture_files import FORMATS_TEXT, passed_over_text
 from ..utils import options
 from ..utils.extras import required
 from ..utils.files import printable
+from ..utils.precision import FLOATS
 from .output import print_json, print_table
 from .streams import complain
 
@@ -53,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=options.threads, help="CPU threads (default: all cores); do not change the result"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=FLOATS,
+        default="float32",
+        help="type of activations: float32, bfloat16, on cuda float16 (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per picture")
 
 
@@ -69,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tools.embedders import open_embedder
     from ..tools.search import collect, nearest, query_vector
 
-    embedder = open_embedder(args.weights, args.device, args.threads)
+    embedder = open_embedder(args.weights, args.device, args.threads, args.dtype)
     vector, kind, notes = query_vector(embedder, args.query)
     for note in notes:
         complain(note)
@@ -98,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         complain(passed_over_text(library.passed_over))
     total = len(library.images) + len(library.errors)
     if not total:
-        raise RuntimeError("no pictures found (JPEG, PNG, PPM, PGM)")
+        raise RuntimeError(f"no pictures found ({FORMATS_TEXT})")
     hits = nearest(library, vector, args.topk, args.query if kind == "picture" else None)
     if args.out is not None:
         from ..plots.contact_sheet import plot_sheet

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +99,17 @@ def _shown(value: Any) -> str:
     return " ".join(f"{v:.4g}" for v in value) if isinstance(value, tuple) else str(value)
 
 
+def _published(init: str | None) -> dict[str, str]:
+    """The checkpoint of a name that `vimcore download` lists, in place of the name; else nothing."""
+    from ..hub.published import PUBLISHED
+
+    if init not in PUBLISHED or os.path.exists(init):
+        return {}
+    from ..hub.pretrained import checkpoint_of
+
+    return {"init": os.fspath(checkpoint_of(PUBLISHED[init]))}
+
+
 def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
     """The settings of the run, and notes on what was changed without being asked for."""
     names = {field.name for field in dataclasses.fields(args.kind)}
@@ -125,6 +137,7 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
             what = "warm-up" if "warmup" in name else "the run"
             raise ValueError(f"{name}, {both[0]}: both give the length of {what}; name one of them")
     typed = {**{name: value for name, value in of_file.items() if name not in overruled(flags)}, **flags}
+    typed |= _published(typed.get("init"))
     task = next(name for name in tasks.NAMES if tasks.settings_type({"task": name}) is kind)
     preset = args.preset or default_preset(task, typed.get("init"))
     if typed.get("init") is None and preset in FINE_TUNING:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import _core
 from .._core import Config, Preprocess
-from ..nn.state import plain_array, tensors_to_save, unwritable
+from ..nn.state import plain_array, stored_type, tensors_to_save, unwritable
 from ..nn.vision_mamba import VisionMamba
 from ..utils.files import listed
 from ..weights.checkpoints import tensor
@@ -27,7 +27,12 @@ from .towers import ImageTower, create, image_tower
 _TABLES = tuple(TRUNK + name for name in ROPE_TABLES)  # which follow from the configuration
 
 
-def save(model: nn.Module, path: Path, preprocess: Mapping[str, Any] | None = None) -> None:
+def save(
+    model: nn.Module,
+    path: Path,
+    preprocess: Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> None:
     """Writes both towers, their sizes and preprocessing to one safetensors file, all or nothing.
 
     open_clip reads the tensors under the same names.
@@ -35,6 +40,8 @@ def save(model: nn.Module, path: Path, preprocess: Mapping[str, Any] | None = No
     Args:
         model: of `create` or `load`, or open_clip's with an image tower of ours and a text tower like CLIP's.
         preprocess: as `vimcore.io.save_model` takes it; default: the model's.
+        dtype: of the weights in the file, see `VisionMamba.save`; of the text tower's those that open_clip
+            has in 16 bits, too.
 
     Raises:
         TypeError, ValueError: the file could not describe the model.
@@ -51,7 +58,9 @@ def save(model: nn.Module, path: Path, preprocess: Mapping[str, Any] | None = No
     if faults:
         raise ValueError("[clip] save: the file cannot describe this model:\n  " + listed(faults, "\n  "))
     metadata = {**pack(config, None, preprocess), **pack_task(task)}
-    _core.write_safetensors(path, {name: plain_array(state[name]) for name in wanted}, metadata)
+    _core.write_safetensors(
+        path, {name: plain_array(state[name]) for name in wanted}, metadata, stored_type(dtype)
+    )
 
 
 def load(path: Path, device: str | torch.device = "cpu") -> CLIP:
@@ -72,13 +81,19 @@ def load(path: Path, device: str | torch.device = "cpu") -> CLIP:
     return model.eval().to(device)
 
 
-def export_image_tower(model: nn.Module, path: Path, preprocess: Mapping[str, Any] | None = None) -> None:
+def export_image_tower(
+    model: nn.Module,
+    path: Path,
+    preprocess: Mapping[str, Any] | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> None:
     """Writes the image tower with its projection as head: a file for `Runtime`, `vim-infer`, C and C++.
 
     What they call logits are coordinates of the common space, before these are scaled to unit length.
 
     Args:
         preprocess: as `vimcore.io.save_model` takes it; default: the model's.
+        dtype: of the weights in the file, see `VisionMamba.save`.
 
     Raises:
         TypeError, ValueError: as `save`.
@@ -88,7 +103,8 @@ def export_image_tower(model: nn.Module, path: Path, preprocess: Mapping[str, An
     if preprocess is None:
         preprocess = _preprocess(model, config)
     metadata = {**pack(config, None, preprocess), EMBEDDING_KEY: "true"}
-    _core.write_safetensors(path, tensors_to_save(network, config.param_shapes()), metadata)
+    arrays = tensors_to_save(network, config.param_shapes())
+    _core.write_safetensors(path, arrays, metadata, stored_type(dtype))
 
 
 def _described(model: nn.Module, embed_dim: int) -> ClipTask:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,16 @@ from ..utils.files import listed, printable
 from .clip_files import find_clips, frames_of_clip, read_clip
 from .digits import load_digits, picture, split_digits
 from .lists import LISTS, read_list
-from .picture_files import SUFFIXES, is_hidden, kind_of, passed_over_text, read_file, reason, walk
+from .picture_files import (
+    FORMATS_TEXT,
+    SUFFIXES,
+    is_hidden,
+    kind_of,
+    passed_over_text,
+    read_file,
+    reason,
+    walk,
+)
 from .pictures import decode
 from .sampling import Key, seed_all
 from .sources import Source, is_source
@@ -41,6 +51,7 @@ class Images:
         labels: index into `classes` of each image.
         passed_over: files that lay between them, by kind.
         frames: of the clips that the files are: folders of pictures, or arrays (T, H, W, C); 0: images.
+        random_frames: Python's generator draws which frame of each part of a clip is seen.
     """
 
     files: Sequence[str]
@@ -51,6 +62,7 @@ class Images:
     source: Source | None = None
     places: NDArray[np.int64] | None = None
     frames: int = 0
+    random_frames: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,7 +83,7 @@ class Images:
         name = self.files[index]
         try:
             if self.frames:
-                return read_clip(name, self.frames)
+                return read_clip(name, self.frames, random.randrange if self.random_frames else None)
             if self.source is not None and self.places is not None:
                 return self.source.read(int(self.places[index]))
             if not _is_array(name):
@@ -213,7 +225,7 @@ def open_images(path: str, split: str = "train", frames: int = 0) -> Images:
         if is_list:
             raise ValueError(f"{path}: no rows below the columns' names, so no images")
         raise ValueError(
-            f"{path}: no images in class folders (JPEG, PNG, PPM, PGM, .npy)"
+            f"{path}: no images in class folders ({FORMATS_TEXT}, .npy)"
             + (f"; {passed_over_text(found.passed_over)}" if found.passed_over else "")
         )
     if len({_is_array(name) for name in found.files}) > 1:

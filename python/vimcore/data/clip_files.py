@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .._core import Error
 from ..utils.clips import checked_clip, chosen_frames
-from .picture_files import SUFFIXES, read_file, walk
+from .picture_files import SUFFIXES, read_file, reason, walk
 from .pictures import decode
 
 ARRAY = ".npy"
@@ -54,8 +55,11 @@ def _in_time(name: str) -> tuple[list[tuple[int, int, bytes]], bytes]:
     return parts, os.fsencode(name)
 
 
-def frames_of_clip(name: str, frames: int) -> NDArray[np.int64]:
-    """Which of a clip's frames the network sees: all, or the middle of `frames` equal parts.
+def frames_of_clip(name: str, frames: int, draw: Callable[[int], int] | None = None) -> NDArray[np.int64]:
+    """Which of a clip's frames the network sees: all, or one of each of `frames` equal parts.
+
+    Args:
+        draw: which one, see `chosen_frames`; None: the middle.
 
     Raises:
         ValueError: the clip's length is no multiple of `frames`, or it is none.
@@ -68,29 +72,36 @@ def frames_of_clip(name: str, frames: int) -> NDArray[np.int64]:
     else:
         raise ValueError(f"{name}: a clip is a folder of pictures or a .npy file (T, H, W, C)")
     try:
-        return chosen_frames(length, frames)
+        return chosen_frames(length, frames, draw)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def read_clip(name: str, frames: int) -> NDArray[np.uint8]:
-    """(frames, H, W, 3) uint8.
+def read_clip(name: str, frames: int, draw: Callable[[int], int] | None = None) -> NDArray[np.uint8]:
+    """(frames, H, W, 3) uint8, the frames as `frames_of_clip` chooses them.
 
     Raises:
-        ValueError, OSError, vimcore.Error: the clip cannot be read, its frames differ in size, or its length
-            does not fit.
+        ValueError, OSError: the clip cannot be read, its frames differ in size, or its length does not fit.
     """
-    wanted = frames_of_clip(name, frames)
+    wanted = frames_of_clip(name, frames, draw)
     if not os.path.isdir(name):
         clip = np.ascontiguousarray(_array(name)[wanted])
         return np.broadcast_to(clip, (*clip.shape[:3], 3))
     pictures = frame_names(name)
-    found = [decode(read_file(pictures[i]), "") for i in wanted]
+    found = [_frame(pictures[i]) for i in wanted]
     sizes = {frame.shape[:2] for frame in found}
     if len(sizes) > 1:
         listed = ", ".join(f"{height} x {width}" for height, width in sorted(sizes))
         raise ValueError(f"frames of different sizes: {listed}")
     return np.stack(found)
+
+
+def _frame(name: str) -> NDArray[np.uint8]:
+    """A picture; the error tells which frame it was."""
+    try:
+        return decode(read_file(name), "")
+    except (Error, OSError, ValueError) as error:
+        raise ValueError(f"{os.path.basename(name)}: {reason(error)}") from error
 
 
 def _array(name: str) -> NDArray[np.uint8]:

@@ -15,9 +15,10 @@ from .. import _core
 from .._core import Preprocess
 from ..utils.files import printable
 from .picture_files import read_file, reason
-from .pictures import MODES, decode, network_input
+from .pictures import decode, network_input
+from .pillow_pictures import upright_pixels
 
-KINDS = "a path, bytes of a file, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of these"
+KINDS = "a path, bytes of a file, a PIL image, a uint8 array (H, W, 3 or 4) or (H, W), or a list of these"
 _SIDE = 128  # pixels of a thumbnail
 
 
@@ -94,13 +95,9 @@ def _bytes(value: Any) -> bytes | None:
 
 
 def _pixels(value: Any) -> NDArray[np.uint8]:
-    """(H, W, 3) of an array or a PIL image, which is turned as its EXIF orientation says."""
+    """(H, W, 3) of an array, alpha dropped, or a PIL image, turned as its EXIF orientation says."""
     if not isinstance(value, np.ndarray):
-        from PIL import ImageOps
-
-        if value.mode not in MODES:
-            raise ValueError(f"expected a PIL image of 8 bits, grey or colour, got mode {value.mode}")
-        value = np.asarray(ImageOps.exif_transpose(value).convert("RGB"))
+        value = upright_pixels(value)
     if value.dtype != np.uint8:
         raise ValueError(
             f"expected uint8 pixels, got {value.dtype}; normalised float32 images (B, C, H, W) go to the "
@@ -108,9 +105,9 @@ def _pixels(value: Any) -> NDArray[np.uint8]:
         )
     if value.ndim == 2 or value.shape[2:] == (1,):
         value = np.repeat(value.reshape(*value.shape[:2], 1), 3, 2)
-    if value.ndim != 3 or value.shape[2] != 3 or not value.size:
-        raise ValueError(f"expected pixels (H, W, 3) or (H, W), got {value.shape}")
-    return np.ascontiguousarray(value)
+    if value.ndim != 3 or value.shape[2] not in (3, 4) or not value.size:
+        raise ValueError(f"expected pixels (H, W, 3), (H, W, 4) or (H, W), got {value.shape}")
+    return np.ascontiguousarray(value[..., :3])
 
 
 def _is_one(x: Any) -> bool:

@@ -17,7 +17,7 @@ from PIL import Image
 from .coco import Mask
 from .masks import read_names
 from .objects import Objects, Picture, annotated, boxes_of, decoded
-from .picture_files import SUFFIXES, read_file, reason, walk
+from .picture_files import FORMATS_TEXT, SUFFIXES, read_file, reason, walk
 from .transforms import UnreadableError
 
 CLASS = 1000  # a value of an instance mask is class * CLASS + instance
@@ -116,7 +116,7 @@ def open_masked(path: str, classes: Sequence[str] | None = None) -> MaskedObject
     files = list(walk(os.path.join(path, "images"), SUFFIXES, passed))
     masks = [_mask_beside(path, file) for file in files]
     if not files:
-        raise ValueError(f"{path}: no pictures in images/ (JPEG, PNG, PPM, PGM)")
+        raise ValueError(f"{path}: no pictures in images/ ({FORMATS_TEXT})")
     found: list[tuple[tuple[int, int], tuple[int, ...]]] = []
     faults: dict[int, str] = {}
     for i, mask in enumerate(masks):

@@ -18,7 +18,7 @@ from ..utils.files import listed
 from .classes import ARRAY, VALIDATION_NAMES, Images
 from .lists import LISTS, read_list
 from .masks import IGNORE, MASKS, Mask, check_indices, names_beside, read_mask
-from .picture_files import SUFFIXES, passed_over_text, walk
+from .picture_files import FORMATS_TEXT, SUFFIXES, passed_over_text, walk
 from .scenes import CLASSES, NAME, VALIDATION, Scenes
 from .transforms import UnreadableError
 
@@ -226,7 +226,7 @@ def _matched(images: str, masks: str) -> tuple[list[str], list[str], Counter[str
     found = list(walk(images, (*SUFFIXES, ARRAY), passed_over))
     if not found:
         text = f"; {passed_over_text(passed_over)}" if passed_over else ""
-        raise ValueError(f"{images}: no images (JPEG, PNG, PPM, PGM, .npy){text}")
+        raise ValueError(f"{images}: no images ({FORMATS_TEXT}, .npy){text}")
     of_stem: dict[str, str] = {}
     for mask in walk(masks, MASKS, passed_over):
         if (other := of_stem.setdefault(_stem(mask, masks), mask)) != mask:

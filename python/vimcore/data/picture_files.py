@@ -9,13 +9,17 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-SUFFIXES = (".jpeg", ".jpg", ".pgm", ".png", ".ppm")
+SUFFIXES = (  # of formats that are decoded here or, beside vim-infer, by Pillow
+    *(".avif", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
+FORMATS_TEXT = "JPEG, PNG, PPM, PGM, WebP, TIFF, BMP, GIF, AVIF"
 LARGEST = 2**31  # bytes of a picture file
 SHOWN = 12  # kinds in a message
 
 
 def find_images(paths: Iterable[str], passed_over: Counter[str] | None = None) -> Iterator[str]:
-    """Files as given; folders are walked for JPEG, PNG, PPM and PGM files."""
+    """Files as given; folders are walked for pictures by suffix."""
     for path in paths:
         if os.path.isdir(path):
             yield from walk(path, SUFFIXES, passed_over)

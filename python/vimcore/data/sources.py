@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .pictures import decode
+from .pillow_pictures import upright_pixels
 
 STREAMS = ("hfids", "tfds", "wds")
 HOW = "tar:FILE, hfds/NAME[#SPLIT] or torch/NAME:FOLDER[#SPLIT]"
@@ -83,7 +84,7 @@ class Source:
             file = dataset.reader[place][0]
             with file:
                 return decode(file.read(), "")
-        return np.asarray(dataset[place][0].convert("RGB"))
+        return upright_pixels(dataset[place][0])
 
     def contents(self) -> tuple[list[str], NDArray[np.int64], list[str]]:
         """Names of the pictures, their labels, names of the classes.

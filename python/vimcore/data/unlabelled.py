@@ -12,7 +12,7 @@ from . import classes
 from .classes import ARRAY, Images
 from .digits import split_digits
 from .lists import LISTS
-from .picture_files import SUFFIXES, passed_over_text, walk
+from .picture_files import FORMATS_TEXT, SUFFIXES, passed_over_text, walk
 from .sources import is_source
 
 
@@ -30,7 +30,7 @@ def open_unlabelled(path: str, split: str = "train") -> Images:
     files = list(walk(path, (*SUFFIXES, ARRAY), passed_over))
     if not files:
         more = f"; {passed_over_text(passed_over)}" if passed_over else ""
-        raise ValueError(f"{path}: no images (JPEG, PNG, PPM, PGM, .npy){more}")
+        raise ValueError(f"{path}: no images ({FORMATS_TEXT}, .npy){more}")
     if len({name.lower().endswith(ARRAY) for name in files}) > 1:
         raise ValueError(f"{path}: expected pictures or .npy files, found both")
     return Images(files, np.zeros(len(files), np.int64), ["image"], passed_over=passed_over)

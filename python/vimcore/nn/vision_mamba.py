@@ -20,18 +20,18 @@ from ..autograd.network import Core, NetworkFunction, Request
 from ..positions import resize_pos_embed
 from ..utils.arguments import boolean, integer
 from . import saving
-from .base import NetworkBase
 from .constant import ENTERING, ConstantWeights
 from .inputs import checked_images
 from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
 from .readout import layer_indices, map_shape, patches_of, readout
+from .sharing import SharedNetwork
 from .structure import Places, does_more, made
 
 Network = TypeVar("Network", bound="VisionMamba")
 _NOT_OF_CONFIG = ("self", "memory", "dynamic_img_size", "__class__")  # among what the constructor sees
 
 
-class VisionMamba(NetworkBase):
+class VisionMamba(SharedNetwork):
     """Vision Mamba: patches, class token, bidirectional Mamba blocks, linear head.
 
     Submodules only hold parameters: the whole network is one call of the C++ core. What that would pass over

@@ -10,6 +10,7 @@ from typing import Any
 
 from timm.models import adapt_input_conv
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..config import image_size, model_options, patch_grid
 from ..nn.heads.starting import backbone_weights
@@ -23,6 +24,7 @@ from .settings import Settings
 
 _OPTIONS = ("patch_size", "stride", "embed_dim", "depth", "directions", "class_token", "pool", "frames")
 _PATCHES = "patch_embed.proj.weight"
+_TIMES = "temporal_pos_embedding"
 
 
 def further_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -129,14 +131,16 @@ def start_without_head(model: VisionMamba, settings: Settings) -> list[str]:
 
 
 def _of_frames(model: VisionMamba, state: dict[str, Tensor]) -> list[str]:
-    """Fits weights of a network of images to one of clips; the note on it."""
-    patches = state.get(_PATCHES)
-    if not model.config["frames"] or patches is None or patches.ndim != 4:
+    """Fits weights of a network of images, or of clips of other lengths, to one of clips; the note on it."""
+    patches, frames, table = state.get(_PATCHES), model.config["frames"], state.get(_TIMES)
+    if frames and table is not None and table.ndim == 3 and table.shape[1] != frames:
+        between = interpolate(table.float().transpose(1, 2), frames, mode="linear")  # as the authors do it
+        state[_TIMES] = between.transpose(1, 2).contiguous()
+        return [f"positions in time resized from {table.shape[1]} to {frames} frames (linear)"]
+    if not frames or patches is None or patches.ndim != 4:
         return []
     state[_PATCHES] = patches.unsqueeze(2)
-    state.update(
-        {n: p.detach().clone() for n, p in model.named_parameters() if n == "temporal_pos_embedding"}
-    )
+    state.update({n: p.detach().clone() for n, p in model.named_parameters() if n == _TIMES})
     return ["of images: every frame begins as one, without a position of its own"]
 
 

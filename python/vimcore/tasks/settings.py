@@ -60,7 +60,9 @@ class Settings:
     )
 
     model: str = key("model", "vim_tiny_patch16_224", "size by name, see vimcore.list_models()")
-    init: str | None = key("model", None, "weights to start from: .safetensors, or the authors' .pth")
+    init: str | None = key(
+        "model", None, "weights to start from: .safetensors, .pth, or a name of `vimcore download`"
+    )
     init_weights: str = key("model", "model", "which weights of a .pth", ("model", "ema"))
     pos_embed: str = key("model", "correct", "how init's position table is resized", ("correct", "authors"))
     img_size: tuple[int, ...] | None = key("model", None, "pixels: side, or height and width")

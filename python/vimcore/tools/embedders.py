@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .._core import Preprocess
 from ..runtime import Runtime
 from ..utils.extras import required
+from ..utils.precision import check_precision
 from ..weights.metadata import task_of_file
 
 Vectors = NDArray[np.float32]
@@ -22,10 +23,12 @@ class Embedder(Protocol):
     Attributes:
         steps: how pictures become input.
         reads_text: whether sentences have vectors, too.
+        dtype: of activations, those of sentences included.
     """
 
     steps: Preprocess
     reads_text: bool
+    dtype: str
 
     def images(self, images: Vectors) -> Vectors:
         """(B, D) unit vectors of normalised images (B, C, H, W)."""
@@ -34,21 +37,30 @@ class Embedder(Protocol):
         """(D,) unit vector, and what a reader should know."""
 
 
-def open_embedder(path: str, device: str = "cpu", threads: int | None = None) -> Embedder:
+def open_embedder(
+    path: str, device: str = "cpu", threads: int | None = None, dtype: str = "float32"
+) -> Embedder:
     """What the file of weights offers; classifiers and backbones need no torch.
 
+    Args:
+        dtype: of activations, as for `Runtime`.
+
     Raises:
-        ValueError, vimcore.Error: it cannot be read, or takes no pictures.
+        ValueError, vimcore.Error: it cannot be read, or takes no pictures; activations are not of this type
+            on this device.
     """
     task = task_of_file(path)
+    check_precision("--dtype", dtype, device)
     if task == "classify":
-        return _OfRuntime(Runtime(path, device, threads))
+        return _OfRuntime(Runtime(path, device, threads, dtype=dtype), dtype)
     with required("search by this file", "clip" if task == "clip" else "dense"):
         import torch
         import torchvision  # noqa: F401
     if threads is not None:
         torch.set_num_threads(threads)
-    return _OfTowers(path, device) if task == "clip" else _OfBackbone(path, task, device)
+    if task == "clip":
+        return _OfTowers(path, device, dtype)
+    return _OfBackbone(path, task, device, dtype)
 
 
 def unit(vectors: Vectors) -> Vectors:
@@ -57,13 +69,21 @@ def unit(vectors: Vectors) -> Vectors:
     return (vectors / np.maximum(lengths, 1e-30)).astype(np.float32)
 
 
+def _computing(device: str, dtype: str) -> Any:
+    """Autocast with activations of this type."""
+    import torch
+
+    kind = device.partition(":")[0]
+    return torch.autocast(kind, getattr(torch, dtype), dtype != "float32")
+
+
 class _OfRuntime:
     """A classifier or backbone: the vector that its head reads; an image tower: what its head gives."""
 
     reads_text = False
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.steps = runtime, runtime.picture_steps("search")
+    def __init__(self, runtime: Runtime, dtype: str) -> None:
+        self.runtime, self.steps, self.dtype = runtime, runtime.picture_steps("search"), dtype
 
     def images(self, images: Vectors) -> Vectors:
         return unit(self.runtime.embeddings(images))
@@ -77,11 +97,11 @@ class _OfBackbone:
 
     reads_text = False
 
-    def __init__(self, path: str, task: str, device: str) -> None:
+    def __init__(self, path: str, task: str, device: str, dtype: str) -> None:
         from .. import detection, segmentation
 
         model: Any = (segmentation if task == "segment" else detection).load(path, device)
-        self.backbone, self.device = model.backbone, device
+        self.backbone, self.device, self.dtype = model.backbone, device, dtype
         config, stored = self.backbone._config, model.preprocess
         steps = stored.rescaled(*config.img_size) if stored else Preprocess.default(config)
         if steps is None:
@@ -91,9 +111,9 @@ class _OfBackbone:
     def images(self, images: Vectors) -> Vectors:
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), _computing(self.device, self.dtype):
             tokens = self.backbone.forward_features(torch.from_numpy(images).to(self.device))
-        return unit(tokens.mean(1).cpu().numpy())
+        return unit(tokens.float().mean(1).cpu().numpy())
 
     def text(self, sentence: str) -> tuple[Vectors, list[str]]:
         raise ValueError("this file of weights has no text tower")
@@ -104,10 +124,10 @@ class _OfTowers:
 
     reads_text = True
 
-    def __init__(self, path: str, device: str) -> None:
+    def __init__(self, path: str, device: str, dtype: str) -> None:
         from ..clip import load
 
-        self.model, self.device = load(path, device), device
+        self.model, self.device, self.dtype = load(path, device), device, dtype
         steps = self.model.visual.preprocess
         if steps is None:
             raise ValueError(f"{path}: takes no pictures, so none can be searched")
@@ -116,14 +136,17 @@ class _OfTowers:
     def images(self, images: Vectors) -> Vectors:
         import torch
 
-        with torch.no_grad():
-            return unit(self.model.encode_image(torch.from_numpy(images).to(self.device)).cpu().numpy())
+        with torch.no_grad(), _computing(self.device, self.dtype):
+            found = self.model.encode_image(torch.from_numpy(images).to(self.device))
+        return unit(found.float().cpu().numpy())
 
     def text(self, sentence: str) -> tuple[Vectors, list[str]]:
         from ..clip import Tokenizer
         from ..clip.zero_shot import encode_texts
 
         tokenizer = Tokenizer(self.model.context_length)
-        vector = unit(encode_texts(self.model, [sentence], tokenizer)[0].cpu().numpy())
+        with _computing(self.device, self.dtype):
+            found = encode_texts(self.model, [sentence], tokenizer)[0]
+        vector = unit(found.float().cpu().numpy())
         cut = f"the sentence has more than {tokenizer.context} tokens: its end is not looked at"
         return vector, [cut] if tokenizer.cut else []

@@ -3,8 +3,9 @@
 
 Counted are weights and their packed or cast copies (an estimate), images, scratch memory (to the byte, as it
 grows in the first call; on CUDA with 32 MiB for cuBLASLt) and, for training, activations saved for backward,
-gradients and the two moments of AdamW in float32. Not counted are the interpreter, torch, the memory of a
-GPU's driver and the loss.
+gradients and the two moments of AdamW in float32. Inference is that of `Runtime` and `vim-infer`: in bfloat16
+on the CPU it keeps most weights in that type alone, and converts images as it cuts them. Not counted are the
+interpreter, torch, the memory of a GPU's driver and the loss.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ def needed(
     architecture = Config(**config)
     parts = _core.plan_bytes(architecture, batch, MODES[mode], dtype, threads, device == "cuda")
     weights, half = parts["weights"], dtype != "float32"
+    alone = half and device == "cpu" and not MODES[mode]  # packed weights are all that there are
     # the CPU packs every weight; 16 bits are cast; CUDA puts pairs of float32 side by side
-    parts["packed"] = weights // 2 if half else weights if device == "cpu" else weights // 8
+    parts["packed"] = 0 if alone else weights // 2 if half else weights if device == "cpu" else weights // 8
     pixels = batch * architecture.in_chans * (architecture.frames or 1) * math.prod(architecture.img_size)
-    parts["images"] = pixels * (6 if half else 4)  # float32, and cast
+    parts["images"] = pixels * (6 if half and not alone else 4)  # float32, and cast
     if MODES[mode]:
         parts["gradients"], parts["optimizer"] = weights, 2 * weights
     return parts

@@ -99,7 +99,7 @@ def collect(
         watch: is told how many pictures are done, of how many.
     """
     library = Library([], np.empty((0, 0), np.float32))
-    digest = checksum(weights) if cached else ""
+    digest = checksum(weights, embedder.dtype) if cached else ""
     work: list[tuple[str, Index | None]] = []
     indices: list[tuple[Index, set[str]]] = []
     for path in dict.fromkeys(paths):

@@ -42,9 +42,9 @@ def cache_folder() -> Path:
     return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "vimcore" / "search"
 
 
-def checksum(path: str) -> str:
-    """Of a file's bytes."""
-    found = hashlib.blake2b(digest_size=16)
+def checksum(path: str, dtype: str = "float32") -> str:
+    """Of a file's bytes, and of the type of activations: vectors of another type are other vectors."""
+    found = hashlib.blake2b(digest_size=16, key=b"" if dtype == "float32" else dtype.encode())
     with open(path, "rb") as file:
         while part := file.read(_CHUNK):
             found.update(part)

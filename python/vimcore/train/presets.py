@@ -19,6 +19,7 @@ from .presets_detect import DETECT
 from .presets_mambar import MAMBAR
 from .presets_pretrain import PRETRAIN
 from .presets_segment import SEGMENT
+from .presets_videomamba import VIDEOMAMBA
 from .schedule import bounded_warmup
 
 S = TypeVar("S", bound=Settings)
@@ -122,6 +123,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "finetune": FINETUNE,
     "digits": DIGITS,
     **MAMBAR,
+    **VIDEOMAMBA,
     **SEGMENT,
     **DETECT,
     **PRETRAIN,
@@ -133,6 +135,7 @@ FINE_TUNING = {
     *(name for name in PRESETS if "-long-" in name),
     "mambar-base-224",
     "mambar-base-finetune",
+    *VIDEOMAMBA,
     "finetune",
 }
 

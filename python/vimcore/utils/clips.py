@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ from .. import _core
 from .._core import Preprocess
 
 
-def chosen_frames(length: int, frames: int) -> NDArray[np.int64]:
+def chosen_frames(length: int, frames: int, draw: Callable[[int], int] | None = None) -> NDArray[np.int64]:
     """Which of `length` frames a network of `frames` sees: all, or the middle of as many equal parts.
+
+    Args:
+        draw: gives a number below its argument: the frame of a part instead.
 
     Raises:
         ValueError: the length is no multiple of `frames`.
@@ -23,7 +27,8 @@ def chosen_frames(length: int, frames: int) -> NDArray[np.int64]:
             f"{length} frames, which {frames} do not divide: expected {frames} or a multiple of them"
         )
     part = length // frames
-    return np.arange(frames) * part + part // 2
+    within = part // 2 if draw is None else np.array([draw(part) for _ in range(frames)], np.int64)
+    return np.arange(frames) * part + within
 
 
 def checked_clip(clip: Any) -> NDArray[np.uint8]:

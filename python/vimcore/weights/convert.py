@@ -61,7 +61,10 @@ def infer_config(
     clips = len(shapes.get("patch_embed.proj.weight", ())) == 5
     width, channels, *depth, patch, patch_width = see.shape("patch_embed.proj.weight", 5 if clips else 4)
     if depth not in ([], [1]):
-        raise ValueError(f"{path}: patch_embed.proj.weight: patches of {depth[0]} frames are not supported")
+        raise ValueError(
+            f"{path}: patch_embed.proj.weight: patches (tubelets) of {depth[0]} frames; "
+            "expected patches of one frame, as the published networks of clips have them"
+        )
     if patch != patch_width:
         raise ValueError(
             f"{path}: patch_embed.proj.weight: patches of {patch} x {patch_width} are not square"

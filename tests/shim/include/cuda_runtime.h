@@ -36,13 +36,14 @@ extern dim3 blockDim, gridDim;
     X(cudaSuccess, 0) X(cudaErrorInvalidValue, 1) X(cudaErrorMemoryAllocation, 2) X(cudaErrorInitializationError, 3)   \
     X(cudaErrorInvalidConfiguration, 9) X(cudaErrorInsufficientDriver, 35) X(cudaErrorNoDevice, 100)                   \
     X(cudaErrorInvalidDevice, 101) X(cudaErrorNoKernelImageForDevice, 209) X(cudaErrorECCUncorrectable, 214)           \
-    X(cudaErrorInvalidResourceHandle, 400) X(cudaErrorIllegalAddress, 700) X(cudaErrorLaunchTimeout, 702)              \
+    X(cudaErrorInvalidResourceHandle, 400) X(cudaErrorIllegalAddress, 700)                                             \
+    X(cudaErrorLaunchOutOfResources, 701) X(cudaErrorLaunchTimeout, 702)                                               \
     X(cudaErrorAssert, 710) X(cudaErrorHardwareStackError, 714) X(cudaErrorIllegalInstruction, 715)                    \
     X(cudaErrorMisalignedAddress, 716) X(cudaErrorInvalidAddressSpace, 717) X(cudaErrorInvalidPc, 718)                 \
     X(cudaErrorLaunchFailure, 719) X(cudaErrorStreamCaptureUnsupported, 900)                                           \
     X(cudaErrorStreamCaptureInvalidated, 901) X(cudaErrorStreamCaptureUnmatched, 903)                                  \
     X(cudaErrorStreamCaptureUnjoined, 904) X(cudaErrorStreamCaptureIsolation, 905)                                     \
-    X(cudaErrorStreamCaptureImplicit, 906) X(cudaErrorCapturedEvent, 907)
+    X(cudaErrorStreamCaptureImplicit, 906) X(cudaErrorCapturedEvent, 907) X(cudaErrorInvalidClusterSize, 912)
 // clang-format on
 enum cudaError_t {
 #define VIMCORE_SHIM_ENUMERATOR(name, value) name = value,
@@ -133,7 +134,15 @@ cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStre
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
-struct cudaLaunchAttribute;  // none is supported
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    union {
+        struct {
+            unsigned x, y, z;
+        } clusterDim;
+    } val;
+};
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
     std::size_t dynamicSmemBytes;

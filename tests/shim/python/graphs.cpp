@@ -46,4 +46,9 @@ extern "C" {
     return static_cast<long long>(total - free);
 }
 
+[[gnu::visibility("default")]] void vimcore_shim_set_memory(long long bytes)  // of a device
+{
+    vimcore::shim::set_device_memory(static_cast<std::size_t>(bytes));
+}
+
 }  // extern "C"

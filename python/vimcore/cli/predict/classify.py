@@ -34,4 +34,5 @@ def run(args: argparse.Namespace) -> int:
 
     passed_over = Counter[str]()
     found = predict(runtime, args.images, args.topk, passed_over)
-    return tell(found, passed_over, show, to_json if args.json else None)
+    clips = runtime.config["frames"] is not None
+    return tell(found, passed_over, show, to_json if args.json else None, clips)

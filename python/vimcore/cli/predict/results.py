@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
-from ...data.picture_files import passed_over_text
+from ...data.picture_files import FORMATS_TEXT, passed_over_text
 from ...utils.files import printable
 from ..streams import complain
 
@@ -31,6 +31,7 @@ def tell(
     passed_over: Counter[str],
     show: Callable[[R], None],
     to_json: Callable[[R, Mapping[str, int] | None], str] | None,
+    clips: bool = False,
 ) -> int:
     """Prints results as they come; returns the exit status.
 
@@ -38,6 +39,7 @@ def tell(
         passed_over: files that are no images by suffix, complete when the results are.
         show: prints what follows the image's name, for people.
         to_json: the line of a result, instead; the last one is also told what was passed over.
+        clips: they are no pictures.
 
     Raises:
         RuntimeError: there was no image.
@@ -58,7 +60,11 @@ def tell(
     if passed_over:
         complain(passed_over_text(passed_over))
     if total == 0:
-        raise RuntimeError("no pictures found (JPEG, PNG, PPM, PGM)")
+        raise RuntimeError(
+            "no clips found (folders of pictures, .npy files)"
+            if clips
+            else f"no pictures found ({FORMATS_TEXT})"
+        )
     if failed:
-        complain(f"{failed} of {total} images failed")
+        complain(f"{failed} of {total} {'clips' if clips else 'images'} failed")
     return 1 if failed else 0

@@ -15,6 +15,13 @@ class ClassificationSettings(Settings):
     frames: int | None = key(
         "model", None, "of a clip: data are folders of frames or .npy clips (T, H, W, C)", later=True
     )
+    frame_sampling: str = key(
+        "augmentation",
+        "middle",
+        "longer clips, in training: the middle frame of each part, or a random one",
+        ("middle", "random"),
+        later=True,
+    )
     crop_pct: float = key("data", 0.875, "validation: image size over short side before the crop")
     augment: str = key(
         "augmentation",

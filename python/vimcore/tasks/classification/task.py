@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Classification(Task):
         found = {"in_chans": channels, "mean": tuple(self.input.mean), "std": tuple(self.input.std)}
         self.settings = s = s.merged(found)
         self.mixup = _mixup(s, len(self.classes))
+        train = replace(train, random_frames=s.frame_sampling == "random")
         what = f"{len(train)} {'clips' if frames else 'images'} of {len(self.classes)} classes to learn from"
         return Data(
             Training(train, self._training_transform(train)),

@@ -33,6 +33,7 @@ from .peers import load_module, quiet
 # and what it adds goes elsewhere where the processor has a pipe for additions.
 STATE_UPDATE_FLOPS = {"float32": 20, "bfloat16": 14}
 CONVOLUTION = 4  # taps
+RUNTIME = ("runtime_peak_bytes", "peer_runtime_peak_bytes")
 HEADER = (
     "pixels",
     "batch",
@@ -44,6 +45,7 @@ HEADER = (
     "peak GF/s",
     "ours MiB",
     "peer MiB",
+    "Runtime MiB",
     "pairs",
 )
 
@@ -212,10 +214,16 @@ def _peer_call(
 def _peak(
     options: Options, peer: str | None, side: int, batch: int, folder: Path | None
 ) -> dict[str, int | None]:
-    """{"peak_bytes": ...} of a network; None: more than there is. Nothing where it is not asked for."""
+    """{"peak_bytes": ...} of a network, and of ours as `Runtime` has it "runtime_peak_bytes".
+
+    None: more than there is. Nothing where it is not asked for.
+    """
     if not options.peak_memory:
         return {}
-    return {"peak_bytes": peak_bytes(options, peer, side, batch, folder)}
+    found = {"peak_bytes": peak_bytes(options, peer, side, batch, folder)}
+    if peer in OURS and not options.train and options.neck == "none":
+        found["runtime_peak_bytes"] = peak_bytes(options, peer, side, batch, folder, runtime=True)
+    return found
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -232,6 +240,7 @@ def _line(row: dict[str, Any]) -> str:
         number("share_of_floor", ".0%"),
         number("peak_gflops", ".0f"),
         *(f"{row[key] / 2**20:.0f}" if row.get(key) else "-" for key in ("peak_bytes", "peer_peak_bytes")),
+        " / ".join(f"{row[key] / 2**20:.0f}" for key in RUNTIME if row.get(key)) or "-",
         str(row["pairs"]),
     )
     return table_line(cells, HEADER)

@@ -1,26 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of one call: network, images and all that the call needs, measured in a process of its own.
 
-On the CPU: the largest resident set during the call over the resident set before the network was made. On
-CUDA: what the device has less of afterwards, since both torch and vimcore keep what a call has taken.
+On the CPU: the largest resident set during the call over the resident set before the network was made, once a
+small call of the same kind has loaded what every call needs. On CUDA: what the device has less of afterwards,
+since both torch and vimcore keep what a call has taken.
+
+Measured is the torch module; of our network also `vimcore.Runtime` on its file, which is how a trained
+network is used: in bfloat16 it has most weights in that type alone.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from .common import Options, forward_call, training_call
+from .common import Call, Options, forward_call, training_call
+
+if TYPE_CHECKING:
+    import torch
 
 SECONDS = 900.0  # for one measurement
+SMALL = 32  # pixels a side of the call before
 
 
-def peak_bytes(options: Options, peer: str | None, side: int, batch: int, folder: Path | None) -> int | None:
+def peak_bytes(
+    options: Options, peer: str | None, side: int, batch: int, folder: Path | None, *, runtime: bool = False
+) -> int | None:
     """Bytes; None where the call needs more memory than there is.
+
+    Args:
+        runtime: of `vimcore.Runtime` instead of the module.
 
     Raises:
         RuntimeError: the process failed for another reason, or took too long.
@@ -33,6 +49,7 @@ def peak_bytes(options: Options, peer: str | None, side: int, batch: int, folder
         "side": side,
         "batch": batch,
         "folder": None if folder is None else str(folder),
+        "runtime": runtime,
     }
     try:
         done = subprocess.run(
@@ -57,25 +74,75 @@ def main() -> None:
     """Reads the task from stdin, prints the bytes."""
     import torch
 
-    from .networks import build, dtype_of, placed
-
     task: dict[str, Any] = json.load(sys.stdin)
     options = Options(**task["options"])
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     torch.zeros(1, device=device).sum().item()  # what torch itself takes once
-    before = _taken(device)
+    print(_of_runtime(task, options) if task["runtime"] else _of_module(task, options, device))
+
+
+def _of_module(task: dict[str, Any], options: Options, device: torch.device) -> int:
+    import torch
+
+    from .networks import build, dtype_of, placed
+
     folder = None if task["folder"] is None else Path(task["folder"])
-    dtype = dtype_of(options, task["peer"])
-    model = placed(build(options, task["peer"], task["side"], folder), device, dtype)
-    images = torch.randn(task["batch"], 3, task["side"], task["side"], device=device).to(dtype)
-    if options.train:
-        call = training_call(model, images, torch.randint(1000, (task["batch"],), device=device))
-    else:
-        call = forward_call(model, images)
+
+    def call_of(side: int, batch: int) -> Call:
+        dtype = dtype_of(options, task["peer"])
+        model = placed(build(options, task["peer"], side, folder), device, dtype)
+        images = torch.randn(batch, 3, side, side, device=device).to(dtype)
+        if options.train:
+            return training_call(model, images, torch.randint(1000, (batch,), device=device))
+        return forward_call(model, images)
+
+    if device.type == "cpu":  # a device would keep what this takes
+        call_of(SMALL, 1)()
+        _give_back()
+    before = _taken(device)
+    call = call_of(task["side"], task["batch"])
     _forget_peak(device)
     call()
-    print(_taken(device, peak=True) - before)
+    return _taken(device, peak=True) - before
+
+
+def _of_runtime(task: dict[str, Any], options: Options) -> int:
+    import numpy as np
+    import torch
+
+    from ...nn.vision_mamba import VisionMamba
+    from ...runtime import Runtime
+    from .networks import build
+
+    cpu = torch.device("cpu")
+    dtype = "float32" if task["peer"] == "vimcore-float32" else options.dtype
+    with TemporaryDirectory() as place:
+        path = Path(place) / "network.safetensors"
+        network = build(options, None, task["side"], None)
+        assert isinstance(network, VisionMamba)
+        network.save(path)
+        del network
+
+        def call(side: int, batch: int) -> None:
+            images = np.random.default_rng(0).standard_normal((batch, 3, side, side), dtype=np.float32)
+            runtime = Runtime(path, threads=options.threads, img_size=side, dtype=dtype)
+            _forget_peak(cpu)
+            runtime(images)
+
+        call(SMALL, 1)
+        _give_back()
+        before = _taken(cpu)
+        call(task["side"], task["batch"])
+        return _taken(cpu, peak=True) - before
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system, so that what is measured cannot take it unseen."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _taken(device: Any, peak: bool = False) -> int:
