@@ -454,7 +454,7 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
         }
         {
             const BackRows rows = block.rows_of(block.begin + (reverse ? done : block.count() - 1 - done));
-            const float* const from = block.kept_of(within);
+            const float* from = block.kept_of(within);
             auto fetch = [&](int j) {
 #pragma unroll
                 for (int v = 0; v < kept; v++)
@@ -486,6 +486,10 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
                 float h[C][S];
                 device::cp_async_wait<0>();
                 get_states<Shape>(h, tile.h, block.lane);
+                if constexpr (!Shape::aligned) {  // which takes more registers
+                    device::renew(within);
+                    from = block.kept_of(within);
+                }
                 if (j > 0) fetch(j - 1);
                 back_walk(tile, j, h, A, block.lane);
             }

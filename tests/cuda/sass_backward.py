@@ -72,6 +72,8 @@ def tile(code: Code) -> Counter[str]:
     )
     gate = smallest([r for r in skips if r.begin >= walk.end and count(r, "MUFU.RCP") >= 8], "gate")
     prologue = Region(main.begin, chunk.begin)
+    if any(count(recurrence, name) for recurrence in (walk, run) for name in ("LDL", "STL")):
+        raise NotFound("no recurrence without spills")
 
     times: Counter[str] = Counter()
     for address, found in kinds.items():
