@@ -98,7 +98,7 @@ __device__ __forceinline__ void back_ddt(const BackTile<Shape>& tile, const Back
 }
 
 // Adds the tile to totals, dW[r, e] += sum_t dt[t, r] draw[t, e], of which a lane has ranks r + 2g and r + 2g + 1,
-// channels 8j + 2q and 8j + 2q + 1; and to dbias.
+// channels 8j + 2q and 8j + 2q + 1; and to ddt_bias.
 template <class Shape>
 __device__ __forceinline__ void back_totals(const BackTile<Shape>& tile, const BackProjection<typename Shape::T>& p,
                                             const BackRows& rows, int lane)
@@ -118,7 +118,7 @@ __device__ __forceinline__ void back_totals(const BackTile<Shape>& tile, const B
         float sum = (draw[0][j][0] + draw[0][j][1]) + (draw[1][j][0] + draw[1][j][1]);
         sum += device::shuffle_xor(sum, 1);
         sum += device::shuffle_xor(sum, 2);
-        if (q == j) tile.dbias[8 * j + g] += sum;
+        if (q == j) tile.delta[tile.dbias_of(8 * j + g)] += sum;
     }
 #pragma unroll 1
     for (int r = 0; r < p.rank; r += 16) {

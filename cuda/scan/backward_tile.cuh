@@ -48,7 +48,7 @@ struct BackLayout {
     static constexpr int BC = y + Shape::array, h = BC + K * 2 * Shape::states, lambda = h + states,
                          dA = lambda + states;
     static constexpr int dD = dA + states, bias = dD + device::warp_size * Shape::wide, D = bias + channels;
-    static constexpr int dbias = D + channels, totals = dbias + channels;
+    static constexpr int totals = D + channels;
     int padded, ddt, floats;
 
     __host__ __device__ constexpr explicit BackLayout(int rank) : padded((rank + 15) / 16 * 16), ddt(du), floats(0)
@@ -73,7 +73,7 @@ struct BackTile {
     device::Shared<float> lambda, dA;  // the same; registers have them only where they are needed
     device::Shared<float> totals;      // ddt_weight: [rank / 16][channel / 8][lane][4]
     device::Shared<float> dD;          // [channel / 4 of the lane][lane][4]
-    device::Shared<float> bias, D, dbias;  // [channel]
+    device::Shared<float> bias, D;     // [channel]
     int padded;
 
     __device__ BackTile(const BackLayout<Shape>& at, int base)
@@ -90,9 +90,13 @@ struct BackTile {
           dD(take(base + at.dD, device::warp_size * Shape::wide)),
           bias(take(base + at.bias, at.channels)),
           D(take(base + at.D, at.channels)),
-          dbias(take(base + at.dbias, at.channels)),
           padded(at.padded)
     {
+    }
+    // ddt_bias is where delta has nothing, behind the channels of a token: two blocks of sm_80 have just room enough.
+    __device__ static int dbias_of(int channel)  // in delta
+    {
+        return channel / 4 * Shape::pitch + Shape::warp_channels + channel % 4;
     }
     // Of one token: where B, or dB, begins, and C.
     __device__ static int B_of(int s) { return (2 * s + (s & 1)) * Shape::states; }

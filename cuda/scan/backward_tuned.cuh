@@ -112,7 +112,7 @@ struct BackBlock {
         for (int c = lane; c < Shape::warp_channels; c += device::warp_size) {
             tile.bias[c] = c < live() ? p.dt_bias[e0 + c] : 0.0f;
             tile.D[c] = c < live() ? p.D[e0 + c] : 0.0f;
-            tile.dbias[c] = 0.0f;
+            tile.delta[tile.dbias_of(c)] = 0.0f;
         }
         const device::Vec<float, 4> zeros{};
         for (int i = 4 * lane; i < layout.padded * layout.channels; i += 4 * device::warp_size)
@@ -344,7 +344,7 @@ __device__ __forceinline__ void back_parameters(const BackBlock<Shape>& block)
         const int k = c % wide;
         float sum = 0.0f;
         for (int g = 0; g < 8; g++) sum += block.tile.dD[(k / 4 * device::warp_size + 4 * g + c / wide) * 4 + k % 4];
-        to[static_cast<Index>(N + a.rank) * a.dim + c] = block.tile.dbias[c];
+        to[static_cast<Index>(N + a.rank) * a.dim + c] = block.tile.delta[block.tile.dbias_of(c)];
         to[static_cast<Index>(N + a.rank + 1) * a.dim + c] = sum;
     }
 }

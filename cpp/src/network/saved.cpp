@@ -75,7 +75,7 @@ void attach(Saved& saved, const BlockConfig& c, std::int64_t depth, const Shape&
 }
 
 std::size_t bytes_of(const BlockConfig& c, std::int64_t depth, const Shape& shape, DType dtype, Device device,
-                           Memory memory)
+                     Memory memory)
 {
     Saved nothing;
     nothing.memory = memory;
