@@ -69,6 +69,25 @@ LANES = {
         (*BUILD, "python", "pyproject.toml", "README.md", "tests/package/wheel.sh", "tests/constraints.txt"),
         ("bash tests/package/wheel.sh",),
     ),
+    "windows": Lane(
+        "vim-infer for Windows, used under Wine",
+        (*BUILD, "tests/package/windows.sh", "tests/package/mingw.cmake"),
+        ("bash tests/package/windows.sh",),
+        ("x86_64-w64-mingw32-g++-posix",),
+    ),
+    "browser": Lane(
+        "reports of runs of every task, opened in Chromium",
+        (
+            *BUILD,
+            "python/vimcore/plots",
+            "python/vimcore/tasks",
+            "tests/browser",
+            "tests/python/report_checks.py",
+            "tests/constraints.txt",
+        ),
+        ("bash tests/browser/run.sh",),
+        ("chromium",),
+    ),
     "fuzz": Lane(
         "hostile input, half a minute for each reader of files",
         (*BUILD, "tests/fuzz"),

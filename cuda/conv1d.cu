@@ -4,8 +4,9 @@
 //   reverse  u[t] = silu(bias + sum_k w[k] x[t + K - 1 - k])
 // x (B, L, E of `stride` elements) T, zero outside the sequence; u (B, T, E) T; w (E, K), bias (E) float.
 // Parallel mapping: a thread takes C neighbouring channels of a chunk of tokens and walks through it with the inputs of
-// the taps in registers; where both directions are wanted it reads x once and writes both. Consecutive threads take
-// consecutive channels. Every u is summed in the order of k, however tokens are cut.
+// the taps in registers; where both directions are wanted it reads x once and writes both, the reverse one K - 1 tokens
+// behind the forward one, so that both take the same inputs. Consecutive threads take consecutive channels. Every u is
+// summed in the order of k, however tokens are cut.
 #include "cuda_operators.h"
 #include "vectors.cuh"
 
@@ -15,8 +16,13 @@ namespace {
 
 using device::Floats;
 
-constexpr int group = 4;  // tokens read ahead
-constexpr int max_block = 128;
+constexpr int single_group = 4;  // tokens read ahead
+template <class T>
+constexpr int both_group = sizeof(T) == 2 ? 4 : 2;  // those of both directions: as much memory in either
+constexpr int max_block = 128, max_chunk = 32;
+// Blocks of a multiprocessor that registers must be left for: 96 of a thread, so that 128 images of 224 px run at a
+// time.
+constexpr int least_blocks = 5;
 
 template <class T>
 struct Direction {
@@ -57,19 +63,32 @@ __device__ __forceinline__ Floats<C> activate(Floats<C> p, bool silu)
     return p;
 }
 
-// K known to the compiler. The window holds the tokens t - K + 1 .. t + ahead of a group's first token t.
+template <int C, class T>
+__device__ __forceinline__ Floats<C> unpack(const device::Vec<T, C>& from)
+{
+    const device::Vec<float, C> x = device::to_floats(from);
+    Floats<C> to;
+#pragma unroll
+    for (int c = 0; c < C; c++) to[c] = x[c];
+    return to;
+}
+
+// K known to the compiler; one direction, or (Passes = 2) both. The window holds the tokens t - K + 1 .. t of a group's
+// first token t and those that follow.
 template <class T, int C, int K, int Passes>
-__global__ void conv_window(ConvParams<T> p)
+__global__ void __launch_bounds__(max_block, least_blocks) conv_window(ConvParams<T> p)
 {
     using Packed = device::Vec<T, C>;
-    constexpr int ahead = Passes == 2 ? K - 1 : 0, carried = K - 1 + ahead;
+    constexpr int carried = K - 1, group = Passes == 2 ? both_group<T> : single_group;
     const Place at = place<C>(p);
     if (at.e >= p.dim) return;
-    const Index step = p.mirrored ? -p.stride : p.stride, ustep = p.mirrored ? -p.dim : p.dim;
-    const T* x = p.x + (at.b * p.len + (p.mirrored ? p.len - 1 : 0)) * p.stride + at.e;
+    const int way = p.mirrored ? -1 : 1, step = way * static_cast<int>(p.stride), ustep = way * static_cast<int>(p.dim);
+    // The token that is read next, and where x ends on either side, as seen from the chunk's first token.
+    const T* x = p.x + (at.b * p.len + (p.mirrored ? p.len - 1 - at.first : at.first)) * p.stride + at.e;
+    const int before = static_cast<int>(at.first < carried ? at.first : carried);
+    const int behind = static_cast<int>(p.len - at.first < 2 * max_chunk ? p.len - at.first : 2 * max_chunk);
 
     Floats<C> tap[Passes][K], bias[Passes] = {}, window[carried + group];
-    T* u[Passes];
 #pragma unroll
     for (int d = 0; d < Passes; d++) {
         const Floats<C * K> weight = device::load_floats<C * K>(p.pass[d].weight + at.e * K);
@@ -78,49 +97,55 @@ __global__ void conv_window(ConvParams<T> p)
 #pragma unroll
             for (int k = 0; k < K; k++) tap[d][k][c] = weight[c * K + k];
         if (p.pass[d].bias) bias[d] = device::load_floats<C>(p.pass[d].bias + at.e);
-        const Index from = at.first - p.begin;
-        u[d] = p.pass[d].u + (at.b * p.tokens + (p.mirrored ? p.tokens - 1 - from : from)) * p.dim + at.e;
     }
-    auto read = [&](Index t) {
+    // Of token at.first; the reverse direction has its output K - 1 tokens earlier.
+    const Index from = at.first - p.begin;
+    const Index u = (at.b * p.tokens + (p.mirrored ? p.tokens - 1 - from : from)) * p.dim + at.e;
+    T* forward = p.pass[0].u + u;
+    T* reverse = Passes == 2 ? p.pass[1].u + u : nullptr;
+    auto read = [&](int t, int ahead) {  // ahead of x
+        if (t >= -before && t < behind) return device::load<C>(x + ahead * step);
         Packed value;
-        if (t >= 0 && t < p.len) return device::load<C>(x + t * step);
 #pragma unroll
         for (int c = 0; c < C; c++) value[c] = device::from_float<T>(0.0f);
         return value;
     };
-    auto unpack = [&](const Packed& from) {
-        Floats<C> to;
 #pragma unroll
-        for (int c = 0; c < C; c++) to[c] = device::to_float(from[c]);
-        return to;
-    };
-#pragma unroll
-    for (int i = 0; i < carried; i++) window[i] = unpack(read(at.first - (K - 1) + i));
+    for (int i = 0; i < carried; i++) window[i] = unpack<C>(read(i - carried, i - carried));
     Packed next[group];
 #pragma unroll
-    for (int i = 0; i < group; i++) next[i] = read(at.first + ahead + i);
+    for (int i = 0; i < group; i++) next[i] = read(i, i);
 
-    for (int t = 0; t < at.count; t += group) {
+    // The last chunk goes on until the reverse direction is through as well.
+    const int skipped = from < carried ? carried - static_cast<int>(from) : 0;
+    const int last = Passes == 2 && from + at.count == p.tokens ? at.count + carried : at.count;
+    for (int t = 0; t < last; t += group) {
 #pragma unroll
-        for (int i = 0; i < group; i++) window[carried + i] = unpack(next[i]);
-        if (t + group < at.count)
+        for (int i = 0; i < group; i++) window[carried + i] = unpack<C>(next[i]);
+        x += group * step;
 #pragma unroll
-            for (int i = 0; i < group; i++) next[i] = read(at.first + t + group + ahead + i);
+        for (int i = 0; i < group; i++) next[i] = read(t + group + i, i);
 #pragma unroll
         for (int i = 0; i < group; i++) {
-            if (t + i >= at.count) break;
-#pragma unroll
-            for (int d = 0; d < Passes; d++) {
-                Floats<C> sum = bias[d];
+            if (t + i < at.count) {
+                Floats<C> sum = bias[0];
 #pragma unroll
                 for (int k = 0; k < K; k++)
 #pragma unroll
-                    for (int c = 0; c < C; c++)
-                        sum[c] = fmaf(tap[d][k][c], window[d == 0 ? i + k : i + 2 * (K - 1) - k][c], sum[c]);
-                device::store_floats<C>(u[d], activate(sum, p.silu));
-                u[d] += ustep;
+                    for (int c = 0; c < C; c++) sum[c] = fmaf(tap[0][k][c], window[i + k][c], sum[c]);
+                device::store_floats<C>(forward + i * ustep, activate(sum, p.silu));
+            }
+            if (Passes == 2 && t + i < last && t + i >= skipped) {
+                Floats<C> sum = bias[Passes - 1];
+#pragma unroll
+                for (int k = 0; k < K; k++)
+#pragma unroll
+                    for (int c = 0; c < C; c++) sum[c] = fmaf(tap[Passes - 1][k][c], window[i + K - 1 - k][c], sum[c]);
+                device::store_floats<C>(reverse + (i - carried) * ustep, activate(sum, p.silu));
             }
         }
+        forward += group * ustep;
+        if (Passes == 2) reverse += group * ustep;
 #pragma unroll
         for (int i = 0; i < carried; i++) window[i] = window[i + group];
     }
@@ -164,7 +189,7 @@ ConvParams<T> params(const Conv1dForward& a, std::span<const ConvForwardPass> pa
     for (std::size_t i = 0; i < passes.size(); i++)
         p.pass[i] = {passes[i].weight.as<float>(), passes[i].bias.as<float>(), passes[i].u.as<T>()};
     // Long chunks read fewer tokens twice, short ones make more threads of a small batch.
-    const Index most = a.x.size(0) * p.tokens * p.dim < (1 << 22) ? 8 : 32;
+    const Index most = a.x.size(0) * p.tokens * p.dim < (1 << 22) ? 8 : max_chunk;
     p.chunk = static_cast<int>(ceil_div(p.tokens, ceil_div(p.tokens, most)));
     p.chunks = ceil_div(p.tokens, p.chunk);
     return p;

@@ -8,6 +8,8 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 namespace vimcore::device {
 
@@ -121,6 +123,21 @@ __device__ __forceinline__ void cp_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// ---- products of matrices of bfloat16 by a warp --------------------------------------------------------------------
+// D (16, 8) += A (16, 16) B (16, 8), sums in float. Of A and B a word has two neighbours, in a row of A or a column of
+// B, the first one in its lower half. With g = lane / 4 and q = lane % 4, a lane has those of A from [g][2q],
+// [g + 8][2q], [g][2q + 8], [g + 8][2q + 8] on, those of B from [2q][g], [2q + 8][g] on, and D[g][2q], D[g][2q + 1],
+// D[g + 8][2q], D[g + 8][2q + 1].
+__device__ __forceinline__ void multiply_add(float (&d)[4], const Vec<std::uint32_t, 4>& a,
+                                             const Vec<std::uint32_t, 2>& b)
+{
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // ---- between threads -----------------------------------------------------------------------------------------------
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 // Barrier `id` (1..15) of `count` threads of the block, whole warps.
@@ -158,10 +175,39 @@ __device__ __forceinline__ float tf32(float x) { return __uint_as_float(__float_
 
 namespace vimcore::device {
 
+// Two numbers of 16 bits in a word, the first in the lower half.
+template <class T>
+__device__ __forceinline__ std::uint32_t bits(const Vec<T, 2>& pair)
+{
+    static_assert(sizeof(T) == 2);
+    std::uint32_t word;
+    memcpy(&word, &pair, sizeof(word));
+    return word;
+}
+
 // ---- conversions; activations are float, __half or __nv_bfloat16, computing is float -------------------------------
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// The same, of a vector: two bfloat16 of a word take an instruction each.
+template <class T, int N>
+__device__ __forceinline__ Vec<float, N> to_floats(const Vec<T, N>& x)
+{
+    Vec<float, N> y;
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && N % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i += 2) {
+            const std::uint32_t word = bits(Vec<T, 2>{{x[i], x[i + 1]}}), low = word << 16, high = word & 0xffff0000u;
+            memcpy(&y[i], &low, sizeof(float));
+            memcpy(&y[i + 1], &high, sizeof(float));
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) y[i] = to_float(x[i]);
+    }
+    return y;
+}
 
 template <class T>
 __device__ __forceinline__ T from_float(float x);
@@ -184,19 +230,27 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x)
 // ---- functions of the network --------------------------------------------------------------------------------------
 __device__ __forceinline__ float sigmoid(float x) { return reciprocal(1.0f + exp2(-log2e * x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+// silu(x) / inverse: the factor costs nothing.
+__device__ __forceinline__ float scaled_silu(float x, float inverse)
+{
+    return x * reciprocal(fmaf(exp2(-log2e * x), inverse, inverse));
+}
 
-// log(1 + e^x) = max(x, 0) + 2 atanh(t / (2 + t)), t = e^-|x|: no overflow, and accurate however small t is. The
-// polynomial is atanh(s) / s for s <= 1/3, within 2e-9.
+// log(1 + e^x) = max(x, 0) + log(1 + t), t = e^-|x|: no overflow, and accurate however small t is. The polynomial is
+// log(1 + t) / t for t <= 1, within 6e-8, and 1 at 0; a reciprocal would cost as much as an exponential.
 __device__ __forceinline__ float softplus(float x)
 {
     const float t = exp2(-log2e * fabsf(x));
-    const float s = t * reciprocal(2.0f + t), s2 = s * s;
-    float p = 0.14083151519298553f;
-    p = fmaf(p, s2, 0.13981635868549347f);
-    p = fmaf(p, s2, 0.2001236230134964f);
-    p = fmaf(p, s2, 0.3333315849304199f);
-    p = fmaf(p, s2, 1.0f);
-    return fmaf(2.0f * s, p, fmaxf(x, 0.0f));
+    float p = 0.0053648287430405617f;
+    p = fmaf(p, t, -0.03006580993533134f);
+    p = fmaf(p, t, 0.07920456677675247f);
+    p = fmaf(p, t, -0.13753804564476013f);
+    p = fmaf(p, t, 0.1915365606546402f);
+    p = fmaf(p, t, -0.24857163429260254f);
+    p = fmaf(p, t, 0.3332132399082184f);
+    p = fmaf(p, t, -0.49999648332595825f);
+    p = fmaf(p, t, 1.0f);
+    return fmaf(t, p, fmaxf(x, 0.0f));
 }
 
 // Sum over the warp, the same bits in every lane.

@@ -1,6 +1,6 @@
 """Adds an operator by CONTRIBUTING's list of places, in a scratch copy of the tree, and runs it.
 
-    python tests/add_operator.py [--build build/release]
+    python tests/add_operator.py [--build build/dev]
 
 The operator is `square`: out = x * x. Its edits must be in the places that the list names, and in no other;
 what they touch is compiled (the instruction set `baseline` alone), and compared with a loop on the CPU and on
@@ -247,9 +247,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Adds an operator by CONTRIBUTING's list, in a scratch copy."
     )
-    parser.add_argument(
-        "--build", type=Path, default=ROOT / "build/release", help="a build with vimcore_shim"
-    )
+    parser.add_argument("--build", type=Path, default=ROOT / "build/dev", help="a build with vimcore_shim")
     shim = parser.parse_args().build / "tests/cuda/libvimcore_shim.a"
     if not shim.exists():
         raise SystemExit(f"add_operator: {shim} is missing: build the target vimcore_shim")

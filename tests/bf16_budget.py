@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts the instructions of the innermost loops that multiply in bfloat16, from a library's machine code.
 
-    python tests/bf16_budget.py build/release/libvimcore.a
+    python tests/bf16_budget.py build/dev/libvimcore.a
 
 For units that the machine at hand lacks, AMX above all, this is what can be known without them: how many
 products a step has, and what else is issued beside them. Exit status: 0 within the budget, 1 beyond it, 2

@@ -26,7 +26,7 @@ FORBIDDEN = {
 # The floors of cpp/src with their public headers: a file includes its own floor and those below.
 FLOORS = {
     "core": ["tensor", "context", "error", "option", "ops", "config", "checksum", "build_info", "version"],
-    "files": ["safetensors"],
+    "files": ["safetensors", "atomic_file"],
     "images": ["image", "preprocess"],
     "network": ["params", "model", "model_file", "plan", "weights", "optimizer", "positions"],
     "segment": ["segment"],

@@ -1,6 +1,6 @@
 # Options, kernel translation units and image libraries.
 include(CMakeDependentOption)
-# The presets of CMakePresets.json build tests and examples.
+# The preset dev builds tests, examples and micro-benchmarks, asan and tsan the tests.
 option(VIMCORE_TESTS "Build the C++ tests" OFF)
 if(VIMCORE_TESTS AND BUILD_SHARED_LIBS)
   message(FATAL_ERROR "VIMCORE_TESTS: the tests look into the library, of which a shared one shows the interface only")
@@ -37,6 +37,15 @@ function(vimcore_compile_options target)
   target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/cpp/include ${PROJECT_SOURCE_DIR}/cpp/src ${PROJECT_SOURCE_DIR}/cpp/cpu)
   target_compile_options(${target} PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra> $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${VIMCORE_WERROR}>>:-Werror>)
+  vimcore_windows_options(${target})
+endfunction()
+
+# Windows, by MinGW-w64: what is used of POSIX.
+function(vimcore_windows_options target)
+  if(WIN32)
+    target_include_directories(${target} PRIVATE ${PROJECT_SOURCE_DIR}/cpp/windows)
+    target_compile_options(${target} PRIVATE -include ${PROJECT_SOURCE_DIR}/cpp/windows/posix.h)
+  endif()
 endfunction()
 
 # The widest instruction set of this machine out of the given ones, the first of which every machine has.
@@ -78,7 +87,9 @@ function(vimcore_add_kernels target)
   # Not -O1 under a sanitizer: gcc would contract other multiply-adds of AVX2 code, and CI compares bits between builds.
   set(common $<IF:$<BOOL:${VIMCORE_SANITIZE}>,-O2,-O3> -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi)
   set(built baseline)
-  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  if(WIN32)
+    # gcc does not align the stack for wider vectors there (its bug 54412)
+  elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
     list(APPEND built avx2 avx512)
     set(avx2_flags -mavx2 -mfma -mf16c)
     set(avx512_flags -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512)

@@ -117,7 +117,11 @@ public:
         parallel_for(ctx.threads(), count, [&](std::int64_t index) { body(context, static_cast<int>(index)); });
     }
     void* allocate(std::size_t bytes, int device) override;
+#ifdef _WIN32
+    void release(void* memory, int) noexcept override { ::_aligned_free(memory); }
+#else
     void release(void* memory, int) noexcept override { std::free(memory); }
+#endif
     void upload(Context&, const void* host, const Tensor& to) override { std::memcpy(to.data, host, to.bytes()); }
     void download(Context&, const Tensor& from, void* host) override { std::memcpy(host, from.data, from.bytes()); }
     void copy(Context& ctx, const Tensor& from, const Tensor& to) override;

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdio>
 
+#include "text.h"
+
 namespace vim_infer {
 namespace {
 
@@ -70,7 +72,9 @@ const Arguments::Option& Arguments::find(const std::string& name) const
 {
     for (const Option& option : options_)
         if (option.name == name) return option;
-    throw UsageError("unrecognized option '" + name + "'");
+    std::vector<std::string> names{"--help"};
+    for (const Option& option : options_) names.push_back(option.name);
+    throw UsageError("unrecognized option '" + name + "'" + did_you_mean(name, names));
 }
 
 bool Arguments::parse(const std::vector<std::string>& words, std::vector<std::string>& rest)

@@ -101,6 +101,8 @@ struct Files {
 Files measure_files(const RunOptions& options, const LoadedModel& loaded, double seconds)
 {
     const Found found = find_inputs(options, loaded);
+    if (std::find(found.paths.begin(), found.paths.end(), standard_input) != found.paths.end())
+        throw std::runtime_error("-: pictures are read again and again, standard input can be read once");
     const vimcore::Config& config = loaded.model->config();
     const std::int64_t batch = batch_of(options, config);
     vimcore::Session session(loaded.model, session_options(options, batch));

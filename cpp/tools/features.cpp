@@ -1,19 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // vim-infer features: what the network knows of each picture, for search, clustering or another classifier.
-#include <unistd.h>
-
-#include <cerrno>
-#include <cstring>
-#include <filesystem>
 #include <stdexcept>
 
 #include "commands.h"
 #include "find_images.h"
+#include "out_file.h"
 #include "run.h"
 #include "text.h"
 #include "vimcore/model_file.h"
 #include "vimcore/ops.h"
-#include "vimcore/safetensors.h"
 
 namespace vim_infer {
 namespace {
@@ -35,25 +30,6 @@ vimcore::ReadoutForward readout_of(const vimcore::Config& config)
     return readout;
 }
 
-std::string json_list(const std::vector<std::string>& names)
-{
-    std::string text = "[";
-    for (const std::string& name : names) text += (text.size() > 1 ? ", " : "") + json_text(name);
-    return text + "]";
-}
-
-// A long run must not end with a name that says something else, or with a folder that is not there.
-void check_out(const std::string& out)
-{
-    const std::string suffix = suffix_of(out);
-    if (!suffix.empty() && suffix != ".safetensors")
-        throw UsageError(
-            "argument --out: expected a name that ends with .safetensors, which is what is written, got '" + out + "'");
-    const std::filesystem::path folder = std::filesystem::path(out).parent_path();
-    if (::access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0)
-        throw std::runtime_error(out + ": cannot write: " + std::strerror(errno));
-}
-
 }  // namespace
 
 int features(const std::vector<std::string>& words)
@@ -61,25 +37,29 @@ int features(const std::vector<std::string>& words)
     RunOptions options;
     std::string out;
     bool all_tokens = false, json = false;
-    Arguments arguments("features", "--weights FILE --out FILE [options] IMAGE|FOLDER|@LIST...",
-                        "Write the features of pictures, what the network's head sees, to a safetensors file; of an\n"
-                        "image tower what its head gives.");
+    Arguments arguments("features", "--weights FILE --out FILE [options] IMAGE|FOLDER|@LIST|-...",
+                        "Write the features of pictures, what the network's head sees, to a file; of an image tower\n"
+                        "what its head gives.");
     options.add_network(arguments);
     options.add_size(arguments);
     options.add_pictures(arguments);
-    arguments.text("--out", "FILE", out, "safetensors file to write (required)");
+    arguments.text("--out", "FILE", out, "file to write: .npz, .npy, .csv or .safetensors (required)");
     arguments.flag("--tokens", all_tokens,
                    "all tokens of each picture (N, L, D) instead of one vector (N, D), of registers (N, n D)");
     arguments.flag("--json", json, "print what was written as JSON");
     arguments.note(
-        "The file holds the float32 tensor `features`, one row per good picture in order, and the metadata\n"
-        "key vimcore.images, a JSON list of the pictures' names. All features are held in memory. Networks of\n"
-        "clips take folders of pictures, one a frame, and .npy files (T, H, W, C) uint8.");
+        "`features` are float32, one row per good picture in order. Their names: in .npz the array `images`, in\n"
+        ".csv the first column, in .safetensors a JSON list in the metadata key vimcore.images; .npy has none.\n"
+        "All features are held in memory. Networks of clips take folders of pictures, one a frame, and .npy\n"
+        "files (T, H, W, C) uint8.");
     if (!arguments.parse(words, options.images)) return 0;
     if (options.images.empty()) throw UsageError("no pictures given");
     if (out.empty()) throw UsageError("the argument --out is required");
 
-    check_out(out);
+    const std::string suffix = check_out(out, {".csv", ".npy", ".npz", ".safetensors"});
+    if (all_tokens && suffix == ".csv")
+        throw UsageError("argument --out: with --tokens a picture has a table of its own, which " + out +
+                         " cannot hold; .npz can");
     const LoadedModel loaded = load_model(options);
     const vimcore::Config& config = loaded.model->config();
     const std::int64_t batch = batch_of(options, config), length = config.tokens();
@@ -117,8 +97,9 @@ int features(const std::vector<std::string>& words)
 
     const auto count = static_cast<std::int64_t>(names.size());
     const vimcore::Shape shape = all_tokens ? vimcore::Shape{count, length, width} : vimcore::Shape{count, pool_width};
-    vimcore::save_safetensors(out, {{"features", {kept.data(), shape, vimcore::DType::f32, {}}}},
-                              {{"vimcore.images", json_list(names)}});
+    write_features(out, suffix, names, kept, shape);
+    if (counts.failed > 0 && suffix == ".npy")
+        complain(out + ": has no rows for images that failed, and no names; .npz and .csv have names");
     if (json)
         print("{\"written\": " + json_text(out) + ", \"images\": " + std::to_string(count) + ", \"failed\": " +
               std::to_string(counts.failed) + ", \"width\": " + std::to_string(all_tokens ? width : pool_width) +

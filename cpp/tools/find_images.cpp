@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "find_images.h"
 
+#include <glob.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
@@ -73,17 +75,44 @@ bool is_folder(const std::string& path)
     return fs::is_directory(path, error);
 }
 
-// The arguments, those that are lists as their lines.
-std::vector<std::string> with_lists(const std::vector<std::string>& arguments)
+// Names by a pattern, in the order of their bytes; none where nothing matches.
+std::vector<std::string> matching(const std::string& pattern)
+{
+    std::vector<std::string> names;
+    ::glob_t matches{};
+    if (::glob(pattern.c_str(), GLOB_NOESCAPE | GLOB_NOSORT, nullptr, &matches) == 0)
+        names.assign(matches.gl_pathv, matches.gl_pathv + matches.gl_pathc);
+    ::globfree(&matches);
+    std::sort(names.begin(), names.end());
+    return names;
+}
+
+void add_named(const std::string& name, std::vector<std::string>& found)
+{
+    std::error_code error;
+    std::vector<std::string> names;
+    if (name.find_first_of("*?[") != std::string::npos && !fs::exists(fs::symlink_status(name, error)))
+        names = matching(name);
+    if (names.empty()) names.push_back(name);
+    found.insert(found.end(), names.begin(), names.end());
+}
+
+// What the arguments name: lists as their lines, patterns as what matches them.
+std::vector<std::string> named(const std::vector<std::string>& arguments)
 {
     std::vector<std::string> found;
+    int readers = 0;
     for (const std::string& argument : arguments) {
-        if (!argument.starts_with('@')) {
+        readers += argument == standard_input || argument == "@-";
+        if (readers > 1) throw std::runtime_error("-: standard input can be read once");
+        if (argument == standard_input) {
             found.push_back(argument);
-            continue;
+        } else if (argument.starts_with('@')) {
+            for (const std::string& line : read_list(argument.substr(1)))
+                add_named(line == standard_input ? "./" + line : line, found);
+        } else {
+            add_named(argument, found);
         }
-        const std::vector<std::string> lines = read_list(argument.substr(1));
-        found.insert(found.end(), lines.begin(), lines.end());
     }
     return found;
 }
@@ -127,8 +156,8 @@ bool is_picture(const std::string& name)
 Found find_images(const std::vector<std::string>& arguments)
 {
     Found found;
-    for (const std::string& path : with_lists(arguments)) {
-        if (is_folder(path))
+    for (const std::string& path : named(arguments)) {
+        if (path != standard_input && is_folder(path))
             walk(path, is_picture, false, found);
         else
             found.paths.push_back(path);
@@ -139,7 +168,7 @@ Found find_images(const std::vector<std::string>& arguments)
 Found find_clips(const std::vector<std::string>& arguments)
 {
     Found clips;
-    for (const std::string& path : with_lists(arguments)) {
+    for (const std::string& path : named(arguments)) {
         if (!is_folder(path)) {
             clips.paths.push_back(path);
             continue;

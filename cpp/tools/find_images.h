@@ -9,6 +9,8 @@
 
 namespace vim_infer {
 
+inline constexpr const char* standard_input = "-";
+
 using Kinds = std::map<std::string, std::size_t>;  // files by suffix in small letters
 
 struct Found {
@@ -18,7 +20,8 @@ struct Found {
 
 // Files as given; folders walked, files before subfolders and names in order, for pictures by suffix; @FILE: the
 // lines of a file, each a picture or a folder. A folder that cannot be read stays in the list, to be reported.
-// The same as vimcore/picture_files.py.
+// A pattern such as photos/*.jpg that is not itself a file stands for what matches it; "-" is a picture on standard
+// input. The same as vimcore/data/named_files.py and picture_files.py.
 Found find_images(const std::vector<std::string>& arguments);
 
 // Clips in their places: folders that hold pictures, and .npy files. The same as vimcore/clip_files.py.

@@ -23,7 +23,7 @@ struct Command {
 constexpr Command commands[] = {
     {"predict", "classify picture files", vim_infer::predict},
     {"segment", "give every pixel of picture files a class", vim_infer::segment},
-    {"features", "write one vector per picture to a safetensors file", vim_infer::features},
+    {"features", "write a vector for each picture: .npz, .npy, .csv or .safetensors", vim_infer::features},
     {"info", "show what a vimcore file holds and what this program can do", vim_infer::info},
     {"bench", "measure speed on this machine", vim_infer::bench},
 };
@@ -60,15 +60,20 @@ int run(const std::vector<std::string>& words)
             throw vim_infer::UsageError(error.what() + ("; see vim-infer " + name + " --help"));
         }
     }
-    throw vim_infer::UsageError("no command '" + name + "'; see vim-infer --help");
+    std::vector<std::string> names;
+    for (const Command& command : commands) names.push_back(command.name);
+    throw vim_infer::UsageError("no command '" + name + "'" + vim_infer::did_you_mean(name, names) +
+                                "; see vim-infer --help");
 }
 
 }  // namespace
 
 int main(int count, char** words)
 {
+#ifndef _WIN32
     std::signal(SIGPIPE, SIG_IGN);  // writing says so too
     std::signal(SIGXFSZ, SIG_IGN);
+#endif
     try {
         const int status = run({words + (count > 0), words + count});
         vim_infer::flush();

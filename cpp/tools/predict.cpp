@@ -4,10 +4,12 @@
 #include <cmath>
 #include <cstdio>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 
 #include "commands.h"
 #include "find_images.h"
+#include "out_file.h"
 #include "run.h"
 #include "text.h"
 #include "vimcore/model_file.h"
@@ -67,6 +69,21 @@ std::string answer(const Format& format, const std::vector<std::string>& labels,
     return line;
 }
 
+// A row of a table, see PredictionFile.
+std::vector<std::string> cells(const Format& format, const std::vector<std::string>& labels, const float* logits,
+                               std::size_t classes)
+{
+    std::vector<std::string> row;
+    for (const auto& [index, p] : best(logits, classes, format.topk)) {
+        row.push_back(std::to_string(index));
+        row.push_back(labels.empty() ? "" : labels[index]);
+        row.push_back(number(p, 6));
+    }
+    if (format.logits)
+        for (std::size_t i = 0; i < classes; i++) row.push_back(number(logits[i], 9));
+    return row;
+}
+
 std::string table(const Format& format, const std::string& path, const std::vector<std::string>& labels,
                   const float* logits, std::size_t classes)
 {
@@ -102,12 +119,14 @@ int predict(const std::vector<std::string>& words)
 {
     RunOptions options;
     Format format;
-    Arguments arguments("predict", "--weights FILE [options] IMAGE|FOLDER|@LIST...", "Classify picture files.");
+    std::string out;
+    Arguments arguments("predict", "--weights FILE [options] IMAGE|FOLDER|@LIST|-...", "Classify picture files.");
     options.add_network(arguments);
     options.add_size(arguments);
     options.add_pictures(arguments);
     arguments.positive("--topk", "N", format.topk, "classes to show (default: 5)");
-    arguments.flag("--json", format.json, "one JSON object per line and image");
+    arguments.text("--out", "FILE", out, "write the predictions to a file: .csv, .json (an array) or .jsonl");
+    arguments.flag("--json", format.json, "one JSON object per line and image, or with --out one of them");
     arguments.flag("--logits", format.logits, "show the logits of all classes too");
     arguments.note(
         "Pictures are JPEG, PNG, PPM and PGM files. A bad one, or one of another format, is reported and\n"
@@ -115,6 +134,7 @@ int predict(const std::vector<std::string>& words)
         "clips, are folders of pictures, one a frame, and .npy files (T, H, W, C) uint8.");
     if (!arguments.parse(words, options.images)) return 0;
     if (options.images.empty()) throw UsageError("no pictures given");
+    const std::string suffix = out.empty() ? "" : check_out(out, {".csv", ".json", ".jsonl"});
 
     const LoadedModel loaded = load_model(options);
     const vimcore::Config& config = loaded.model->config();
@@ -127,21 +147,39 @@ int predict(const std::vector<std::string>& words)
     const auto compute = [&](const float* pixels, std::int64_t count) { session.run(pixels, count, logits.data()); };
     const Found found = find_inputs(options, loaded);
     std::size_t left = found.paths.size();
+    std::optional<PredictionFile> file;
+    if (!out.empty())
+        file.emplace(out, suffix, std::min<std::int64_t>(format.topk, session.outputs()), format.logits ? classes : 0);
     const auto emit = [&](const std::string& path, const std::string& error, std::int64_t position) -> std::string {
         std::string what = error;
         const float* row = logits.data() + (position < 0 ? 0 : static_cast<std::size_t>(position) * classes);
         if (position >= 0 && !all_finite(row, session.outputs())) what = not_finite;
         const std::string last = --left == 0 ? passed_over_json(found.passed_over) : "";
-        if (format.json)
-            print("{\"image\": " + json_text(path) + ", " +
-                  (what.empty() ? answer(format, loaded.labels, row, classes) : "\"error\": " + json_text(what)) +
-                  last + "}\n");
+        const auto object = [&] {
+            return "{\"image\": " + json_text(path) + ", " +
+                   (what.empty() ? answer(format, loaded.labels, row, classes) : "\"error\": " + json_text(what)) +
+                   last + "}";
+        };
+        if (file && file->is_table())
+            file->add_row(path, what.empty() ? cells(format, loaded.labels, row, classes) : std::vector<std::string>(),
+                          what);
+        else if (file)
+            file->add_object(object());
+        else if (format.json)
+            print(object() + "\n");
         else if (what.empty())
             print(table(format, path, loaded.labels, row, classes));
         flush();
         return what;
     };
-    return exit_status(run_pictures(options, loaded, found, compute, emit));
+    const Counts counts = run_pictures(options, loaded, found, compute, emit);
+    const int status = exit_status(counts);
+    if (!file) return status;
+    file->end();
+    const std::string total = std::to_string(counts.total);
+    print(format.json ? "{\"written\": " + json_text(out) + ", \"images\": " + total + "}\n"
+                      : out + ": predictions of " + total + " images\n");
+    return status;
 }
 
 }  // namespace vim_infer

@@ -5,12 +5,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <exception>
 #include <new>
 #include <system_error>
 
+#include "find_images.h"
 #include "vimcore/error.h"
 
 namespace vim_infer {
@@ -19,6 +21,23 @@ namespace {
 constexpr std::int64_t max_file = std::int64_t{1} << 31;
 
 [[noreturn]] void fail() { throw std::system_error(errno, std::generic_category()); }
+
+std::vector<unsigned char> read_standard_input()
+{
+    std::vector<unsigned char> bytes;
+    for (;;) {
+        const std::size_t at = bytes.size();
+        bytes.resize(std::max<std::size_t>(2 * at, 1 << 16));
+        const ::ssize_t done = ::read(STDIN_FILENO, bytes.data() + at, bytes.size() - at);
+        const int error = errno;
+        bytes.resize(at + static_cast<std::size_t>(std::max<::ssize_t>(done, 0)));
+        if (done == 0) return bytes;
+        errno = error;
+        if (done < 0 && errno != EINTR) fail();
+        if (static_cast<std::int64_t>(bytes.size()) > max_file)
+            throw vimcore::Error("standard input holds more than 2 GiB");
+    }
+}
 
 }  // namespace
 
@@ -56,6 +75,7 @@ std::size_t RegularFile::read(void* to, std::size_t count, std::int64_t at) cons
 
 std::vector<unsigned char> read_file(const std::string& path)
 {
+    if (path == standard_input) return read_standard_input();
     const RegularFile file(path);
     if (file.size() > max_file) throw vimcore::Error("file is larger than 2 GiB");
     std::vector<unsigned char> bytes(static_cast<std::size_t>(file.size()));

@@ -41,7 +41,7 @@ public:
     Names names_for(const std::string& picture)
     {
         if (folder_.empty()) return {};
-        const fs::path stem = fs::path(folder_) / fs::path(picture).stem();
+        const fs::path stem = fs::path(folder_) / (picture == standard_input ? "stdin" : fs::path(picture).stem());
         Names names{stem.string() + ".png", stem.string() + "_overlay.jpg"};
         for (const std::string& name : {names.mask, names.overlay})
             if (!taken_.insert(place(name)).second)
@@ -114,7 +114,7 @@ int segment(const std::vector<std::string>& words)
     std::string out;
     std::int64_t topk = 5;
     bool json = false;
-    Arguments arguments("segment", "--weights FILE [options] IMAGE|FOLDER|@LIST...",
+    Arguments arguments("segment", "--weights FILE [options] IMAGE|FOLDER|@LIST|-...",
                         "Give every pixel of picture files a class.");
     options.add_network(arguments);
     options.add_pictures(arguments, false);

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "text.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
+#include <utility>
 
 namespace vim_infer {
 namespace {
@@ -59,6 +62,45 @@ std::string json_text(std::string_view text)
         text.remove_prefix(length ? length : 1);
     }
     return out += '"';
+}
+
+std::u32string code_points(std::string_view text)
+{
+    std::u32string out;
+    while (!text.empty()) {
+        const std::size_t length = sequence_length(text);
+        const auto byte = [&](std::size_t i) { return static_cast<char32_t>(static_cast<unsigned char>(text[i])); };
+        char32_t code = length == 0 ? 0xDC00 + byte(0) : length == 1 ? byte(0) : byte(0) & (0x7F >> length);
+        for (std::size_t i = 1; i < length; i++) code = code << 6 | (byte(i) & 0x3F);
+        out += code;
+        text.remove_prefix(length ? length : 1);
+    }
+    return out;
+}
+
+std::string did_you_mean(const std::string& word, const std::vector<std::string>& names)
+{
+    std::string best;
+    std::size_t least = std::max<std::size_t>(1, word.size() / 3) + 1;  // changes that are too many
+    for (const std::string& name : names) {
+        std::vector<std::size_t> row(name.size() + 1), before, older;  // changes from a part of word to each of name
+        std::iota(row.begin(), row.end(), std::size_t{0});
+        for (std::size_t i = 1; i <= word.size(); i++) {
+            older = std::exchange(before, row);
+            row[0] = i;
+            for (std::size_t j = 1; j <= name.size(); j++) {
+                const bool same = word[i - 1] == name[j - 1];
+                row[j] = std::min({before[j] + 1, row[j - 1] + 1, before[j - 1] + !same});
+                if (i > 1 && j > 1 && word[i - 1] == name[j - 2] && word[i - 2] == name[j - 1])
+                    row[j] = std::min(row[j], older[j - 2] + 1);  // two letters exchanged
+            }
+        }
+        if (row.back() < least) {
+            least = row.back();
+            best = name;
+        }
+    }
+    return best.empty() ? best : " (did you mean " + best + "?)";
 }
 
 std::string number(double value, int digits)

@@ -4,6 +4,7 @@
 
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace vim_infer {
 
@@ -13,6 +14,11 @@ std::string json_text(std::string_view text);
 
 std::string number(double value, int digits);  // printf's %.*g
 std::string one_line(std::string_view text);   // control characters and line breaks made harmless
+
+std::u32string code_points(std::string_view text);  // of UTF-8; other bytes become surrogates, as in json_text
+
+// " (did you mean NAME?)", of the name that is most like `word`; nothing where none is.
+std::string did_you_mean(const std::string& word, const std::vector<std::string>& names);
 
 // Standard output. Throws where it cannot be written; a reader that has gone away is Closed.
 struct Closed {};

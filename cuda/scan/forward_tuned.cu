@@ -16,13 +16,16 @@ using device_scratch::most_shared;
 
 // Least work per token, for launches that fill the device; fewer blocks gain from spreading channels over more lanes,
 // in longer tiles, as there is less of each.
+template <class T>
+using Whole = TunedShape<T, 16, 2, 16, 8, 32, true>;
 template <class T, int N>
-using Wide = TunedShape<T, N, N == 8 ? 1 : 2, 8, 16>;
+using Wide = TunedShape<T, N, N == 8 ? 1 : 2, 8, 16, 64>;
 template <class T>
-using Middle = TunedShape<T, 16, 1, 4, 32>;
+using Middle = TunedShape<T, 16, 1, 4, 32, 64>;
 template <class T>
-using Narrow = TunedShape<T, 16, 1, 1, sizeof(T) == 2 ? 64 : 32>;
-constexpr Index enough_wide = 256, enough_middle = 128;  // blocks from which on a shape pays
+using Narrow = TunedShape<T, 16, 1, 1, sizeof(T) == 2 ? 64 : 32, 64>;
+// Blocks from which on a shape pays; Whole, when 132 multiprocessors no longer hold all blocks of Wide at a time.
+constexpr Index enough_whole = 397, enough_wide = 256, enough_middle = 128;
 
 int narrow(Index size) { return static_cast<int>(size); }
 
@@ -45,7 +48,7 @@ TunedScan<T> tuned_args(Context& ctx, const ScanForward& a, std::span<const Scan
     s.chunk = narrow(a.chunk);
     s.rank = narrow(rank);
     s.row = narrow(first.q.size(2));
-    s.scale = static_cast<float>(a.scale);
+    s.inverse_scale = 1.0f / static_cast<float>(a.scale);
     s.z = a.xz.as<T>() + first.begin * 2 * inner + inner;
     s.out = a.out.as<T>() + first.begin * inner;
     s.sum = static_cast<float*>(device_scratch::direction_sum(ctx, a).data);
@@ -73,6 +76,7 @@ TunedScan<T> tuned_args(Context& ctx, const ScanForward& a, std::span<const Scan
     return s;
 }
 
+// Whether chunks and shared memory allow a shape.
 template <class Shape>
 bool applies(const ScanForward& a, const ScanForwardPass& p)
 {
@@ -81,16 +85,29 @@ bool applies(const ScanForward& a, const ScanForwardPass& p)
     return !p.checkpoints || (a.chunk % Shape::tile == 0 && p.begin % Shape::tile == 0);
 }
 
+// Whether Whole does: see `straight` of TunedShape; offsets are of 32 bits.
+template <class T>
+bool is_straight(const ScanForward& a, std::span<const ScanForwardPass> passes, const TunedScan<T>& s)
+{
+    return passes.size() == 2 && passes[1].finish && s.tokens == s.len && s.begin == 0 &&
+           s.dim % Whole<T>::channels == 0 && s.rank % 4 == 0 && s.row % 4 == 0 && s.aligned && s.q_bytes == 16 &&
+           is_aligned(s.sum, 16) && a.xz.numel() < (Index{1} << 31);
+}
+
 template <class Shape>
-void run_shape(Context& ctx, const ScanForward& a, std::span<const ScanForwardPass> passes)
+bool run_shape(Context& ctx, const ScanForward& a, std::span<const ScanForwardPass> passes)
 {
     using T = typename Shape::Type;
+    for (const ScanForwardPass& p : passes)
+        if (!applies<Shape>(a, p)) return false;
     Arena::Scope scope(arena_of(ctx));
     TunedScan<T> s = tuned_args<T>(ctx, a, passes);
+    if (Shape::straight && !is_straight(a, passes, s)) return false;
     s.groups = narrow(ceil_div(s.dim, Shape::channels));
     const dim3 grid(static_cast<unsigned>(a.xz.size(0) * s.groups));
     const int bytes = s.directions * Shape::layout(s.rank, s.row).bytes;
-    VIM_LAUNCH((scan_tuned<Shape>), grid, s.directions * scan_threads, bytes, stream_of(ctx), s);
+    VIM_LAUNCH((scan_tuned<Shape>), grid, s.directions * Shape::threads, bytes, stream_of(ctx), s);
+    return true;
 }
 
 // Runs passes that fit in one launch, or returns false.
@@ -102,28 +119,22 @@ bool run_tuned(Context& ctx, const ScanForward& a, std::span<const ScanForwardPa
     static_assert(Widest::layout(1, 130).bytes == device_scratch::wide_shared(sizeof(T), N, 1, 130) &&
                   Widest::layout(100, 232).bytes == device_scratch::wide_shared(sizeof(T), N, 100, 232));
     const ScanKernel forced = forced_scan();
-    auto all = [&]<class Shape>(Shape) {
-        return std::all_of(passes.begin(), passes.end(),
-                           [&](const ScanForwardPass& p) { return applies<Shape>(a, p); });
-    };
     if constexpr (N == 16) {
-        auto few = [&](int channels, Index enough) {
-            return a.xz.size(0) * ceil_div(a.xz.size(2) / 2, channels) < enough;
+        using Wholly = Whole<T>;
+        static_assert(Wholly::channels == device_scratch::whole_channels && Wholly::tile == device_scratch::whole_tile);
+        static_assert(Wholly::layout(12, 48).bytes == device_scratch::whole_shared(sizeof(T), 12, 48));
+        auto wanted = [&](ScanKernel kernel, bool by_size) {
+            return forced == kernel || (forced == ScanKernel::automatic && by_size);
         };
-        const bool spread = forced == ScanKernel::automatic && few(Wide<T, N>::channels, enough_wide);
-        const bool spread_more = spread && few(Middle<T>::channels, enough_middle);
-        if ((forced == ScanKernel::narrow || spread_more) && all(Narrow<T>{})) {
-            run_shape<Narrow<T>>(ctx, a, passes);
+        auto blocks = [&](int channels) { return a.xz.size(0) * ceil_div(a.xz.size(2) / 2, channels); };
+        const bool spread = blocks(Widest::channels) < enough_wide;
+        const bool spread_more = spread && blocks(Middle<T>::channels) < enough_middle;
+        if (wanted(ScanKernel::narrow, spread_more) && run_shape<Narrow<T>>(ctx, a, passes)) return true;
+        if (wanted(ScanKernel::middle, spread) && run_shape<Middle<T>>(ctx, a, passes)) return true;
+        if (wanted(ScanKernel::whole, blocks(Wholly::channels) >= enough_whole) && run_shape<Wholly>(ctx, a, passes))
             return true;
-        }
-        if ((forced == ScanKernel::middle || spread) && all(Middle<T>{})) {
-            run_shape<Middle<T>>(ctx, a, passes);
-            return true;
-        }
     }
-    if (forced == ScanKernel::narrow || forced == ScanKernel::middle) return false;
-    run_shape<Widest>(ctx, a, passes);
-    return true;
+    return (forced == ScanKernel::automatic || forced == ScanKernel::wide) && run_shape<Widest>(ctx, a, passes);
 }
 
 }  // namespace

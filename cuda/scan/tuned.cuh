@@ -4,11 +4,12 @@
 //   h[n, e] = 2^(delta A[e, n]) h[n, e] + delta u[t, e] B[t, n];  y[t, e] = sum_n C[t, n] h[n, e] + D[e] u[t, e]
 //   out = scale (y_forward + y_reverse) silu(z)
 // u, out, z (B, len, E); q (B, len, row), row >= R + 2N; state (B, N, E).
-// A block takes some channels of one image, with 64 threads for each direction, and walks through time in tiles, the
-// forward direction from the first tile, the reverse one from the last. Whichever direction comes first to a tile
-// leaves its y as float in `sum`, the other one adds, scales and gates. What is in shared memory is in the order of the
-// scan, so that but for the addresses of rows both directions run the same code. A thread holds C channels x S states
-// in registers; N / S lanes share a channel. One step of the loop over tiles:
+// A block takes some channels of one image, with a warp or two for each direction, and walks through time in tiles, the
+// forward direction from the first tile, the reverse one from the last. Directions of one warp wait for each other in
+// the middle only. Whichever direction comes first to a tile leaves its y as float in `sum`, the other one adds, scales
+// and gates. What is in shared memory but q is in the order of the scan, so that but for the addresses of rows both
+// directions run the same code. A thread holds C channels x S states in registers; N / S lanes share a channel. One
+// step of the loop over tiles:
 //   delta   delta and delta u of the tile, float, once per token and channel; tokens beyond the end get delta 0, which
 //           leaves the states as they are
 //   scan    the recurrence; meanwhile u and q of the next tile, and z and sum of this one, are copied to shared memory
@@ -17,7 +18,9 @@
 // tiles give the same bits, and the choice may follow the batch.
 #pragma once
 
-#include "scan/tuned_tile.cuh"
+#include <type_traits>
+
+#include "scan/tuned_delta.cuh"
 
 namespace vimcore::cuda {
 
@@ -41,7 +44,7 @@ struct TunedScan {
     int chunk, rank, row, directions;
     int q_bytes;   // that one copy of q takes: 16, 8, 4, or 0 where its rows are not aligned
     bool aligned;  // rows of u, z, out and sum by 16 bytes
-    float scale;
+    float inverse_scale;
 };
 
 // ---- the recurrence ------------------------------------------------------------------------------------------------
@@ -79,6 +82,21 @@ __device__ __forceinline__ int reduce_scatter(float (&y)[count], int lane)
     return first;
 }
 
+// delta and delta u of some tokens.
+template <int count, class Shape>
+__device__ __forceinline__ void load_steps(const TunedTile<Shape>& tile, int row, int s, float (&delta)[count],
+                                           float (&du)[count])
+{
+#pragma unroll
+    for (int i = 0; i < count; i += 2) {
+        const auto pair = tile.steps.template load<4>(row * Shape::pitch + 2 * (s + i));
+        delta[i] = pair[0];
+        du[i] = pair[1];
+        delta[i + 1] = pair[2];
+        du[i + 1] = pair[3];
+    }
+}
+
 template <class Shape, int C, int S>
 __device__ __forceinline__ void tile_scan(const TunedTile<Shape>& tile, float (&h)[C][S], const float (&A)[C][S],
                                           int thread)
@@ -87,15 +105,14 @@ __device__ __forceinline__ void tile_scan(const TunedTile<Shape>& tile, float (&
     const int slot = thread / lanes, part = thread % lanes;
 #pragma unroll 1
     for (int s = 0; s < Shape::tile; s += step) {
-        device::Vec<float, step> delta[C], du[C];
-#pragma unroll
-        for (int k = 0; k < C; k++) {
-            delta[k] = tile.delta.template load<step>((slot + k * slots) * Shape::pitch + s);
-            du[k] = tile.du.template load<step>((slot + k * slots) * Shape::pitch + s);
-        }
+        float delta[C][2], du[C][2];
         float y[C * step];
 #pragma unroll
         for (int i = 0; i < step; i++) {
+            if (i % 2 == 0) {
+#pragma unroll
+                for (int k = 0; k < C; k++) load_steps<2>(tile, slot + k * slots, s + i, delta[k], du[k]);
+            }
             float sum[C][groups];
 #pragma unroll
             for (int g = 0; g < groups; g++) {
@@ -106,7 +123,7 @@ __device__ __forceinline__ void tile_scan(const TunedTile<Shape>& tile, float (&
 #pragma unroll
                     for (int n = 0; n < 4; n++) {
                         float& state = h[k][4 * g + n];
-                        state = fmaf(device::exp2(delta[k][i] * A[k][4 * g + n]), state, B_[n] * du[k][i]);
+                        state = fmaf(device::exp2(delta[k][i % 2] * A[k][4 * g + n]), state, B_[n] * du[k][i % 2]);
                         sum[k][g] = n == 0 ? state * C_[n] : fmaf(state, C_[n], sum[k][g]);
                     }
             }
@@ -115,7 +132,7 @@ __device__ __forceinline__ void tile_scan(const TunedTile<Shape>& tile, float (&
         }
         const int first = reduce_scatter<lanes>(y, part);
         constexpr int kept = C * step / lanes > 0 ? C * step / lanes : 1, vector = kept < step ? kept : step;
-        device::sync_warp();  // the other lanes have read du
+        if constexpr (lanes > 1) device::sync_warp();  // the other lanes have read what y takes the place of
         if (lanes <= C * step || part < C * step) {
 #pragma unroll
             for (int i = 0; i < kept; i += vector) {
@@ -123,7 +140,7 @@ __device__ __forceinline__ void tile_scan(const TunedTile<Shape>& tile, float (&
 #pragma unroll
                 for (int j = 0; j < vector; j++) out[j] = y[i + j];
                 const int k = (first + i) / step, at = (first + i) % step;
-                tile.du.template store<vector>((slot + k * slots) * Shape::pitch + s + at, out);
+                tile.steps.template store<vector>(Shape::y_of(slot + k * slots, s) + at, out);
             }
         }
     }
@@ -139,9 +156,9 @@ __device__ __forceinline__ void tile_scan(const TunedTile<Shape>& tile, float (&
     const int spread = thread / device::warp_size * Shape::tile * scan_spread;
 #pragma unroll 4
     for (int s = 0; s < Shape::tile; s += 4) {
-        const auto delta = tile.delta.template load<4>(channel * Shape::pitch + s);
-        const auto du = tile.du.template load<4>(channel * Shape::pitch + s);
-        const auto B = tile.BC.template load<4>(n * Shape::pitch + s);
+        float delta[4], du[4];
+        load_steps<4>(tile, channel, s, delta, du);
+        const auto B = tile.BC.template load<4>(n * Shape::BC_pitch + s);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             h[0][0] = fmaf(device::exp2(delta[i] * A[0][0]), h[0][0], B[i] * du[i]);
@@ -155,64 +172,45 @@ __device__ __forceinline__ void tile_scan(const TunedTile<Shape>& tile, float (&
 #pragma unroll
         for (int g = 0; g < N / 4; g++) {
             const auto state = tile.spread.template load<4>(spread + s * scan_spread + lane / N * N + 4 * g);
-            const auto C = tile.BC.template load<4>(N * Shape::pitch + s * Shape::C_pitch + 4 * g);
+            const auto C = tile.BC.template load<4>(N * Shape::BC_pitch + s * Shape::C_pitch + 4 * g);
             sum[g] = state[0] * C[0];
 #pragma unroll
             for (int i = 1; i < 4; i++) sum[g] = fmaf(state[i], C[i], sum[g]);
         }
-        tile.du[channel * Shape::pitch + s] = pairwise<N / 4>(sum);
+        tile.steps[Shape::y_of(channel, s)] = pairwise<N / 4>(sum);
     }
 }
 
 // ---- the kernel ----------------------------------------------------------------------------------------------------
 
-// One tile of a direction: `count` tokens; the scan starts at `first`.
-struct TunedRows {
-    int first, count;
-};
-
-__device__ __forceinline__ TunedRows tuned_rows(int index, int tile, int tokens, bool reverse)
-{
-    const int begin = index * tile, count = tokens - begin < tile ? tokens - begin : tile;
-    return {reverse ? begin + count - 1 : begin, count};
-}
-
-// Blocks of a multiprocessor that registers must be left for: as many as fit without spills.
+// Blocks of a multiprocessor that registers must be left for: as many as fit without spills. Six of the first are all
+// of 128 images of 384 channels at a time, on 132 multiprocessors.
 template <class Shape>
-inline constexpr int tuned_blocks =
-    Shape::states == 16 && Shape::thread_states != 4 && sizeof(typename Shape::Type) == 2 ? 4 : 3;
+inline constexpr int tuned_blocks = Shape::threads == device::warp_size                              ? 6
+                                    : Shape::thread_states == 1 && sizeof(typename Shape::Type) == 2 ? 4
+                                                                                                     : 3;
 
 template <class Shape>
-__global__ void __launch_bounds__(2 * scan_threads, tuned_blocks<Shape>) scan_tuned(TunedScan<typename Shape::Type> a)
+__global__ void __launch_bounds__(2 * Shape::threads, tuned_blocks<Shape>)
+    scan_tuned(const __grid_constant__ TunedScan<typename Shape::Type> a)
 {
     using T = typename Shape::Type;
     using Copy = TunedCopy<Shape, T>;
     using CopySum = TunedCopy<Shape, float>;
-    constexpr int N = Shape::states, C = Shape::thread_channels, S = Shape::thread_states;
+    constexpr int N = Shape::states, C = Shape::thread_channels, S = Shape::thread_states, K = Shape::tile;
     constexpr int channels = Shape::channels;
-    const int direction = static_cast<int>(threadIdx.x) / scan_threads;
-    const int thread = static_cast<int>(threadIdx.x) % scan_threads;
+    const int direction = static_cast<int>(threadIdx.x) / Shape::threads;
+    const int thread = static_cast<int>(threadIdx.x) % Shape::threads;
     const int group = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.groups)), e0 = group * channels;
     const Index b = blockIdx.x / static_cast<unsigned>(a.groups);
-    const int live = a.dim - e0 < channels ? a.dim - e0 : channels;
-    const TunedPass<T> p = direction == 0 ? a.pass[0] : a.pass[1];
-    const bool both = a.directions == 2;
+    const int live = Shape::straight || a.dim - e0 > channels ? channels : a.dim - e0;
+    const TunedPass<T>& p = a.pass[direction];
+    const bool both = Shape::straight || a.directions == 2;
     const TunedLayout layout = Shape::layout(a.rank, a.row);
-    const TunedTile<Shape> tile(layout, direction * layout.bytes, a.rank, a.row);
-    const int tiles = (a.tokens + Shape::tile - 1) / Shape::tile, way = p.reverse ? -1 : 1, row = way * a.dim;
+    const TunedTile<Shape> tile(layout, direction * layout.bytes, a.row);
+    const int tiles = (a.tokens + K - 1) / K, way = p.reverse ? -1 : 1, row = way * a.dim;
 
-    // These walk along: u to this thread's first copy of the next tile, q to the beginning of the next tile.
-    const Index start = (p.reverse ? a.tokens - 1 : 0) + way * Copy::row(thread);
-    const T* u = p.u + (b * a.tokens + start) * a.dim + e0 + Copy::channel(thread);
-    const T* q = p.q + (b * a.tokens + (p.reverse ? (tiles - 1) * Shape::tile : 0)) * a.row;
-
-    for (int c = thread; c < channels; c += scan_threads) {
-        const bool is = c < live;
-        for (int r = 0; r < a.rank; r++)
-            tile.weight[r * channels + c] = is ? p.dt_weight[static_cast<Index>(e0 + c) * a.rank + r] : 0.0f;
-        tile.weight[a.rank * channels + c] = is ? p.dt_bias[e0 + c] : 0.0f;
-        tile.weight[(a.rank + 1) * channels + c] = is ? p.D[e0 + c] : 0.0f;
-    }
+    load_weights(tile, p.dt_weight, p.dt_bias, p.D, a.rank, e0, live, thread);
     const int slot = thread / Shape::lanes, part = thread % Shape::lanes;
     float A[C][S], h[C][S];
 #pragma unroll
@@ -235,65 +233,77 @@ __global__ void __launch_bounds__(2 * scan_threads, tuned_blocks<Shape>) scan_tu
         }
     };
 
-    TunedRows rows{};
-    for (int step = -1; step < tiles; step++) {  // -1: nothing but the copies for tile 0
-        const int left = tiles - 1 - step;
-        const int u_at = (step & 1) * Shape::tile * channels;
-        if (step >= 0) {
-            device::sync_block();
-            tile_delta(tile, u_at, a.rank, rows.count, thread);
-            device::sync_block();
-        }
+    // Only the last tile has fewer than K tokens: where time runs backwards it comes first.
+    const int last_count = a.tokens - (tiles - 1) * K;
+    auto count_of = [&](int step) { return step == (p.reverse ? 0 : tiles - 1) ? last_count : K; };
+    // Where a tile's first token lies: in u and sum, and in out, z being twice as long. From there on, where this
+    // thread copies from and writes to.
+    using Offset = std::conditional_t<Shape::straight, int, Index>;
+    const int start = p.reverse ? a.tokens - 1 : 0;
+    const Offset image = static_cast<Offset>(b);
+    Offset own = (image * a.tokens + start) * a.dim;
+    Offset place = Shape::straight ? own : (image * a.len + start) * a.dim;
+    const int copied = Copy::row(thread) * row + e0 + Copy::channel(thread);
+    const int copied_z = copied + Copy::row(thread) * row;
+    const int copied_sum = CopySum::row(thread) * row + e0 + CopySum::channel(thread);
+    const int written = thread / Shape::sets * Shape::deep * row + e0 + Shape::wide * (thread % Shape::sets);
+    auto fetch = [&](int index, Offset from, int count, int u_at) {
+        copy_q<Shape>(tile.q, p.q + (image * a.tokens + index * K) * a.row, count * a.row, K * a.row, a.q_bytes,
+                      thread);
+        copy_channels<Shape, Shape::u_pitch>(tile.u, u_at, p.u + (from + copied), row, count, live, a.aligned, thread);
+    };
 
+    fetch(p.reverse ? tiles - 1 : 0, own, count_of(0), 0);
+    device::cp_async_commit();
+    device::cp_async_wait<0>();
+    sync_direction<Shape>();
+    convert_q(tile, a.rank, a.row, count_of(0), p.reverse, thread);
+    sync_direction<Shape>();
+#pragma unroll 1
+    for (int step = 0; step < tiles; step++) {
+        const int left = tiles - 1 - step, count = count_of(step), u_at = (step & 1) * K * Shape::u_pitch;
         // Alone; or first to come, second to come, or both at once, when direction 1 does it.
         const bool meet = both && step == left, second = both && step > left;
-        const bool writes = step >= 0 && (!meet || direction == 1), last = !both || meet || second;
-        const bool finishes = writes && last && (both ? a.pass[1].finish : p.finish);
-        TunedRows next = rows;
-        if (left > 0) {
-            next = tuned_rows(p.reverse ? left - 1 : step + 1, Shape::tile, a.tokens, p.reverse);
-            copy_q(tile.q, q, next.count * a.row, Shape::tile * a.row, a.q_bytes, thread);
-            copy_channels<Shape>(tile.u, Shape::tile * channels - u_at, u, row, next.count, live, a.aligned, thread);
-            q += static_cast<Index>(way * Shape::tile) * a.row;
-            u += static_cast<Index>(next.count) * row;
-        }
-        const Index token = b * a.len + rows.first, own_token = b * a.tokens + rows.first;
-        if (second) {
-            const float* const from =
-                a.sum + (own_token + way * CopySum::row(thread)) * a.dim + e0 + CopySum::channel(thread);
-            copy_channels<Shape>(tile.sum, 0, from, row, rows.count, live, a.aligned, thread);
-        }
-        if (finishes) {
-            const T* const from = a.z + (token + way * Copy::row(thread)) * 2 * a.dim + e0 + Copy::channel(thread);
-            copy_channels<Shape>(tile.z, 0, from, 2 * row, rows.count, live, a.aligned, thread);
-        }
+        const bool writes = !meet || direction == 1, last = !both || meet || second;
+        const bool finishes = writes && last && (Shape::straight || (both ? a.pass[1].finish : p.finish));
+        if (second && step - left <= 2) device::sync_block();  // the other direction has written its first half
+        tile_delta(tile, u_at, a.rank, a.row, count, p.reverse, thread);
+        sync_direction<Shape>();
+
+        const int to_next = count * row;
+        if (left > 0)
+            fetch(p.reverse ? left - 1 : step + 1, own + to_next, count_of(step + 1), K * Shape::u_pitch - u_at);
+        if (second)
+            copy_channels<Shape, channels>(tile.sum, 0, a.sum + (own + copied_sum), row, count, live, a.aligned,
+                                           thread);
+        if (finishes)
+            copy_channels<Shape, channels>(tile.z, 0, a.z + (2 * place + copied_z), 2 * row, count, live, a.aligned,
+                                           thread);
         device::cp_async_commit();
 
-        if (step >= 0) {
-            if (p.checkpoints) {
-                const int natural = a.begin + rows.first;
-                if (p.reverse ? step == 0 || (natural + 1) % a.chunk == 0 : natural % a.chunk == 0)
-                    keep_states(p.checkpoints + (b * p.chunks + natural / a.chunk) * N * a.dim);
-            }
-            tile_scan(tile, h, A, thread);
+        if (p.checkpoints) {  // where a chunk begins, in natural order
+            const int begin = a.begin + (p.reverse ? left : step) * K;
+            if (p.reverse ? step == 0 || (begin + K) % a.chunk == 0 : begin % a.chunk == 0)
+                keep_states(p.checkpoints + (b * p.chunks + begin / a.chunk) * N * a.dim);
         }
+        tile_scan(tile, h, A, thread);
         device::cp_async_wait<0>();
-        device::sync_block();
+        sync_direction<Shape>();
         if (meet) {
-            const TunedTile<Shape> other(layout, 0, a.rank, a.row);
-            if (direction == 1) tile_meet(tile, other, u_at, a.rank, rows.count, thread);
+            device::sync_block();
+            const TunedTile<Shape> other(layout, 0, a.row);
+            if (direction == 1) tile_meet(tile, other, u_at, count, thread);
             device::sync_block();
         }
-        if (writes) {
-            const int e = e0 + Shape::wide * (thread % Shape::pairs);
-            T* const out = a.out + token * a.dim + e;
-            float* const sum = last ? nullptr : a.sum + own_token * a.dim + e;
-            tile_finish(tile, u_at, a.rank,
-                        {out, sum, row, meet || second, p.add && !both, finishes, a.aligned, a.scale}, rows.count, live,
-                        thread);
-        }
-        if (left > 0) convert_q(tile, a.rank, a.row, next.count, p.reverse, thread);
-        rows = next;
+        if (writes)
+            tile_finish(tile, u_at,
+                        {a.out + (place + written), last ? nullptr : a.sum + (own + written), row, meet || second,
+                         p.add && !both, finishes, a.aligned, a.inverse_scale},
+                        count, live, thread);
+        if (left > 0) convert_q(tile, a.rank, a.row, count_of(step + 1), p.reverse, thread);
+        sync_direction<Shape>();
+        own += to_next;
+        place = Shape::straight ? own : place + to_next;
     }
     if (p.state) keep_states(p.state + b * N * a.dim);
 }

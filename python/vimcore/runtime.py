@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from ._core import Config, Preprocess
 from .data.given import Given, given, input_of
 from .hub.repository import locate
 from .results import NOT_FINITE, Prediction, Predictions, prediction_of
+from .utils import notebook
 from .utils.arguments import gpu_number, integer, sides
 from .utils.clips import clip_input
 from .utils.extras import needs
@@ -131,6 +133,28 @@ class Runtime:
         gives = f"{count} {'coordinates' if self.is_embedding else 'classes'}" if count else "features"
         size = f"{self.config['in_chans']} x {height} x {width}"
         return f"Runtime({os.fsdecode(path)!r}: {size} to {gives}, {dtype} on {device})"
+
+    def _repr_html_(self) -> str:
+        """What the network takes and gives, and its architecture, in notebooks."""
+        path, device, _, _, dtype = self._arguments
+        config = Config(**self.config)
+        height, width = config.img_size
+        names = self.labels or []
+        shown = ", ".join(names[:10]) + (f", ... ({len(names)})" if len(names) > 10 else "")
+        count = sum(math.prod(shape) for shape in config.param_shapes().values())
+        rows = [
+            ("file", os.fsdecode(path)),
+            ("input", f"{config.in_chans} x {height} x {width}, {config.tokens} tokens"),
+            ("computes", f"{dtype} on {device}"),
+            ("parameters", f"{count:,}"),
+            ("multiply-adds", f"{config.flops() / 1e9:.4g} G"),
+            ("labels", shown or "none"),
+        ]
+        architecture = notebook.table(list(self.config.items()))
+        return (
+            f"<b>vimcore.Runtime</b>{notebook.table(rows)}"
+            f"<details><summary>architecture</summary>{architecture}</details>"
+        )
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of normalised images.

@@ -79,9 +79,9 @@ def measure_start(command: list[str], empty: list[str], rounds: int) -> dict[str
 
 
 def find_binary(given: str | None) -> str:
-    """The one given, of the release tree, or beside this Python."""
+    """The one given, of build/dev, or beside this Python."""
     root = Path(__file__).resolve().parents[2]
-    places = [root / "build/release/cpp/tools/vim-infer", Path(sys.executable).parent / "vim-infer"]
+    places = [root / "build/dev/cpp/tools/vim-infer", Path(sys.executable).parent / "vim-infer"]
     found = (
         given or next((str(place) for place in places if place.exists()), None) or shutil.which("vim-infer")
     )
@@ -157,7 +157,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--binary", help="default: of build/release, else the installed one")
+    parser.add_argument("--binary", help="default: of build/dev, else the installed one")
     parser.add_argument("--threads", type=int, default=0, help="default: all cores")
     parser.add_argument(
         "--images", type=int, default=64, help="pictures in the folder (default: %(default)s)"

@@ -21,6 +21,12 @@ TUNED = ("scan/forward_tuned", "scan/backward_tuned", "norm", "norm_backward", "
 # ... but this one few bytes, outside its recurrences (sass_backward.py): it takes all registers there are
 FEW = "scan_backward_tuned<", 32
 
+# What occupancy is reckoned with: kernels by file and pattern of their name, and most registers of a thread.
+MOST = (
+    ("conv1d", re.compile(r"conv_window<.*, 2>"), 96),  # 7 blocks of 96 threads on a multiprocessor
+    ("scan/forward_tuned", re.compile(r"scan_tuned<.*, 16, 8, 32, true>"), 168),  # 6 blocks of 64
+)
+
 
 def demangled(names: list[str]) -> dict[str, str]:
     """Names of kernels without namespaces and arguments, as kernel<float, 4>."""
@@ -84,6 +90,9 @@ def main(log: str, expected: int) -> int:
         faults += [f"{label} spills {s} bytes on sm_{a}" for a, s in spills.items()]
         if expected and len(row) != expected:
             faults.append(f"{label} was compiled for {len(row)} architectures, not for {expected}")
+    for (file, kernel), row in table.items():
+        for _, _, most in filter(lambda m: m[0] == file and m[1].search(names[kernel]), MOST):
+            faults += [f"{names[kernel]}: more than {most} registers" for c in row.values() if c[0] > most]
     missing = [file for file in TUNED if file not in {file for file, _ in table}]
     faults += [f"the log has no kernel of cuda/{file}.cu" for file in missing]
     print(*faults, f"{len(table)} kernels, {len(faults)} faults", sep="\n")

@@ -5,7 +5,8 @@
     python tests/cuda/sass_budget.py --nvcc PATH [--json FILE]      compiles cuda/scan/*_tuned.cu itself
 
 The scan is bound by the exp unit and by instruction issue, and both can be read off without a GPU.
-The recurrence of a kernel is its straight run of instructions with the most MUFU.EX2 and no other MUFU.
+The recurrence of a kernel is its straight run of instructions with the most MUFU.EX2 and no other MUFU. Of
+the forward scan for large grids everything is counted, too (sass_tile.py), in 16-bit types.
 Of the backward scan everything is counted (sass_backward.py), with checkpoints every 64 tokens, as training
 of the lean kind has them.
 Counts are per token of a warp and per token of 32 channels. A quarter of a multiprocessor issues one
@@ -25,10 +26,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import sass_backward
+import sass_tile
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = "sm_90"
@@ -44,12 +46,22 @@ TARGET = re.compile(r"\b(?:BRA|BSSY|CALL)\b.*?0x([0-9a-f]+)")
 # per token of 32 channels. EX2 is one per state; 80 slots are the arithmetic of 16 states: two products, EX2,
 # two multiply-adds. Of one state per thread it is the part before the sums over states.
 BUDGET: dict[tuple[int, int, int], dict[str, float]] = {
+    (16, 2, 16): {"issue": 89, "ex2": 16, "lds": 4.5, "sts": 0.25, "shfl": 0},
     (16, 2, 8): {"issue": 96, "ex2": 16, "lds": 5, "sts": 0.25, "shfl": 1},
     (16, 1, 4): {"issue": 114, "ex2": 16, "lds": 10, "sts": 1, "shfl": 3},
     (16, 1, 1): {"issue": 104, "ex2": 16, "lds": 12, "sts": 16, "shfl": 0},
     (8, 1, 8): {"issue": 49, "ex2": 8, "lds": 4.5, "sts": 0.25, "shfl": 0},
     (32, 2, 8): {"issue": 196, "ex2": 32, "lds": 10, "sts": 0.5, "shfl": 3},
     (64, 2, 8): {"issue": 402, "ex2": 64, "lds": 20, "sts": 1, "shfl": 7},
+}
+
+# Everything that the forward scan with 16 states in a thread does for a token of 32 channels at a rank below
+# 16, by type: issue slots, and the clocks of its MUFU at 8 each: 16 exponentials of states, one of softplus,
+# and half of two for the gate, which both directions share.
+WHOLE = (16, 2, 16)
+WHOLE_BUDGET: dict[str, dict[str, float]] = {
+    "bf16": {"whole issue": 128, "MUFU clocks": 144},
+    "f16": {"whole issue": 131, "MUFU clocks": 144},
 }
 
 # states: the same for the backward scan with aligned tensors, everything included, of bfloat16; "exact" more
@@ -78,6 +90,7 @@ class Count:
     shfl: float
     code: int  # instructions of the whole kernel
     beyond: list[str]
+    whole: dict[str, float] = field(default_factory=dict)
 
 
 def disassembler() -> str:
@@ -170,7 +183,24 @@ def count(kernel: tuple[str, int, int, int], code: list[tuple[int, str]]) -> Cou
     result.beyond = [
         f"{key} {values[key]:g} > {most:g}" for key, most in budget.items() if most < values[key]
     ]
+    if (states, channels, per_thread) == WHOLE and dtype in WHOLE_BUDGET:
+        add_whole(result, dtype, code)
     return result
+
+
+def add_whole(result: Count, dtype: str, code: list[tuple[int, str]]) -> None:
+    tokens, channels = 8, 64
+    try:
+        tile = sass_tile.tile(code, channels, WHOLE[0], tokens)
+    except sass_tile.NoPath as failure:
+        raise Failure(f"{result.kernel}: {failure}") from failure
+    factor = 32 / channels / tokens
+    result.whole = {"whole issue": tile.issue * factor, "MUFU clocks": 8 * tile.special * factor}
+    result.beyond += [
+        f"{key} {result.whole[key]:g} > {most:g}"
+        for key, most in WHOLE_BUDGET[dtype].items()
+        if most < result.whole[key]
+    ]
 
 
 def count_backward(dtype: str, states: int, code: list[tuple[int, str]]) -> Count:
@@ -217,6 +247,9 @@ def report(counts: list[Count]) -> None:
         values = asdict(c)
         cells = "".join(f"{f'{values[key]:g} / {budget[key]:g}':>13}" for key in keys)
         print(f"{c.kernel:<18} {c.warp_token_issue:>10.2f} |{cells} {8 * c.ex2:>11g} {c.code:>5}")
+        if c.whole:
+            both = WHOLE_BUDGET[c.kernel.split()[0]]
+            print("    " + ", ".join(f"{key} {value:g} / {both[key]:g}" for key, value in c.whole.items()))
         if c.beyond:
             print(f"    beyond the budget: {', '.join(c.beyond)}")
 

@@ -41,6 +41,10 @@ struct Case {
 
     Index tokens(std::size_t way) const { return ways[way].tokens < 0 ? len : ways[way].tokens; }
     Index row() const { return rank + 2 * state; }
+    Index row(DType dtype, Device device) const  // in memory: padded in every other case
+    {
+        return len % 2 ? device_scratch::padded_columns(row(), dtype, device.type) : row();
+    }
     Index chunks() const { return (len + chunk - 1) / chunk; }
     std::string name() const
     {
@@ -99,8 +103,7 @@ Outputs run(Side& side, const Case& c, const Inputs& in)
         const Inputs::Pass& p = in.pass[i];
         passes[i].reverse = c.ways[i].reverse;
         passes[i].u = activation({c.batch, c.tokens(i), c.inner}, p.u);
-        const Index row =
-            c.len % 2 ? device_scratch::padded_columns(c.row(), side.dtype, side.ctx.device().type) : c.row();
+        const Index row = c.row(side.dtype, side.ctx.device());
         passes[i].q = activation({c.batch, c.tokens(i), row}, with_rows(p.q, c.row(), row, std::nanf("")));
         passes[i].A_log = side.parameter({c.inner, c.state}, p.A_log);
         passes[i].D = side.parameter({c.inner}, p.D);
@@ -210,6 +213,15 @@ bool same(const Outputs& a, const Outputs& b)
     return a.out == b.out && a.state == b.state && a.checkpoints == b.checkpoints;
 }
 
+// Both directions of whole sequences that finish, whole groups of channels, rows by 16 bytes.
+bool takes_whole(const Case& c, DType dtype)
+{
+    if (c.ways.size() != 2 || c.ways[0].finish || !c.ways[1].finish || c.ways[0].add || !c.ways[1].add) return false;
+    const auto size = static_cast<Index>(size_of(dtype)), row = c.row(dtype, Device::cuda());
+    return c.ways[0].reverse != c.ways[1].reverse && c.tokens(0) == c.len && c.tokens(1) == c.len &&
+           c.inner % 64 == 0 && c.rank % 4 == 0 && row * size % 16 == 0 && c.shift * size % 16 == 0 && c.chunk % 8 == 0;
+}
+
 // The tuned kernels that must take a case; others than these refuse it.
 std::vector<ScanKernel> tuned_for(const Case& c, DType dtype)
 {
@@ -222,6 +234,7 @@ std::vector<ScanKernel> tuned_for(const Case& c, DType dtype)
     if (c.state != 8 && c.state != 16 && c.state != 32 && c.state != 64) return kernels;
     if (fits(16)) kernels.push_back(ScanKernel::wide);
     if (c.state != 16) return kernels;
+    if (takes_whole(c, dtype)) kernels.push_back(ScanKernel::whole);
     if (fits(32)) kernels.push_back(ScanKernel::middle);
     if (fits(dtype == DType::f32 ? 32 : 64) && c.rank <= 24) kernels.push_back(ScanKernel::narrow);
     return kernels;
@@ -256,10 +269,11 @@ void check_case(const Case& c, DType dtype, double f32_rounding = 1e-5)
         const bool equal = same(run_cuda(c, in, dtype, kernel), automatic);
         check_report(equal, __FILE__, __LINE__, ("same bits from every tuned kernel, " + c.name()).c_str());
     }
-    if (kernels.empty()) {
-        CHECK_THROWS(run_cuda(c, in, dtype, ScanKernel::wide), std::invalid_argument);
-        force_scan(ScanKernel::automatic);
-    }
+    for (ScanKernel kernel : {ScanKernel::wide, ScanKernel::whole})
+        if (std::find(kernels.begin(), kernels.end(), kernel) == kernels.end() && c.ways.size() == 2) {
+            CHECK_THROWS(run_cuda(c, in, dtype, kernel), std::invalid_argument);
+            force_scan(ScanKernel::automatic);
+        }
 }
 
 template <class Change>
@@ -333,6 +347,40 @@ void test_sizes()
             "rank 600");
     CHECK_THROWS(run_cuda(large, in, DType::f32, ScanKernel::wide), std::invalid_argument);
     force_scan(ScanKernel::automatic);
+}
+
+// Sixteen states of 64 channels in a warp: lengths around a tile and the middle, ranks around the 16 of a product of
+// matrices, chunks; and as many blocks as make it the choice.
+void test_whole()
+{
+    Case c;
+    c.inner = 64;
+    c.rank = 12;
+    for (DType dtype : device_types) {
+        for (Index len : {1, 8, 9, 16, 23, 33}) check_case(with(c, [&](Case& w) { w.len = len; }), dtype);
+        for (Index rank : {4, 16, 20, 48})
+            check_case(with(c,
+                            [&](Case& w) {
+                                w.rank = rank;
+                                w.inner = rank == 20 ? 128 : 64;
+                                w.len = 11;
+                            }),
+                       dtype);
+        for (Index chunk : {16, 64})
+            check_case(with(c,
+                            [&](Case& w) {
+                                w.chunk = chunk;
+                                w.with_state = true;
+                                w.batch = 2;
+                                w.len = 69;
+                                std::swap(w.ways[0].reverse, w.ways[1].reverse);
+                            }),
+                       dtype);
+    }
+    c.batch = 397;  // it is the choice
+    c.len = 2;
+    const Inputs in = make_inputs(c, DType::bf16);
+    CHECK(same(run_cuda(c, in, DType::bf16, ScanKernel::automatic), run_cuda(c, in, DType::bf16, ScanKernel::wide)));
 }
 
 void test_flags()
@@ -599,19 +647,19 @@ void test_residence()
         int number, shared, threads;  // of a multiprocessor
         Index forward_tiny, forward_small, backward;
     };
-    constexpr Architecture all[] = {{80, 164, 2048, 2, 2, 2}, {86, 100, 1536, 1, 1, 1},  {89, 100, 1536, 1, 1, 1},
-                                    {90, 228, 2048, 4, 3, 3}, {100, 228, 2048, 4, 3, 3}, {120, 100, 1536, 1, 1, 1}};
-    constexpr Index state = 16, threads = 128, reserved = 1024;
+    constexpr Architecture all[] = {{80, 164, 2048, 4, 3, 2}, {86, 100, 1536, 2, 2, 1},  {89, 100, 1536, 2, 2, 1},
+                                    {90, 228, 2048, 6, 4, 3}, {100, 228, 2048, 6, 4, 3}, {120, 100, 1536, 2, 2, 1}};
+    constexpr Index state = 16, reserved = 1024;
     for (const Architecture& a : all) {
-        const auto blocks = [&](Index shared) {
-            return std::min(Index{a.shared} * 1024 / (2 * shared + reserved), a.threads / threads);
+        const auto blocks = [&](Index shared, int threads) {
+            return std::min(Index{a.shared} * 1024 / (2 * shared + reserved), Index{a.threads / threads});
         };
         const auto forward = [&](Index rank) {
             const Index row = device_scratch::padded_columns(rank + 2 * state, DType::bf16, Device::Type::cuda);
-            return blocks(device_scratch::wide_shared(2, state, rank, row));
+            return blocks(device_scratch::whole_shared(2, rank, row), 64);
         };
         CHECK(forward(12) == a.forward_tiny && forward(24) == a.forward_small);
-        CHECK(blocks(device_scratch::back_shared(state, 12)) == a.backward);
+        CHECK(blocks(device_scratch::back_shared(state, 12), 128) == a.backward);
 #ifdef VIMCORE_SHIM
         shim::set_architecture(a.number);  // and they run there
         check_case(with({}, [](Case& c) { c.rank = 12, c.inner = 64, c.len = 40; }), DType::bf16);
@@ -627,6 +675,7 @@ int main()
     test_residence();
     test_lengths();
     test_sizes();
+    test_whole();
     test_flags();
     test_extremes();
     test_cpu();

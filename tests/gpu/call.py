@@ -153,6 +153,7 @@ def first(call: Call, args: argparse.Namespace) -> None:
             gemm, 45, library, suffix=" an algorithm per batch", environment=each, output="gemm.txt", tail=26
         )
     )
+    call.run(call.program(f"scan_check{call.suffix}", 30, "none", output="scan.txt", tail=30))
     rates(call)
     while building and building.is_alive() and time.monotonic() - call.begin < 170 and call.left > 120:
         time.sleep(0.5)
@@ -218,7 +219,7 @@ def second(call: Call, args: argparse.Namespace) -> None:
     call.together(
         [
             call.program(name, 90, library)
-            for name in [*call.programs(), f"gemm_check{call.suffix}"]
+            for name in [*call.programs(), *(f"{name}_check{call.suffix}" for name in ("gemm", "scan"))]
             if name in wrong
         ]
     )

@@ -162,7 +162,7 @@ class Call:
 
     def program(self, name: str, limit: float, library: str, *, suffix: str = "", **options: Any) -> Step:
         """A test program, whose products go to this library."""
-        arguments = [] if name.startswith("gemm") else [ROOT / "tests/golden"]
+        arguments = [] if name.startswith(("gemm", "scan")) else [ROOT / "tests/golden"]
         environment = {"VIMCORE_CUBLASLT": library, **options.pop("environment", {})}
         label = f"{name}{suffix}" + (" built-in" if library == "none" and not self.rehearse else "")
         return Step(label, [self.bin / name, *arguments], limit, environment=environment, **options)

@@ -3,10 +3,10 @@
 # pkg-config, with the source tree inside a project, from C and from Python's ctypes; trains with the C++ example and
 # compares with Python. Needs cmake, pkg-config, a C and a C++20 compiler, headers of zlib, libjpeg and libpng (as root
 # on Debian it installs what is missing of these) and a Python with vimcore and torch, the first on PATH or $PYTHON.
-#   tests/package/run.sh [release tree, default build/release] [folder to work in, default build/package]
+#   tests/package/run.sh [build tree, default build/dev] [folder to work in, default build/package]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-static_tree=${1:-build/release} work=${2:-build/package} python=${PYTHON:-python3}
+static_tree=${1:-build/dev} work=${2:-build/package} python=${PYTHON:-python3}
 mkdir -p "$work"
 work=$(cd "$work" && pwd)
 here=tests/package root=$PWD
@@ -38,7 +38,7 @@ fi
 "$python" -c 'import torch, vimcore' || fail "$python has no vimcore with torch (name another one in \$PYTHON)"
 
 step 'install: static and shared'
-[ -f "$static_tree/CMakeCache.txt" ] || configure --preset release -B "$static_tree"
+[ -f "$static_tree/CMakeCache.txt" ] || configure --preset dev -B "$static_tree"
 needed=(vimcore vim-infer example_embed example_infer example_retrieval example_segment example_train)
 build "$static_tree" --target "${needed[@]}"
 configure -S . -B "$work-shared" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DVIMCORE_EXAMPLES=ON -DVIMCORE_CUDA=OFF

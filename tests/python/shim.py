@@ -20,7 +20,7 @@ import vimcore
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-BUILD = Path(__file__).resolve().parents[2] / "build" / "release" / "python"
+BUILD = Path(__file__).resolve().parents[2] / "build" / "dev" / "python"
 os.environ.setdefault("VIMCORE_SHIM_FOREIGN", "1")  # torch's memory is device memory, too
 sys.path.insert(0, os.environ.get("VIMCORE_SHIM_PACKAGE", str(BUILD)))
 import vimcore_shim  # noqa: E402

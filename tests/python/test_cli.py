@@ -160,7 +160,8 @@ def test_help_is_quick() -> None:
         "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
         "        main([command, '--help'])\n"
         "    new = {n for n in set(sys.modules) - before if n.startswith('vimcore.cli.')}\n"
-        "    assert new - {'vimcore.cli.output'} == {f'vimcore.cli.{command}'}, (command, new)\n"
+        "    shared = {f'vimcore.cli.{name}' for name in ('output', 'progress', 'results')}\n"
+        "    assert new - shared == {f'vimcore.cli.{command}'}, (command, new)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -169,7 +170,7 @@ def test_help_is_quick() -> None:
 def test_every_command_is_a_file_or_folder() -> None:
     here = Path(vimcore.cli.__file__).parent
     files = {path.stem for path in here.glob("*.py")} | {path.parent.name for path in here.glob("*/*.py")}
-    assert files == {*COMMANDS, "__init__", "output", "streams"}
+    assert files == {*COMMANDS, "__init__", "output", "progress", "results", "streams"}
 
 
 def test_a_missing_package_is_named() -> None:
@@ -406,6 +407,8 @@ def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
     [
         (["predict", "--weights", "w", "--jsn", "x.png"], "predict", "--jsn (did you mean --json?)"),
         (["plan", "--device-memry=8G"], "plan", "--device-memry=8G (did you mean --device-memory?)"),
+        (["predcit", "x.png"], "[-h]", "no command 'predcit' (did you mean predict?); see vimcore --help"),
+        (["frobnicate", "predict"], "[-h]", "no command 'frobnicate'; see vimcore --help"),
         (["info", "a", "b"], "info", "unrecognized arguments: b\n"),
         (["doctor", "--frobnicate"], "doctor", "unrecognized arguments: --frobnicate\n"),
         (["--threads", "doctor"], "[-h]", "unrecognized arguments: --threads\n"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import vimcore
+from report_checks import read_report
 from torch.utils.data import Dataset
 from train_helpers import folder
 from vimcore import clip, tasks
@@ -187,6 +188,11 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["images"] == 8
     assert found["r1"] == pytest.approx(best["r1"])
+    assert main(["plot", str(tmp_path / "whole"), "--format", "html", "--mistakes", "3"]) == 0
+    report = read_report(tmp_path / "whole" / "report.html")
+    assert report.headings[:2] == ["Training", "What captions find"]
+    assert len(report.pictures) == 4 + 3 * read_found(tmp_path / "whole" / "eval.npz").panels.shape[1]
+    capsys.readouterr()
     assert main(["plot", str(tmp_path / "whole")]) == 0
     written = capsys.readouterr().out.split()
     assert [Path(name).name for name in written] == ["curves.png", "found.png"]

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from report_checks import read_report
 from train_helpers import log, stopped
 from vimcore import detection, segmentation
 from vimcore.cli import main
@@ -369,6 +370,12 @@ def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.slow
 def test_plot(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plot", str(run), "--out", str(tmp_path), "--mistakes", "3", "--format", "html"]) == 0
+    report = read_report(tmp_path / "report.html")
+    assert report.headings[:3] == ["Training", "Classes", "Worst pictures"]
+    assert len(report.pictures) == 4 + 3 * 3
+    (tmp_path / "report.html").unlink()
+    capsys.readouterr()
     assert main(["plot", str(run), "--out", str(tmp_path), "--mistakes", "3"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "worst.png"]
     assert Image.open(tmp_path / "worst.png").size[0] > 1500

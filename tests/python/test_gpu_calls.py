@@ -24,7 +24,7 @@ from test_gpu_bench import RATES
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = Path(os.environ.get("VIMCORE_SHIM_PROGRAMS", ROOT / "build/release/tests/cuda"))
+PROGRAMS = Path(os.environ.get("VIMCORE_SHIM_PROGRAMS", ROOT / "build/dev/tests/cuda"))
 SANITIZER = """#!/bin/sh
 # Runs the program at the end of the command line.
 case "$*" in *racecheck*) echo '========= Race reported between Write access and Read access' ;; esac
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
     """carried/carried.tar.xz as prepare.sh makes it, of some programs of the shim; a sanitizer in tools/."""
     pack = tmp_path / "pack"
     (pack / "bin").mkdir(parents=True)
-    for name in ("gemm_check", "test_casts_cuda"):
+    for name in ("gemm_check", "scan_check", "test_casts_cuda"):
         shutil.copy(PROGRAMS / name, pack / "bin" / name)
     script(pack / "bin/rates", f"#!/bin/sh\necho '{json.dumps(RATES)}'\n")
     script(pack / "bin/probe", "#!/bin/sh\nexit 0\n")
@@ -83,6 +83,7 @@ def test_every_step_of_both_calls_runs(folder: Path) -> None:
     assert found.pop("failed tests") == {"names": []}
     assert set(passed) == set(found), printed
     expected = {"the carried package loads", "Vim-Ti against float64, kernels", "gemm_check", "rates"}
+    expected |= {"scan_check"}
     expected |= {"gemm_check an algorithm per batch", "benchmark, the main rows", "test_casts_cuda", "pytest"}
     assert expected <= set(found)
     out = folder / "out"
@@ -91,7 +92,8 @@ def test_every_step_of_both_calls_runs(folder: Path) -> None:
     assert json.loads((out / "bench.json").read_text())["rows"]
     assert (out / "gemm.txt").read_text().count("Ti x_proj") == 6
     assert "done: 1 failed ['test_broken_cuda']" in (out / "log.txt").read_text()
-    assert len(list(out.iterdir())) <= 8
+    assert "whole" in (out / "scan.txt").read_text()
+    assert len(list(out.iterdir())) <= 9
 
     shutil.copy(out / "steps.json", folder / "before.json")
     shutil.rmtree(out)

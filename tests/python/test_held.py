@@ -111,6 +111,7 @@ def with_small_files(call: Callable[[], int], log: Path) -> int:
             os.dup2(number, 1)
             os.dup2(number, 2)
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+            sys.dont_write_bytecode = True  # Python would leave modules of 512 bytes, which nobody can import
             resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
             os._exit(call())
         finally:

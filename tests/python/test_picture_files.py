@@ -239,25 +239,23 @@ def test_features_tell_too(weights: Path, odd: Path, tmp_path: Path) -> None:
     assert "\\udcff\\udce9.JPG" in metadata["vimcore.images"]
 
 
-@pytest.mark.parametrize("name", ["f.npz", "f.NPY", "f.csv", "f.safetensors.gz", "f.v2"])
+@pytest.mark.parametrize("name", ["f.zip", "f.json", "plain", "f.safetensors.gz", "f.v2"])
 def test_features_are_not_written_under_a_false_name(
     name: str, weights: Path, odd: Path, tmp_path: Path
 ) -> None:
     done = run("features", "--weights", weights, "--out", tmp_path / name, odd)
     assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        f"--out: expected a name that ends with .safetensors, which is what is written, got '{tmp_path}"
-        in done.stderr
-    )
+    wanted = ".csv, .npy, .npz, .safetensors"
+    assert f"--out: expected a name that ends with {wanted}, got '{tmp_path}" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / name).exists()
 
 
 def test_features_do_not_replace_a_pipe(weights: Path, odd: Path, tmp_path: Path) -> None:
-    for name in ("f.safetensors", "F.SafeTensors", "plain"):
+    for name in ("f.safetensors", "F.SafeTensors", "f.NPZ"):
         assert run("features", "--weights", weights, "--out", tmp_path / name, odd).returncode == 0
-    os.mkfifo(tmp_path / "pipe")
-    done = run("features", "--weights", weights, "--out", tmp_path / "pipe", odd / "one.png")
+    os.mkfifo(tmp_path / "pipe.npy")
+    done = run("features", "--weights", weights, "--out", tmp_path / "pipe.npy", odd / "one.png")
     assert done.returncode == 1
-    assert "pipe: a device, pipe or socket, which no file may replace" in done.stderr
-    assert (tmp_path / "pipe").is_fifo()
+    assert "pipe.npy: a device, pipe or socket, which no file may replace" in done.stderr
+    assert (tmp_path / "pipe.npy").is_fifo()

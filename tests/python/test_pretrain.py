@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import vimcore
+from report_checks import read_report
 from train_helpers import folder, log
 from vimcore import tasks
 from vimcore.cli import main
@@ -73,6 +74,11 @@ def test_pretraining_then_classifying(
 
     shown = read_reconstructions(tmp_path / "whole" / "eval.npz")
     assert shown.panels.shape[1:] == (3, 32, 32, 3)
+    capsys.readouterr()
+    assert main(["plot", str(tmp_path / "whole"), "--format", "html"]) == 0
+    report = read_report(tmp_path / "whole" / "report.html")
+    assert report.headings[:2] == ["Training", "What is predicted"]
+    assert len(report.pictures) > 6
     capsys.readouterr()
     assert main(["plot", str(tmp_path / "whole")]) == 0
     written = capsys.readouterr().out.split()

@@ -142,6 +142,12 @@ def test_progress(path: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_reprs(path: str) -> None:
     runtime = vimcore.Runtime(path)
     assert repr(runtime) == f"Runtime({path!r}: 3 x 16 x 24 to 3 classes, float32 on cpu)"
+    html = runtime._repr_html_()
+    assert "<td style='text-align:left'>a &lt;b&gt;, cat, dog</td>" in html
+    model = vimcore.VisionMamba.load(path)
+    assert f">{sum(p.numel() for p in model.parameters()):,}</td>" in html
+    assert f">{model.flops() / 1e9:.4g} G</td>" in html
+    assert all(f"<td style='text-align:left'>{key}</td>" in html for key in runtime.config)
     found = runtime.predict([pixels(), pixels(1)])
     html = found._repr_html_()
     assert html.count("<img src='data:image/png;base64,") == 2
@@ -211,4 +217,8 @@ def test_health_of_noise() -> None:
     model = vimcore.VisionMamba(**SIZES)
     found = vimcore.health(model)
     assert found.images == 4
+    html = found._repr_html_()
+    assert html.count("<tr>") == 1 + len(found.layers)
+    assert "everything is finite" in html
+    assert "advised: " in html
     assert str(found) == str(vimcore.health(model))

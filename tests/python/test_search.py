@@ -17,7 +17,7 @@ from vimcore import _core, clip
 from vimcore.cli import main
 from vimcore.segmentation import FCN
 from vimcore.tools import search
-from vimcore.tools.embedders import open_embedder
+from vimcore.tools.embedders import open_embedder, unit
 from vimcore.tools.search_index import Index, cache_folder, checksum
 
 SIZES: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2}
@@ -113,7 +113,7 @@ def test_files_of_other_tasks(tmp_path: Path, photos: Path) -> None:
     image = _core.preprocess_image((photos / "digit 1" / "001.png").read_bytes(), "", embedder.steps)[None]
     with torch.no_grad():
         wanted = network.backbone.forward_features(torch.from_numpy(image)).mean(1).numpy()
-    assert np.allclose(embedder.images(image), wanted / np.linalg.norm(wanted), atol=1e-6)
+    assert np.allclose(unit(embedder.vectors(image)), wanted / np.linalg.norm(wanted), atol=1e-6)
 
 
 def collected(weights: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[search.Library, int]:
@@ -219,8 +219,11 @@ def test_in_bfloat16(plain: str, photos: Path, tmp_path: Path, capsys: pytest.Ca
     for path in (plain, str(both), str(dense)):
         wide, narrow = open_embedder(path), open_embedder(path, dtype="bfloat16")
         assert (wide.dtype, narrow.dtype) == ("float32", "bfloat16")
-        found = [narrow.images(images), *([narrow.text("a red")[0][None]] if narrow.reads_text else [])]
-        wanted = [wide.images(images), *([wide.text("a red")[0][None]] if wide.reads_text else [])]
+        found = [
+            unit(narrow.vectors(images)),
+            *([narrow.text("a red")[0][None]] if narrow.reads_text else []),
+        ]
+        wanted = [unit(wide.vectors(images)), *([wide.text("a red")[0][None]] if wide.reads_text else [])]
         for a, b in zip(found, wanted, strict=True):
             assert a.dtype == np.float32
             assert (a * b).sum(1).min() > 0.999

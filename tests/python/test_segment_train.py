@@ -14,6 +14,7 @@ import pytest
 import torch
 import vimcore
 from PIL import Image
+from report_checks import read_report
 from train_helpers import environment, log, stopped
 from vimcore import _core
 from vimcore.cli import main
@@ -115,6 +116,12 @@ def test_evaluation(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_figures_are_drawn(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plot", str(run), "--out", str(tmp_path), "--mistakes", "3", "--format", "html"]) == 0
+    report = read_report(tmp_path / "report.html")
+    assert report.headings[:4] == ["Training", "Classes", "Confusion", "Worst images"]
+    assert len(report.pictures) == 4 + 3 * 4
+    (tmp_path / "report.html").unlink()
+    capsys.readouterr()
     assert main(["plot", str(run), "--out", str(tmp_path), "--mistakes", "3"]) == 0
     written = capsys.readouterr().out.splitlines()
     assert [Path(name).name for name in written] == ["curves.png", "confusion.png", "worst.png"]

@@ -223,7 +223,7 @@ STEP = {"kind": "step", "step": 1, "epoch": 0.5, "loss": 1.0, "lr": 0.1}
         ("[1]", "no entry of a log: expected an object, got [1]"),
         ("hello", "no entry of a log: Expecting value"),
         ("[" * 10000, "no entry of a log: "),
-        ("{}", "kind: expected one of start, step, eval, fault, got null"),
+        ("{}", "kind: expected one of start, longer, step, eval, fault, got null"),
         (json.dumps({**STEP, "kind": ["step"]}), "kind: expected one of"),
         (json.dumps({"kind": "step"}), "step: expected a whole number, 1 or more, but it is not there"),
         (json.dumps({**STEP, "step": -3}), "step: expected a whole number, 1 or more, got -3"),

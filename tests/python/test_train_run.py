@@ -132,7 +132,10 @@ def test_resume_refuses_what_would_be_another_run(
     uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, message in (
-        (["--resume", str(uninterrupted), "--lr", "1"], "lr: cannot change when a run goes on"),
+        (
+            ["--resume", str(uninterrupted), "--lr", "1"],
+            "lr (is 0.01, got 1.0): cannot change when a run goes on",
+        ),
         (["--resume", str(uninterrupted), "--out", "x"], "--resume: the run has its settings"),
         (["--resume", str(tmp_path / "absent")], "config.toml: No such file"),
         ([*WILD, "--out", str(uninterrupted)], "holds a run; go on with --resume"),

@@ -148,6 +148,7 @@ def test_a_run_tells_and_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[
         "warmup_epochs": 0.2,
         "epochs": 2,
         "updates": 6,
+        "samples": {"digit 0": 8, "digit 1": 8, "digit 7": 8},
     }
     assert "start" not in {line["kind"] for line in rest}
     assert read_toml(str(run / "config.toml"))["warmup_epochs"] == 0.2

@@ -95,9 +95,9 @@ def test_features_skip_bad_pictures(weights: Path, pictures: Path, tmp_path: Pat
     assert done.returncode == 1
     assert "nothing is written" in done.stderr
     assert out.read_bytes() == before
-    done = run("features", "--weights", weights, "--out", tmp_path / "no" / "f", pictures)
+    done = run("features", "--weights", weights, "--out", tmp_path / "no" / "f.npz", pictures)
     assert done.returncode == 1
-    assert done.stderr == f"vim-infer: {tmp_path}/no/f: cannot write: No such file or directory\n"
+    assert done.stderr == f"vim-infer: {tmp_path}/no/f.npz: cannot write: No such file or directory\n"
     assert os.listdir(tmp_path) == [out.name]
 
 

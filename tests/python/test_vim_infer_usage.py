@@ -108,3 +108,24 @@ def test_a_reader_that_leaves_and_a_full_disk(weights: Path, pictures: Path) -> 
         )
     assert done.returncode == 1
     assert done.stderr == "vim-infer: cannot write the results: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["predcit", "x.png"], "no command 'predcit' (did you mean predict?); see vim-infer --help"),
+        (["feature"], "no command 'feature' (did you mean features?)"),
+        (["paint"], "no command 'paint'; see"),
+        (
+            ["predict", "--weihgts", "w"],
+            "'--weihgts' (did you mean --weights?); see vim-infer predict --help",
+        ),
+        (["predict", "--top-k=3"], "'--top-k' (did you mean --topk?)"),
+        (["bench", "--hepl"], "'--hepl' (did you mean --help?)"),
+        (["predict", "--frobnicate"], "'--frobnicate'; see"),
+    ],
+)
+def test_what_was_meant(arguments: list[str], said: str) -> None:
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr

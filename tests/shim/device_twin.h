@@ -135,6 +135,33 @@ void cp_async_wait()
     shim::wait_copies(Pending);
 }
 
+// ---- products of matrices of bfloat16 by a warp --------------------------------------------------------------------
+// Products are exact; of sums a device promises less than one rounding.
+inline void multiply_add(float (&d)[4], const Vec<std::uint32_t, 4>& a, const Vec<std::uint32_t, 2>& b,
+                         shim::Where where = shim::Where::current())
+{
+    float own[6];
+    std::memcpy(own, a.v, sizeof(a));
+    std::memcpy(own + 4, b.v, sizeof(b));
+    const auto* all = shim::exchange(own, where);
+    const auto half = [](float pair, int i) {
+        std::uint32_t bits;
+        std::memcpy(&bits, &pair, sizeof(bits));
+        bits = i == 0 ? bits << 16 : bits & 0xffff0000u;
+        std::memcpy(&pair, &bits, sizeof(bits));
+        return static_cast<double>(pair);
+    };
+    const int g = shim::lane() / 4, q = shim::lane() % 4;
+    for (int i = 0; i < 4; i++) {
+        double sum = d[i];
+        for (int k = 0; k < 16; k++)
+            sum += half(all[4 * g + k % 8 / 2][i / 2 + k / 8 * 2], k % 2) *
+                   half(all[4 * (2 * q + i % 2) + k % 8 / 2][4 + k / 8], k % 2);
+        const auto y = static_cast<float>(sum);
+        d[i] = shim::ulp_seed == 0 ? y : shim::off_by_ulps(y, y);
+    }
+}
+
 // ---- between threads -----------------------------------------------------------------------------------------------
 inline void sync_block(shim::Where where = shim::Where::current()) { shim::block_barrier(where); }
 inline void sync_group(int id, int count, shim::Where where = shim::Where::current())

@@ -50,8 +50,7 @@ struct Saved {
     void attach_block(const BlockConfig& config, const Shape& shape, DType dtype, Device device, void* data,
                       std::size_t bytes);
 
-    // Bytes that tensors take of a forward of these arguments, of a block's: no more than those of one image, times
-    // batch.
+    // Bytes that tensors take of a forward of these arguments, of a block: at most those of one image, times batch.
     static std::size_t bytes(const Config& config, std::int64_t batch, DType dtype, Device device, Memory memory);
     static std::size_t block_bytes(const BlockConfig& config, const Shape& shape, DType dtype, Device device,
                                    Memory memory);

@@ -2,6 +2,7 @@
 // Everything of the library.
 #pragma once
 
+#include "vimcore/atomic_file.h"
 #include "vimcore/build_info.h"
 #include "vimcore/checksum.h"
 #include "vimcore/config.h"

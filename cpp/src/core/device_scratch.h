@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <span>
@@ -194,15 +195,26 @@ inline bool meet(const ScanBackward& a)
            p.q.size(2) == q.q.size(2);
 }
 
-// The tuned forward in its widest shape: channels of a block, tokens of a tile, bytes of shared memory of a direction.
-inline constexpr Index wide_tile = 16;
+// The tuned forward in its widest shape, and in that which keeps 16 states of 64 channels in a warp: channels of a
+// block, tokens of a tile, bytes of shared memory of a direction.
+inline constexpr Index wide_tile = 16, whole_tile = 8, whole_channels = 64;
 constexpr bool forward_has_states(Index n) { return n == 8 || n == 16 || n == 32 || n == 64; }
 constexpr Index wide_channels(Index states) { return states == 8 ? 64 : 1024 / states; }
+constexpr Index forward_shared(Index tile, Index channels, Index size, Index states, Index rank, Index row)
+{
+    const Index steps = channels * (8 * tile + 16), BC = 8 * tile * states, u = 2 * tile * (channels * size + 16),
+                z = tile * channels * size, sum = 4 * tile * channels, q = tile * row * size,
+                weights = size == 2 ? (rank / 16 + 1) * channels * 96
+                                    : 4 * rank * (tile + 4) + 4 * rank * channels + 4 * channels;
+    return steps + BC + u + z + sum + weights + 4 * channels + q;
+}
 constexpr Index wide_shared(Index size, Index states, Index rank, Index row)  // row: elements of a row of q
 {
-    const Index channels = wide_channels(states), pitch = wide_tile + 4;
-    return channels * (8 * pitch + 3 * wide_tile * size + 4 * wide_tile + 4 * (rank + 2)) + 8 * wide_tile * states +
-           4 * rank * pitch + wide_tile * row * size;
+    return forward_shared(wide_tile, wide_channels(states), size, states, rank, row);
+}
+constexpr Index whole_shared(Index size, Index rank, Index row)
+{
+    return forward_shared(whole_tile, whole_channels, size, 16, rank, row);
 }
 inline bool is_tuned(const ScanForward& a)
 {
@@ -211,7 +223,8 @@ inline bool is_tuned(const ScanForward& a)
     const ScanForwardPass& first = a.passes[0];
     const Index states = first.A_log.size(1), rank = first.dt_weight.size(1), row = first.q.size(2);
     const auto size = static_cast<Index>(size_of(a.xz.dtype));
-    return std::max({a.xz.size(1), a.xz.size(2), a.chunk}) < large && (a.passes.size() == 1 || meet(a)) &&
+    return std::max(a.xz.size(1), a.chunk) < large && a.xz.size(2) <= (1 << 23) &&
+           std::isnormal(1 / static_cast<float>(a.scale)) && (a.passes.size() == 1 || meet(a)) &&
            forward_has_states(states) && rank <= most_shared &&
            2 * wide_shared(size, states, rank, row) <= most_shared &&
            std::all_of(

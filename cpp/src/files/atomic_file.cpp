@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "files/atomic_file.h"
+#include "vimcore/atomic_file.h"
 
 #include <fcntl.h>
 #include <sys/stat.h>
@@ -61,6 +61,10 @@ void AtomicFile::commit()
     const int descriptor = descriptor_;
     descriptor_ = -1;
     if (::close(descriptor) != 0) fail("cannot close");
+#ifdef _WIN32  // which flushes no folders, and whose rename replaces nothing
+    if (::replace_file(temporary_.c_str(), path_.c_str()) != 0) fail("cannot rename the temporary file");
+    renamed_ = true;
+#else
     if (::rename(temporary_.c_str(), path_.c_str()) != 0) fail("cannot rename the temporary file");
     renamed_ = true;
     const int folder = ::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -71,6 +75,7 @@ void AtomicFile::commit()
     ::close(folder);
     errno = error;
     if (!flushed) fail("cannot flush the folder to disk");
+#endif
 }
 
 void AtomicFile::fail(const std::string& what) const

@@ -216,9 +216,11 @@ struct SafetensorsFile::Mapping {
     {
         struct stat now;
         if (::fstat(descriptor, &now) != 0) fault(path, "cannot stat: " + reason());
-        if (now.st_size != status.st_size || now.st_mtim.tv_sec != status.st_mtim.tv_sec ||
-            now.st_mtim.tv_nsec != status.st_mtim.tv_nsec)
-            fault(path, "was overwritten while it was read");
+        bool same = now.st_size == status.st_size && now.st_mtime == status.st_mtime;
+#ifndef _WIN32
+        same = same && now.st_mtim.tv_nsec == status.st_mtim.tv_nsec;
+#endif
+        if (!same) fault(path, "was overwritten while it was read");
     }
 };
 

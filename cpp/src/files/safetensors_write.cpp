@@ -4,9 +4,9 @@
 #include <set>
 #include <stdexcept>
 
-#include "files/atomic_file.h"
 #include "files/json.h"
 #include "files/safetensors_format.h"
+#include "vimcore/atomic_file.h"
 #include "vimcore/safetensors.h"
 
 namespace vimcore {

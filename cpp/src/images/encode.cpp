@@ -18,8 +18,8 @@
 #include <png.h>
 #endif
 
-#include "files/atomic_file.h"
 #include "images/image_formats.h"
+#include "vimcore/atomic_file.h"
 #include "vimcore/error.h"
 
 namespace vimcore {

@@ -4,8 +4,8 @@
 #include <array>
 #include <stdexcept>
 
-#include "files/atomic_file.h"
 #include "images/encode.h"
+#include "vimcore/atomic_file.h"
 #include "vimcore/segment.h"
 
 namespace vimcore {

@@ -23,6 +23,7 @@ from ..io import load_model
 from ..nn.inputs import checked_images
 from ..nn.plain import Plain
 from ..nn.vision_mamba import VisionMamba
+from ..utils import notebook
 from ..weights.metadata import unpack
 
 Range = tuple[float, float]  # smallest and largest value, NaN where there was one
@@ -98,18 +99,30 @@ class Health:
         return plain
 
     def __str__(self) -> str:
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, *self._findings()])
+
+    def _repr_html_(self) -> str:
+        """The same table, in notebooks."""
+        head, *rows = self._rows()
+        findings = "".join(f"<p>{notebook.cell(line)}</p>" for line in self._findings())
+        return notebook.table(rows, head) + findings
+
+    def _rows(self) -> list[list[str]]:
         rows = [["layer", "dt", "A dt", "|state|", "|residual|", "|activation|", "in"]]
         for layer in self.layers:
             sizes = [_size(r) for r in (layer.state, layer.residual, layer.activation)]
             at = (layer.largest or "-").removeprefix(f"layers.{layer.index}.").removeprefix("mixer.")
             rows.append([str(layer.index), _span(layer.delta), _span(layer.A_delta), *sizes, at])
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+        return rows
+
+    def _findings(self) -> list[str]:
         bad = self.first_nonfinite
-        lines.append(f"not finite: first {bad}" if bad else "everything is finite")
-        for name, found in self.precisions.items():
-            lines.append(f"{name}: {_sentence(found)}")
-        return "\n".join([*lines, f"advised: {self.precision}; {self.reason}"])
+        lines = [f"not finite: first {bad}" if bad else "everything is finite"]
+        lines += [f"{name}: {_sentence(found)}" for name, found in self.precisions.items()]
+        return [*lines, f"advised: {self.precision}; {self.reason}"]
 
 
 def health(model: VisionMamba, images: Tensor | None = None) -> Health:

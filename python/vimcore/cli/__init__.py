@@ -20,7 +20,8 @@ COMMANDS = {
     "demo": "train a small Vim on handwritten digits, save it, reload it and show what it sees",
     "train": "train on your images with the paper's recipes; resumable, distributed",
     "eval": "evaluate weights: top-1, top-5, accuracy per class, confusion matrix",
-    "predict": "classify image files (no torch needed)",
+    "predict": "say what is in image files: classes, masks or objects (classes need no torch)",
+    "features": "write a vector for each picture: .npz, .npy, .csv or .safetensors",
     "search": "find pictures by a sentence or by an example picture",
     "explain": "show what a network does with images, and why it decides: attention, features, relevance",
     "download": "fetch the weights that the authors of Vim published, or list them",
@@ -61,8 +62,12 @@ def _parser(
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """Like `parse_args`; unknown arguments are reported with the usage of the command they were given to."""
-    chosen = next((a for a in arguments if a in COMMANDS), None)
-    parser, own = _parser(chosen, arguments)
+    first = next((a for a in arguments if not a.startswith("-")), None)
+    parser, own = _parser(first if first in COMMANDS else None, arguments)
+    if first is not None and first not in COMMANDS:
+        close = difflib.get_close_matches(first, COMMANDS, 1, 0.6)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        parser.error(f"no command {first!r}{hint}; see vimcore --help")
     args, unknown = parser.parse_known_args(arguments)
     if not unknown:
         return args

@@ -36,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="output folder (default: the run; the current folder for several runs)",
     )
-    parser.add_argument("--format", choices=("png", "svg"), default="png", help="default: %(default)s")
+    parser.add_argument(
+        "--format",
+        choices=("png", "svg", "html"),
+        default="png",
+        help="html: a report of each run, report.html, one file that opens anywhere (default: %(default)s)",
+    )
     parser.add_argument(
         "--mistakes",
         type=options.positive,
@@ -52,7 +57,13 @@ def run(args: argparse.Namespace) -> int:
         if all(Path(run).is_file() for run in args.runs):
             from ..plots.bench import plot_reports
 
+            if args.format == "html":
+                raise ValueError(f"format: html is for runs, {args.runs[0]} is a report of a benchmark")
             written, notes = plot_reports(args.runs, args.out, args.format)
+        elif args.format == "html":
+            from ..plots.report import report_runs
+
+            written, notes = report_runs(args.runs, args.out, args.mistakes)
         else:
             module = importlib.import_module(f"vimcore.plots.{DRAWN_BY[_task(args.runs)]}")
             written, notes = module.plot_runs(args.runs, args.out, args.format, args.mistakes)

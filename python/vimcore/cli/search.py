@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from ..data.picture_files import FORMATS_TEXT, passed_over_text
+from ..data.named_files import named
+from ..data.picture_files import FORMATS_TEXT, STDIN, passed_over_text
 from ..utils import options
 from ..utils.extras import required
 from ..utils.files import printable
 from ..utils.precision import FLOATS
 from .output import print_json, print_table
+from .progress import Progress
 from .streams import complain
 
 
@@ -20,10 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "query",
         metavar="QUERY",
-        help="a picture file, which is not among the results, or a sentence (weights of `train --task clip`)",
+        help="a picture file, which is not among the results, - : a picture on stdin, or a sentence "
+        "(weights of `train --task clip`)",
     )
     parser.add_argument(
-        "images", nargs="+", metavar="FOLDER|IMAGE", help="folders of pictures, or picture files"
+        "images",
+        nargs="+",
+        metavar="FOLDER|IMAGE|@LIST",
+        help="folders of pictures, picture files, patterns such as 'photos/*.jpg', @FILE: a list of these",
     )
     parser.add_argument(
         "--weights", required=True, metavar="FILE", help="vimcore safetensors file of any task"
@@ -43,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8,
         metavar="N",
         help="pictures that are computed at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--img-size",
+        type=options.image_size,
+        metavar="N|HxW",
+        help="another image size than the file's: the position table is resized",
     )
     parser.add_argument(
         "--no-cache",
@@ -70,27 +81,28 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"out: expected a name that ends in .png or .svg, got {args.out}")
         with required("a contact sheet", "demo"):
             import matplotlib  # noqa: F401
-    with required("search", "demo"):
-        from tqdm import tqdm
-
     from ..tools.embedders import open_embedder
     from ..tools.search import collect, nearest, query_vector
 
-    embedder = open_embedder(args.weights, args.device, args.threads, args.dtype)
+    embedder = open_embedder(args.weights, args.device, args.threads, args.img_size, args.dtype)
+    if embedder.frames:
+        raise ValueError(f"{args.weights}: takes clips, of which none can be searched")
+    images = _images(args.query, args.images)
     vector, kind, notes = query_vector(embedder, args.query)
     for note in notes:
         complain(note)
-    with tqdm(unit="image", file=sys.stderr, dynamic_ncols=True, leave=False, disable=None) as bar:
+    with Progress(0) as progress:
 
         def watch(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            progress.total = total
+            progress.advance(done)
 
         library = collect(
             embedder,
             args.weights,
-            args.images,
+            images,
             len(vector),
+            variant="-{}x{}".format(*args.img_size) if args.img_size else "",
             batch=args.batch,
             cached=not args.no_cache,
             watch=watch,
@@ -127,3 +139,16 @@ def run(args: argparse.Namespace) -> int:
     if library.errors:
         complain(f"{len(library.errors)} of {total} images failed")
     return 1 if library.errors else 0
+
+
+def _images(query: str, arguments: list[str]) -> list[str]:
+    """Files and folders to search.
+
+    Raises:
+        ValueError: the query stands on standard input, and a list too; or a picture is to come from there.
+    """
+    if STDIN in arguments:
+        raise ValueError("-: the query may be standard input; pictures that are searched are files")
+    return (
+        [name for name in named([query, *arguments]) if name != STDIN] if query == STDIN else named(arguments)
+    )

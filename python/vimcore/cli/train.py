@@ -35,11 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
     )
     parser.usage = (
         "vimcore train --data DATA [--preset NAME] [--out RUN] [SETTING ...]\n"
-        "       vimcore train --resume RUN"
+        "       vimcore train --resume RUN [--epochs N]"
     )
     parser.add_argument("--out", metavar="RUN", help="folder of the run (default: vimcore-train)")
     parser.add_argument(
-        "--resume", metavar="RUN", help="resume a run from its checkpoint, with bit-identical results"
+        "--resume",
+        metavar="RUN",
+        help="resume a run from its checkpoint, with bit-identical results; with a greater --epochs "
+        "(or --updates) it becomes longer: from there its learning rate is that of a run which was so long "
+        "from the start",
     )
     tuned = default_preset(task, "")
     of_init = f", with --init {tuned}" if tuned != DEFAULTS[task] else ""
@@ -53,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings, such as RUN/config.toml")
     parser.add_argument("--dry-run", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("--verbose", action="store_true", help="print all settings at the start")
     types = typing.get_type_hints(kind)
     groups = {section: parser.add_argument_group(section) for section in kind.SECTIONS}
     for field in dataclasses.fields(kind):
@@ -179,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         task = tasks.create(settings)
         diagnose = _diagnose if settings.task == "classify" else None
-        summary = train(task, folder, args.resume is not None, notes, diagnose)
+        summary = train(task, folder, args.resume is not None, notes, diagnose, args.verbose)
     except Stopped as stopped:
         complain(str(stopped))
         return stopped.status

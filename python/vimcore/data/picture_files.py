@@ -14,6 +14,7 @@ SUFFIXES = (  # of formats that are decoded here or, beside vim-infer, by Pillow
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
 FORMATS_TEXT = "JPEG, PNG, PPM, PGM, WebP, TIFF, BMP, GIF, AVIF"
+STDIN = "-"  # a picture on standard input
 LARGEST = 2**31  # bytes of a picture file
 SHOWN = 12  # kinds in a message
 
@@ -21,7 +22,7 @@ SHOWN = 12  # kinds in a message
 def find_images(paths: Iterable[str], passed_over: Counter[str] | None = None) -> Iterator[str]:
     """Files as given; folders are walked for pictures by suffix."""
     for path in paths:
-        if os.path.isdir(path):
+        if path != STDIN and os.path.isdir(path):
             yield from walk(path, SUFFIXES, passed_over)
         else:
             yield path

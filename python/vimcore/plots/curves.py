@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
@@ -44,16 +45,41 @@ class Scored:
 @plain_text
 def plot_curves(logs: Mapping[str, Log], path: Path, scored: Scored) -> None:
     """Loss, scores, learning rate, gradient norm (or images a second) of runs by name."""
+    figure = new_figure(10.5, 7)
+    panels = list(figure.subplots(2, 2).flat)
+    _draw(logs, panels, scored)
+    if not scored.names:
+        figure.delaxes(panels[1])
+    names = ", ".join(shortened(name, NAME) for name in logs)
+    title = "Training of " + (names if len(logs) <= 3 else f"{len(logs)} runs")
+    figure.suptitle(title, color=INK, weight="bold", x=0.02, ha="left")
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+@plain_text
+def curve_figures(logs: Mapping[str, Log], scored: Scored) -> list[tuple[str, Figure]]:
+    """The panels of `plot_curves`, each a figure of its own, with their titles."""
+    figures = [new_figure(4.6, 3.1) for _ in range(4)]
+    panels = [figure.subplots() for figure in figures]
+    _draw(logs, panels, scored)
+    for figure in figures:
+        figure.tight_layout()
+    shown = [i for i in range(4) if i != 1 or scored.names]
+    return [(panels[i].get_title(loc="left"), figures[i]) for i in shown]
+
+
+def _draw(logs: Mapping[str, Log], panels: Sequence[Axes], scored: Scored) -> None:
     normed = any(np.isfinite(log.steps["grad_norm"]).any() for log in logs.values())
     last_of, label = ("grad_norm", "gradient norm") if normed else ("images_per_second", "images per second")
     titles = [scored.loss, scored.score, "learning rate", label]
-    figure = new_figure(10.5, 7)
-    loss, score, rate, last = panels = list(figure.subplots(2, 2).flat)
+    loss, score, rate, last = panels
     several = len(logs) > 1
     for i, log in enumerate(logs.values()):
         colour = COLOURS[i % len(COLOURS)]
         held_out = colour if several else ORANGE
-        loss.plot(*_averaged(log.steps, "loss"), color=colour, lw=1.2, alpha=0.55 if several else 1)
+        training: dict[str, Any] = {"color": colour, "marker": "." if len(log.steps["epoch"]) == 1 else None}
+        loss.plot(*_averaged(log.steps, "loss"), lw=1.2, alpha=0.55 if several else 1, **training)
         if not several:
             _plot_parts(loss, log, scored.parts)
         for weights, rows in log.evals.items():
@@ -68,10 +94,8 @@ def plot_curves(logs: Mapping[str, Log], path: Path, scored: Scored) -> None:
                 score.plot(rows["epoch"], 100 * rows[name], **colours, **style)
         if scored.names:
             _mark_best(score, log, scored.names[0], held_out, several)
-        rate.plot(*_averaged(log.steps, "lr"), color=colour, lw=2)
-        last.plot(*_averaged(log.steps, last_of), color=colour, lw=1.2)
-    if not scored.names:
-        figure.delaxes(score)
+        rate.plot(*_averaged(log.steps, "lr"), lw=2, **training)
+        last.plot(*_averaged(log.steps, last_of), lw=1.2, **training)
     for axes, text in zip(panels, titles):
         axes.set_title(text, color=INK, loc="left", fontsize=11)
         axes.set_xlabel("epoch", color=INK)
@@ -88,11 +112,6 @@ def plot_curves(logs: Mapping[str, Log], path: Path, scored: Scored) -> None:
     if not several and len(score.lines) > 1:
         lines = _score_legend(next(iter(logs.values())), scored)
         score.legend(handles=lines, frameon=False, fontsize=9, loc="lower right")
-    names = ", ".join(shortened(name, NAME) for name in logs)
-    title = "Training of " + (names if len(logs) <= 3 else f"{len(logs)} runs")
-    figure.suptitle(title, color=INK, weight="bold", x=0.02, ha="left")
-    figure.tight_layout()
-    save_figure(figure, path)
 
 
 def _plot_parts(axes: Axes, log: Log, parts: Mapping[str, tuple[str, ...]]) -> None:

@@ -75,12 +75,12 @@ def plot_confusion(answers: Predictions, path: Path, title: str = "") -> None:
     text = f"{head}{right} of {len(answers.labels)} right, {100 * right / len(answers.labels):.2f} %"
     axes.set_title(text, color=INK, weight="bold", loc="left", fontsize=11)
     beside: dict[str, Any] = {"xytext": (66, 0), "textcoords": "offset points", "va": "top"}
-    words = "\n".join(_confusions(matrix, answers.names))
+    words = "\n".join(confusions(matrix, answers.names))
     axes.annotate(words, (1, 1), xycoords="axes fraction", color=INK, fontsize=9, linespacing=1.5, **beside)
     save_figure(figure, path)
 
 
-def _confusions(matrix: NDArray[np.int64], names: Sequence[str], most: int = 12) -> list[str]:
+def confusions(matrix: NDArray[np.int64], names: Sequence[str], most: int = 12) -> list[str]:
     """The most frequent confusions, one line of text each."""
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
@@ -96,15 +96,20 @@ def _confusions(matrix: NDArray[np.int64], names: Sequence[str], most: int = 12)
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 
+def worst_of(answers: Predictions, count: int) -> tuple[NDArray[np.intp], int]:
+    """Mistakes that gave the true class least probability, without any the least certain images; and how many
+    mistakes there are."""
+    truth = answers.probabilities[np.arange(len(answers.labels)), answers.labels]
+    wrong = np.flatnonzero(answers.labels != answers.predictions)
+    pool = wrong if len(wrong) else np.arange(len(answers.labels))
+    return pool[np.argsort(truth[pool], kind="stable")[:count]], len(wrong)
+
+
 @plain_text
 def plot_mistakes(answers: Predictions, path: Path, count: int = 24, title: str = "") -> None:
     """The mistakes that gave the true class least probability; without any, the least certain images."""
-    truth = answers.probabilities[np.arange(len(answers.labels)), answers.labels]
-    wrong = np.flatnonzero(answers.labels != answers.predictions)
-    some = len(wrong) > 0
-    pool = wrong if some else np.arange(len(answers.labels))
-    chosen = pool[np.argsort(truth[pool], kind="stable")[:count]]
-    pictures = _pictures(answers)
+    chosen, wrong = worst_of(answers, count)
+    pictures = pictures_of(answers)
     columns = min(6, max(len(chosen), 3))
     rows = -(-len(chosen) // columns)
     height = rows * 2.05 + 0.6
@@ -116,9 +121,9 @@ def plot_mistakes(answers: Predictions, path: Path, count: int = 24, title: str 
     for axes, i in zip(grid.flat, chosen):
         _tile(axes, answers, int(i), pictures)
     head = f"{shortened(title, NAME)}: " if title else ""
-    if some:
-        text = f"{head}{len(wrong)} of {len(answers.labels)} wrong"
-        text += f", the worst {len(chosen)}" if len(chosen) < len(wrong) else ""
+    if wrong:
+        text = f"{head}{wrong} of {len(answers.labels)} wrong"
+        text += f", the worst {len(chosen)}" if len(chosen) < wrong else ""
     else:
         text = f"{head}no mistakes; the least sure answers"
     figure.suptitle(text, color=INK, weight="bold", x=0, ha="left", y=1)
@@ -150,7 +155,7 @@ def _tile(axes: Axes, answers: Predictions, i: int, pictures: Callable[[int], ND
     axes.text(0.0, -0.15, second, color=INK, **below)
 
 
-def _pictures(answers: Predictions) -> Callable[[int], NDArray[Any] | str]:
+def pictures_of(answers: Predictions) -> Callable[[int], NDArray[Any] | str]:
     """A function that returns the pixels of image i, grey or RGB, or a text that says why there are none."""
     if not any(answers.files):
         digits, labels = load_digits()

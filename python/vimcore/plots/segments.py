@@ -102,7 +102,7 @@ def plot_images(
         axes.axis("off")
     for i, (one, caption) in enumerate(zip(shown, captions)):
         first = 5 * (i % columns)
-        panels = (one.image, _painted(one.truth, palette), _painted(one.found, palette), _differences(one))
+        panels = (one.image, painted(one.truth, palette), painted(one.found, palette), differences(one))
         for axes, picture in zip(grid[i // columns, first : first + 4], panels):
             axes.imshow(picture, interpolation="nearest" if len(picture) < 100 else "antialiased")
         grid[i // columns, first].set_title(caption, color=INK, size=8, loc="left", pad=3)
@@ -121,14 +121,14 @@ def plot_images(
     save_figure(figure, path)
 
 
-def _painted(classes: NDArray[np.uint8], palette: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def painted(classes: NDArray[np.uint8], palette: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Class indices in their colours; 255 is grey."""
     colours = np.full((256, 3), UNKNOWN, np.uint8)
     colours[: len(palette)] = palette
     return colours[classes]
 
 
-def _differences(one: Worst) -> NDArray[np.uint8]:
+def differences(one: Worst) -> NDArray[np.uint8]:
     """The image pale and grey, wrong pixels red; those that do not count as in the truth."""
     grey = 160 + one.image.mean(2, keepdims=True) * (95 / 255)
     picture = np.repeat(grey, 3, 2).astype(np.uint8)

@@ -38,6 +38,7 @@ class Data:
         fingerprint: another one for other training data: a run goes on with the data that it began with.
         passed_over: files that lay between them, by kind.
         valid_batch_size: of evaluation; None: as for training.
+        samples: to learn from of each class, where samples have one.
     """
 
     train: Dataset[Any]
@@ -47,6 +48,7 @@ class Data:
     fingerprint: str
     passed_over: Mapping[str, int] = field(default_factory=dict)
     valid_batch_size: int | None = None
+    samples: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,8 @@ from numpy.typing import NDArray
 from .. import _core
 from ..data.detection import Framing, Jitter
 from ..data.drawing import colours, drawn, jpeg
-from ..data.picture_files import find_images, read_file, reason
+from ..data.named_files import read_input
+from ..data.picture_files import reason
 from ..data.pictures import decode
 from ..data.transforms import Input
 from ..detection import CascadeMaskRCNN
@@ -120,25 +120,21 @@ class Detecting:
         return jpeg(drawn(image, found.boxes, found.labels, found.masks, texts, self.palette))
 
 
-def detect(
-    network: Detecting, paths: Sequence[str], out: str | None = None, passed_over: Counter[str] | None = None
-) -> Iterator[Predicted]:
-    """Objects of images and folders of images, in order; a bad image becomes one with an error.
+def detect(network: Detecting, pictures: Sequence[str], out: str | None = None) -> Iterator[Predicted]:
+    """Objects of picture files, in order; a bad image becomes one with an error.
 
     Args:
         out: folder for NAME_overlay.jpg of each image, and for results.json: images, annotations and
             categories as in a COCO file, with the category ids of the network's file, written at the end.
-        passed_over: counts files in folders that are not images, by suffix.
 
     Raises:
         OSError: a result cannot be written.
     """
-    pictures = list(find_images(paths, passed_over))
     folder = ResultFolder(out, pictures) if out is not None else None
     results = _Results(network.task)
     for path in pictures:
         try:
-            image = decode(read_file(path), "")
+            image = decode(read_input(path), "")
             rows = network.rows(image)
             names = folder.names(path, "_overlay.jpg") if folder is not None else ()
         except (_core.Error, OSError, ValueError, MemoryError) as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures, and where the file has a text tower sentences, as unit vectors: by the file of any task."""
+"""Pictures, and where the file has a text tower sentences, as vectors: by the file of any task."""
 
 from __future__ import annotations
 
@@ -22,23 +22,32 @@ class Embedder(Protocol):
 
     Attributes:
         steps: how pictures become input.
+        frames: of a network of clips.
         reads_text: whether sentences have vectors, too.
         dtype: of activations, those of sentences included.
     """
 
     steps: Preprocess
+    frames: int | None
     reads_text: bool
     dtype: str
 
-    def images(self, images: Vectors) -> Vectors:
-        """(B, D) unit vectors of normalised images (B, C, H, W)."""
+    def vectors(self, images: Vectors) -> Vectors:
+        """(B, D) of normalised images (B, C, H, W), as the network gives them."""
+
+    def tokens(self, images: Vectors) -> Vectors:
+        """(B, L, D) normalised tokens of the images."""
 
     def text(self, sentence: str) -> tuple[Vectors, list[str]]:
         """(D,) unit vector, and what a reader should know."""
 
 
 def open_embedder(
-    path: str, device: str = "cpu", threads: int | None = None, dtype: str = "float32"
+    path: str,
+    device: str = "cpu",
+    threads: int | None = None,
+    img_size: tuple[int, int] | None = None,
+    dtype: str = "float32",
 ) -> Embedder:
     """What the file of weights offers; classifiers and backbones need no torch.
 
@@ -52,8 +61,10 @@ def open_embedder(
     task = task_of_file(path)
     check_precision("--dtype", dtype, device)
     if task == "classify":
-        return _OfRuntime(Runtime(path, device, threads, dtype=dtype), dtype)
-    with required("search by this file", "clip" if task == "clip" else "dense"):
+        return _OfRuntime(Runtime(path, device, threads, img_size, dtype), dtype)
+    if img_size is not None:
+        raise ValueError(f"img_size: of classifiers and backbones only; {path} is of another task ({task})")
+    with required("features of this file", "clip" if task == "clip" else "dense"):
         import torch
         import torchvision  # noqa: F401
     if threads is not None:
@@ -83,10 +94,14 @@ class _OfRuntime:
     reads_text = False
 
     def __init__(self, runtime: Runtime, dtype: str) -> None:
-        self.runtime, self.steps, self.dtype = runtime, runtime.picture_steps("search"), dtype
+        self.runtime, self.steps = runtime, runtime.picture_steps("features", clips=True)
+        self.frames, self.dtype = runtime.config["frames"], dtype
 
-    def images(self, images: Vectors) -> Vectors:
-        return unit(self.runtime.embeddings(images))
+    def vectors(self, images: Vectors) -> Vectors:
+        return self.runtime.embeddings(images)
+
+    def tokens(self, images: Vectors) -> Vectors:
+        return self.runtime.features(images)
 
     def text(self, sentence: str) -> tuple[Vectors, list[str]]:
         raise ValueError("this file of weights has no text tower")
@@ -95,6 +110,7 @@ class _OfRuntime:
 class _OfBackbone:
     """A network for segmentation or detection: the mean of its backbone's tokens."""
 
+    frames: int | None = None
     reads_text = False
 
     def __init__(self, path: str, task: str, device: str, dtype: str) -> None:
@@ -105,15 +121,19 @@ class _OfBackbone:
         config, stored = self.backbone._config, model.preprocess
         steps = stored.rescaled(*config.img_size) if stored else Preprocess.default(config)
         if steps is None:
-            raise ValueError(f"{path}: takes no pictures, so none can be searched")
+            raise ValueError(f"{path}: takes no pictures, so none has features")
         self.steps = steps
 
-    def images(self, images: Vectors) -> Vectors:
+    def vectors(self, images: Vectors) -> Vectors:
+        found: Vectors = self.tokens(images).mean(1, dtype=np.float32)
+        return found
+
+    def tokens(self, images: Vectors) -> Vectors:
         import torch
 
         with torch.no_grad(), _computing(self.device, self.dtype):
             tokens = self.backbone.forward_features(torch.from_numpy(images).to(self.device))
-        return unit(tokens.float().mean(1).cpu().numpy())
+        return np.asarray(tokens.float().cpu())
 
     def text(self, sentence: str) -> tuple[Vectors, list[str]]:
         raise ValueError("this file of weights has no text tower")
@@ -122,6 +142,7 @@ class _OfBackbone:
 class _OfTowers:
     """An image tower and a text tower."""
 
+    frames: int | None = None
     reads_text = True
 
     def __init__(self, path: str, device: str, dtype: str) -> None:
@@ -130,15 +151,18 @@ class _OfTowers:
         self.model, self.device, self.dtype = load(path, device), device, dtype
         steps = self.model.visual.preprocess
         if steps is None:
-            raise ValueError(f"{path}: takes no pictures, so none can be searched")
+            raise ValueError(f"{path}: takes no pictures, so none has features")
         self.steps = Preprocess(**steps)
 
-    def images(self, images: Vectors) -> Vectors:
+    def vectors(self, images: Vectors) -> Vectors:
         import torch
 
         with torch.no_grad(), _computing(self.device, self.dtype):
             found = self.model.encode_image(torch.from_numpy(images).to(self.device))
-        return unit(found.float().cpu().numpy())
+        return np.asarray(found.float().cpu())
+
+    def tokens(self, images: Vectors) -> Vectors:
+        raise ValueError("tokens: an image-text model gives one vector a picture")
 
     def text(self, sentence: str) -> tuple[Vectors, list[str]]:
         from ..clip import Tokenizer

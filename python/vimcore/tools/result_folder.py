@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from ..data.picture_files import STDIN
+
 
 class ResultFolder:
     """A folder of results, none of which replaces a picture or another result. It is made if there is none.
@@ -28,7 +30,8 @@ class ResultFolder:
         Raises:
             ValueError: one of them is taken.
         """
-        stem = os.path.join(self.folder, os.path.splitext(os.path.basename(picture))[0])
+        base = "stdin" if picture == STDIN else os.path.splitext(os.path.basename(picture))[0]
+        stem = os.path.join(self.folder, base)
         names = tuple(stem + ending for ending in endings)
         for name in names:
             place = os.path.realpath(name)

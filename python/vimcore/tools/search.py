@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _core
-from ..data.picture_files import SUFFIXES, find_images, read_file, reason
+from ..data.named_files import read_input
+from ..data.picture_files import STDIN, SUFFIXES, find_images, read_file, reason
 from ..data.pictures import network_input
 from ..results import NOT_FINITE
-from .embedders import Embedder
+from .embedders import Embedder, unit
 from .search_index import Index, Stamp, checksum, stamp_of
 
 WRITTEN_EVERY = 2000  # new pictures: what a killed search has computed is not lost
@@ -56,13 +57,13 @@ def query_vector(embedder: Embedder, query: str) -> tuple[NDArray[np.float32], s
     Raises:
         ValueError: the picture cannot be read; there is no such file and the weights know no sentences.
     """
-    looks_like_file = query.lower().endswith(SUFFIXES)
+    looks_like_file = query == STDIN or query.lower().endswith(SUFFIXES)
     if os.path.isfile(query) or looks_like_file:
         try:
-            image = network_input(read_file(query), "", embedder.steps)
+            image = network_input(read_input(query), "", embedder.steps)
         except (_core.Error, OSError, ValueError, MemoryError) as error:
             raise ValueError(f"query: {query}: {reason(error)}") from None
-        vector = embedder.images(image[None])[0]
+        vector = unit(embedder.vectors(image[None]))[0]
         kind, notes = "picture", list[str]()
     elif not embedder.reads_text:
         raise ValueError(
@@ -84,6 +85,7 @@ def collect(
     paths: Sequence[str],
     dim: int,
     *,
+    variant: str = "",
     batch: int = 8,
     cached: bool = True,
     watch: Callable[[int, int], None] = lambda done, total: None,
@@ -94,12 +96,13 @@ def collect(
         weights: their file.
         paths: picture files and folders.
         dim: of the vectors.
+        variant: of the vectors of these weights, such as the size of the images.
         batch: pictures that are computed at once.
         cached: read and write indices.
         watch: is told how many pictures are done, of how many.
     """
     library = Library([], np.empty((0, 0), np.float32))
-    digest = checksum(weights, embedder.dtype) if cached else ""
+    digest = checksum(weights, embedder.dtype) + variant if cached else ""
     work: list[tuple[str, Index | None]] = []
     indices: list[tuple[Index, set[str]]] = []
     for path in dict.fromkeys(paths):
@@ -120,7 +123,7 @@ def collect(
     def compute() -> None:
         if not waiting:
             return
-        vectors = embedder.images(np.stack([image for *_, image in waiting]))
+        vectors = unit(embedder.vectors(np.stack([image for *_, image in waiting])))
         for (path, stamp, index, _), vector in zip(waiting, vectors):
             if not np.isfinite(vector).all():
                 library.errors[path] = NOT_FINITE

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 from .. import _core
 from ..data.joint import Joint, JointAugment, fitted
 from ..data.masks import mask_png, overlay_jpeg
-from ..data.picture_files import find_images, read_file, reason
+from ..data.named_files import read_input
+from ..data.picture_files import reason
 from ..data.pictures import decode
 from ..data.transforms import Input
 from ..results import json_text
@@ -149,23 +149,19 @@ class Segmenting:
         return classes_of(logits, (image.shape[0], image.shape[1]))
 
 
-def segment(
-    network: Segmenting, paths: Sequence[str], out: str | None = None, passed_over: Counter[str] | None = None
-) -> Iterator[Segmented]:
-    """Classes of images and folders of images, in order; a bad image becomes one with an error.
+def segment(network: Segmenting, pictures: Sequence[str], out: str | None = None) -> Iterator[Segmented]:
+    """Classes of picture files, in order; a bad image becomes one with an error.
 
     Args:
         out: folder for NAME.png, class indices with a palette, and NAME_overlay.jpg of each image.
-        passed_over: counts files in folders that are not images, by suffix.
 
     Raises:
         OSError: a result cannot be written.
     """
-    pictures = list(find_images(paths, passed_over))
     folder = ResultFolder(out, pictures) if out is not None else None
     for path in pictures:
         try:
-            image = decode(read_file(path), "")
+            image = decode(read_input(path), "")
             classes = network.classes(image)
             names = folder.names(path, ".png", "_overlay.jpg") if folder is not None else ()
         except (_core.Error, OSError, ValueError, MemoryError) as error:

@@ -21,12 +21,12 @@ S = TypeVar("S", bound=Settings)
 def resumed(kind: type[S], folder: Path, changes: dict[str, Any]) -> S:
     """The settings of a run that goes on; ValueError for changes that would make it another run.
 
+    The run may become longer. Its learning rate is then, from where it goes on, that of a run which had the
+    new length from the start: that of a cosine which had ended rises again.
+
     Args:
         kind: of the run's task.
     """
-    fixed = sorted(set(changes) - set(MACHINE))
-    if fixed:
-        raise ValueError(f"{', '.join(fixed)}: cannot change when a run goes on; {', '.join(MACHINE)} can")
     path = str(folder / CONFIG)
     found = read_toml(path, kind)
     try:
@@ -42,7 +42,28 @@ def resumed(kind: type[S], folder: Path, changes: dict[str, Any]) -> S:
     ]
     if missing:  # the value that it has by default may not be the one that the run began with
         raise ValueError(f"{path}: not there, though the run began with them: {listed(missing)}")
-    return settings.merged(changes)
+    asked = settings.merged(changes)
+    _refuse_another_run(folder, settings, asked)
+    return asked
+
+
+def _refuse_another_run(folder: Path, before: Settings, asked: Settings) -> None:
+    """ValueError names the settings that cannot change."""
+    length = "epochs" if before.updates is None else "updates"
+    old, new = getattr(before, length), getattr(asked, length)
+    changed = [
+        field.name
+        for field in fields(before)
+        if getattr(before, field.name) != getattr(asked, field.name) and field.name not in (*MACHINE, length)
+    ]
+    if changed:
+        shown = ", ".join(f"{n} (is {getattr(before, n)}, got {getattr(asked, n)})" for n in changed)
+        raise ValueError(
+            f"{shown}: cannot change when a run goes on; {', '.join(MACHINE)} can, and {length} can grow; "
+            f"for a run with other settings that starts from these weights: --init {folder / LAST}"
+        )
+    if new is None or new < old:
+        raise ValueError(f"{length}: the run has {old}, and when it goes on it can have more, got {new}")
 
 
 def weights_of(path: str) -> tuple[list[Path], Path | None]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..utils.files import atomic, literal, named, shortened
+from ..utils.times import duration
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -79,12 +81,14 @@ _SHARE = ("a number from 0 to 1", lambda value: _is_finite(value) and 0 <= value
 _TEXT = ("text", lambda value: isinstance(value, str))
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "start": (),
+    "longer": (),
     "step": ("images_per_second", "grad_norm"),
     "eval": ("loss", "top1", "top5"),  # other tasks have other figures
     "fault": (),
 }
 _ENTRIES: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
     "start": {},
+    "longer": {"step": _COUNT, "epochs": _COUNT, "updates": _COUNT},
     "step": {
         "step": _COUNT,
         "epoch": _TIME,
@@ -135,7 +139,8 @@ class RunLog:
     """Writes RUN/log.jsonl and, by the process that writes, shows how far the run is.
 
     Lines of kind "step" and "eval" as the columns of a table; "start" holds what the learning rate follows
-    from and what was noted about the settings, "fault" names a file that was skipped.
+    from and what was noted about the settings, "longer" the new length of a run that was prolonged after an
+    update, "fault" names a file that was skipped.
 
     Args:
         trackers: that get the numbers as well.
@@ -164,6 +169,9 @@ class RunLog:
         self.trackers = trackers
         self.path = path = folder / "log.jsonl"
         self.begins = not resumed or not path.exists()
+        self.steps, self.done = steps, done
+        self.made, self.begun = 0, time.monotonic()  # updates by this process, and since when
+        self.announced = steps  # the length that the log speaks of
         if not writes:
             return
 
@@ -174,9 +182,10 @@ class RunLog:
             entry = entry_of(line, path, number)
             if entry["kind"] == "fault":
                 self.skipped.add(entry["file"])
+            self.announced = entry.get("updates", self.announced)
             if "step" not in entry or entry["step"] < done:
                 return True
-            return bool(entry["step"] == done and (whole_epoch or entry["kind"] == "step"))
+            return bool(entry["step"] == done and (whole_epoch or entry["kind"] != "eval"))
 
         _rewrite(path, before)
         # A name that is not UTF-8 stands there as JSON's escapes.
@@ -206,7 +215,7 @@ class RunLog:
         with named(self.path):
             self.file.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
             self.file.flush()
-        if self.trackers and "step" in values:
+        if self.trackers and kind in ("step", "eval"):
             group = f"{kind}/{values['weights']}" if "weights" in values else kind
             numbers = {
                 f"{group}/{name}": value
@@ -217,9 +226,12 @@ class RunLog:
                 tracker.log(numbers, values["step"])
 
     def start(self, **values: Any) -> None:
-        """The first line of the log."""
+        """The first line of the log, or that the run became longer."""
         if self.begins:
             self.record("start", **values)
+        elif self.announced != self.steps:
+            self.say(f"the run becomes longer: {self.steps} updates, not {self.announced}")
+            self.record("longer", step=self.done, epochs=values["epochs"], updates=self.steps)
 
     def errors(self, found: dict[str, str]) -> None:
         """Files that could not be read; each is told once."""
@@ -229,13 +241,20 @@ class RunLog:
                 self.say(f"vimcore: skipped {literal(name)}: {literal(reason)}")
                 self.record("fault", file=name, error=reason)
 
-    def step(self, epoch: int, epochs: int, loss: float, lr: float, rate: float, memory: int) -> None:
-        """One update was made, at `rate` images a second."""
+    def step(
+        self, epoch: int, epochs: int, loss: float, lr: float, rate: float, memory: int, tell: bool
+    ) -> None:
+        """One update was made, at `rate` images a second; `tell`: worth a line where there is no terminal."""
+        self.made += 1
+        numbers = f"loss {loss:.3f}, lr {lr:.2e}, {rate:.1f} images/s, {memory / 2**30:.2f} GiB"
         if self.bar is not None:
             self.bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
-            numbers = f"loss {loss:.3f}, lr {lr:.2e}, {rate:.1f} images/s, {memory / 2**30:.2f} GiB"
             self.bar.set_postfix_str(numbers, refresh=False)
             self.bar.update(1)
+        elif tell:
+            update, seconds = self.done + self.made, time.monotonic() - self.begun
+            left = duration(seconds / self.made * (self.steps - update))
+            self.say(f"epoch {epoch}/{epochs}, update {update}/{self.steps}: {numbers}, {left} left")
 
     def close(self) -> None:
         """Closes what is open."""

@@ -34,6 +34,7 @@ class Expected:
     updates_per_epoch: int
     identity: Mapping[str, Any]
     metrics: Sequence[Metric]
+    by_updates: bool = False  # the length of the run is in updates, and its last epoch may be a part of one
     adamw: bool = True  # torch's own, whose state is known in detail
 
 
@@ -44,6 +45,12 @@ def check(path: Path, saved: Mapping[str, Any], expected: Expected) -> None:
         ValueError: names file, field, what was expected and what is there.
     """
     _Checker(path).run(saved, expected)
+
+
+def cut_short(saved: Mapping[str, Any], per_epoch: int) -> bool:
+    """Whether the run ended in the middle of its last epoch, which a longer one completes."""
+    step, whole = saved["step"], saved["epoch"] * per_epoch
+    return type(step) is int and saved["done"] == 0 and whole - per_epoch < step < whole
 
 
 class _Checker:
@@ -64,7 +71,8 @@ class _Checker:
             self._tensors("average", dict(enumerate(average)), dict(enumerate(expected.average)))
         self._optimizer(saved["optimizer"], expected, saved["step"])
         self._scaler(saved["scaler"], expected.scaler)
-        self._best(saved["best"], saved["epoch"], expected.metrics)
+        last = saved["epoch"] + expected.by_updates  # the best may be of a part of one
+        self._best(saved["best"], last, expected.metrics)
 
     # ---- parts ---------------------------------------------------------------------------------------------
 
@@ -86,6 +94,8 @@ class _Checker:
         before = min(epoch * per_epoch, updates)
         done = self._integer("done", saved["done"], 0, min(per_epoch, updates - before))
         step = before + done
+        if expected.by_updates and cut_short(saved, per_epoch):
+            step = saved["step"]
         if self._integer("step", saved["step"], 0, updates) != step:
             self._wrong(
                 "step", f"{step}, of epoch {epoch} and {done} updates of {per_epoch}", _shown(saved["step"])

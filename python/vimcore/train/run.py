@@ -32,12 +32,14 @@ def train(
     resume: bool = False,
     notes: Sequence[str] = (),
     diagnose: Diagnose | None = None,
+    verbose: bool = False,
 ) -> dict[str, Any]:
     """A run from begin to end, alone or as one of the processes of torchrun.
 
     Args:
         notes: on the settings, to be told and recorded.
         diagnose: what is wrong with a network whose loss is not finite; goes to RUN/health.txt.
+        verbose: also print all settings.
 
     Returns:
         The summary that `vimcore train --json` prints.
@@ -56,7 +58,7 @@ def train(
     lock = Lock(folder)
     with distributed.process_group(device.type == "cuda"), signals() as stop:
         try:
-            setup = Setup(task, folder, device, resume, notes, lock, stop)
+            setup = Setup(task, folder, device, resume, notes, lock, stop, verbose)
             run = Run(task, setup, stop)
             try:
                 return run.run()
@@ -123,9 +125,10 @@ class Run:
             images += self.setup.per_update
             step, memory = self.loop.step, peak_memory(self.device)
             rate = images / (time.perf_counter() - clock)
-            self.log.step(state.epoch + 1, settings.epochs, update.loss, update.lr, rate, memory)
             last = state.done == state.to_do
-            if step % settings.log_every == 0 or last:
+            logged = step % settings.log_every == 0 or last
+            self.log.step(state.epoch + 1, settings.epochs, update.loss, update.lr, rate, memory, logged)
+            if logged:
                 self.log.record(
                     "step",
                     step=step,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from ..data.batches import evaluation_loader, training_loader
 from ..data.picture_files import passed_over_text
 from ..data.sampling import EpochSampler, derive_seed, seed_all
+from ..tasks.settings import Settings
 from ..tasks.task import Data, Task
 from ..utils import distributed
 from ..utils.files import write_text
@@ -38,6 +40,7 @@ class Setup:
         resume: go on from the checkpoint in the folder.
         notes: on the settings, to be told and recorded.
         stop: a signal ends the set-up, but not what follows its `setting_up`.
+        verbose: print all settings, not only those that are not as they are without a preset.
 
     Raises:
         ValueError, OSError: settings, data or files do not fit, or another process writes this run.
@@ -52,8 +55,9 @@ class Setup:
         notes: Sequence[str],
         lock: Lock,
         stop: Signals,
+        verbose: bool = False,
     ) -> None:
-        self.folder, self.device = folder, device
+        self.folder, self.device, self.verbose = folder, device, verbose
         self.rank, self.world = distributed.rank(), distributed.world()
         tracked = chosen(task.settings.track)
         if self.rank == 0 and (resume or (folder / lock.NAME).exists()):
@@ -92,7 +96,7 @@ class Setup:
             folder,
             self.updates,
             self.state.loop.step,
-            whole_epoch=self.state.done == 0,
+            whole_epoch=saved is None or saved["done"] == 0,
             writes=self.rank == 0,
             resumed=resume,
             trackers=trackers,
@@ -157,7 +161,7 @@ class Setup:
         s, step = self.settings, self.state.loop.step
         count = sum(p.numel() for p in self.state.model.parameters())
         text = [
-            s.to_toml(),
+            s.to_toml() if self.verbose else f"settings: {self.folder / CONFIG}; {_differing(s)}",
             self.data.about,
             f"{count:,} parameters on {self.device}, {self.world} process{'es' if self.world > 1 else ''}, "
             f"{self.per_update} images an update, {self.state.updates_per_epoch} updates an epoch",
@@ -180,4 +184,17 @@ class Setup:
             epochs=s.epochs,
             updates=self.updates,
             notes=notes,
+            **({"samples": self.data.samples} if self.data.samples else {}),
         )
+
+
+def _differing(settings: Settings) -> str:
+    """The settings that have not the values of their task without a preset."""
+    plain = type(settings)(task=settings.task)
+    found = []
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value != getattr(plain, field.name):
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            found.append(f"{field.name} {shown}")
+    return ", ".join(found) or "all as they are by default"

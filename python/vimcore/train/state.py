@@ -17,7 +17,7 @@ from .checkpoint import write_checkpoint
 from .ema import Ema
 from .folder import BEST, CHECKPOINT
 from .loop import Loop, NonFiniteError
-from .restore import Expected, check
+from .restore import Expected, check, cut_short
 
 
 class State:
@@ -84,6 +84,7 @@ class State:
             updates_per_epoch=self.updates_per_epoch,
             identity=self.identity,
             metrics=metrics,
+            by_updates=settings.updates is not None,
             adamw=type(self.optimizer) is torch.optim.AdamW,
         )
         check(folder / CHECKPOINT, saved, expected)
@@ -96,6 +97,8 @@ class State:
             self.ema.load(saved["average"])
         self.loop.step = saved["step"]
         self.epoch, self.done, self.best = saved["epoch"], saved["done"], saved["best"]
+        if self.loop.step < self.updates and cut_short(saved, self.updates_per_epoch):
+            self.epoch, self.done = divmod(self.loop.step, self.updates_per_epoch)
 
     def improves(self, metric: Metric, values: Mapping[str, float]) -> bool:
         """Whether these scores are the best so far; equal ones are not."""

@@ -62,6 +62,12 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def csv_row(cells: Sequence[str]) -> bytes:
+    """A line of a CSV file, with quotes where they are needed; bytes of file names as they are."""
+    quoted = ('"' + c.replace('"', '""') + '"' if any(x in c for x in ',"\r\n') else c for c in cells)
+    return (",".join(quoted) + "\n").encode("utf-8", "surrogateescape")
+
+
 class _Remembering(io.FileIO):
     """A file to write that keeps the error of a failed write."""
 

@@ -8,6 +8,7 @@ import importlib
 
 from ... import tasks
 from ...tasks.settings import MOST_PROCESSES
+from ...tools.prediction_files import check_out
 from ...train.folder import weights_of
 from ...utils.extras import required
 from ...utils.precision import FLOATS
@@ -43,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         default=None,
         help="segmentation: 0 of masks is no class, k is class k - 1 (default: as the run has it)",
+    )
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="also write a report on the best of these weights: one file, which opens in any browser",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument(
@@ -83,6 +89,11 @@ def run(args: argparse.Namespace) -> int:
         shown = ", ".join(f"{path} ({task})" for task, path in kinds.items())
         raise ValueError(f"weights: of several tasks, whose scores do not compare: {shown}")
     (task,) = kinds
+    if args.html is not None:
+        check_out(args.html, (".html", ".htm"), "html")
+        with required("a report", "demo"):
+            import matplotlib  # noqa: F401
+            import PIL  # noqa: F401
     if args.threads:
         torch.set_num_threads(args.threads)
     return int(importlib.import_module(f".{task}", __name__).run(args))

@@ -59,6 +59,10 @@ def run(args: argparse.Namespace) -> int:
     best = max(results, key=lambda found: found.outputs.accuracy().top1)
     if args.out:
         best.predictions().save(Path(args.out))
+    if args.html is not None:
+        from ...plots.report import report_evaluation
+
+        report_evaluation("classify", best.predictions(), best.weights, _rows(results), Path(args.html))
     if not args.json:
         _print(results, best)
     return 0
@@ -91,7 +95,8 @@ def _facts(found: Any) -> dict[str, Any]:
     }
 
 
-def _print(results: list[Any], best: Any) -> None:
+def _rows(results: list[Any]) -> list[list[str]]:
+    """The table of all weights."""
     rows: list[list[str]] = [["weights", "images", "top-1", "top-5", "loss", "images/s"]]
     for found in results:
         scores = found.outputs.accuracy()
@@ -106,7 +111,11 @@ def _print(results: list[Any], best: Any) -> None:
                 f"{rate:.1f}",
             ]
         )
-    print_table(rows)
+    return rows
+
+
+def _print(results: list[Any], best: Any) -> None:
+    print_table(_rows(results))
     if best.outputs.errors:
         print(f"{len(best.outputs.errors)} images could not be read and do not count")
     print(f"\n{best.weights}")

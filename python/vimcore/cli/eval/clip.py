@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from ... import tasks
 from ...data.picture_files import passed_over_text
@@ -54,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
             complain(f"skipped {name}: {reason}")
         if data.images.passed_over:
             complain(passed_over_text(data.images.passed_over))
+    if args.html is not None:
+        from ...plots.report import report_evaluation
+
+        report_evaluation("clip", None, args.weights[0], rows, Path(args.html))
     if not args.json:
         print_table(rows)
     return 0

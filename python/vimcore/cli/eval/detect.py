@@ -63,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
     best = max(results, key=lambda found: found.answers.figures["box_ap"])
     if args.out:
         _write(best, Path(args.out))
+    if args.html is not None:
+        from ...plots.report import report_evaluation
+
+        report_evaluation("detect", best.answers, best.weights, _rows(results), Path(args.html))
     if not args.json:
         _print(results, best)
     return 0
@@ -105,7 +109,8 @@ def _percent(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{100 * value:.2f} %"
 
 
-def _print(results: list[Any], best: Any) -> None:
+def _rows(results: list[Any]) -> list[list[str]]:
+    """The table of all weights."""
     rows = [["weights", "images", "of", *_HEADINGS, "images/s"]]
     for found in results:
         count = len(found.answers.files)
@@ -114,7 +119,11 @@ def _print(results: list[Any], best: Any) -> None:
             first = kind == "box"
             about = [found.weights, str(count)] if first else ["", ""]
             rows.append([*about, kind, *figures, f"{count / found.found.seconds:.1f}" if first else ""])
-    print_table(rows)
+    return rows
+
+
+def _print(results: list[Any], best: Any) -> None:
+    print_table(_rows(results))
     if best.errors:
         print(f"{len(best.errors)} pictures could not be used and do not count")
     print(f"\n{best.weights}")

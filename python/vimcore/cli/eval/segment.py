@@ -63,6 +63,10 @@ def run(args: argparse.Namespace) -> int:
     best = max(results, key=lambda found: found.answers.figures().miou)
     if args.out:
         best.answers.save(Path(args.out))
+    if args.html is not None:
+        from ...plots.report import report_evaluation
+
+        report_evaluation("segment", best.answers, best.weights, _rows(results), Path(args.html))
     if not args.json:
         _print(results, best)
     return 0
@@ -102,14 +106,19 @@ def _percent(value: float) -> str:
     return "" if math.isnan(value) else f"{100 * value:.2f} %"
 
 
-def _print(results: list[Any], best: Any) -> None:
+def _rows(results: list[Any]) -> list[list[str]]:
+    """The table of all weights."""
     rows = [["weights", "images", "mIoU", "mAcc", "aAcc", "images/s"]]
     for found in results:
         figures, counted = found.answers.figures(), found.counted
         scores = map(_percent, (figures.miou, figures.macc, figures.aacc))
         rate = f"{counted.images / counted.seconds:.1f}"
         rows.append([found.weights, str(counted.images), *scores, rate])
-    print_table(rows)
+    return rows
+
+
+def _print(results: list[Any], best: Any) -> None:
+    print_table(_rows(results))
     if best.counted.errors:
         print(f"{len(best.counted.errors)} images could not be used and do not count")
     print(f"\n{best.weights}")

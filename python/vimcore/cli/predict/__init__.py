@@ -6,17 +6,19 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from ...data.named_files import HELP
 from ...utils import options
 from ...utils.precision import FLOATS
 from ...weights.metadata import task_of_file
+from ..progress import HELP as PROGRESS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images",
         nargs="+",
-        metavar="IMAGE|FOLDER",
-        help="image files, or folders of them; clips: folders of frames, or .npy files (T, H, W, C)",
+        metavar="IMAGE|FOLDER|@LIST",
+        help=f"{HELP}; clips: folders of frames, or .npy files (T, H, W, C)",
     )
     parser.add_argument("--weights", required=True, metavar="FILE", help="vimcore safetensors file")
     parser.add_argument(
@@ -38,9 +40,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of activations: float32, bfloat16, on cuda float16 (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", metavar="FOLDER", help="segmentation, detection: write masks and overlays into this folder"
+        "--batch",
+        type=options.positive,
+        metavar="N",
+        help="classifiers: images computed together (default: 8); does not change the result",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per image")
+    parser.add_argument(
+        "--img-size",
+        type=options.image_size,
+        metavar="N|HxW",
+        help="classifiers: another image size than the file's: the position table is resized",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE|FOLDER",
+        help="classifiers: write the predictions to FILE, .csv, .json (an array), .jsonl or .parquet; "
+        "segmentation, detection: write masks and overlays into FOLDER",
+    )
+    parser.add_argument("--progress", action="store_true", help=PROGRESS)
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per image, or with --out FILE one of them"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

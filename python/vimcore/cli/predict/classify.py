@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vimcore predict`."""
+"""`vimcore predict` of classifiers."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping
 
-from ..output import print_table
-from .results import tell
+from ...utils.files import printable
+from ..output import print_json, print_table
+from ..results import as_json, as_lines, tell
+from ..streams import one_line
 
 
 def run(args: argparse.Namespace) -> int:
+    """Prints the classes of each image; with --out they are written instead, and it is printed where."""
     from ...results import Prediction
     from ...runtime import Runtime
-    from ...tools.predict import predict
+    from ...tools.predict import BATCH, inputs_of, predict
+    from ...tools.prediction_files import SUFFIXES, check_out, prediction_file
 
     if args.out is not None:
-        raise ValueError(
-            f"out: {args.weights} is a classifier, whose predictions are printed, with --json by line"
-        )
-    runtime = Runtime(args.weights, args.device, args.threads, dtype=args.dtype)
+        check_out(args.out, SUFFIXES)
+    runtime = Runtime(args.weights, args.device, args.threads, args.img_size, args.dtype)
 
     def show(result: Prediction) -> None:
-        rows = [[f"{100 * p:7.3f} %", f"{i:>5}", label or ""] for i, label, p in result.top]
+        rows = [[f"{100 * p:7.3f} %", f"{i:>5}", one_line(label or "")] for i, label, p in result.top]
         print_table(rows, indent="  ")
         if args.logits:
             assert result.logits is not None
@@ -33,6 +35,16 @@ def run(args: argparse.Namespace) -> int:
         return result.to_json(args.logits, passed_over)
 
     passed_over = Counter[str]()
-    found = predict(runtime, args.images, args.topk, passed_over)
-    clips = runtime.config["frames"] is not None
-    return tell(found, passed_over, show, to_json if args.json else None, clips)
+    names = inputs_of(runtime.config["frames"], args.images, passed_over)
+    what = "clips" if runtime.config["frames"] else "images"
+    found = predict(runtime, names, args.topk, args.batch or BATCH)
+    if args.out is None:
+        lines = as_json(to_json) if args.json else as_lines(show)
+        return tell(found, len(names), passed_over, lines, args.progress, what)
+    with prediction_file(args.out, args.topk, runtime.config["num_classes"], args.logits) as writer:
+        status = tell(found, len(names), passed_over, writer.add, args.progress, what)
+    if args.json:
+        print_json({"written": args.out, "images": len(names)}, ascii_only=False)
+    else:
+        print(f"{printable(args.out)}: predictions of {len(names)} images")
+    return status

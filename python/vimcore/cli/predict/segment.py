@@ -6,10 +6,12 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+from ...data.named_files import pictures_of
 from ...utils.extras import required
 from ...utils.files import literal, printable
 from ..output import print_table
-from .results import tell
+from ..results import as_json, as_lines, tell
+from .usage import refuse
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,8 +23,11 @@ def run(args: argparse.Namespace) -> int:
     from ...tools.segment import Segmented, Segmenting, segment
     from ...train.device import choose_device
 
-    if args.logits:
-        raise ValueError("logits: there are some for every pixel; vimcore.segmentation.load gives them")
+    refuse(
+        args,
+        "segmentation",
+        {"logits": "there are some for every pixel; vimcore.segmentation.load gives them"},
+    )
     device = choose_device(args.device, args.dtype, what="dtype")
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -36,5 +41,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"  {printable(result.mask)}, {printable(result.overlay)}")
 
     passed_over = Counter[str]()
-    found = segment(network, args.images, args.out, passed_over)
-    return tell(found, passed_over, show, Segmented.to_json if args.json else None)
+    pictures = pictures_of(args.images, passed_over)
+    found = segment(network, pictures, args.out)
+    lines = as_json(Segmented.to_json) if args.json else as_lines(show)
+    return tell(found, len(pictures), passed_over, lines, args.progress)

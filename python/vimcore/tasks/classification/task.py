@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
@@ -63,6 +64,9 @@ class Classification(Task):
             f"{what}, {len(self.valid)} {about}",
             train.fingerprint(),
             passed_over(train, self.valid),
+            samples=dict(
+                zip(train.classes, np.bincount(train.labels, minlength=len(train.classes)).tolist())
+            ),
         )
 
     def _training_transform(self, images: Images) -> Transform:

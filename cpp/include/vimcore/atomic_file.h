@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <string>
 
-namespace vimcore {
+namespace [[gnu::visibility("default")]] vimcore {
 
 // The temporary file: closed and removed by the destructor unless commit() has renamed it. Errors begin with "[who]".
 class AtomicFile {
