@@ -69,6 +69,9 @@ __device__ __forceinline__ void assume_global(T* address)
     __builtin_assume(__isGlobal(address));
 }
 
+// From here on x is as if it had just been read: what was computed from it before is not kept in registers.
+__device__ __forceinline__ void renew(int& x) { asm volatile("" : "+r"(x)); }
+
 // ---- shared memory: one dynamic allocation per block, cut up by the kernel -----------------------------------------
 template <class T>
 class Shared {

@@ -39,7 +39,8 @@ __device__ __forceinline__ void back_project(const BackProjection<typename Shape
         float x[2][4], w[C][4];
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            load_ranks<Shape>(p.q + static_cast<Index>(rows.natural(g + 8 * i)) * p.row, r, p.rank, g + 8 * i < rows.count, x[i]);
+            load_ranks<Shape>(p.q + static_cast<Index>(rows.natural(g + 8 * i)) * p.row, r, p.rank,
+                              g + 8 * i < rows.count, x[i]);
 #pragma unroll
         for (int j = 0; j < C; j++)
             load_ranks<Shape>(p.weight + (c0 + 2 * j) * p.rank, r, p.rank, c0 + 2 * j < p.live, w[j]);
@@ -96,13 +97,14 @@ __device__ __forceinline__ void back_ddt(const BackTile<Shape>& tile, const Back
     }
 }
 
-// Adds the tile to totals: dW[r, e] += sum_t dt[t, r] draw[t, e], and with ones for dt what ddt_bias is. A lane has
-// ranks r + 2g and r + 2g + 1, channels 8j + 2q and 8j + 2q + 1.
+// Adds the tile to totals, dW[r, e] += sum_t dt[t, r] draw[t, e], of which a lane has ranks r + 2g and r + 2g + 1,
+// channels 8j + 2q and 8j + 2q + 1; and to ddt_bias.
 template <class Shape>
 __device__ __forceinline__ void back_totals(const BackTile<Shape>& tile, const BackProjection<typename Shape::T>& p,
                                             const BackRows& rows, int lane)
 {
     constexpr int C = Shape::C, K = Shape::tile;
+    static_assert(K == 16);
     const int g = lane / 4, q = lane % 4;
     float draw[K / 8][C][2];
 #pragma unroll
@@ -111,8 +113,15 @@ __device__ __forceinline__ void back_totals(const BackTile<Shape>& tile, const B
         for (int j = 0; j < C; j++)
 #pragma unroll
             for (int i = 0; i < 2; i++) draw[s][j][i] = tile.delta[(8 * s + 2 * q + i) * Shape::pitch + 8 * j + g];
+#pragma unroll
+    for (int j = 0; j < C; j++) {
+        float sum = (draw[0][j][0] + draw[0][j][1]) + (draw[1][j][0] + draw[1][j][1]);
+        sum += device::shuffle_xor(sum, 1);
+        sum += device::shuffle_xor(sum, 2);
+        if (q == j) tile.delta[tile.dbias_of(8 * j + g)] += sum;
+    }
 #pragma unroll 1
-    for (int r = 0; r <= p.rank; r += 16) {
+    for (int r = 0; r < p.rank; r += 16) {
         float d[C][4] = {}, dt[K / 8][2][2];  // of tokens 8s + 2q + i
 #pragma unroll
         for (int s = 0; s < K / 8; s++)
@@ -122,11 +131,6 @@ __device__ __forceinline__ void back_totals(const BackTile<Shape>& tile, const B
                 const auto* const from = p.q + static_cast<Index>(rows.natural(t)) * p.row;
                 load_ranks<Shape>(from, r + 2 * g, p.rank, t < rows.count, dt[s][i]);
             }
-#pragma unroll
-        for (int k = 0; k < 2; k++)
-#pragma unroll
-            for (int s = 0; s < K / 8; s++)
-                if (r + 2 * g + k == p.rank) dt[s][0][k] = dt[s][1][k] = 1.0f;
 #pragma unroll
         for (int s = 0; s < K / 8; s++)
 #pragma unroll
@@ -169,20 +173,22 @@ __device__ __forceinline__ void sum_states(float (&to)[4], int i, float a, float
 }
 
 // Of token i of four: sums of x over a warp's slots of channels, of even and of odd slots to two elements each. Lane i
-// of a channel has, with g = lane / 4 and p = g % 4, value 2 (g / 4) of lane p in to[0] and to[2], the next one in to[1]
-// and to[3]; of two values, value g / 4 in to[0] and to[2]. First a product by the unit matrix brings a value's slots to
-// the lanes where another one adds them.
+// of a channel has, with g = lane / 4 and p = g % 4, value 2 (g / 4) of lane p in to[0] and to[2], the next one in
+// to[1] and to[3]; of two values, value g / 4 in to[0] and to[2]. First a product by the unit matrix brings a value's
+// slots to the lanes where another one adds them.
 template <bool exact, int n>
 __device__ __forceinline__ void sum_slots(float (&to)[4], int i, const float (&x)[n], int lane)
 {
     static_assert(n == 2 || n == 4);
     const float low = lane / 4 == lane % 4 ? 1.0f : 0.0f, high = lane / 4 == lane % 4 + 4 ? 1.0f : 0.0f;
+    const float any = lane / 4 == lane % 4 + 1 ? 1.0f : 0.0f, other = lane / 4 == lane % 4 + 3 ? 1.0f : 0.0f;
     const float left = back_unit(lane, 2 * i), right = back_unit(lane, 2 * i + 1);
+    // Only the upper half of the first products is used. What is below in A is not zero, so that four registers keep A.
     auto add = [&](const float (&v)[n]) {
-        float moved[4] = {};
-        device::multiply_add(moved, low, 0.0f, high, 0.0f, v[0], v[n / 2]);
-        if constexpr (n == 4) device::multiply_add(moved, 0.0f, low, 0.0f, high, v[1], v[3]);
-        device::multiply_add(to, moved[0], moved[1], moved[2], moved[3], left, right);
+        float one[4] = {}, two[4] = {};
+        device::multiply_add(one, low, any, high, other, v[0], v[n / 2]);
+        if constexpr (n == 4) device::multiply_add(two, low, any, high, other, v[1], v[3]);
+        device::multiply_add(to, one[0], one[1], two[0], two[1], left, right);
     };
     if constexpr (exact) {
         float rest[n];

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // One tile of the tuned scan's gradient (see scan/backward_tuned.cuh) as one warp has it in shared memory, and
 // everything that happens to it but the recurrence and the products of matrices: q to float, the gradient of y, what
-// follows from the sums over states. Outside the recurrence the lane with g = lane / 4 and q = lane % 4 has tokens g and
-// g + 8, in the order of the scan, and the `wide` neighbouring channels of the warp from wide q on: so a product of
+// follows from the sums over states. Outside the recurrence the lane with g = lane / 4 and q = lane % 4 has tokens g
+// and g + 8, in the order of the scan, and the `wide` neighbouring channels of the warp from wide q on: so a product of
 // matrices (device::multiply_add) lays them out, where column 2q + e of its j-th result is channel wide q + 2j + e.
 #pragma once
 
@@ -24,77 +24,85 @@ struct BackShape {
     using T = T_;
     static constexpr bool aligned = aligned_;
     static constexpr int states = N, C = device_scratch::back_thread_channels(N), S = N / 4, tile = 16, step = 4;
-    static constexpr int slots = device::warp_size / 4, warp_channels = slots * C, channels = back_warps * warp_channels;
-    static constexpr int wide = 2 * C, halves = 2;      // channels and tokens of a thread outside the recurrence
-    static constexpr int pitch = warp_channels + 4;     // floats from token to token: no bank conflicts
+    static constexpr int slots = device::warp_size / 4, warp_channels = slots * C,
+                         channels = back_warps * warp_channels;
+    static constexpr int wide = 2 * C, halves = 2;   // channels and tokens of a thread outside the recurrence
+    static constexpr int pitch = warp_channels + 4;  // floats from token to token: no bank conflicts
     static constexpr int array = tile * pitch;
-    static constexpr int kept = C * S;                   // states
+    static constexpr int kept = C * S;                                   // states
     static constexpr int kept_tile = device_scratch::back_kept_tile(N);  // floats that a thread leaves for the walk
     // Sums over lanes are products by ones. dB and dC of bfloat16 are sums of what one product sees of a number: 3 bits
     // more than the results have.
     static constexpr bool exact = !std::is_same_v<T, __nv_bfloat16>, exact_dt = sizeof(T) == 4;
+    // Whether registers can keep the ones that sums are multiplied by from token to token.
+    static constexpr bool keeps_ones = states == 8 || (!exact && aligned);
     static_assert(kept_tile == tile / step * kept + halves * wide);
 };
 
-// Floats of one warp's arrays in shared memory, by their places. padded: the rank as products of matrices have it.
-struct BackLayout {
-    int delta, du, gy, y, BC, starts, totals, dD, bias, D, floats;
-    int padded;
-};
+// Where one warp's arrays are in shared memory, in floats; those that depend on the rank come last. padded: the rank as
+// products of matrices have it.
 template <class Shape>
-__host__ __device__ constexpr BackLayout back_layout(int rank)
-{
-    constexpr int K = Shape::tile, C = Shape::C;
-    BackLayout at{};
-    at.padded = (rank + 15) / 16 * 16;
-    const int ddt = K * at.padded;
-    at.delta = 0;
-    at.du = at.delta + Shape::array;
-    at.gy = at.du + Shape::array;
-    at.y = at.du + (ddt > 2 * Shape::array ? ddt : 2 * Shape::array);
-    at.BC = at.y + Shape::array;
-    at.starts = at.BC + K * 2 * Shape::states;
-    at.totals = at.starts + 2 * Shape::kept * device::warp_size;
-    at.dD = at.totals + (rank + 16) / 16 * 16 * C * 8;
-    at.bias = at.dD + device::warp_size * Shape::wide;
-    at.D = at.bias + Shape::warp_channels;
-    at.floats = at.D + Shape::warp_channels;
-    return at;
-}
+struct BackLayout {
+    static constexpr int K = Shape::tile, channels = Shape::warp_channels, states = Shape::kept * device::warp_size;
+    static constexpr int delta = 0, du = delta + Shape::array, gy = du + Shape::array, y = gy + Shape::array;
+    static constexpr int BC = y + Shape::array, h = BC + K * 2 * Shape::states, lambda = h + states,
+                         dA = lambda + states;
+    static constexpr int dD = dA + states, bias = dD + device::warp_size * Shape::wide, D = bias + channels;
+    static constexpr int totals = D + channels;
+    int padded, ddt, floats;
+
+    __host__ __device__ constexpr explicit BackLayout(int rank) : padded((rank + 15) / 16 * 16), ddt(du), floats(0)
+    {
+        floats = totals + padded * channels;
+        if (K * padded <= BC - du) return;  // in place of du, gy and y, where there is room
+        ddt = floats;
+        floats += K * padded;
+    }
+};
 
 // The arrays of one warp, in the order of the scan.
 template <class Shape>
 struct BackTile {
-    device::Shared<float> delta;   // [token][channel]; later slope ln 2 sum_n A a h[t - 1] lambda; then draw
-    device::Shared<float> du;      // [token][channel] delta u; later slope sum_n B lambda
-    device::Shared<float> gy;      // [token][channel]; later the gradient of u
-    device::Shared<float> y;       // [token][channel]
-    device::Shared<float> ddt;     // in place of du and gy at last: [token][r]
-    device::Shared<float> BC;      // [token][B (N) | C (N)], odd tokens [C | B]: no bank conflicts; later [dB | dC]
-    device::Shared<float> starts;  // [step % 2][states / 4][lane][4] states before a step
-    device::Shared<float> totals;  // ddt_weight and, as of one more rank, ddt_bias: [rank / 16][channel / 8][lane][4]
-    device::Shared<float> dD;      // [channel / 4 of the lane][lane][4]
-    device::Shared<float> bias, D;
+    device::Shared<float> delta;       // [token][channel]; later slope ln 2 sum_n A a h[t - 1] lambda; then draw
+    device::Shared<float> du;          // [token][channel] delta u; later slope sum_n B lambda
+    device::Shared<float> gy;          // [token][channel]; later the gradient of u
+    device::Shared<float> y;           // [token][channel]
+    device::Shared<float> ddt;         // [token][r], at last
+    device::Shared<float> BC;          // [token][B (N) | C (N)], odd tokens [C | B]: no bank conflicts; later [dB | dC]
+    device::Shared<float> h;           // [states / 4][lane][4]: states before the next step
+    device::Shared<float> lambda, dA;  // the same; registers have them only where they are needed
+    device::Shared<float> totals;      // ddt_weight: [rank / 16][channel / 8][lane][4]
+    device::Shared<float> dD;          // [channel / 4 of the lane][lane][4]
+    device::Shared<float> bias, D;     // [channel]
     int padded;
 
-    __device__ BackTile(const BackLayout& at, int base, int rank)
+    __device__ BackTile(const BackLayout<Shape>& at, int base)
         : delta(take(base + at.delta, Shape::array)),
           du(take(base + at.du, Shape::array)),
           gy(take(base + at.gy, Shape::array)),
           y(take(base + at.y, Shape::array)),
-          ddt(take(base + at.du, Shape::tile * at.padded)),
+          ddt(take(base + at.ddt, Shape::tile * at.padded)),
           BC(take(base + at.BC, Shape::tile * 2 * Shape::states)),
-          starts(take(base + at.starts, at.totals - at.starts)),
-          totals(take(base + at.totals, (rank + 16) / 16 * 16 * Shape::C * 8)),
+          h(take(base + at.h, at.states)),
+          lambda(take(base + at.lambda, at.states)),
+          dA(take(base + at.dA, at.states)),
+          totals(take(base + at.totals, at.padded * at.channels)),
           dD(take(base + at.dD, device::warp_size * Shape::wide)),
-          bias(take(base + at.bias, Shape::warp_channels)),
-          D(take(base + at.D, Shape::warp_channels)),
+          bias(take(base + at.bias, at.channels)),
+          D(take(base + at.D, at.channels)),
           padded(at.padded)
     {
+    }
+    // ddt_bias is where delta has nothing, behind the channels of a token: two blocks of sm_80 have just room enough.
+    __device__ static int dbias_of(int channel)  // in delta
+    {
+        return channel / 4 * Shape::pitch + Shape::warp_channels + channel % 4;
     }
     // Of one token: where B, or dB, begins, and C.
     __device__ static int B_of(int s) { return (2 * s + (s & 1)) * Shape::states; }
     __device__ static int C_of(int s) { return (2 * s + 1 - (s & 1)) * Shape::states; }
+    // Of four of a lane's states: where they are in h, lambda and dA.
+    __device__ static int state_of(int v, int lane) { return (v * device::warp_size + lane) * 4; }
 
 private:
     __device__ static device::Shared<float> take(int at, int count) { return device::shared<float>(4 * at, count); }

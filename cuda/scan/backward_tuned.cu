@@ -16,7 +16,7 @@ namespace {
 template <class Shape>
 constexpr int shared_bytes(int rank)  // of a direction
 {
-    return back_warps * back_layout<Shape>(rank).floats * 4;
+    return back_warps * BackLayout<Shape>(rank).floats * 4;
 }
 
 // Whether every thread may read and write all neighbours that it has at once: channels, and four ranks or columns.
@@ -37,7 +37,8 @@ void run(Context& ctx, const ScanBackward& a)
 {
     using T = typename Shape_::T;
     static_assert(Shape_::channels == device_scratch::back_channels(Shape_::states));
-    static_assert(Shape_::tile == device_scratch::back_tile && Shape_::kept == device_scratch::back_kept(Shape_::states));
+    static_assert(Shape_::tile == device_scratch::back_tile &&
+                  Shape_::kept == device_scratch::back_kept(Shape_::states));
     static_assert(shared_bytes<Shape_>(1) == device_scratch::back_shared(Shape_::states, 1) &&
                   shared_bytes<Shape_>(16) == device_scratch::back_shared(Shape_::states, 16) &&
                   shared_bytes<Shape_>(100) == device_scratch::back_shared(Shape_::states, 100));

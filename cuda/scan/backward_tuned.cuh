@@ -6,7 +6,8 @@
 // to a tile leaves its y as float in `sum`; the other one adds, gates, and stores `out` and dz. A warp has 32 channels
 // to itself, a thread 4 channels x 4 states; four lanes share channels. At the end of a chunk of several tiles, a run
 // from the checkpoint keeps the states before each of them. One tile:
-//   prepare  q to float; delta (a product of matrices, as are the projection's gradients), delta u, gy of the tile, once
+//   prepare  q to float; delta (a product of matrices, as are the projection's gradients), delta u, gy of the tile,
+//   once
 //            per token and channel. Tokens beyond the end get zeros, which leave states and lambda as they are
 //   run      the states before every fourth token
 //   walk     from the last four tokens to the first: their decays and states again, kept in registers, and y; then
@@ -57,20 +58,21 @@ struct BackBlock {
 
     const TunedBack<T>& a;
     const int direction = static_cast<int>(threadIdx.x) / back_threads;
-    const int thread = static_cast<int>(threadIdx.x) % back_threads;
-    const int lane = thread % device::warp_size;
+    int thread = static_cast<int>(threadIdx.x) % back_threads, lane = thread % device::warp_size;
     const BackPass<T>& p = a.pass[direction];
     const bool reverse = p.reverse;
-    const int group = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.groups));
-    const int e0 = group * Shape::channels + thread / device::warp_size * Shape::warp_channels;  // the warp's first
+    int group = static_cast<int>(blockIdx.x % static_cast<unsigned>(a.groups)), e0 = first_channel();  // of the warp
     const int unit = static_cast<int>(blockIdx.x / static_cast<unsigned>(a.groups));  // image and segment
     const int b = unit / a.segments, segment = unit - b * a.segments;
     const int begin = segment * a.segment_tiles;  // first tile of the segment
-    const BackLayout layout = back_layout<Shape>(a.rank);
+    const BackLayout<Shape> layout{a.rank};
     const BackTile<Shape> tile = tile_of(thread / device::warp_size);
 
     // Cheaper to find again than to keep in registers: channels of the warp, tiles of the image, of the segment.
-    __device__ __forceinline__ int live() const { return a.dim - e0 < Shape::warp_channels ? a.dim - e0 : Shape::warp_channels; }
+    __device__ __forceinline__ int live() const
+    {
+        return a.dim - e0 < Shape::warp_channels ? a.dim - e0 : Shape::warp_channels;
+    }
     __device__ __forceinline__ int tiles() const { return (a.tokens + K - 1) / K; }
     __device__ __forceinline__ int count() const
     {
@@ -79,9 +81,22 @@ struct BackBlock {
 
     __device__ explicit BackBlock(const TunedBack<T>& args) : a(args) {}
 
+    // Addresses and the like are computed again from here on: the recurrence leaves no registers to keep them in.
+    __device__ __forceinline__ void renew()
+    {
+        device::renew(thread);
+        device::renew(group);
+        lane = thread % device::warp_size;
+        e0 = first_channel();
+    }
+    __device__ __forceinline__ int first_channel() const
+    {
+        return group * Shape::channels + thread / device::warp_size * Shape::warp_channels;
+    }
+
     __device__ __forceinline__ BackTile<Shape> tile_of(int warp) const
     {
-        return {layout, (direction * back_warps + warp) * layout.floats, a.rank};
+        return {layout, (direction * back_warps + warp) * layout.floats};
     }
     __device__ __forceinline__ void sync() const  // of the direction
     {
@@ -97,10 +112,13 @@ struct BackBlock {
         for (int c = lane; c < Shape::warp_channels; c += device::warp_size) {
             tile.bias[c] = c < live() ? p.dt_bias[e0 + c] : 0.0f;
             tile.D[c] = c < live() ? p.D[e0 + c] : 0.0f;
+            tile.delta[tile.dbias_of(c)] = 0.0f;
         }
         const device::Vec<float, 4> zeros{};
-        for (int i = 4 * lane; i < layout.dD - layout.totals; i += 4 * device::warp_size) tile.totals.template store<4>(i, zeros);
-        for (int i = 4 * lane; i < layout.bias - layout.dD; i += 4 * device::warp_size) tile.dD.template store<4>(i, zeros);
+        for (int i = 4 * lane; i < layout.padded * layout.channels; i += 4 * device::warp_size)
+            tile.totals.template store<4>(i, zeros);
+#pragma unroll
+        for (int i = 0; i < wide; i += 4) tile.dD.template store<4>(i * device::warp_size + 4 * lane, zeros);
         device::sync_warp();
     }
     __device__ __forceinline__ void load_A(float (&A)[C][S]) const
@@ -110,7 +128,8 @@ struct BackBlock {
             const int c = lane / 4 * C + k;
 #pragma unroll
             for (int n = 0; n < S; n++)
-                A[k][n] = c < live() ? -expf(p.A_log[static_cast<Index>(e0 + c) * N + lane % 4 * S + n]) * device::log2e : 0.0f;
+                A[k][n] = c < live() ? -expf(p.A_log[static_cast<Index>(e0 + c) * N + lane % 4 * S + n]) * device::log2e
+                                     : 0.0f;
         }
     }
     // A thread's values of (N, E), whose channels begin at the warp's; zeros beyond the last one.
@@ -144,7 +163,8 @@ struct BackBlock {
     {
         const int s = lane / 4, c = lane % 4 * wide, live_ = live() - c < wide ? live() - c : wide;
         const Index place = (static_cast<Index>(b) * a.tokens + rows.natural(s)) * a.dim + e0 + c;
-        return {{s < rows.count ? live_ : 0, s + 8 < rows.count ? live_ : 0}, place,
+        return {{s < rows.count ? live_ : 0, s + 8 < rows.count ? live_ : 0},
+                place,
                 static_cast<Index>(8 * rows.way) * a.dim};
     }
     // Where a thread's part of a tensor (B, len, 2E) begins; its other token is twice as far.
@@ -274,7 +294,7 @@ template <class Shape>
 __device__ __forceinline__ void back_rows_out(const BackBlock<Shape>& block, const BackRows& rows)
 {
     constexpr int N = Shape::states, K = Shape::tile, parts = N / 2;
-    static_assert(back_warps == 2);
+    static_assert(back_warps == 2 && K * parts % back_threads == 0);
     const auto& a = block.a;
     const BackTile<Shape> one = block.tile_of(0), two = block.tile_of(1);
     float* const to = block.p.part + (static_cast<Index>(block.b) * a.groups + block.group) * a.tokens * a.pitch;
@@ -284,8 +304,9 @@ __device__ __forceinline__ void back_rows_out(const BackBlock<Shape>& block, con
         return x;
     };
 #pragma unroll
-    for (int i = block.thread; i < K * parts; i += back_threads) {
-        const int s = i / parts, n = i % parts * 4, at = n < N ? one.B_of(s) + n : one.C_of(s) + n - N;
+    for (int k = 0; k < K * parts / back_threads; k++) {
+        const int i = block.thread + k * back_threads, s = i / parts, n = i % parts * 4,
+                  at = n < N ? one.B_of(s) + n : one.C_of(s) + n - N;
         const auto sum = add(one.BC.template load<4>(at), two.BC.template load<4>(at));
         if (s < rows.count) device::store(to + static_cast<Index>(rows.natural(s)) * a.pitch + n, sum);
     }
@@ -301,18 +322,20 @@ __device__ __forceinline__ void back_rows_out(const BackBlock<Shape>& block, con
 
 // What tiles added up for the parameters.
 template <class Shape>
-__device__ __forceinline__ void back_parameters(const BackBlock<Shape>& block, const float (&dA)[Shape::C][Shape::S])
+__device__ __forceinline__ void back_parameters(const BackBlock<Shape>& block)
 {
     constexpr int N = Shape::states, C = Shape::C, wide = Shape::wide;
     const auto& a = block.a;
     const int lane = block.lane, live = block.live();
     float* const to = block.p.parameters + static_cast<Index>(block.unit) * (N + a.rank + 2) * a.dim + block.e0;
+    float dA[C][Shape::S];
+    get_states<Shape>(dA, block.tile.dA, lane);
     block.store_states(to, dA);
-    for (int r0 = 0; r0 <= a.rank; r0 += 16)
+    for (int r0 = 0; r0 < a.rank; r0 += 16)
         for (int j = 0; j < C; j++)
             for (int i = 0; i < 4; i++) {
                 const int r = r0 + lane / 4 * 2 + i / 2, c = 8 * j + lane % 4 * 2 + i % 2;
-                if (r <= a.rank && c < live)
+                if (r < a.rank && c < live)
                     to[static_cast<Index>(N + r) * a.dim + c] =
                         block.tile.totals[((r0 / 16 * C + j) * device::warp_size + lane) * 4 + i];
             }
@@ -321,6 +344,7 @@ __device__ __forceinline__ void back_parameters(const BackBlock<Shape>& block, c
         const int k = c % wide;
         float sum = 0.0f;
         for (int g = 0; g < 8; g++) sum += block.tile.dD[(k / 4 * device::warp_size + 4 * g + c / wide) * 4 + k % 4];
+        to[static_cast<Index>(N + a.rank) * a.dim + c] = block.tile.delta[block.tile.dbias_of(c)];
         to[static_cast<Index>(N + a.rank + 1) * a.dim + c] = sum;
     }
 }
@@ -359,8 +383,8 @@ __device__ __forceinline__ void back_run_chunk(const BackBlock<Shape>& block, in
 
 // After the walk: all that follows, but what needs the other direction or the other warp. y gets its skip.
 template <class Shape>
-__device__ __forceinline__ void back_finish_tile(const BackBlock<Shape>& block, const BackRows& rows, const BackPart& own,
-                                                 float (&y)[2][Shape::wide])
+__device__ __forceinline__ void back_finish_tile(const BackBlock<Shape>& block, const BackRows& rows,
+                                                 const BackPart& own, float (&y)[2][Shape::wide])
 {
     constexpr int wide = Shape::wide;
     float u[2][wide], draw[2][wide], du[2][wide];
@@ -401,33 +425,40 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
 {
     constexpr int N = Shape::states, C = Shape::C, S = Shape::S, wide = Shape::wide;
     constexpr int steps = Shape::tile / Shape::step, kept = Shape::kept / 4;
-    const BackBlock<Shape> block(a);
+    BackBlock<Shape> block(a);
     const BackTile<Shape>& tile = block.tile;
-    const int lane = block.lane;
     const bool both = a.directions == 2, reverse = block.reverse;
-    float A[C][S], lambda[C][S] = {}, dA[C][S] = {};
+    float A[C][S];
     block.begin_tiles();
     block.load_A(A);
-    back_arrive(block, A, lambda);
+    {
+        float lambda[C][S] = {}, dA[C][S] = {};
+        back_arrive(block, A, lambda);
+        put_states<Shape>(lambda, tile.lambda, block.lane);
+        put_states<Shape>(dA, tile.dA, block.lane);
+    }
 
+    int within = -1;  // the tile's place in its chunk
 #pragma unroll 1
-    for (int done = 0; done < block.count();) {
-        // The chunk: n tiles from `low` on. Only the sequence's last one, which this begins or ends with, may be shorter.
-        const int left_tiles = block.count() - done, over = left_tiles % a.chunk_tiles;
-        const int n = reverse ? (left_tiles < a.chunk_tiles ? left_tiles : a.chunk_tiles) : over > 0 ? over : a.chunk_tiles;
-        const int low = block.begin + (reverse ? done : left_tiles - n), way = reverse ? -1 : 1;
-        const int origin = reverse ? low + n - 1 : low;
-        const Index chunk = static_cast<Index>(block.b) * a.chunks + low / a.chunk_tiles;
-        back_run_chunk(block, origin, way, n, block.p.checkpoints + chunk * N * a.dim + block.e0, A);
-#pragma unroll 1
-        for (int within = n - 1; within >= 0; within--, done++) {
-            const BackRows rows = block.rows_of(origin + way * within);
-            const float* const from = block.kept_of(within);
+    for (int done = 0; done < block.count(); done++, within--) {
+        const bool fresh = within < 0;
+        if (fresh) {
+            // A chunk of n tiles from `low` on. Only the sequence's last one, the first or last here, may be shorter.
+            const int left_tiles = block.count() - done, over = left_tiles % a.chunk_tiles;
+            const int n = left_tiles < a.chunk_tiles ? left_tiles : over > 0 && !reverse ? over : a.chunk_tiles;
+            const int low = block.begin + (reverse ? done : left_tiles - n), way = reverse ? -1 : 1;
+            const Index chunk = static_cast<Index>(block.b) * a.chunks + low / a.chunk_tiles;
+            back_run_chunk(block, reverse ? low + n - 1 : low, way, n,
+                           block.p.checkpoints + chunk * N * a.dim + block.e0, A);
+            within = n - 1;
+        }
+        {
+            const BackRows rows = block.rows_of(block.begin + (reverse ? done : block.count() - 1 - done));
+            const float* from = block.kept_of(within);
             auto fetch = [&](int j) {
 #pragma unroll
                 for (int v = 0; v < kept; v++)
-                    device::cp_async<16>(tile.starts, (((j & 1) * kept + v) * device::warp_size + lane) * 4,
-                                         from + kept_at(j * kept + v), true);
+                    device::cp_async<16>(tile.h, tile.state_of(v, block.lane), from + kept_at(j * kept + v), true);
                 device::cp_async_commit();
             };
             fetch(steps - 1);
@@ -436,7 +467,7 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
                 float u[2][wide], gate[2][wide], dout[2][wide], delta[2][wide];
                 block.load_u(own, u);
                 block.load_gate(own, gate, dout);
-                if (within < n - 1) {
+                if (!fresh) {
 #pragma unroll
                     for (int v = 0; v < 2 * wide; v += 4) {
                         const auto x = device::load<4>(from + kept_at(steps * kept + v / 4));
@@ -446,21 +477,27 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
                     block.load_BC(rows);
                     block.store_delta(delta, u);
                 }
-                back_gy(tile, gate, dout, u, a.scale, lane);
+                back_gy(tile, gate, dout, u, a.scale, block.lane);
                 device::sync_warp();
             }
+            block.renew();
 #pragma unroll 1
             for (int j = steps - 1; j >= 0; j--) {
                 float h[C][S];
                 device::cp_async_wait<0>();
-                get_states<Shape>(h, [&](int v) {
-                    return tile.starts.template load<4>((((j & 1) * kept + v) * device::warp_size + lane) * 4);
-                });
+                get_states<Shape>(h, tile.h, block.lane);
+                if constexpr (!Shape::aligned) {  // which takes more registers
+                    device::renew(within);
+                    from = block.kept_of(within);
+                }
                 if (j > 0) fetch(j - 1);
-                back_walk(tile, j, h, A, lambda, dA, lane);
+                back_walk(tile, j, h, A, block.lane);
             }
             device::sync_warp();
-
+        }
+        {
+            block.renew();
+            const BackRows rows = block.rows_of(block.begin + (reverse ? done : block.count() - 1 - done));
             float y[2][wide];
             const BackPart own = block.part_of(rows);
             back_finish_tile(block, rows, own, y);
@@ -475,9 +512,10 @@ __global__ void __launch_bounds__(2 * back_threads, back_blocks) scan_backward_t
             if (!first) back_gate_tile(block, own, both, y);
             back_rows_out(block, rows);
             block.sync();
+            block.renew();
         }
     }
-    back_parameters(block, dA);
+    back_parameters(block);
 }
 
 }  // namespace vimcore::cuda

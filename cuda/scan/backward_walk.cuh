@@ -30,6 +30,18 @@ __device__ __forceinline__ void get_states(float (&x)[Shape::C][Shape::S], Get&&
     }
 }
 
+template <class Shape>
+__device__ __forceinline__ void put_states(const float (&x)[Shape::C][Shape::S], device::Shared<float> to, int lane)
+{
+    put_states<Shape>(x,
+                      [&](int v, const auto& part) { to.template store<4>(BackTile<Shape>::state_of(v, lane), part); });
+}
+template <class Shape>
+__device__ __forceinline__ void get_states(float (&x)[Shape::C][Shape::S], device::Shared<float> from, int lane)
+{
+    get_states<Shape>(x, [&](int v) { return from.template load<4>(BackTile<Shape>::state_of(v, lane)); });
+}
+
 // `step` tokens forward from s on.
 template <class Shape>
 __device__ __forceinline__ void back_run(const BackTile<Shape>& tile, int s, float (&h)[Shape::C][Shape::S],
@@ -97,7 +109,7 @@ struct BackRowSums {
         for (int which = 0; which < 2; which++)
 #pragma unroll
             for (int part = 0; part < S / n; part++) {
-                const float(&x)[4] = sum[which][part];
+                const float (&x)[4] = sum[which][part];
                 float out[n / 2];
 #pragma unroll
                 for (int k = 0; k < n / 2; k++) out[k] = back_mend<Shape> * (x[k] + x[k + 2]);
@@ -107,11 +119,10 @@ struct BackRowSums {
 };
 
 // `step` tokens of step j: their states and y again from h, the states before them; then lambda from behind them to
-// before them. Leaves y, and what BackTile says of delta, du, gy and BC.
+// before them, and dA. Leaves y, and what BackTile says of delta, du, gy and BC.
 template <class Shape>
 __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, float (&h)[Shape::C][Shape::S],
-                                          const float (&A)[Shape::C][Shape::S], float (&lambda)[Shape::C][Shape::S],
-                                          float (&dA)[Shape::C][Shape::S], int lane)
+                                          const float (&A)[Shape::C][Shape::S], int lane)
 {
     constexpr int C = Shape::C, S = Shape::S, step = Shape::step, pitch = Shape::pitch;
     constexpr float ln2 = 0.69314718055994531f;
@@ -127,6 +138,7 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, fl
         load_shared(tile.delta, at + i * pitch, delta);
         load_shared(tile.du, at + i * pitch, du);
         load_shared(tile.gy, at + i * pitch, gy);
+        if constexpr (!Shape::keeps_ones) device::renew(lane);
 #pragma unroll
         for (int k = 0; k < C; k++)
 #pragma unroll
@@ -141,6 +153,9 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, fl
         rows.add(i, 1, dC, lane);
     }
     device::sync_warp();  // what was loaded is loaded again, to hold fewer registers
+    float lambda[C][S], dA[C][S];
+    get_states<Shape>(lambda, tile.lambda, lane);
+    get_states<Shape>(dA, tile.dA, lane);
 #pragma unroll
     for (int i = step - 1; i >= 0; i--) {
         float B[S], C_[S], delta[C], du[C], gy[C], by_B[4] = {}, by_A[4] = {}, dB[S];
@@ -149,6 +164,7 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, fl
         load_shared(tile.delta, at + i * pitch, delta);
         load_shared(tile.du, at + i * pitch, du);
         load_shared(tile.gy, at + i * pitch, gy);
+        if constexpr (!Shape::keeps_ones) device::renew(lane);
 #pragma unroll
         for (int k = 0; k < C; k++)
 #pragma unroll
@@ -168,6 +184,8 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, fl
         }
         rows.add(i, 0, dB, lane);
     }
+    put_states<Shape>(lambda, tile.lambda, lane);
+    put_states<Shape>(dA, tile.dA, lane);
     if constexpr (C == 2) {
         lambda_A[0] = lambda_B[2];
         lambda_A[1] = lambda_B[3];

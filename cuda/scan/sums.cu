@@ -40,14 +40,19 @@ template <class T>
 __global__ void sum_rows_kernel(RowTable<T> table)
 {
     const RowSum<T>& s = table.sum[blockIdx.y];
-    const Index columns = s.width + s.zeros, i = device::flat_index(), token = i / columns, column = i % columns;
-    if (token >= s.batch * s.tokens) return;
+    // 32 bits where they do: divisions of 64 bits take ten times as long.
+    const auto columns = static_cast<std::uint32_t>(s.width + s.zeros);
+    const Index i = device::flat_index(), tokens = s.batch * s.tokens;
+    if (i >= tokens * columns) return;
+    const bool small = tokens * columns < Index{1} << 32;
+    const Index token = small ? static_cast<std::uint32_t>(i) / columns : i / columns, column = i - token * columns;
     if (column >= s.width) {
         s.first[token * s.ld_first + s.split + column - s.width] = device::from_float<T>(0.0f);
         return;
     }
-    const Index b = token / s.tokens, image = s.tokens * s.pitch;
-    const float* part = s.part + b * s.groups * image + token % s.tokens * s.pitch + column;
+    const Index b = small ? static_cast<std::uint32_t>(token) / static_cast<std::uint32_t>(s.tokens) : token / s.tokens;
+    const Index image = s.tokens * s.pitch;
+    const float* part = s.part + b * s.groups * image + (token - b * s.tokens) * s.pitch + column;
     float sum = 0;
 #pragma unroll 4
     for (Index g = 0; g < s.groups; g++) sum += part[g * image];

@@ -18,6 +18,9 @@ from pathlib import Path
 TUNED = ("scan/forward_tuned", "scan/backward_tuned", "norm", "norm_backward", "conv1d", "conv1d_backward")
 
 
+# ... but this one few bytes, outside its recurrences (sass_backward.py): it takes all registers there are
+FEW = "scan_backward_tuned<", 32
+
 # What occupancy is reckoned with: kernels by file and pattern of their name, and most registers of a thread.
 MOST = (
     ("conv1d", re.compile(r"conv_window<.*, 2>"), 96),  # 7 blocks of 96 threads on a multiprocessor
@@ -82,7 +85,9 @@ def main(log: str, expected: int) -> int:
         also = [several.get((kernel, a), 0) for a in architectures]
         cells = [f"{cell}/{b}" if b else cell for cell, b in zip(cells, also, strict=True)]
         print(f"{label:64}", *(f"{cell:>8}" for cell in cells))
-        faults += [f"{label} spills {s} bytes on sm_{a}" for a, (_, s) in row.items() if s and file in TUNED]
+        few = FEW[1] if names[kernel].startswith(FEW[0]) else 0
+        spills = {a: s for a, (_, s) in row.items() if s > few and file in TUNED}
+        faults += [f"{label} spills {s} bytes on sm_{a}" for a, s in spills.items()]
         if expected and len(row) != expected:
             faults.append(f"{label} was compiled for {len(row)} architectures, not for {expected}")
     for (file, kernel), row in table.items():

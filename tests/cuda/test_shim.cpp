@@ -113,6 +113,24 @@ __global__ void shuffles(Fault fault)
 }
 __global__ void partial_sync() { sync_warp(); }
 
+// A (16 x 8), B (8 x 8) and D (16 x 8) of numbers that tf32 has, but for one bit that it cuts off.
+__global__ void products(Fault fault)
+{
+    const int t = static_cast<int>(threadIdx.x), g = t / 4, q = t % 4;
+    auto A = [](int i, int k) { return static_cast<float>((5 * i + 3 * k) % 11 - 5); };
+    auto B = [](int k, int j) { return static_cast<float>((7 * k + j) % 13 - 6); };
+    float d[4] = {1, 2, 3, 4};
+    if (fault == ends_early && t == 3) return;
+    const float cut = A(g, q) * (1 + 0x1p-11f);
+    if (fault == kind && t % 2) sync_warp();
+    multiply_add(d, cut, A(g + 8, q), A(g, q + 4), A(g + 8, q + 4), B(q, g), B(q + 4, g));
+    for (int n = 0; n < 4; n++) {
+        float sum = static_cast<float>(n + 1);
+        for (int k = 0; k < 8; k++) sum += A(g + n / 2 * 8, k) * B(k, 2 * q + n % 2);
+        if (d[n] != sum) shim::fail("the product is another one");
+    }
+}
+
 void check_barriers()
 {
     CHECK(ends(failure(block_barrier, 96, 0, none)));
@@ -136,6 +154,9 @@ void check_barriers()
     CHECK(has(failure(group_barrier, 32, 0, none), {"64 threads are not whole warps of a block of 32"}));
     CHECK(has(failure(group_barrier, 128, 0, elsewhere), {"divergent barrier", "sync_group"}));
 
+    CHECK(ends(failure(products, 32, 0, none)));
+    CHECK(has(failure(products, 32, 0, ends_early), {"waits at multiply_add", "with 31 threads", "has ended"}));
+    CHECK(has(failure(products, 32, 0, kind), {"divergent warp", "sync_warp", "multiply_add"}));
     CHECK(ends(failure(shuffles, 64, 0, none)));
     CHECK(
         has(failure(shuffles, 64, 0, ends_early), {"waits at shuffle_xor", "with 31 threads", "(3, 0, 0) has ended"}));

@@ -182,7 +182,7 @@ def test_floors_by_hand() -> None:
     assert floors.scan_backward(rates, sizes, 2) == pytest.approx(
         {
             "exp": tokens * 384 * 2 * 36 / 2e12,
-            "issue": tokens * 2 * 12 * 22 * 16 / 4e11,
+            "issue": tokens * 2 * 12 * 32 * 16 / 4e11,
             "memory": tokens * (2 * (8 * 384 + 4 * 44) + 2 * 384 * 16 * 4 / 64) / 1e12,
         }
     )

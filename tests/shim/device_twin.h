@@ -41,6 +41,7 @@ void store(T* to, const Vec<T, N>& value, shim::Where where = shim::Where::curre
     std::memcpy(to, &value, sizeof(value));
 }
 inline void assume_global(const void*) {}
+inline void renew(int&) {}
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
 // What s[i] is: reads and writes go through the checks.

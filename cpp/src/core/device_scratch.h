@@ -260,9 +260,9 @@ constexpr Index back_channels(Index states) { return back_threads / 4 * back_thr
 constexpr Index back_shared(Index states, Index rank)
 {
     const Index warp = 32, channels = 8 * back_thread_channels(states), pitch = channels + 4, array = back_tile * pitch;
-    const Index floats = 2 * array + std::max(2 * array, back_tile * round_up(rank, 16)) + back_tile * 2 * states +
-                         2 * warp * back_kept(states) + round_up(rank + 1, 16) * channels + warp * channels / 4 +
-                         2 * channels;
+    const Index padded = round_up(rank, 16);
+    const Index floats = 4 * array + back_tile * 2 * states + 3 * warp * back_kept(states) + warp * channels / 4 +
+                         2 * channels + padded * channels + (padded * back_tile > 3 * array ? padded * back_tile : 0);
     return back_threads / warp * floats * 4;
 }
 
