@@ -482,12 +482,13 @@ float shuffle_xor(float value, int mask, const Where& where)
     return engine.warps[engine.current / 32].values[set][(engine.current % 32) ^ mask][0];
 }
 
-const float (*exchange(const float (&values)[warp_values], const Where& where))[warp_values]
-{
+const float (*exchange(const float (&values)[warp_values], const Where& where)) [warp_values] {
     const int set = meet_warp(Wait::product, 0, values, warp_values, where);
     return engine.warps[engine.current / 32].values[set];
+} int lane()
+{
+    return engine.current % 32;
 }
-int lane() { return engine.current % 32; }
 
 std::byte* shared_memory(int offset, std::int64_t bytes, const Where& where)
 {
