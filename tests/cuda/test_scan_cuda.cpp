@@ -648,7 +648,7 @@ void test_residence()
         Index forward_tiny, forward_small, backward;
     };
     constexpr Architecture all[] = {{80, 164, 2048, 4, 3, 2}, {86, 100, 1536, 2, 2, 1},  {89, 100, 1536, 2, 2, 1},
-                                    {90, 228, 2048, 6, 4, 3}, {100, 228, 2048, 6, 4, 3}, {120, 100, 1536, 2, 2, 1}};
+                                    {90, 228, 2048, 6, 4, 2}, {100, 228, 2048, 6, 4, 2}, {120, 100, 1536, 2, 2, 1}};
     constexpr Index state = 16, reserved = 1024;
     for (const Architecture& a : all) {
         const auto blocks = [&](Index shared, int threads) {
