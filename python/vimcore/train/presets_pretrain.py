@@ -68,6 +68,6 @@ PRETRAIN: dict[str, dict[str, Any]] = {
         "epochs": 1600,
         "clip_grad": 3.0,
     },
-    "digits-mim": {**_DIGITS, "objective": "mim"},
+    "digits-mim": {**_DIGITS, "objective": "mim", "epochs": 400},
     "digits-ar2": {**_DIGITS, "objective": "ar2"},
 }
