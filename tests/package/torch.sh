@@ -2,10 +2,10 @@
 # Packages of AOTInductor without Python: builds cpp/torch against an installed vimcore and torch's own libraries, makes
 # a package of a small network and compares what the program prints with the network in Python. Needs cmake, a C++20
 # compiler and a Python with vimcore and torch, the first on PATH or in $PYTHON.
-#   tests/package/torch.sh [release tree, default build/release] [folder to work in, default build/torch]
+#   tests/package/torch.sh [tree of the preset dev, default build/dev] [folder to work in, default build/torch]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-tree=${1:-build/release} work=${2:-build/torch} python=${PYTHON:-python3}
+tree=${1:-build/dev} work=${2:-build/torch} python=${PYTHON:-python3}
 mkdir -p "$work"
 work=$(cd "$work" && pwd)
 step() { printf -- '-- %s\n' "$1"; }
@@ -13,7 +13,7 @@ fail() { printf 'tests/package/torch: %s\n' "$1" >&2; exit 1; }
 quietly() { "$@" >"$work/log" 2>&1 || { cat "$work/log"; fail "$*"; }; }
 
 step 'vimcore, and the operator for libtorch'
-[ -f "$tree/CMakeCache.txt" ] || quietly cmake --preset release -B "$tree"
+[ -f "$tree/CMakeCache.txt" ] || quietly cmake --preset dev -B "$tree"
 quietly cmake --build "$tree" --target vimcore vim-infer -j "$(nproc)"
 rm -rf "$work/root"
 quietly cmake --install "$tree" --prefix "$work/root"

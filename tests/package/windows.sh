@@ -4,7 +4,7 @@
 #   tests/package/windows.sh [vim-infer of this machine, default build/dev's] [folder to work in, default build/windows]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-native=$(readlink -f "${1:-build/dev/cpp/tools/vim-infer}") work=${2:-build/windows} python=${PYTHON:-python3}
+native=$(readlink -m "${1:-build/dev/cpp/tools/vim-infer}") work=${2:-build/windows} python=${PYTHON:-python3}
 fail() { printf 'tests/package/windows: %s\n' "$1" >&2; exit 1; }
 trap 'fail "line $LINENO ended with $?"' ERR
 [ -x "$native" ] || fail 'there is no vim-infer to compare with; name one'
