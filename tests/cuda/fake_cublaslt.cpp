@@ -170,7 +170,7 @@ struct Product {
 
     void operator()() const
     {
-        std::memset(workspace, 0xff, chosen.workspace);
+        if (chosen.workspace > 0) std::memset(workspace, 0xff, chosen.workspace);
         const bool ta = m.transa == operation_t, tb = m.transb == operation_t;
         const auto rows = static_cast<std::int64_t>(ld.rows), columns = static_cast<std::int64_t>(ld.columns);
         auto length = static_cast<std::int64_t>(ta ? la.rows : la.columns);
