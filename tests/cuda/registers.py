@@ -16,8 +16,8 @@ from pathlib import Path
 
 # no kernel of these files may spill
 TUNED = ("scan/forward_tuned", "scan/backward_tuned", "norm", "norm_backward", "conv1d", "conv1d_backward")
-# ... but this one few bytes: it takes all registers there are, and N = 32 and unaligned tensors need more on some
-# architectures. On sm_90, sass_backward.py sees to it that none are inside a recurrence.
+# ... but this one few bytes: it takes all registers there are, and N = 32 and unaligned tensors need more on
+# some architectures. On sm_90, sass_backward.py sees to it that none are inside a recurrence.
 FEW = "scan_backward_tuned<", 96
 
 # What occupancy is reckoned with: kernels by file and pattern of their name, and most registers of a thread.
