@@ -105,7 +105,7 @@ int features(const std::vector<std::string>& words)
               std::to_string(counts.failed) + ", \"width\": " + std::to_string(all_tokens ? width : pool_width) +
               passed_over_json(counts.passed_over) + "}\n");
     else
-        print(out + ": features " + vimcore::to_string(shape) + " of " + std::to_string(count) +
+        print(literal(out) + ": features " + vimcore::to_string(shape) + " of " + std::to_string(count) +
               (config.frames > 0 ? " clips\n" : " pictures\n"));
     return status;
 }

@@ -132,7 +132,7 @@ std::string text_of(const File& file, bool with_tensors)
     std::snprintf(size, sizeof size, " (%.2f MB, ", static_cast<double>(file.bytes) / 1e6);
     std::snprintf(flops, sizeof flops, "%.4g G", static_cast<double>(file.flops) / 1e9);
     const std::int64_t rows = config.grid_height(), columns = config.grid_width();
-    std::string text = "file        " + one_line(file.path) + size + list(file.types, false) + ")\n";
+    std::string text = "file        " + literal(file.path) + size + list(file.types, false) + ")\n";
     text += "tensors     " + std::to_string(file.content.tensors().size()) + "\n";
     text += "parameters  " + grouped(file.parameters) + "\n";
     text += std::string("flops       ") + flops + " multiply-adds per " + (config.frames > 0 ? "clip" : "image") +
@@ -141,13 +141,13 @@ std::string text_of(const File& file, bool with_tensors)
             (config.frames > 0 ? std::to_string(config.frames) + " frames of " : "") + std::to_string(rows) + " x " +
             std::to_string(columns) + " patches, class tokens: " + std::to_string(config.class_tokens()) + "\n";
     if (file.segmentation) text += text_of(*file.segmentation);
-    text += "labels      " + (labels.empty() ? "none" : one_line(list(labels, false)));
+    text += "labels      " + (labels.empty() ? "none" : literal(list(labels, false)));
     if (labels.size() < all.size()) text += ", ... (" + std::to_string(all.size()) + ")";
     text += "\npreprocess  " + (file.about.preprocess ? file.about.preprocess->to_json() : "none") + "\n";
     text += "config      " + config.to_json() + "\n";
     if (with_tensors)
         for (const auto& [name, tensor] : file.content.tensors())
-            text += "  " + one_line(name) + "  " + vimcore::to_string(tensor.shape) + " " +
+            text += "  " + literal(name) + "  " + vimcore::to_string(tensor.shape) + " " +
                     vimcore::name_of(tensor.dtype) + "\n";
     return text;
 }

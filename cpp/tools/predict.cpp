@@ -87,12 +87,12 @@ std::vector<std::string> cells(const Format& format, const std::vector<std::stri
 std::string table(const Format& format, const std::string& path, const std::vector<std::string>& labels,
                   const float* logits, std::size_t classes)
 {
-    std::string text = path + "\n";
+    std::string text = literal(path) + "\n";
     for (const auto& [index, p] : best(logits, classes, format.topk)) {
         char row[64];
         std::snprintf(row, sizeof row, "  %7.3f %%  %5zu", 100 * p, index);
         text += row;
-        if (!labels.empty() && !labels[index].empty()) text += "  " + one_line(labels[index]);
+        if (!labels.empty() && !labels[index].empty()) text += "  " + literal(labels[index]);
         text += '\n';
     }
     if (format.logits) text += "  logits " + joined(logits, classes, " ") + "\n";
@@ -178,7 +178,7 @@ int predict(const std::vector<std::string>& words)
     file->end();
     const std::string total = std::to_string(counts.total);
     print(format.json ? "{\"written\": " + json_text(out) + ", \"images\": " + total + "}\n"
-                      : out + ": predictions of " + total + " images\n");
+                      : literal(out) + ": predictions of " + total + " images\n");
     return status;
 }
 

@@ -85,7 +85,7 @@ std::string fields_of(const vimcore::ClassMap& map, const vimcore::SegmentationF
 std::string table(const std::string& path, const vimcore::ClassMap& map, const vimcore::SegmentationFile& about,
                   std::int64_t topk, const Output::Names& names)
 {
-    std::string text = path + "\n";
+    std::string text = literal(path) + "\n";
     for (const auto& [index, pixels] : vimcore::areas_of(map)) {
         if (topk-- == 0) break;
         char row[64];
@@ -93,9 +93,9 @@ std::string table(const std::string& path, const vimcore::ClassMap& map, const v
                       100 * static_cast<double>(pixels) / static_cast<double>(map.classes.size()),
                       static_cast<long long>(index));
         const std::string& label = about.classes[static_cast<std::size_t>(index)];
-        text += row + (label.empty() ? "" : "  " + one_line(label)) + "\n";
+        text += row + (label.empty() ? "" : "  " + literal(label)) + "\n";
     }
-    if (!names.mask.empty()) text += "  " + one_line(names.mask) + ", " + one_line(names.overlay) + "\n";
+    if (!names.mask.empty()) text += "  " + literal(names.mask) + ", " + literal(names.overlay) + "\n";
     return text;
 }
 

@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -26,6 +27,21 @@ std::size_t sequence_length(std::string_view text)
     if ((lead == 0xE0 && byte(1) < 0xA0) || (lead == 0xED && byte(1) > 0x9F)) return 0;
     if ((lead == 0xF0 && byte(1) < 0x90) || (lead == 0xF4 && byte(1) > 0x8F)) return 0;
     return length;
+}
+
+// Characters that control a terminal or the direction of text, or that no text may hold: those of Unicode's
+// categories Cc, Cf, Zl and Zp but soft hyphen and joiners, which belong to words.
+bool is_coded(char32_t code)
+{
+    static constexpr char32_t ranges[][2] = {
+        {0, 0x1F},          {0x7F, 0x9F},       {0x600, 0x605},     {0x61C, 0x61C},     {0x6DD, 0x6DD},
+        {0x70F, 0x70F},     {0x890, 0x891},     {0x8E2, 0x8E2},     {0x180E, 0x180E},   {0x200B, 0x200B},
+        {0x200E, 0x200F},   {0x2028, 0x202E},   {0x2060, 0x2064},   {0x2066, 0x206F},   {0xFEFF, 0xFEFF},
+        {0xFFF9, 0xFFFB},   {0xFFFE, 0xFFFF},   {0x110BD, 0x110BD}, {0x110CD, 0x110CD}, {0x13430, 0x1343F},
+        {0x1BCA0, 0x1BCA3}, {0x1D173, 0x1D17A}, {0xE0001, 0xE0001}, {0xE0020, 0xE007F},
+    };
+    return std::any_of(std::begin(ranges), std::end(ranges),
+                       [&](const auto& range) { return range[0] <= code && code <= range[1]; });
 }
 
 std::string escaped(const char* format, unsigned code)
@@ -120,11 +136,27 @@ std::string one_line(std::string_view text)
             indented = true;
         } else if (c != ' ' || !indented) {
             indented = false;
-            if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F)
-                out += escaped("\\x%02x", static_cast<unsigned char>(c));
-            else
-                out += c;
+            out += c;
         }
+    }
+    return literal(out);
+}
+
+std::string literal(std::string_view text)
+{
+    std::string out;
+    while (!text.empty()) {
+        const std::size_t length = sequence_length(text), bytes = length ? length : 1;
+        const char32_t code = code_points(text.substr(0, bytes))[0];
+        if (length == 0)
+            out += escaped("\\x%02x", static_cast<unsigned char>(text[0]));
+        else if (!is_coded(code))
+            out += text.substr(0, bytes);
+        else if (const char* known = std::strchr("\nn\rr\tt", static_cast<int>(code)); known && 0 < code && code < 0x20)
+            out += {'\\', known[1]};
+        else
+            out += escaped(code < 0x100 ? "\\x%02x" : code < 0x10000 ? "\\u%04x" : "\\U%08x", code);
+        text.remove_prefix(bytes);
     }
     return out;
 }

@@ -13,7 +13,10 @@ namespace vim_infer {
 std::string json_text(std::string_view text);
 
 std::string number(double value, int digits);  // printf's %.*g
-std::string one_line(std::string_view text);   // control characters and line breaks made harmless
+// A name as one line, as `literal` of vimcore/utils/files.py: what controls a terminal, and bytes that are no UTF-8,
+// by their codes.
+std::string literal(std::string_view text);
+std::string one_line(std::string_view text);  // a message of several lines as one, made harmless likewise
 
 std::u32string code_points(std::string_view text);  // of UTF-8; other bytes become surrogates, as in json_text
 

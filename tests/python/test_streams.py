@@ -73,4 +73,4 @@ def test_one_line() -> None:
     assert (
         one_line("f does not fit:\n  missing: a\n  missing: b\n") == "f does not fit: missing: a; missing: b"
     )
-    assert one_line("a\nb\tc\x1b[31m\x7f\udcff\u00e9") == "a; b\\x09c\\x1b[31m\\x7f\\xff\u00e9"
+    assert one_line("a\nb\tc\x1b[31m\x7f\udcff\u00e9") == "a; b\\tc\\x1b[31m\\x7f\\xff\u00e9"

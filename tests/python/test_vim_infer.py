@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,13 @@ from PIL import Image
 from test_images import expected_input
 from vim_infer import run, same_as_python, save
 from vimcore import _core
+from vimcore.cli import main
 
 
 @pytest.mark.parametrize("form", [[], ["--json"], ["--json", "--logits"], ["--logits", "--topk", "2"]])
 def test_the_very_same_lines(
     form: list[str], weights: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "--json" not in form:  # as text a label's tab is printed raw by one and escaped by the other
-        weights = save(weights.parent / "plain.safetensors", ["cat", "dog", "owl", "\u00fcber", ""])
     done = same_as_python(capsys, "predict", "--weights", weights, *form, pictures)
     assert done.returncode == 1
     assert "4 of 19 images failed" in done.stderr
@@ -191,3 +191,32 @@ def test_progress_only_where_asked_for(weights: Path, pictures: Path) -> None:
     done = run("predict", "--weights", weights, "--progress", "--batch", "1", pictures / "a.b")
     assert done.stdout == quiet.stdout
     assert "/4 images" in done.stderr
+
+
+def test_names_cannot_command_a_terminal(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every character there is, as a label, in both programs alike; paths and what was written, too."""
+    everything = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x110000)]))
+    folder = tmp_path / "\x1b]0;title\x07\u202e\x9b2J"
+    folder.mkdir()
+    shutil.copy(pictures / "small.ppm", folder)
+    weights = save(tmp_path / "m.safetensors", [everything, "\x1b[2J", "a\r\nb", "\u00fcber\u200d", "\ufeff"])
+    done = same_as_python(capsys, "predict", "--weights", weights, folder)
+    harmful = {c for c in done.stdout if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")}
+    assert harmful == {"\n", "\u00ad", "\u200c", "\u200d"}
+    assert "a\\r\\nb\n" in done.stdout
+    assert "\\x1b]0;title\\x07\\u202e\\x9b2J" in done.stdout
+    shown = run("info", weights).stdout.replace("\n", "")
+    assert not {c for c in shown if unicodedata.category(c) in ("Cc", "Zl", "Zp")}
+    for out in ("p.csv", "f.npy"):
+        command = "predict" if out.endswith("csv") else "features"
+        assert (
+            "\x1b"
+            not in run(command, "--weights", weights, "--out", folder / out, folder / "small.ppm").stdout
+        )
+        assert (
+            main([command, "--weights", str(weights), "--out", str(folder / out), str(folder / "small.ppm")])
+            == 0
+        )
+        assert "\x1b" not in capsys.readouterr().out

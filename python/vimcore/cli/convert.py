@@ -7,6 +7,7 @@ import argparse
 import json
 
 from ..utils.extras import required
+from ..utils.files import literal
 from .output import print_json, print_table
 
 IMAGENET, CLASSES = "imagenet-1k", 1000
@@ -78,6 +79,6 @@ def run(args: argparse.Namespace) -> int:
     print_table([[key, json.dumps(value)] for key, value in config.items()], indent="  ")
     print("assumed (change with --set):" if assumptions else "nothing had to be assumed")
     for text in assumptions:
-        print(f"  {text}")
-    print(f"written: {args.destination}")
+        print(f"  {literal(text)}")
+    print(f"written: {literal(str(args.destination))}")
     return 0

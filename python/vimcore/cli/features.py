@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data.named_files import HELP
 from ..utils import options
-from ..utils.files import printable
+from ..utils.files import literal
 from ..utils.precision import FLOATS
 from .output import print_json
 from .progress import HELP as PROGRESS
@@ -102,5 +102,5 @@ def run(args: argparse.Namespace) -> int:
         print_json({**about, "width": values.shape[-1], **more}, ascii_only=False)
     else:
         what = "clips" if embedder.frames else "pictures"
-        print(f"{printable(args.out)}: features {values.shape} of {len(images)} {what}")
+        print(f"{literal(args.out)}: features {values.shape} of {len(images)} {what}")
     return status

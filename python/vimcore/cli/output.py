@@ -7,10 +7,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ..utils.files import literal
+
 
 def print_table(rows: Sequence[Sequence[Any]], indent: str = "") -> None:
-    """Rows of cells, the columns aligned."""
-    text = [[str(cell) for cell in row] for row in rows]
+    """Rows of cells, the columns aligned; names in them are shown by `literal`."""
+    text = [[literal(str(cell)) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))]
     for row in text:
         print((indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths))).rstrip())

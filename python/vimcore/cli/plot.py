@@ -11,6 +11,7 @@ from .. import tasks
 from ..train.folder import CONFIG
 from ..utils import options
 from ..utils.extras import required
+from ..utils.files import literal
 from .output import print_json
 from .streams import complain
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"written": written})
     else:
-        print("\n".join(written))
+        print("\n".join(map(literal, written)))
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, TypeVar
 
 from ..data.picture_files import FORMATS_TEXT, passed_over_text
-from ..utils.files import printable
+from ..utils.files import literal
 from .progress import Progress
 from .streams import complain
 
@@ -73,7 +73,7 @@ def as_lines(show: Callable[[R], None]) -> Handle[R]:
 
     def handle(result: R, passed_over: Mapping[str, int] | None) -> None:
         if result.error is None:
-            print(printable(result.image))
+            print(literal(result.image))
             show(result)
 
     return handle

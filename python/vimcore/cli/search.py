@@ -10,7 +10,7 @@ from ..data.named_files import named
 from ..data.picture_files import FORMATS_TEXT, STDIN, passed_over_text
 from ..utils import options
 from ..utils.extras import required
-from ..utils.files import printable
+from ..utils.files import literal
 from ..utils.precision import FLOATS
 from .output import print_json, print_table
 from .progress import Progress
@@ -129,13 +129,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         if hits:
             print_table(
-                [
-                    [f"{rank:>3}", f"{hit.score:7.4f}", printable(hit.image)]
-                    for rank, hit in enumerate(hits, 1)
-                ]
+                [[f"{rank:>3}", f"{hit.score:7.4f}", literal(hit.image)] for rank, hit in enumerate(hits, 1)]
             )
         if args.out is not None:
-            print(printable(args.out))
+            print(literal(args.out))
     if library.errors:
         complain(f"{len(library.errors)} of {total} images failed")
     return 1 if library.errors else 0

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from ..utils.files import literal
+
 
 class _Stream(io.FileIO):
     """Descriptor 1 or 2. A failed write is dropped; on 1 the first one raises, and is kept in `lost`."""
@@ -82,10 +84,9 @@ def lost_output() -> OSError | None:
 def one_line(text: str) -> str:
     """A message of several lines as one line, as in vim-infer.
 
-    Control characters, and bytes of names that are not UTF-8, become \\x and two digits.
+    Characters that control, and bytes of names that are not UTF-8, become their codes, see `literal`.
     """
-    text = re.sub(r"(:?) *\n *", lambda found: ": " if found[1] else "; ", text.strip())
-    return re.sub(r"[\x00-\x1f\x7f\udc80-\udcff]", lambda found: f"\\x{ord(found[0]) & 255:02x}", text)
+    return literal(re.sub(r"(:?) *\n *", lambda found: ": " if found[1] else "; ", text.strip()))
 
 
 def complain(text: str) -> None:

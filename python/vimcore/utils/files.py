@@ -7,7 +7,7 @@ import contextlib
 import errno
 import io
 import os
-import unicodedata
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
@@ -102,19 +102,18 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-_SHOWN = "\u00ad\u200c\u200d"  # soft hyphen and joiners belong to words
-_CODED = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Unicode's categories Cc, Cf, Cs, Zl and Zp, but for soft hyphen and joiners, which belong to words; the same
+# ranges as in cpp/tools/text.cpp.
+_CODED = re.compile(
+    "[\0-\x1f\x7f-\x9f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b\u200e\u200f\u2028-\u202e"
+    "\u2060-\u2064\u2066-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb\ufffe\uffff\U000110bd\U000110cd"
+    "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f]"
+)
 
 
 def literal(name: str) -> str:
     """A name as one line of text: characters that control, or that no text may hold, by their codes."""
-    return "".join(_code(c) if _coded(c) else c for c in name)
-
-
-def _coded(character: str) -> bool:
-    if character in _SHOWN:
-        return False
-    return unicodedata.category(character) in _CODED or character in "\ufffe\uffff"
+    return _CODED.sub(lambda found: _code(found[0]), name)
 
 
 def _code(character: str) -> str:

@@ -118,7 +118,7 @@ def _print(results: list[Any], best: Any) -> None:
     print_table(_rows(results))
     if best.outputs.errors:
         print(f"{len(best.outputs.errors)} images could not be read and do not count")
-    print(f"\n{best.weights}")
+    print(f"\n{literal(best.weights)}")
     table = [["class", "images", "right", "most taken for"]]
     for name, count, share, taken in best.predictions().per_class():
         table.append(

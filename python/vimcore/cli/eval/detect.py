@@ -126,7 +126,7 @@ def _print(results: list[Any], best: Any) -> None:
     print_table(_rows(results))
     if best.errors:
         print(f"{len(best.errors)} pictures could not be used and do not count")
-    print(f"\n{best.weights}")
+    print(f"\n{literal(best.weights)}")
     answers = best.answers
     table = [["class", "box AP", *(["mask AP"] if len(answers.mask) else [])]]
     for i, name in enumerate(answers.names):

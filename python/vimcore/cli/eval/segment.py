@@ -121,7 +121,7 @@ def _print(results: list[Any], best: Any) -> None:
     print_table(_rows(results))
     if best.counted.errors:
         print(f"{len(best.counted.errors)} images could not be used and do not count")
-    print(f"\n{best.weights}")
+    print(f"\n{literal(best.weights)}")
     answers, figures = best.answers, best.answers.figures()
     table = [["class", "pixels", "IoU", "Acc", "most taken for"]]
     for i, name in enumerate(answers.names):

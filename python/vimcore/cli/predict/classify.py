@@ -7,10 +7,9 @@ import argparse
 from collections import Counter
 from collections.abc import Mapping
 
-from ...utils.files import printable
+from ...utils.files import literal
 from ..output import print_json, print_table
 from ..results import as_json, as_lines, tell
-from ..streams import one_line
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     runtime = Runtime(args.weights, args.device, args.threads, args.img_size, args.dtype)
 
     def show(result: Prediction) -> None:
-        rows = [[f"{100 * p:7.3f} %", f"{i:>5}", one_line(label or "")] for i, label, p in result.top]
+        rows = [[f"{100 * p:7.3f} %", f"{i:>5}", literal(label or "")] for i, label, p in result.top]
         print_table(rows, indent="  ")
         if args.logits:
             assert result.logits is not None
@@ -46,5 +45,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"written": args.out, "images": len(names)}, ascii_only=False)
     else:
-        print(f"{printable(args.out)}: predictions of {len(names)} images")
+        print(f"{literal(args.out)}: predictions of {len(names)} images")
     return status

@@ -8,7 +8,7 @@ from collections import Counter
 
 from ...data.named_files import pictures_of
 from ...utils.extras import required
-from ...utils.files import literal, printable
+from ...utils.files import literal
 from ..output import print_table
 from ..results import as_json, as_lines, tell
 from .usage import refuse
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         if len(result.rows) > args.topk:
             print(f"  and {len(result.rows) - args.topk} more; --topk shows them")
         if result.overlay is not None:
-            print(f"  {printable(result.overlay)}")
+            print(f"  {literal(result.overlay)}")
 
     passed_over = Counter[str]()
     pictures = pictures_of(args.images, passed_over)

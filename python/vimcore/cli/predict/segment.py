@@ -8,7 +8,7 @@ from collections import Counter
 
 from ...data.named_files import pictures_of
 from ...utils.extras import required
-from ...utils.files import literal, printable
+from ...utils.files import literal
 from ..output import print_table
 from ..results import as_json, as_lines, tell
 from .usage import refuse
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         rows = [[f"{100 * a.share:7.3f} %", f"{a.index:>5}", literal(a.label)] for a in shown]
         print_table(rows, indent="  ")
         if result.mask is not None and result.overlay is not None:
-            print(f"  {printable(result.mask)}, {printable(result.overlay)}")
+            print(f"  {literal(result.mask)}, {literal(result.overlay)}")
 
     passed_over = Counter[str]()
     pictures = pictures_of(args.images, passed_over)
