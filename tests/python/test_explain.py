@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,6 +198,35 @@ def test_dense_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(TypeError, match=r"expected a VisionMamba, got FCN; give its \.backbone"):
         vimcore.token_norms(model, torch.zeros(1, 3, 16, 16))
     assert vimcore.token_norms(model.backbone, torch.zeros(1, 3, 16, 16)).shape == (1, 2, 4, 4)
+
+
+def test_lists_patterns_and_standard_input(
+    weights: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "names.txt").write_text(f"{pictures / 'one.png'}\n{pictures}/again/o*.png\n")
+    content = (pictures / "one.png").read_bytes()
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    given = (
+        "--weights",
+        weights,
+        "--what",
+        "norms",
+        "--out",
+        tmp_path / "out",
+        f"@{tmp_path}/names.txt",
+        "-",
+    )
+    status, lines, _ = run(capsys, *given)
+    assert status == 0
+    assert [line["image"] for line in lines] == [
+        *(str(pictures / name) for name in ("one.png", "again/one.png")),
+        "-",
+    ]
+    assert lines[0]["targets"] == lines[2]["targets"] != lines[1]["targets"]
 
 
 def test_damaged_weights(

@@ -232,6 +232,25 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path / "vim.safetensors"
 
 
+def test_lists_and_patterns_of_pictures(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.ppm").write_bytes(b"P6 2 2 255\n" + name.encode() * 12)
+    (tmp_path / "names.txt").write_text(f"{tmp_path}/b.ppm\n{tmp_path}/a.ppm\n")
+    ranges = []
+    for given in (
+        [f"@{tmp_path}/names.txt"],
+        [f"{tmp_path}/*.ppm"],
+        [f"{tmp_path}/a.ppm", f"{tmp_path}/b.ppm"],
+    ):
+        assert main(["health", "--weights", str(weights), "--json", *given]) == 0
+        ranges.append(json.loads(capsys.readouterr().out)["ranges"])
+    assert ranges[0] == ranges[1] == ranges[2]
+    assert main(["health", "--weights", str(weights), "--json", f"{tmp_path}/a.ppm"]) == 0
+    assert json.loads(capsys.readouterr().out)["ranges"] != ranges[0]
+
+
 def test_command(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["health", "--weights", str(weights), "--count", "2"]) == 0
     text = capsys.readouterr().out

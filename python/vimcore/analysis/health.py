@@ -17,7 +17,8 @@ from torch import Tensor
 from .. import _core
 from ..autograd.network import Request
 from ..autograd.tensors import activation_types, describe, on_cuda
-from ..data.picture_files import FORMATS_TEXT, find_images, read_file
+from ..data.named_files import named, read_input
+from ..data.picture_files import FORMATS_TEXT, find_images
 from ..data.pictures import network_input
 from ..io import load_model
 from ..nn.inputs import checked_images
@@ -172,9 +173,10 @@ def health(model: VisionMamba, images: Tensor | None = None) -> Health:
 def health_of_file(
     weights: str, pictures: Sequence[str], count: int, passed_over: Counter[str] | None = None
 ) -> Health:
-    """`health` of a vimcore file on the first `count` pictures (files or folders); on noise without any.
+    """`health` of a vimcore file on the first `count` pictures, or on noise without any.
 
     Args:
+        pictures: files, folders, patterns, lists as `vimcore predict` takes them.
         passed_over: counts files in the folders that are not images, by suffix.
     """
     model = load_model(weights)
@@ -187,8 +189,8 @@ def health_of_file(
         raise ValueError(f"{weights}: no preprocessing, so nothing that a picture could fill")
     preprocess = preprocess.rescaled(*model._config.img_size)
     inputs = []
-    for path in itertools.islice(find_images(pictures, passed_over), count):
-        inputs.append(network_input(read_file(path), path, preprocess))
+    for path in itertools.islice(find_images(named(pictures), passed_over), count):
+        inputs.append(network_input(read_input(path), path, preprocess))
     if not inputs:
         raise ValueError(f"no pictures found ({FORMATS_TEXT})")
     return health(model, torch.from_numpy(np.stack(inputs)))

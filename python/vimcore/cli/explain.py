@@ -10,10 +10,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..data.picture_files import FORMATS_TEXT, find_images, passed_over_text
+from ..data.named_files import HELP, pictures_of
+from ..data.picture_files import FORMATS_TEXT, passed_over_text
 from ..utils import options
 from ..utils.extras import required
-from ..utils.files import printable, shortened
+from ..utils.files import literal, shortened
 from .output import print_json, print_table
 from .streams import complain
 
@@ -51,7 +52,7 @@ def _dtype(text: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders of them")
+    parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER|@LIST", help=HELP)
     parser.add_argument(
         "--weights",
         required=True,
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     wishes = Wishes(args.what, args.layers, args.token, args.target, args.topk, args.start, args.format)
     explainer = Explainer(args.weights, Path(args.out), wishes, args.img_size, args.device)
     passed_over = Counter[str]()
-    paths = list(find_images(args.images, passed_over))
+    paths = pictures_of(args.images, passed_over)
     if passed_over:
         complain(passed_over_text(passed_over))
     if not paths:
@@ -167,16 +168,17 @@ def _print(found: Any, as_json: bool) -> None:
         rest = {"error": found.error} if found.error else {"targets": found.targets, "written": found.written}
         print_json({"image": found.image, **rest})
     elif found.error is None:
-        print(printable(found.image))
+        print(literal(found.image))
         for target in found.targets:
-            print(f"  {100 * target['p']:7.3f} %  {target['index']:>5}  {target['label'] or ''}".rstrip())
+            label = literal(target["label"] or "")
+            print(f"  {100 * target['p']:7.3f} %  {target['index']:>5}  {label}".rstrip())
             for what in ("relevance", "saliency"):
                 if what in target:
                     areas = target[what]
                     text = f"deletion {areas['deletion']:.3f}, insertion {areas['insertion']:.3f}"
                     print(f"    {what}: area of {text}")
         for name in found.written:
-            print(f"  {printable(name)}")
+            print(f"  {literal(name)}")
 
 
 def _print_together(together: dict[str, Any], as_json: bool) -> None:
@@ -191,4 +193,4 @@ def _print_together(together: dict[str, Any], as_json: bool) -> None:
             rows.append([f"{row['share']:.0%}", side, "-" if row["area"] is None else f"{row['area']:.1%}"])
         print_table(rows, indent="  ")
     for name in together["written"]:
-        print(printable(name))
+        print(literal(name))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 
+from ..data.named_files import HELP
 from ..data.picture_files import passed_over_text
 from ..utils import options
 from ..utils.extras import required
@@ -15,7 +16,10 @@ from .streams import complain
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "images", nargs="*", metavar="IMAGE|FOLDER", help="images to run (default: random noise)"
+        "images",
+        nargs="*",
+        metavar="IMAGE|FOLDER|@LIST",
+        help=f"{HELP} (default: random noise)",
     )
     parser.add_argument("--weights", required=True, metavar="FILE", help="vimcore safetensors file")
     parser.add_argument(
@@ -23,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.positive,
         default=4,
         metavar="N",
-        help="number of images to run (default: %(default)s)",
+        help="number of images to run, the first ones (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the range of every tensor as JSON")
 

@@ -23,7 +23,8 @@ from ..analysis.receptive_field import effective_receptive_field, erf_shown, erf
 from ..analysis.relevance import relevance
 from ..analysis.rollout import MOST, attention_rollout, first_layer, rollouts
 from ..analysis.saliency import saliency
-from ..data.picture_files import read_file, reason
+from ..data.named_files import read_input
+from ..data.picture_files import reason
 from ..data.pictures import network_input
 from ..io import load_model
 from ..plots import explain as plots
@@ -169,7 +170,7 @@ class Explainer:
         for path in paths:
             found = Explained(path)
             try:
-                array = network_input(read_file(path), "", self.preprocess)
+                array = network_input(read_input(path), "", self.preprocess)
             except (_core.Error, OSError, ValueError, MemoryError) as error:
                 found.error = reason(error)
                 yield found
