@@ -120,7 +120,13 @@ def test_floor_of_vim_tiny() -> None:
 
 
 @pytest.mark.parametrize("mode", [(), ("--train",)])
-def test_report(mode: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report(
+    mode: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     file = tmp_path / "report.json"
     options = ["--sizes", "32", "--batch", "1,2", "--pairs", "2", "--threads", "1", "--sample", "0.01"]
     options += ["--peers", "torch,openvino", "--peers-dir", str(PEERS), "--json", str(file)]
@@ -130,6 +136,8 @@ def test_report(mode: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFix
     report = json.loads(file.read_text())
     assert {"date", "machine", "versions", "build", "threads", "rows", "skipped"} <= set(report)
     assert report["machine"]["cpu"]
+    assert report["machine"]["environment"]["OMP_WAIT_POLICY"] == "passive"
+    assert "HOME" not in report["machine"]["environment"]
     rows = [row for row in report["rows"] if row["peer"] == "torch"]
     assert [(row["size"], row["batch"], row["pairs"]) for row in rows] == [(32, 1, 2), (32, 2, 2)]
     for row in rows:

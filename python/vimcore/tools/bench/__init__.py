@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...utils.extras import required
-from .common import NECKS, PEERS, USUAL_PEERS, Options, machine, versions
+from ...utils.files import literal
+from .common import NECKS, PEERS, USUAL_PEERS, Options, environment, machine, versions
 from .peers import peers_folder
 
 __all__ = ["NECKS", "PEERS", "USUAL_PEERS", "Options", "run"]
@@ -52,6 +53,9 @@ def run(options: Options) -> dict[str, Any]:
     if options.neck != "none":
         mode = f"backbone and {options.neck} pyramid, {mode}"
     print(f"{options.model}, {mode}, {options.dtype}, {where}", file=options.table)
+    if given := environment():
+        shown = ", ".join(f"{name}={literal(value)}" for name, value in given.items())
+        print(f"set in the environment, which may change times: {shown}", file=sys.stderr)
     print("  ".join(header), file=options.table, flush=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)

@@ -18,6 +18,7 @@ Call = Callable[[], Any]
 PEERS = ("torch", "torch-materialised", "openvino", "onnxruntime", "vim-torch", "vimcore-float32")
 USUAL_PEERS = ("torch", "openvino", "onnxruntime", "vim-torch")
 NECKS = ("none", "simple")
+_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "TORCH_", "ATEN_", "VIMCORE_")
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,18 @@ class Options:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, number of cores, system."""
-    return {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()}
+    """Processor, number of cores, system, and the variables that were set for threads and kernels."""
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, str]:
+    """What is set of the variables that change how peers or vimcore compute, as OMP_WAIT_POLICY."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
 
 
 def versions() -> dict[str, str]:
