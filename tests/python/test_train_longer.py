@@ -124,3 +124,18 @@ def test_durations() -> None:
         "1:00:00",
         "27:04:05",
     ]
+
+
+def test_what_is_no_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.toml", "checkpoint.pt"):
+        (run / name).touch()
+    (tmp_path / "empty").mkdir()
+    for given, told in (
+        (run / "checkpoint.pt", f"a file; name the folder of the run: {run}"),
+        (tmp_path, f"no run of `vimcore train`, as there is no config.toml; runs in it: {run}"),
+        (tmp_path / "empty", "no run of `vimcore train`, as there is no config.toml\n"),
+    ):
+        assert main(["train", "--resume", str(given)]) == 1
+        assert told in capsys.readouterr().err

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import vimcore
+from vimcore import tasks
 from vimcore.cli import main
 from vimcore.tasks import backbone, settings_type
 from vimcore.tasks.classification.settings import ClassificationSettings as Settings
 from vimcore.tasks.classification.task import build
 from vimcore.tasks.settings import read_toml
 from vimcore.train.optimizer import parameter_groups
-from vimcore.train.presets import PRESETS, task_of
+from vimcore.train.presets import DEFAULTS, PRESETS, task_of
 from vimcore.train.schedule import Schedule, peak_lr
 
 
@@ -302,3 +303,27 @@ def test_start_from_other_weights(way: str, tmp_path: Path) -> None:
     new.save(tmp_path / "four.safetensors")
     with pytest.raises(ValueError, match="takes 4 channels, the images have 2"):
         build(s.merged({"init": str(tmp_path / "four.safetensors")}), 2, ["x", "y"])
+
+
+@pytest.mark.parametrize("task", tasks.NAMES)
+def test_help_names_the_defaults_of_the_run_that_would_be(
+    task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--task", task, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    kind = tasks.settings_type({"task": task})
+    usual = kind().merged(PRESETS[DEFAULTS[task]])
+    assert f"Defaults below are those of preset {DEFAULTS[task]}." in told
+    for name in ("batch_size", "lr", "ema", "eval_every"):
+        part = told.partition(f"--{name.replace('_', '-')} ")[2].partition(" --")[0]
+        assert part.endswith(f"(default: {getattr(usual, name):g})"), part
+    data = told.partition("--data STR")[2].partition("--val STR")[0]
+    assert ("class folders" in data) == (task == "classify")
+
+
+def test_help_of_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, lr in ((["--preset", "digits"], "0.002"), (["--init", "some.pth"], "0.0005")):
+        with pytest.raises(SystemExit):
+            main(["train", *flags, "--help"])
+        assert f"if scale_lr (default: {lr})" in " ".join(capsys.readouterr().out.split())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 from .. import tasks
 from ..tasks.architecture import with_architecture
 from ..tasks.settings import Settings, read_toml
-from ..train.folder import BEST, CHECKPOINT, CONFIG, LAST, LOG, resumed
+from ..train.folder import BEST, CHECKPOINT, CONFIG, LAST, LOG, config_of, resumed
 from ..train.presets import DEFAULTS, FINE_TUNING, PRESETS, SAME, default_preset, overruled, recipe, task_of
+from ..train.presets_segment import OF_ADE20K, for_own_masks
 from ..utils.extras import required
 from .output import print_json
 from .streams import complain
@@ -23,7 +25,7 @@ from .streams import complain
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """One flag for each setting of the task that the arguments name, named as in the TOML file."""
-    kind = _named(arguments)
+    kind, named, init = _named(arguments)
     task = next(name for name in tasks.NAMES if tasks.settings_type({"task": name}) is kind)
     parser.set_defaults(kind=kind)
     parser.description = (
@@ -58,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
     parser.add_argument("--dry-run", action="store_true", help="print the settings as TOML and stop")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.add_argument("--verbose", action="store_true", help="print all settings at the start")
+    preset = named or default_preset(task, init)
+    parser.description += f" Defaults below are those of preset {preset}."
+    usual = kind().merged(PRESETS[preset])
     types = typing.get_type_hints(kind)
     groups = {section: parser.add_argument_group(section) for section in kind.SECTIONS}
     for field in dataclasses.fields(kind):
@@ -65,9 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
         wanted = types[field.name]
         if type(None) in typing.get_args(wanted):
             wanted = typing.get_args(wanted)[0]
-        text = field.metadata["help"].replace("%", "%%")
-        if field.default not in (None, ()):
-            text += f" (default: {_shown(field.default)})"
+        text = _described(field, usual).replace("%", "%%")
         if wanted is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(wanted) is tuple:
@@ -80,10 +83,30 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> 
         groups[field.metadata["section"]].add_argument(flag, help=text, **options)
 
 
-def _named(arguments: Sequence[str]) -> type[Settings]:
-    """The settings of the task that these arguments speak of; what is wrong with them is told later."""
+def _described(field: dataclasses.Field[Any], usual: Settings) -> str:
+    """What `--help` says of a setting."""
+    text, value = str(field.metadata["help"]), getattr(usual, field.name)
+    if field.name in OF_ADE20K:  # by other data not taken over from the preset
+        value = field.default
+    if value in (None, ()) or field.name in _said_otherwise(usual):
+        return text
+    if field.default is None:  # the text says what follows without a preset
+        text = re.sub(r"[;,]? default:? [^;]*$", "", text)
+    return f"{text} (default: {_shown(value)})"
+
+
+def _said_otherwise(usual: Settings) -> set[str]:
+    """Settings that others stand in place of."""
+    names = {"epochs"} if usual.updates is not None else set()
+    if usual.warmup_updates is not None or usual.warmup_share is not None:
+        names.add("warmup_epochs")
+    return names
+
+
+def _named(arguments: Sequence[str]) -> tuple[type[Settings], str | None, str | None]:
+    """Settings of the task that these arguments speak of, preset, init; what is wrong is told later."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--task", "--preset", "--config", "--resume"):
+    for flag in ("--task", "--preset", "--config", "--resume", "--init"):
         parser.add_argument(flag)
     values: dict[str, Any] = {}
     try:
@@ -95,13 +118,17 @@ def _named(arguments: Sequence[str]) -> type[Settings]:
             values = {**values, **read_toml(file)}
         if args.task:
             values = {"task": args.task}
-        return tasks.settings_type(values)
+        kind = tasks.settings_type(values)
     except (argparse.ArgumentError, OSError, ValueError):
-        return tasks.settings_type({})
+        return tasks.settings_type({}), None, None
+    fits = args.preset in PRESETS and tasks.settings_type({"task": task_of(args.preset)}) is kind
+    return kind, args.preset if fits else None, args.init
 
 
 def _shown(value: Any) -> str:
-    return " ".join(f"{v:.4g}" for v in value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return " ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _published(init: str | None) -> dict[str, str]:
@@ -124,7 +151,7 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
             raise ValueError(
                 "--resume: the run has its settings; --out, --preset, --config do not go with it"
             )
-        kind = tasks.settings_type(read_toml(str(Path(args.resume) / CONFIG)))
+        kind = tasks.settings_type(read_toml(config_of(Path(args.resume))))
         return resumed(kind, Path(args.resume), flags), []
     of_file = read_toml(args.config) if args.config else {}
     of_preset = {"task": task_of(args.preset)} if args.preset else {}
@@ -152,6 +179,9 @@ def _settings(args: argparse.Namespace) -> tuple[Settings, list[str]]:
         if args.preset is None:
             notes.append("preset finetune, as --init is given; --preset names another")
         typed, more = with_architecture(typed)
+        notes += more
+    if task == "segment":
+        typed, more = for_own_masks(preset, typed)
         notes += more
     settings, more = recipe(kind, preset, {"task": task, **typed})
     return settings, [*notes, *more]

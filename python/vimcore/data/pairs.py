@@ -206,6 +206,18 @@ def _folders(path: str, part: str) -> tuple[str, str]:
     return images, masks
 
 
+def is_ade20k(data: str) -> bool:
+    """Whether data is ADE20K, by its folders or its table of objects; a classes.txt may name others.
+
+    Raises:
+        OSError, ValueError: classes.txt cannot be read.
+    """
+    root = _root(data)
+    if not _is_ade(data) and not os.path.isfile(os.path.join(root, "objectInfo150.txt")):
+        return False
+    return not os.path.isfile(os.path.join(root, "classes.txt")) or len(names_beside(root) or ()) == 150
+
+
 def _is_ade(path: str) -> bool:
     return all(os.path.isdir(os.path.join(path, name, "training")) for name in ("images", "annotations"))
 

@@ -18,6 +18,22 @@ MACHINE = ("device", "threads", "workers", "checkpoint_every", "eval_every", "lo
 S = TypeVar("S", bound=Settings)
 
 
+def config_of(folder: Path) -> str:
+    """The settings of a run folder.
+
+    Raises:
+        ValueError: it is a file, or no run; says what to name.
+    """
+    path = folder / CONFIG
+    if folder.is_file():
+        raise ValueError(f"{folder}: a file; name the folder of the run: {folder.parent}")
+    if folder.is_dir() and not path.exists():
+        runs = sorted(str(found.parent) for found in folder.glob(f"*/{CONFIG}"))
+        of_these = f"; runs in it: {listed(runs, most=4)}" if runs else ""
+        raise ValueError(f"{folder}: no run of `vimcore train`, as there is no {CONFIG}{of_these}")
+    return str(path)
+
+
 def resumed(kind: type[S], folder: Path, changes: dict[str, Any]) -> S:
     """The settings of a run that goes on; ValueError for changes that would make it another run.
 
@@ -27,7 +43,7 @@ def resumed(kind: type[S], folder: Path, changes: dict[str, Any]) -> S:
     Args:
         kind: of the run's task.
     """
-    path = str(folder / CONFIG)
+    path = config_of(folder)
     found = read_toml(path, kind)
     try:
         settings = kind().merged(found)

@@ -9,6 +9,7 @@ batch_size is that of one process, of 4 (released) or 2 (paper): fewer scale the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..data.scenes import NAME as SCENES
@@ -109,3 +110,27 @@ SEGMENT: dict[str, dict[str, Any]] = {
     "seg-small-paper": {**_PAPER, **_SMALL},
     "digits-scenes": DIGITS_SCENES,
 }
+
+# What its presets say of ADE20K's masks, with what holds for others.
+OF_ADE20K: dict[str, Any] = {"classes": None, "reduce_zero_label": False}
+
+
+def for_own_masks(preset: str, typed: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What was typed, and ADE20K's classes undone where the data is other; notes say so.
+
+    Raises:
+        OSError, ValueError: classes.txt beside the data cannot be read.
+    """
+    from ..data.pairs import is_ade20k  # needs torch
+
+    undone = {
+        name: value for name, value in OF_ADE20K.items() if name in SEGMENT[preset] and name not in typed
+    }
+    if not undone or typed.get("data") is None or is_ade20k(typed["data"]):
+        return dict(typed), []
+    of_preset = ", ".join(f"{name} {SEGMENT[preset][name]}" for name in undone)
+    note = (
+        f"{of_preset} of preset {preset} are for ADE20K, not for {typed['data']}: as its masks have it, 0 "
+        "is a class; --classes and --reduce-zero-label say otherwise"
+    )
+    return {**typed, **undone}, [note]

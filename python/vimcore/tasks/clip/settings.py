@@ -13,6 +13,13 @@ from ..settings import key
 class ClipSettings(CropSettings):
     """Images and captions in one space; the recipes are presets."""
 
+    data: str | None = key(
+        "data",
+        None,
+        "CSV or TSV list of path and caption, folder of pictures with a .txt each (or of train/ and val/ "
+        "with these), or digits-colours",
+    )
+    val_fraction: float = key("data", 0.1, "held out where there is no validation data")
     crop_scale: tuple[float, ...] = key("augmentation", (0.9, 1.0), "area of the random crop, from and to")
     hflip: float = key("augmentation", 0.0, "probability; captions may say left and right")
 

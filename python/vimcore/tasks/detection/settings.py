@@ -37,6 +37,13 @@ class DetectionSettings(Settings):
     head_score: float | None = key("model", None, "smallest score of a detection; default 0.05")
     head_detections: int | None = key("model", None, "of an image, at most; default 100")
 
+    data: str | None = key(
+        "data",
+        None,
+        "COCO file (.json), COCO's folder, folder of images/ and masks/ of instances (or of train/ and val/ "
+        "with these), or digits-scenes",
+    )
+    val_fraction: float = key("data", 0.1, "held out where there is no validation data")
     images: str | None = key("data", None, "folder with the pictures of a COCO file; default: looked for")
     val_images: str | None = key("data", None, "the same of --val")
     scenes: int = key("data", 2000, "digits-scenes: those of an epoch, always new ones")

@@ -13,6 +13,13 @@ from ..settings import key
 class PretrainingSettings(CropSettings):
     """Learning without labels; the recipes are presets."""
 
+    data: str | None = key(
+        "data",
+        None,
+        "folder of pictures at any depth (or of train/ and val/), CSV or TSV list of path and label, digits, "
+        "or a data set by timm: tar:FILE, hfds/NAME[#SPLIT], torch/NAME:FOLDER[#SPLIT]; labels are ignored",
+    )
+    val_fraction: float = key("data", 0.1, "held out where there is no validation data")
     objective: str = key(
         "task", "mim", "mim: masked patches; ar2: the next patch, in both directions", ("mim", "ar2")
     )
