@@ -168,7 +168,14 @@ class Runtime:
         Raises:
             ValueError: shape or type do not fit.
         """
-        return self._engine.run(np.ascontiguousarray(images))
+        array = np.ascontiguousarray(images)
+        if array.dtype.kind not in "fc" or array.ndim < 4:  # pictures, or names of their files
+            raise ValueError(
+                "[Runtime] images: expected normalised images (B, C, H, W) float32, got "
+                f"{_shown(images, array)}; runtime.predict and runtime.embed take files, PIL images, uint8 "
+                "arrays and lists of them"
+            )
+        return self._engine.run(array)
 
     def clip_input(self, clip: NDArray[np.uint8]) -> NDArray[np.float32]:
         """A batch of one (1, C, frames, h, w) of a clip (T, H, W, 1 or 3) uint8: frames chosen, preprocessed.
@@ -315,6 +322,12 @@ class Runtime:
                 show(len(some))
         finally:
             show(0)
+
+
+def _shown(given: Any, array: NDArray[Any]) -> str:
+    if isinstance(given, np.ndarray) or array.dtype.kind in "buif":
+        return f"{type(given).__name__} {array.shape} {array.dtype}"
+    return f"{type(given).__name__}"
 
 
 def _bar(total: int, wanted: bool, terminal_only: bool) -> Callable[[int], None]:

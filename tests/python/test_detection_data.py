@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,10 @@ def test_what_is_no_data(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             training_and_validation(name, None, 0.1, Reading())
+    (tmp_path / "_annotations.coco.json").touch()  # as other programs export it
+    told = f"; _annotations.coco.json in it: if this is COCO's, name it, as {tmp_path}/_annotations.coco.json"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        training_and_validation(str(tmp_path), None, 0.1, Reading())
 
 
 # ---- jitter ------------------------------------------------------------------------------------------------

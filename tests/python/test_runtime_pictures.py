@@ -121,6 +121,15 @@ def test_refuses(path: str, tmp_path: Path) -> None:
     for x, kind, said in cases:
         with pytest.raises(kind, match=said):
             runtime.predict(x)
+    for given, shown in (
+        (pixels(), r"ndarray \(\d+, \d+, 3\) uint8"),
+        ("cat.jpg", "str"),
+        (Image.new("RGB", (4, 4)), r"Image \(4, 4, 3\) uint8"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"float32, got {shown}; runtime\.predict and runtime\.embed take"
+        ):
+            runtime(given)
     for option in ({"topk": 0}, {"batch": 0}):
         with pytest.raises(ValueError, match="expected 1 or more"):
             runtime.predict(pixels(), **option)

@@ -333,7 +333,9 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
 def test_missing_and_odd_paths(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"nowhere.*No such file"):
         _core.read_safetensors(str(tmp_path / "nowhere"))
-    with pytest.raises(RuntimeError, match="not a regular file"):
+    with pytest.raises(
+        RuntimeError, match=r"not a regular file but a folder; name the file .* RUN/best\.safetensors"
+    ):
         _core.read_safetensors(str(tmp_path))
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

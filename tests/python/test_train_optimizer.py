@@ -110,7 +110,7 @@ def test_resumed_with_it(opt: str, arguments: list[str], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--opt", "adamv"], "opt: adamv: "),
+        (["--opt", "adamv"], "not found in registry; close to it: adam"),
         (["--opt", "adahessian"], "opt: adahessian needs second derivatives"),
         (["--layer-decay", "1.5"], "layer_decay: expected more than 0 and at most 1, got 1.5"),
     ],

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import vimcore
@@ -193,5 +194,19 @@ def test_fit_of_few_epochs() -> None:
     with pytest.warns(UserWarning, match="5 epochs do not fit into 2: the learning rate rises to the end"):
         history = fit(model, data, epochs=2, batch_size=2, lr=1e-3, warmup=5, progress=False)
     assert history.lr == [5e-4, 1e-3]
+    arrays = data[0].numpy(), data[1].numpy().astype(np.int32)
+    torch.manual_seed(0)
+    again = vimcore.VisionMamba(8, 4, in_chans=1, num_classes=2, embed_dim=16, depth=1)
+    of_arrays = fit(again, arrays, arrays, epochs=1, batch_size=2, progress=False)
+    torch.manual_seed(0)
+    other = vimcore.VisionMamba(8, 4, in_chans=1, num_classes=2, embed_dim=16, depth=1)
+    assert of_arrays.valid_loss == fit(other, data, data, epochs=1, batch_size=2, progress=False).valid_loss
+    for wrong, shown in (
+        ("photos", "got str"),
+        ((data[1], data[1]), "int64"),
+        ((data[0], data[0]), "float32"),
+    ):
+        with pytest.raises(ValueError, match=rf"\[fit\] train: expected .*{shown}"):
+            fit(model, wrong, epochs=1, progress=False)
     with pytest.raises(ValueError, match="warmup: expected 0 or more epochs, got -1"):
         fit(model, data, epochs=2, warmup=-1, progress=False)

@@ -282,6 +282,8 @@ SafetensorsFile SafetensorsFile::open(const std::string& path)
     mapping->descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (mapping->descriptor < 0) fault(path, "cannot open: " + reason());
     if (::fstat(mapping->descriptor, &mapping->status) != 0) fault(path, "cannot stat: " + reason());
+    if (S_ISDIR(mapping->status.st_mode))
+        fault(path, "not a regular file but a folder; name the file of weights in it, as RUN/best.safetensors");
     if (!S_ISREG(mapping->status.st_mode)) fault(path, "not a regular file");
     const auto size = static_cast<std::size_t>(mapping->status.st_size);
     if (size > 0) {

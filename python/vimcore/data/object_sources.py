@@ -174,4 +174,14 @@ def _open(path: str, images: str | None, classes: Sequence[str] | None = None) -
         return open_masked(path, None if names_listed(path) else classes)
     if not os.path.exists(path):
         raise ValueError(f"{path}: there is no such file or folder; {LAYOUTS}")
-    raise ValueError(f"{path}: {LAYOUTS}")
+    raise ValueError(f"{path}: {LAYOUTS}{_coco_in(path)}")
+
+
+def _coco_in(path: str) -> str:
+    """A hint at the files in a folder that may be COCO's; nothing where there are none."""
+    if not os.path.isdir(path):
+        return ""
+    names = sorted(name for name in os.listdir(path) if name.lower().endswith(".json"))
+    if not names:
+        return ""
+    return f"; {listed(names, most=4)} in it: if this is COCO's, name it, as {os.path.join(path, names[0])}"

@@ -133,7 +133,10 @@ def _colours(of: Input, augment: Augment) -> Any:
     try:
         found = auto_augment.rand_augment_transform(augment.rand_augment, hints)
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"rand_augment: timm does not take {augment.rand_augment!r}: {error}") from None
+        raise ValueError(
+            f"rand_augment: timm does not take {augment.rand_augment!r}{f': {error}' if str(error) else ''}; "
+            "expected its notation, such as rand-m9-mstd0.5-inc1, or 3a, or nothing"
+        ) from None
     for operation in found.ops:
         if operation.aug_fn is auto_augment.posterize:
             operation.aug_fn = _posterize

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,13 +46,33 @@ class Evaluation:
     logits: torch.Tensor
 
 
+def _tensors(what: str, data: Any) -> Data:
+    """Images and labels as tensors.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        raise ValueError(
+            f"{what}: expected images and labels, got {type(data).__name__}; a folder or a loader is read by "
+            "`vimcore train`, or by a loop of your own"
+        )
+    images, labels = (torch.as_tensor(part) for part in data)
+    if not images.is_floating_point() or labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(
+            f"{what}: expected normalised images (N, C, H, W) of a floating-point type and labels (N,) of an "
+            f"integer one, got {tuple(images.shape)} {images.dtype} and {tuple(labels.shape)} {labels.dtype}"
+        )
+    return images, labels.long()
+
+
 def evaluate(model: nn.Module, data: Data, batch_size: int = 128, precision: str = "float32") -> Evaluation:
     """Loss and accuracy of ``model`` in eval mode on ``data``; its mode is restored afterwards.
 
     Args:
         precision: type of activations, "float32", "bfloat16" or, on CUDA, "float16".
     """
-    images, labels = data
+    images, labels = data = _tensors("[evaluate] data", data)
     if len(images) == 0 or len(images) != len(labels):
         raise ValueError(
             f"[evaluate] data: expected as many labels as images, got {len(images)} and {len(labels)}"
@@ -88,7 +109,8 @@ def fit(
     and put back afterwards.
 
     Args:
-        train, valid: images (N, C, H, W) float32 as the network takes them, and labels (N,) int64.
+        train, valid: images (N, C, H, W) float32 as the network takes them, and labels (N,) integers; tensors
+            or NumPy arrays.
         epochs, warmup: passes over the training images; the first ``warmup`` of them raise the learning rate
             (default: 5, at most a tenth of ``epochs``).
         ema: decay of a running average of the weights; the average is what is validated and left in the
@@ -104,7 +126,9 @@ def fit(
         FloatingPointError: the loss stopped being finite; names epoch and step.
         vimcore.Error: this CPU has no unit for bfloat16.
     """
-    images, labels = train
+    images, labels = train = _tensors("[fit] train", train)
+    if valid is not None:
+        valid = _tensors("[fit] valid", valid)
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"[fit] epochs and batch_size: expected at least 1, got {epochs} and {batch_size}")
     if len(images) == 0 or len(images) != len(labels):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -59,7 +60,11 @@ def create_optimizer(
     Raises:
         ValueError: there is no such optimizer here, or it asks for second derivatives.
     """
-    from timm.optim import create_optimizer_v2, param_groups_layer_decay  # `fit` does without timm
+    from timm.optim import (  # `fit` does without timm
+        create_optimizer_v2,
+        list_optimizers,
+        param_groups_layer_decay,
+    )
 
     groups: Any = parameter_groups(model, settings.weight_decay, settings.decay)
     if layer_decay is not None:
@@ -73,7 +78,9 @@ def create_optimizer(
         more: Any = {} if settings.betas is None else {"betas": (settings.betas[0], settings.betas[1])}
         optimizer = create_optimizer_v2(groups, settings.opt, lr, **more)
     except (AssertionError, ImportError, TypeError, ValueError) as error:  # its package is missing, mostly
-        raise ValueError(f"opt: {settings.opt}: {str(error) or type(error).__name__}") from None
+        close = difflib.get_close_matches(settings.opt, map(str, list_optimizers()), 3)
+        hint = f"; close to it: {', '.join(close)}" if close and settings.opt not in close else ""
+        raise ValueError(f"opt: {settings.opt}: {str(error) or type(error).__name__}{hint}") from None
     if getattr(optimizer, "is_second_order", False):
         raise ValueError(f"opt: {settings.opt} needs second derivatives, which vimcore does not compute")
     return optimizer

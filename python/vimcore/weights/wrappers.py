@@ -34,6 +34,11 @@ def format_of(path: str) -> str:
         ValueError: it is a pipe or device, or says what else it is.
     """
     status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError(
+            f"{path}: not a regular file but a folder; name the file of weights in it, as "
+            "RUN/best.safetensors"
+        )
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path}: not a regular file")
     with open(path, "rb") as file:
