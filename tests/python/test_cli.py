@@ -158,7 +158,7 @@ def test_help_is_quick() -> None:
         "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
         "        main([command, '--help'])\n"
         "    new = {n for n in set(sys.modules) - before if n.startswith('vimcore.cli.')}\n"
-        "    shared = {f'vimcore.cli.{name}' for name in ('output', 'progress', 'results')}\n"
+        "    shared = {f'vimcore.cli.{name}' for name in ('computing', 'output', 'progress', 'results')}\n"
         "    assert new - shared == {f'vimcore.cli.{command}'}, (command, new)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -168,7 +168,7 @@ def test_help_is_quick() -> None:
 def test_every_command_is_a_file_or_folder() -> None:
     here = Path(vimcore.cli.__file__).parent
     files = {path.stem for path in here.glob("*.py")} | {path.parent.name for path in here.glob("*/*.py")}
-    assert files == {*COMMANDS, "__init__", "output", "progress", "results", "streams"}
+    assert files == {*COMMANDS, "__init__", "computing", "output", "progress", "results", "streams"}
 
 
 def test_a_missing_package_is_named() -> None:
