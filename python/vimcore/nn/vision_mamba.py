@@ -18,7 +18,7 @@ from ..autograd.checks import refuse_wrapped
 from ..positions import resize_pos_embed
 from ..utils.arguments import integer
 from . import saving
-from .bound import BoundNetwork
+from .computing import ComputingNetwork
 from .constant import ENTERING, ConstantWeights
 from .following import Plan, at_size
 from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
@@ -29,7 +29,7 @@ Network = TypeVar("Network", bound="VisionMamba")
 _NOT_OF_CONFIG = ("self", "memory", "dynamic_img_size", "__class__")  # among what the constructor sees
 
 
-class VisionMamba(BoundNetwork):
+class VisionMamba(ComputingNetwork):
     """Vision Mamba: patches, class token, bidirectional Mamba blocks, linear head.
 
     Submodules only hold parameters: the whole network is one call of the C++ core. Hooks on submodules,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network bound to the core: the parameters of a call, their order, and the call itself."""
+"""A network that computes by the core: the parameters of a call, in the core's order, and the call itself."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .parameters import Rope, equip
 from .sharing import SharedNetwork
 from .structure import Made, Places, does_more
 
-Bound = TypeVar("Bound", bound="BoundNetwork")
+Computing = TypeVar("Computing", bound="ComputingNetwork")
 
 
-class BoundNetwork(SharedNetwork):
+class ComputingNetwork(SharedNetwork):
     """What `VisionMamba` is to the core: a configuration, and tensors found anew at every call."""
 
     rope: Rope
@@ -101,7 +101,7 @@ class BoundNetwork(SharedNetwork):
             and head.bias is not None
         )
 
-    def train(self: Bound, mode: bool = True) -> Bound:
+    def train(self: Computing, mode: bool = True) -> Computing:
         if not mode and self._core is not None:
             self._core.network.release()  # what training keeps from step to step
         return super().train(mode)
@@ -198,7 +198,7 @@ class BoundNetwork(SharedNetwork):
         super().__setstate__(state)
         equip(self, self._config, self._made)  # what an earlier version pickled lacks it
 
-    def _replicate_for_data_parallel(self: Bound) -> Bound:
+    def _replicate_for_data_parallel(self: Computing) -> Computing:
         replica = super()._replicate_for_data_parallel()
         replica._core = replica._places = None  # those of the original
         replica._constant = ()
