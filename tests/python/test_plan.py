@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from helpers import SMALL, build, images_for, small
 from vimcore import _core, cli
+from vimcore.config import WIDTHS
 from vimcore.tools import plan
 from vimcore.utils import options
 
@@ -85,7 +86,9 @@ def test_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert [line.split("  ")[0] for line in lines[2:]] == ["cuda"] * len(plan.MODES)
     assert "(no)" in lines[-1]
     assert "in 1.0 GiB" in lines[-1]
-    assert cli.main(["plan", "--device", "cuda"]) == 0  # its memory is not known: nothing is said to fit
+    assert (
+        cli.main(["plan", "--device", "cuda", "--model", "vim_tiny_patch16_224"]) == 0
+    )  # its memory is not known: nothing is said to fit
     assert "(no)" not in (out := capsys.readouterr().out)
     assert out.rstrip().endswith("-")
     build(SMALL).save(tmp_path / "small.safetensors")
@@ -120,3 +123,8 @@ def test_errors(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         plan.needed({}, 1, "inference", "cpu", "float16")
     with pytest.raises(SystemExit, match="2"):
         cli.main(["plan", "--batch", "0"])
+
+
+def test_a_size_by_the_name_of_its_network() -> None:
+    assert options.published_size("vim_base_patch16_224") == options.published_size("vim_base") == "vim_base"
+    assert options.published_size("vim_tiny_patch16_stride8_224") not in WIDTHS  # has tokens of its own

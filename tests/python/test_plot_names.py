@@ -8,6 +8,7 @@ import json
 import warnings
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,7 @@ from vimcore.data.digits import encode_png
 from vimcore.plots import curves
 from vimcore.plots import demo as demo_plots
 from vimcore.plots import runs as run_plots
+from vimcore.train.log import RunLog
 from vimcore.utils.files import literal, shortened
 
 NAMES = [
@@ -152,3 +154,8 @@ def test_names_as_one_line() -> None:
         "abcde\u2026",
         "a\\n\\n\u2026",
     )
+
+
+def test_lines_of_a_run_cannot_command_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    RunLog.say(SimpleNamespace(writes=True), "validated on \x1b[31mred\nnext")  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "validated on \\x1b[31mred\nnext\n"

@@ -27,7 +27,11 @@ def _peer_names(text: str) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", choices=sorted(WIDTHS), default="vim_tiny", help="published size (default: vim_tiny)"
+        "--model",
+        type=options.published_size,
+        choices=sorted(WIDTHS),
+        default="vim_tiny",
+        help="published size, also as vim_tiny_patch16_224 (default: vim_tiny)",
     )
     parser.add_argument(
         "--sizes",

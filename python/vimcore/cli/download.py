@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from ..utils.files import literal
 from .output import print_json, print_table
 
 
@@ -78,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
         print_json(facts_of)
         return 0
     for key in ("page", "licence", "checkpoint", "sha256"):
-        print(f"{key}: {facts_of[key]}")
+        print(f"{key}: {literal(str(facts_of[key]))}")
     for text in found.assumptions:
         print(f"assumed: {text}")
-    print(f"written: {out}")
+    print(f"written: {literal(os.fspath(out))}")
     return 0

@@ -14,7 +14,11 @@ from .output import print_json, print_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", choices=sorted(WIDTHS), default="vim_tiny", help="published size (default: %(default)s)"
+        "--model",
+        type=options.published_size,
+        choices=sorted(WIDTHS),
+        default="vim_tiny",
+        help="published size, also as vim_tiny_patch16_224 (default: %(default)s)",
     )
     parser.add_argument("--weights", metavar="FILE", help="use the architecture of this vimcore file")
     parser.add_argument(

@@ -19,6 +19,7 @@ from ..train.folder import BEST, CHECKPOINT, CONFIG, LAST, LOG, config_of, resum
 from ..train.presets import DEFAULTS, FINE_TUNING, PRESETS, SAME, default_preset, overruled, recipe, task_of
 from ..train.presets_segment import OF_ADE20K, for_own_masks
 from ..utils.extras import required
+from ..utils.files import literal
 from .output import print_json
 from .streams import complain
 
@@ -235,5 +236,5 @@ def run(args: argparse.Namespace) -> int:
         ),
     ]
     for name, value in rows:
-        print(f"{name:<8} {value}")
+        print(f"{name:<8} {literal(value)}")
     return 0

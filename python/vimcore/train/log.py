@@ -198,11 +198,11 @@ class RunLog:
             self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, mininterval=0.2)
 
     def say(self, text: str) -> None:
-        """A line on stderr, above the bar."""
+        """Lines on stderr, above the bar; names in them are shown by `literal`."""
         if self.writes and sys.stderr is not None:  # closed by `2>&-`: tqdm would take stdout
             from tqdm import tqdm
 
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write("\n".join(map(literal, text.split("\n"))), file=sys.stderr)
             sys.stderr.flush()
 
     def record(self, kind: str, **values: Any) -> None:

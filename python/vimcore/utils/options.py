@@ -65,3 +65,8 @@ def image_size(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"expected pixels such as 224 or 512x1024, got {text!r}")
     return int(found[1]), int(found[2] or found[1])
+
+
+def published_size(text: str) -> str:
+    """ "vim_tiny", also by the name of its network for images of 224 pixels, "vim_tiny_patch16_224"."""
+    return text.removesuffix("_patch16_224")
