@@ -314,8 +314,14 @@ def test_every_fault_is_named_and_nothing_is_written(tmp_path: Path) -> None:
 def test_another_head(tmp_path: Path) -> None:
     source, target = small(num_classes=1000), small()
     path = checkpoint(tmp_path / "best.pth", source)
-    with pytest.raises(ValueError, match=r"misshapen: head.weight: expected \(5, 16\), got \(1000, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"misshapen: head.weight: expected \(5, 16\), got \(1000, 16\)"
+    ) as told:
         load_checkpoint(target, path)
+    assert 'all else fits: load_checkpoint(..., head="skip")' in str(told.value)
+    with pytest.raises(ValueError, match="misshapen: patch_embed") as told:
+        load_checkpoint(small(patch_size=2), path)
+    assert "all else fits" not in str(told.value)
     head = target.head.weight.detach().clone()
     load_checkpoint(target, path, head="skip")
     assert torch.equal(target.head.weight, head)

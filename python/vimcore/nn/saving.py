@@ -125,7 +125,8 @@ def load_checkpoint(
     state, metadata, _ = read_checkpoint(name, weights)
     if pos_grid is None and CONFIG_KEY in metadata:
         pos_grid = unpack(metadata, name).config.grid
-    fill(model, state, name, old_grid=pos_grid, way=pos_embed, skip_head=head == "skip")
+    skip = head == "skip"
+    fill(model, state, name, old_grid=pos_grid, way=pos_embed, skip_head=skip, advises_skip=not skip)
 
 
 def fill(
@@ -136,9 +137,16 @@ def fill(
     old_grid: tuple[int, int] | None = None,
     way: str = "correct",
     skip_head: bool = False,
+    advises_skip: bool = False,
 ) -> None:
-    """Copies ``state`` into the model's parameters after every key and shape has been found right."""
+    """Copies ``state`` into the model's parameters after every key and shape has been found right.
+
+    Args:
+        advises_skip: an error about the head alone says how to leave it out.
+    """
     faults, write = prepared(model, state, old_grid=old_grid, way=way, skip_head=skip_head)
+    if advises_skip and faults and all(": head." in fault for fault in faults):
+        faults.append('all else fits: load_checkpoint(..., head="skip") keeps the head that the model has')
     if faults:
         raise ValueError(f"{path} does not fit this model:\n  " + listed(faults, "\n  "))
     write()
