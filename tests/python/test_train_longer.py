@@ -89,6 +89,11 @@ def test_what_cannot_change_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert main(["train", "--resume", str(run), *arguments]) == 1
         assert message in capsys.readouterr().err
+    assert main(["train", "--resume", str(run)]) == 0
+    assert (
+        "continued after update 22 of 22: the run had ended; --epochs with more than 2"
+        in capsys.readouterr().err
+    )
     assert main(["train", "--resume", str(counted), "--epochs", "9"]) == 1
     assert "epochs (is 2, got 9): cannot change" in capsys.readouterr().err
     assert (run / "config.toml").read_bytes() == before

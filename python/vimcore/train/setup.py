@@ -171,7 +171,11 @@ class Setup:
         if self.data.passed_over:
             text.append(f"vimcore: {passed_over_text(self.data.passed_over)}")
         if step:
-            text.append(f"continued after update {step} of {self.updates}")
+            length = "epochs" if s.updates is None else "updates"
+            ended = f": the run had ended; --{length} with more than {getattr(s, length)} makes it longer"
+            text.append(
+                f"continued after update {step} of {self.updates}{ended if step == self.updates else ''}"
+            )
         for line in [*text, *(f"vimcore: {note}" for note in [*notes, *in_folder])]:
             self.log.say(line)
         self.log.start(
