@@ -75,7 +75,10 @@ def found(name: str) -> Any:
     return value
 
 
-@pytest.mark.parametrize("name", NAMES)
+LONG = pytest.mark.slow  # to import
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG) if n[:5] == "clip." else n for n in NAMES])
 def test_names_and_arguments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As if no test had imported it before: an imported submodule is an attribute of its package.
     first = name.split(".")[0]
