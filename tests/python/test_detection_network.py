@@ -184,18 +184,18 @@ def test_pasting_is_a_sample_of_the_whole_image() -> None:
 
 
 def test_mask_targets() -> None:
-    """1 where half of a bin is covered: of a half-covered box the first half."""
+    """1 where half of a bin is covered, and 0 below: of a half-covered box the first half."""
     masks = torch.zeros(2, 40, 40)
     masks[0, 6:20, :], masks[1] = 1, 1
-    index, boxes = (
-        torch.tensor([0, 1, 0]),
-        torch.tensor([[0.0, 6.0, 28.0, 34.0]] * 2 + [[0.0, 6.5, 28.0, 34.5]]),
-    )
-    first, full, shifted = mask_targets(masks, index, boxes, 28)
+    tops = torch.tensor([6.0, 6.0, 6.5, 6.7])
+    boxes = torch.stack([0 * tops, tops, 0 * tops + 28, tops + 28], 1)
+    first, full, shifted, further = mask_targets(masks, torch.tensor([0, 1, 0, 0]), boxes, 28)
     assert full.min() == 1
     assert torch.equal(first[:14], torch.ones(14, 28))
     assert first[14:].max() == 0
     assert torch.equal(shifted, first)  # the row that is covered by half counts
+    assert torch.equal(further[:13], torch.ones(13, 28))
+    assert further[13:].max() == 0  # by less than half does not
 
 
 def test_zero_deltas_return_the_proposals() -> None:
@@ -225,7 +225,7 @@ def moved(box: Tensor, deltas: Tensor, weights: tuple[float, ...], size: tuple[i
 @torch.no_grad()
 def test_detections_step_by_step() -> None:
     """Boxes of the last stage, scores of all three, and of boxes of one class that overlap the best."""
-    model = detector(score=0.2, detections=9).double().eval()
+    model = detector(score=0.1, detections=24).double().eval()
     heads, images = model.roi_heads, [torch.randn(3, 32, 32, dtype=torch.float64)]
     maps, sizes = model.features(images)
     proposals = model.proposal_generator(maps, sizes)[0]
@@ -236,15 +236,15 @@ def test_detections_step_by_step() -> None:
         logits, deltas = heads.box_predictor[i](heads.box_head[i](pooled))
         scores += logits.softmax(1) / 3
         boxes = torch.stack([moved(*pair, WEIGHTS[i], sizes[0]) for pair in zip(boxes, deltas)])
-    rows = [(float(scores[j, k]), j, k) for j in range(len(boxes)) for k in range(3) if scores[j, k] > 0.2]
+    rows = [(float(scores[j, k]), j, k) for j in range(len(boxes)) for k in range(3) if scores[j, k] > 0.1]
     kept: list[tuple[float, int, int]] = []
     for score, j, k in sorted(rows, reverse=True):
         if all(k != other or overlap(boxes[j], boxes[at]) <= 0.5 for _, at, other in kept):
             kept.append((score, j, k))
-    across = [(a, b) for a in kept for b in kept if a[2] != b[2] and overlap(boxes[a[1]], boxes[b[1]]) > 0.5]
-    assert len(rows) > len(kept) > 9
+    best = kept[:24]
+    across = [(a, b) for a in best for b in best if a[2] != b[2] and overlap(boxes[a[1]], boxes[b[1]]) > 0.5]
+    assert len(rows) > len(kept) > 24
     assert across  # of other classes they stay
-    best = kept[:9]
     assert found.classes.tolist() == [k for _, _, k in best]
     assert found.scores.tolist() == pytest.approx([score for score, _, _ in best])
     torch.testing.assert_close(found.boxes, boxes[[j for _, j, _ in best]])

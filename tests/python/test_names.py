@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that users type: there without further imports, with the arguments that documents and programs rely on."""
+"""Names that users type: there without further imports, with the arguments that programs rely on."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import vimcore
 ROOT = Path(__file__).parents[2]
 # The first arguments, in their order; later versions may add others behind them, or with names.
 NAMES = {
-    "VisionMamba": "img_size patch_size stride in_chans num_classes embed_dim depth d_state d_conv expand dt_rank "
-    "directions average_directions class_token",
+    "VisionMamba": "img_size patch_size stride in_chans num_classes embed_dim depth d_state d_conv expand "
+    "dt_rank directions average_directions class_token",
     "VisionMamba.forward_features": "self images",
     "VisionMamba.forward_intermediates": "self images indices",
     "VisionMamba.forward_head": "self tokens",
