@@ -262,6 +262,7 @@ def test_eight_scenes_are_learnt_by_heart_through_the_neck() -> None:
     assert by_heart(model, Scenes(side=96, count=(1, 1), size=(0.6, 0.75)), 200) > 0.98
 
 
+@pytest.mark.slow
 def test_eight_scenes_are_learnt_by_heart_by_a_segmenter() -> None:
     """At a lower rate, as a transformer wants it; logits a patch apart leave the edges of strokes blurred."""
     model = Segmenter(backbone(64, 4), 11, dropout=0.0)
