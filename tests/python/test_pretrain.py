@@ -188,6 +188,20 @@ def test_folders_without_labels(tmp_path: Path) -> None:
         open_unlabelled(str(photos))
 
 
+def test_lists_without_labels(tmp_path: Path) -> None:
+    photos = folder(tmp_path / "photos", each=1)
+    names = sorted(str(p.relative_to(photos)) for p in photos.rglob("*.png"))
+    path = photos / "list.csv"
+    path.write_text("path,year\n" + "".join(f"{name},1998\n" for name in names))
+    found = open_unlabelled(str(path))
+    assert (found.files, found.classes) == ([str(photos / name) for name in names], ["image"])
+    path.write_text("path,label\n" + "".join(f"{name},{name[0]}\n" for name in names))
+    assert open_unlabelled(str(path)).files == found.files
+    path.write_text("file\n" + "\n".join(names))
+    with pytest.raises(ValueError, match=r"list.csv: expected the column path, got \['file'\]"):
+        open_unlabelled(str(path))
+
+
 def test_published_recipes() -> None:
     """Rates for an update's images, betas, clusters that divide the patches."""
     kind = tasks.settings_type({"task": "pretrain"})

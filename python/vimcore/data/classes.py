@@ -201,12 +201,15 @@ def _is_array(name: str) -> bool:
     return name.lower().endswith(ARRAY)
 
 
-def open_images(path: str, split: str = "train", frames: int = 0) -> Images:
+def open_images(
+    path: str, split: str = "train", frames: int = 0, without_labels: str | None = None
+) -> Images:
     """The images of a folder of class folders, a list of paths and labels, "digits", or a source of timm's.
 
     Args:
         split: of a source that has several and whose name says none.
         frames: of clips, which are then looked for in place of images; 0: images.
+        without_labels: the class of all images of a list that has no labels; None: it must have some.
 
     Raises:
         ValueError, OSError: there are none, or kinds are mixed.
@@ -220,7 +223,7 @@ def open_images(path: str, split: str = "train", frames: int = 0) -> Images:
         files, labels, classes = source.contents()
         return Images(files, labels, classes, source=source, places=np.arange(len(files)))
     is_list = path.lower().endswith(LISTS)
-    found = _of_list(path) if is_list else _folder(path)
+    found = _of_list(path, without_labels) if is_list else _folder(path)
     if not len(found):
         if is_list:
             raise ValueError(f"{path}: no rows below the columns' names, so no images")
@@ -317,9 +320,9 @@ def _clips(path: str, frames: int) -> Images:
     return replace(found, frames=frames)
 
 
-def _of_list(path: str) -> Images:
+def _of_list(path: str, without_labels: str | None = None) -> Images:
     """A list of paths, relative to it, and labels."""
-    rows = read_list(path)
+    rows = read_list(path, default=without_labels)
     names = {label for _, label in rows}
     classes = sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
     place = {name: i for i, name in enumerate(classes)}

@@ -19,8 +19,11 @@ _MARKS = (  # at the start of a file; the longer ones first, as one begins like 
 )
 
 
-def read_list(path: str, column: str = "label") -> list[tuple[str, str]]:
+def read_list(path: str, column: str = "label", default: str | None = None) -> list[tuple[str, str]]:
     """Path and label (or another column) of each row; the first row names the columns, others are allowed.
+
+    Args:
+        default: in every row of a list without that column; None: there must be one.
 
     Raises:
         OSError: the file cannot be read.
@@ -31,11 +34,17 @@ def read_list(path: str, column: str = "label") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     try:
         header = next((row for row in reader if row), [])
+        if default is not None and column not in header:
+            column = "path"
+        else:
+            default = None
         if header.count("path") != 1 or header.count(column) != 1:
-            raise ValueError(f"{path}: expected the columns path and {column}, got {header}")
+            wanted = "column path" if column == "path" else f"columns path and {column}"
+            raise ValueError(f"{path}: expected the {wanted}, got {header}")
         for row in reader:
             if row:
-                rows.append(_picked(header, row, column))
+                name, label = _picked(header, row, column)
+                rows.append((name, label if default is None else default))
     except (csv.Error, _RowError) as error:
         raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
     return rows

@@ -15,15 +15,19 @@ from .lists import LISTS
 from .picture_files import FORMATS_TEXT, SUFFIXES, passed_over_text, walk
 from .sources import is_source
 
+CLASS = "image"  # of images without labels
+
 
 def open_unlabelled(path: str, split: str = "train") -> Images:
     """Pictures or .npy files at any depth below a folder; also all that `classes.open_images` takes.
+
+    A list needs no labels.
 
     Raises:
         ValueError, OSError: there are none, or kinds are mixed.
     """
     if path == "digits" or is_source(path) or path.lower().endswith(LISTS):
-        return classes.open_images(path, split)
+        return classes.open_images(path, split, without_labels=CLASS)
     if not os.path.isdir(path):
         raise ValueError(f"{path}: no such folder")
     passed_over = Counter[str]()
@@ -33,7 +37,7 @@ def open_unlabelled(path: str, split: str = "train") -> Images:
         raise ValueError(f"{path}: no images ({FORMATS_TEXT}, .npy){more}")
     if len({name.lower().endswith(ARRAY) for name in files}) > 1:
         raise ValueError(f"{path}: expected pictures or .npy files, found both")
-    return Images(files, np.zeros(len(files), np.int64), ["image"], passed_over=passed_over)
+    return Images(files, np.zeros(len(files), np.int64), [CLASS], passed_over=passed_over)
 
 
 def training_and_validation(data: str, val: str | None, fraction: float) -> tuple[Images, Images, str]:

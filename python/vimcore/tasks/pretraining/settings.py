@@ -16,7 +16,7 @@ class PretrainingSettings(CropSettings):
     data: str | None = key(
         "data",
         None,
-        "folder of pictures at any depth (or of train/ and val/), CSV or TSV list of path and label, digits, "
+        "folder of pictures at any depth (or of train/ and val/), CSV or TSV list of paths, digits, "
         "or a data set by timm: tar:FILE, hfds/NAME[#SPLIT], torch/NAME:FOLDER[#SPLIT]; labels are ignored",
     )
     val_fraction: float = key("data", 0.1, "held out where there is no validation data")
