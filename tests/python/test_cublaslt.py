@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import vimcore
+import vimcore.runtime
 
 LOADS = """
 import ctypes, sys
@@ -54,3 +56,13 @@ def test_the_wheels_library_is_loaded_unless_there_is_another(tmp_path: Path) ->
     assert loaded(first, second, VIMCORE_CUBLASLT="none") == []
     (first / "nvidia/cu13/lib/libcublasLt.so.13").write_text("no library")
     assert loaded(first, second) == []
+
+
+def test_a_runtime_asks_for_it_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(vimcore.runtime, "load_cublaslt", lambda: asked.append("now"))
+    for device in ("cpu", "cuda"):
+        assert not asked
+        with pytest.raises(vimcore.Error):
+            vimcore.Runtime("missing.safetensors", device=device)
+    assert asked == ["now"]
