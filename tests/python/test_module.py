@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -58,6 +60,24 @@ def test_meta_device() -> None:
     model.load_state_dict(weights, strict=True, assign=True)
     images = images_for(SMALL, 2, torch.float32)
     assert torch.equal(model(images), build(SMALL, weights)(images))
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_other_sizes_on_the_meta_device(rope: bool) -> None:
+    """A table without memory is resized as its shape; weights of that size may be assigned afterwards."""
+    sizes: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_classes": 3}
+    options = {**sizes, "rope": rope, "class_token": "none" if rope else "middle"}
+    with torch.device("meta"):
+        model = vimcore.VisionMamba(32, **options)
+        model.set_input_size((48, 40))
+    assert all(p.is_meta for p in model.parameters())
+    other = vimcore.VisionMamba((48, 40), **options)
+    assert {n: p.shape for n, p in model.state_dict().items()} == {
+        n: p.shape for n, p in other.state_dict().items()
+    }
+    model.load_state_dict(other.state_dict(), assign=True)
+    images = torch.randn(2, 3, 48, 40)
+    assert torch.equal(model(images), other(images))
 
 
 @pytest.mark.parametrize(("directions", "count"), [("none", 6_419_560), ("ssm", 6_567_016)])
@@ -363,3 +383,17 @@ def test_functional_call_and_swapped_head() -> None:
     logits.sum().backward()
     assert model.head[0].weight.grad is not None
     assert model.patch_embed.proj.weight.grad is not None
+
+
+@pytest.mark.slow
+def test_a_network_needs_no_compiler() -> None:
+    """torch._dynamo, and sympy for it, would take as long to import as the rest of torch."""
+    program = (
+        "import sys, torch, vimcore\n"
+        "model = vimcore.VisionMamba(img_size=8, patch_size=4, embed_dim=16, depth=1, num_classes=3)\n"
+        "model(torch.zeros(1, 3, 8, 8)).sum().backward()\n"
+        "assert all(p.grad is not None and p.grad.device.type == 'cpu' for p in model.parameters())\n"
+        "print(*{'torch._dynamo', 'sympy'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")

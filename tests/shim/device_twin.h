@@ -142,12 +142,12 @@ void cp_async_wait()
 template <int n>
 float sum_of_products(float d, const double (&products)[n])
 {
-    double sum = d, largest = std::abs(sum);
-    for (const double x : products) {
-        sum += x;
-        largest = std::max(largest, std::abs(x));
-    }
-    if (shim::ulp_seed == 0 || !std::isnormal(largest) || !std::isfinite(sum)) return static_cast<float>(sum);
+    double sum = d;
+    for (const double x : products) sum += x;
+    if (shim::ulp_seed == 0 || !std::isfinite(sum)) return static_cast<float>(sum);
+    double largest = std::abs(d);
+    for (const double x : products) largest = std::max(largest, std::abs(x));
+    if (!std::isnormal(largest)) return static_cast<float>(sum);
     const double unit = std::ldexp(1.0, std::ilogb(largest) - 23);
     double units = std::trunc(d / unit);
     for (const double x : products) units += std::trunc(x / unit);
@@ -171,13 +171,21 @@ inline void multiply_add(float (&d)[4], const Vec<std::uint32_t, 4>& a, const Ve
         return static_cast<double>(pair);
     };
     const int g = shim::lane() / 4, q = shim::lane() % 4;
-    for (int i = 0; i < 4; i++) {
-        double products[16];
-        for (int k = 0; k < 16; k++)
-            products[k] = half(all[4 * g + k % 8 / 2][i / 2 + k / 8 * 2], k % 2) *
-                          half(all[4 * (2 * q + i % 2) + k % 8 / 2][4 + k / 8], k % 2);
-        d[i] = sum_of_products(d[i], products);
+    double products[4][16];
+    for (int pair = 0; pair < 8; pair++) {  // each number converted once: whole networks spend their time here
+        const float* rows = all[4 * g + pair % 4] + pair / 4 * 2;
+        const float columns[2] = {all[8 * q + pair % 4][4 + pair / 4], all[8 * q + 4 + pair % 4][4 + pair / 4]};
+        const double a0[2] = {half(rows[0], 0), half(rows[0], 1)}, a1[2] = {half(rows[1], 0), half(rows[1], 1)};
+        const double b0[2] = {half(columns[0], 0), half(columns[0], 1)};
+        const double b1[2] = {half(columns[1], 0), half(columns[1], 1)};
+        for (int k = 0; k < 2; k++) {
+            products[0][2 * pair + k] = a0[k] * b0[k];
+            products[1][2 * pair + k] = a0[k] * b1[k];
+            products[2][2 * pair + k] = a1[k] * b0[k];
+            products[3][2 * pair + k] = a1[k] * b1[k];
+        }
     }
+    for (int i = 0; i < 4; i++) d[i] = sum_of_products(d[i], products[i]);
 }
 
 // ---- between threads -----------------------------------------------------------------------------------------------

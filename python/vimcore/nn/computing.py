@@ -14,6 +14,7 @@ from ..autograd.draws import NONE, draw
 from ..autograd.network import Core, NetworkFunction, Request
 from ..positions import rope_tables
 from ..utils.arguments import boolean
+from ..utils.compiling import constant_result
 from .constant import ConstantWeights
 from .following import Plan, follow, plan_of
 from .inputs import checked_images
@@ -112,7 +113,7 @@ class ComputingNetwork(SharedNetwork):
         """What is known of the network: for a compiler in plain values."""
         return self._plan("tokens", ()) if torch.compiler.is_compiling() else self._config
 
-    @torch.compiler.assume_constant_result
+    @constant_result
     def _plan(self, kind: str, layers: tuple[int, ...]) -> Plan:
         core, places = self._bound_places()
         plan: Plan | None = places.plans.get((kind, layers))
@@ -121,14 +122,14 @@ class ComputingNetwork(SharedNetwork):
             places.plans[kind, layers] = plan
         return plan
 
-    @torch.compiler.assume_constant_result
+    @constant_result
     def _plan_at(self, height: int, width: int) -> Plan:
         """The same for images of another size."""
         core, places = self._bound_places()
         at = core.at(height, width)
         return plan_of(at, self._head_is_fused(), bool(places.called), "tokens", ())
 
-    @torch.compiler.assume_constant_result
+    @constant_result
     def _rotations(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         return rope_tables(self._network().at(height, width).to_dict())
 
