@@ -85,6 +85,21 @@ __device__ __forceinline__ void back_ahead(const BackTile<Shape>& tile, int s, c
     }
 }
 
+// What a thread needs of one of the four tokens: B and C begin at BC, the others at `at`.
+template <class Shape>
+struct BackToken {
+    float B[Shape::S], C[Shape::S], delta[Shape::C], du[Shape::C], gy[Shape::C];
+
+    __device__ __forceinline__ BackToken(const BackTile<Shape>& tile, int BC, int at, int i)
+    {
+        load_shared(tile.BC, BC + tile.B_of(i), B);
+        load_shared(tile.BC, BC + tile.C_of(i), C);
+        load_shared(tile.delta, at + i * Shape::pitch, delta);
+        load_shared(tile.du, at + i * Shape::pitch, du);
+        load_shared(tile.gy, at + i * Shape::pitch, gy);
+    }
+};
+
 // What a warp adds to dB (0) and dC (1) of four tokens, of four states of a thread at a time.
 template <class Shape>
 struct BackRowSums {
@@ -132,22 +147,18 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, fl
     BackRowSums<Shape> rows;
 #pragma unroll
     for (int i = 0; i < step; i++) {
-        float B[S], C_[S], delta[C], du[C], gy[C], sum[4] = {}, dC[S];
-        load_shared(tile.BC, BC + tile.B_of(i), B);
-        load_shared(tile.BC, BC + tile.C_of(i), C_);
-        load_shared(tile.delta, at + i * pitch, delta);
-        load_shared(tile.du, at + i * pitch, du);
-        load_shared(tile.gy, at + i * pitch, gy);
+        const BackToken<Shape> t(tile, BC, at, i);
+        float sum[4] = {}, dC[S];
         if constexpr (!Shape::keeps_ones) device::renew(lane);
 #pragma unroll
         for (int k = 0; k < C; k++)
 #pragma unroll
             for (int n = 0; n < S; n++) {
-                a[i][k][n] = device::exp2(delta[k] * A[k][n]);
+                a[i][k][n] = device::exp2(t.delta[k] * A[k][n]);
                 grown[i][k][n] = a[i][k][n] * h[k][n];
-                h[k][n] = fmaf(B[n], du[k], grown[i][k][n]);
-                sum[k] = n == 0 ? h[k][n] * C_[n] : fmaf(h[k][n], C_[n], sum[k]);
-                dC[n] = k == 0 ? gy[k] * h[k][n] : fmaf(gy[k], h[k][n], dC[n]);
+                h[k][n] = fmaf(t.B[n], t.du[k], grown[i][k][n]);
+                sum[k] = n == 0 ? h[k][n] * t.C[n] : fmaf(h[k][n], t.C[n], sum[k]);
+                dC[n] = k == 0 ? t.gy[k] * h[k][n] : fmaf(t.gy[k], h[k][n], dC[n]);
             }
         sum_states<true>(y, i, sum[0], sum[1], sum[2], sum[3], lane);
         rows.add(i, 1, dC, lane);
@@ -158,22 +169,18 @@ __device__ __forceinline__ void back_walk(const BackTile<Shape>& tile, int j, fl
     get_states<Shape>(dA, tile.dA, lane);
 #pragma unroll
     for (int i = step - 1; i >= 0; i--) {
-        float B[S], C_[S], delta[C], du[C], gy[C], by_B[4] = {}, by_A[4] = {}, dB[S];
-        load_shared(tile.BC, BC + tile.B_of(i), B);
-        load_shared(tile.BC, BC + tile.C_of(i), C_);
-        load_shared(tile.delta, at + i * pitch, delta);
-        load_shared(tile.du, at + i * pitch, du);
-        load_shared(tile.gy, at + i * pitch, gy);
+        const BackToken<Shape> t(tile, BC, at, i);
+        float by_B[4] = {}, by_A[4] = {}, dB[S];
         if constexpr (!Shape::keeps_ones) device::renew(lane);
 #pragma unroll
         for (int k = 0; k < C; k++)
 #pragma unroll
             for (int n = 0; n < S; n++) {
-                const float l = fmaf(gy[k], C_[n], lambda[k][n]), kept = l * grown[i][k][n];
-                by_B[k] = n == 0 ? l * B[n] : fmaf(l, B[n], by_B[k]);
+                const float l = fmaf(t.gy[k], t.C[n], lambda[k][n]), kept = l * grown[i][k][n];
+                by_B[k] = n == 0 ? l * t.B[n] : fmaf(l, t.B[n], by_B[k]);
                 by_A[k] = n == 0 ? kept * A[k][n] : fmaf(kept, A[k][n], by_A[k]);
-                dB[n] = k == 0 ? l * du[k] : fmaf(l, du[k], dB[n]);
-                dA[k][n] = fmaf(delta[k], kept, dA[k][n]);
+                dB[n] = k == 0 ? l * t.du[k] : fmaf(l, t.du[k], dB[n]);
+                dA[k][n] = fmaf(t.delta[k], kept, dA[k][n]);
                 lambda[k][n] = l * a[i][k][n];
             }
         if constexpr (C == 4) {

@@ -19,6 +19,7 @@ from .results import NOT_FINITE, Prediction, Predictions, prediction_of
 from .utils import notebook
 from .utils.arguments import gpu_number, integer, sides
 from .utils.clips import clip_input
+from .utils.cublaslt import load_cublaslt
 from .utils.extras import needs
 from .utils.precision import check_precision
 from .weights.metadata import EMBEDDING_KEY, unpack
@@ -37,7 +38,8 @@ class Runtime:
 
     Args:
         path: a vimcore safetensors file (`VisionMamba.save`, `vimcore convert`).
-        device: "cpu", "cuda" (the first GPU) or "cuda:N"; images and logits are in the host's memory anyway.
+        device: "cpu", "cuda" (the first GPU) or "cuda:N"; images and logits are in the host's memory anyway,
+            copied batch by batch between computations: a `VisionMamba` on the GPU can serve more of them.
         threads: threads of one call on the CPU; None: as many as the machine has cores.
         img_size: side or (height, width) in pixels; None: as stored. Another size resizes the position table.
         dtype: of activations, "float32" or "bfloat16" (on the CPU where the processor has a unit for it, see
@@ -72,6 +74,8 @@ class Runtime:
             img_size = sides("[Runtime] img_size", img_size)
         self._arguments = (os.path.abspath(path), device, threads, img_size, dtype)
         height, width = img_size or (0, 0)
+        if cuda >= 0:
+            load_cublaslt()
         self._engine = _core.Engine(path, threads or 0, height, width, cuda, dtype)
         config = self._engine.config
         self.config: dict[str, Any] = config.to_dict()

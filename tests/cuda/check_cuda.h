@@ -168,11 +168,15 @@ inline Bytes bytes_of(Context& ctx, const Tensor& tensor)
     return bytes;
 }
 inline Floats values_of(Context& ctx, const Tensor& tensor) { return decode(tensor.dtype, bytes_of(ctx, tensor)); }
+inline void assign(Context& ctx, const Tensor& tensor, const Bytes& contents)
+{
+    if (contents.size() != tensor.bytes())
+        throw std::invalid_argument(std::to_string(contents.size()) + " bytes for " + describe(tensor));
+    if (!contents.empty()) backend_of(ctx).upload(ctx, contents.data(), tensor);
+}
 inline void assign(Context& ctx, const Tensor& tensor, const Floats& values)
 {
-    if (static_cast<std::int64_t>(values.size()) != tensor.numel())
-        throw std::invalid_argument(std::to_string(values.size()) + " values for " + describe(tensor));
-    if (!values.empty()) backend_of(ctx).upload(ctx, encode(tensor.dtype, values).data(), tensor);
+    assign(ctx, tensor, encode(tensor.dtype, values));
 }
 
 // One side of a comparison. Owns its tensors; a band of bytes behind each must survive, which values() and ~Side check.
@@ -193,6 +197,10 @@ public:
     Tensor wide_result(const Shape& shape) { return parameter(shape, nothing(shape)); }
     Tensor make(const Shape& shape, DType type, const Floats& values, std::int64_t shift = 0)
     {
+        return make(shape, type, encode(type, values), shift);
+    }
+    Tensor make(const Shape& shape, DType type, const Bytes& contents, std::int64_t shift = 0)
+    {
         Tensor tensor{nullptr, shape, type, ctx.device()};
         const std::size_t before = static_cast<std::size_t>(shift) * size_of(type);
         Buffer& memory = buffers_.emplace_back(before + tensor.bytes() + band, ctx.device());
@@ -200,7 +208,7 @@ public:
         bands_.push_back(
             {static_cast<char*>(memory.data()) + before + tensor.bytes(), {band}, DType::u8, ctx.device()});
         backend_of(ctx).upload(ctx, Bytes(band, mark).data(), bands_.back());
-        assign(ctx, tensor, values);
+        assign(ctx, tensor, contents);
         return tensor;
     }
 

@@ -3,15 +3,17 @@
 // where sums over tokens are cut. A row must have the same bits whatever the number of rows. On a device it also prints
 // microseconds. A problem for which cuBLASLt has no algorithm fails.
 //   gemm_check [MOST_ROWS]          25216 unless given, 7 without a device
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <string>
 #include <vector>
 
 #include "check_cuda.h"
 #include "core/device_scratch.h"
 #include "cublaslt.h"
-#include "launch.h"
+#include "timing_cuda.h"
 #include "vimcore/build_info.h"
 #include "vimcore/ops.h"
 
@@ -44,29 +46,17 @@ std::vector<Index> row_counts(Index most)
     return rows;
 }
 
-template <class F>
-double microseconds([[maybe_unused]] Context& ctx, [[maybe_unused]] F&& call)
-{
-#ifdef VIMCORE_SHIM
-    return 0;
-#else
-    cudaEvent_t begin{}, end{};
-    VIM_CUDA(cudaEventCreate(&begin));
-    VIM_CUDA(cudaEventCreate(&end));
-    for (int i = 0; i < 3; i++) call();
-    VIM_CUDA(cudaEventRecord(begin, cuda::stream_of(ctx)));
-    for (int i = 0; i < 20; i++) call();
-    VIM_CUDA(cudaEventRecord(end, cuda::stream_of(ctx)));
-    VIM_CUDA(cudaEventSynchronize(end));
-    float ms = 0;
-    VIM_CUDA(cudaEventElapsedTime(&ms, begin, end));
-    VIM_CUDA(cudaEventDestroy(begin));
-    VIM_CUDA(cudaEventDestroy(end));
-    return 1e3 * static_cast<double>(ms) / 20;
-#endif
-}
+Floats filled(Index count, float value = 1) { return Floats(static_cast<std::size_t>(count), value); }
 
-Floats ones(Index count) { return Floats(static_cast<std::size_t>(count), 1.0f); }
+// A row again and again: what is large here is the same in every row, and never converted number by number.
+Bytes repeated(DType dtype, const Floats& row, Index rows)
+{
+    const Bytes one = encode(dtype, row);
+    Bytes all(one.size() * static_cast<std::size_t>(rows));
+    for (std::size_t at = 0; at < all.size(); at += one.size())
+        std::copy(one.begin(), one.end(), all.begin() + static_cast<std::ptrdiff_t>(at));
+    return all;
+}
 
 // One projection, and its two directions as a batch of two where it is x_proj.
 class Check {
@@ -106,18 +96,22 @@ private:
     {
         Side side = Side::cuda(dtype_);
         const auto c = static_cast<std::size_t>(count_);
-        const Tensor x = side.activation({count_, rows, p_.k}, ones(count_ * rows * p_.k));
-        const Tensor y = side.result({count_, rows, row_}), dx = side.result(x.shape);
-        const Tensor dw = side.parameter({count_, p_.n, p_.k}, ones(count_ * p_.n * p_.k));
-        const Tensor dy =
-            side.activation(y.shape, with_rows(ones(count_ * rows * p_.n), p_.n, row_));  // zeros behind the columns
-        const Tensor bias = p_.bias ? side.parameter({p_.n}, ones(p_.n)) : Tensor{};
+        const Index all_rows = count_ * rows;
+        const Tensor x = side.make({count_, rows, p_.k}, dtype_, repeated(dtype_, filled(p_.k), all_rows));
+        auto result = [&](Index columns) {
+            const Floats row = filled(columns, std::numeric_limits<float>::quiet_NaN());
+            return side.make({count_, rows, columns}, dtype_, repeated(dtype_, row, all_rows));
+        };
+        const Tensor y = result(row_), dx = result(p_.k);
+        const Tensor dw = side.parameter({count_, p_.n, p_.k}, filled(count_ * p_.n * p_.k));
+        const Tensor dy = side.make(y.shape, dtype_, repeated(dtype_, padded(1), all_rows));
+        const Tensor bias = p_.bias ? side.parameter({p_.n}, filled(p_.n)) : Tensor{};
         std::vector<Tensor> w(c);
         std::vector<LinearForward> forward(c);
         std::vector<LinearBackward> to_x(c), to_w(c);
         for (std::size_t i = 0; i < c; i++) {
             const auto at = static_cast<Index>(i);
-            w[i] = side.parameter({p_.n, p_.k}, ones(p_.n * p_.k));
+            w[i] = side.parameter({p_.n, p_.k}, filled(p_.n * p_.k));
             forward[i] = {.x = x[at], .weight = w[i], .bias = bias, .y = y[at]};
             to_x[i] = {.weight = w[i], .dy = dy[at], .dx = dx[at]};
             to_w[i] = {.x = x[at], .dy = dy[at], .dweight = dw[at]};
@@ -125,20 +119,20 @@ private:
         linear_forward(side.ctx, forward);
         linear_backward(side.ctx, to_x);
         linear_backward(side.ctx, to_w);
-        const Floats sums(static_cast<std::size_t>(count_ * rows * p_.n), static_cast<float>(p_.k + (bias ? 1 : 0)));
-        expect("y", rows, side, y, with_rows(sums, p_.n, row_));
-        expect("dx", rows, side, dx, Floats(static_cast<std::size_t>(dx.numel()), static_cast<float>(p_.n)));
-        expect("dw", rows, side, dw, Floats(static_cast<std::size_t>(dw.numel()), static_cast<float>(rows + 1)));
-        if (rows == image_rows) image_us_ = microseconds(side.ctx, [&] { linear_forward(side.ctx, forward); });
+        expect("y", rows, side, y, padded(static_cast<float>(p_.k + (bias ? 1 : 0))));
+        expect("dx", rows, side, dx, filled(p_.k, static_cast<float>(p_.n)));
+        expect("dw", rows, side, dw, filled(p_.k, static_cast<float>(rows + 1)));
+        if (rows == image_rows) image_us_ = microseconds(side.ctx, 3, 20, [&] { linear_forward(side.ctx, forward); });
         if (rows == most_) {
-            forward_us_ = microseconds(side.ctx, [&] { linear_forward(side.ctx, forward); });
-            dx_us_ = microseconds(side.ctx, [&] { linear_backward(side.ctx, to_x); });
-            dw_us_ = microseconds(side.ctx, [&] { linear_backward(side.ctx, to_w); });
+            forward_us_ = microseconds(side.ctx, 3, 20, [&] { linear_forward(side.ctx, forward); });
+            dx_us_ = microseconds(side.ctx, 3, 20, [&] { linear_backward(side.ctx, to_x); });
+            dw_us_ = microseconds(side.ctx, 3, 20, [&] { linear_backward(side.ctx, to_w); });
         }
 
         // the same last row, among others
-        Floats values(static_cast<std::size_t>(count_ * rows * p_.k), 0.5f);
-        std::copy(some_.begin(), some_.end(), values.end() - p_.k);
+        Bytes values = repeated(dtype_, filled(p_.k, 0.5f), all_rows);
+        const Bytes last_row = encode(dtype_, some_);
+        std::copy_backward(last_row.begin(), last_row.end(), values.end());
         assign(side.ctx, x, values);
         assign(side.ctx, w.back(), weights_);
         linear_forward(side.ctx, forward);
@@ -148,14 +142,20 @@ private:
         sizes_++;
     }
 
+    Floats padded(float value) const { return with_rows(filled(p_.n, value), p_.n, row_); }  // a row of y
+
+    // Every row of the tensor is `wanted`.
     void expect(const char* what, Index rows, Side& side, const Tensor& tensor, const Floats& wanted)
     {
-        const Floats got = side.values(tensor);
-        for (std::size_t i = 0; i < wanted.size(); i++) {
-            if (got[i] == rounded(tensor.dtype, wanted[i])) continue;
+        const Bytes bytes = side.bytes(tensor);
+        if (bytes == repeated(tensor.dtype, wanted, tensor.numel() / tensor.shape[-1])) return;
+        const Floats got = decode(tensor.dtype, bytes);
+        for (std::size_t i = 0; i < got.size(); i++) {
+            const float value = rounded(tensor.dtype, wanted[i % wanted.size()]);
+            if (got[i] == value) continue;
+            CHECK(got[i] == value);
             std::printf("WRONG %s %s %s, %lld rows: %g instead of %g at %zu\n", name_of(dtype_), p_.name, what,
-                        static_cast<long long>(rows), static_cast<double>(got[i]), static_cast<double>(wanted[i]), i);
-            CHECK(got[i] == wanted[i]);
+                        static_cast<long long>(rows), static_cast<double>(got[i]), static_cast<double>(value), i);
             return;
         }
     }

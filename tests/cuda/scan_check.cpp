@@ -9,8 +9,8 @@
 
 #include "check_cuda.h"
 #include "core/device_scratch.h"
-#include "launch.h"
 #include "scan/choice.h"
+#include "timing_cuda.h"
 #include "vimcore/build_info.h"
 #include "vimcore/ops.h"
 
@@ -41,28 +41,6 @@ constexpr Kernel kernels[] = {{"automatic", ScanKernel::automatic},
                               {"wide", ScanKernel::wide},
                               {"middle", ScanKernel::middle},
                               {"narrow", ScanKernel::narrow}};
-
-template <class F>
-double microseconds([[maybe_unused]] Context& ctx, [[maybe_unused]] F&& call)
-{
-#ifdef VIMCORE_SHIM
-    return 0;
-#else
-    cudaEvent_t begin{}, end{};
-    VIM_CUDA(cudaEventCreate(&begin));
-    VIM_CUDA(cudaEventCreate(&end));
-    for (int i = 0; i < 2; i++) call();
-    VIM_CUDA(cudaEventRecord(begin, cuda::stream_of(ctx)));
-    for (int i = 0; i < 10; i++) call();
-    VIM_CUDA(cudaEventRecord(end, cuda::stream_of(ctx)));
-    VIM_CUDA(cudaEventSynchronize(end));
-    float ms = 0;
-    VIM_CUDA(cudaEventElapsedTime(&ms, begin, end));
-    VIM_CUDA(cudaEventDestroy(begin));
-    VIM_CUDA(cudaEventDestroy(end));
-    return 1e2 * static_cast<double>(ms);
-#endif
-}
 
 void check(const Network& net, DType dtype, Index batch, Index len)
 {
@@ -103,7 +81,7 @@ void check(const Network& net, DType dtype, Index batch, Index len)
         const Floats out = side.values(scan.out);
         if (first.empty()) first = out;
         CHECK(same_bits(out, first));
-        std::printf("  %s %.1f", kernel.name, microseconds(side.ctx, [&] { scan_forward(side.ctx, scan); }));
+        std::printf("  %s %.1f", kernel.name, microseconds(side.ctx, 2, 10, [&] { scan_forward(side.ctx, scan); }));
     }
     force_scan(ScanKernel::automatic);
     std::printf("\n");

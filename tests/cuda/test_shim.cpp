@@ -131,6 +131,28 @@ __global__ void products(Fault fault)
     }
 }
 
+// 1 + 8 2^-26, and 1 + 16 2^-26 of bfloat16.
+__global__ void small_products(float tf32, float bf16)
+{
+    float d[4] = {1, 1, 1, 1}, e[4] = {1, 1, 1, 1};
+    multiply_add(d, 0x1p-13f, 0x1p-13f, 0x1p-13f, 0x1p-13f, 0x1p-13f, 0x1p-13f);
+    constexpr std::uint32_t two = 0x39003900;  // 2^-13 in either half
+    multiply_add(e, {{two, two, two, two}}, {{two, two}});
+    for (int i = 0; i < 4; i++)
+        if (d[i] != tf32 || e[i] != bf16) shim::fail(shim::join("1 and small products give ", d[i], ", ", e[i]));
+}
+
+// Every term by itself lies below the bits that a device keeps.
+void check_cut_sums()
+{
+    const std::uint64_t before = shim::ulp_seed;
+    shim::ulp_seed = 0;
+    CHECK(ends(failure(small_products, 32, 0, 1 + 0x1p-23f, 1 + 0x1p-22f)));
+    shim::ulp_seed = 1;
+    CHECK(ends(failure(small_products, 32, 0, 1.0f, 1.0f)));
+    shim::ulp_seed = before;
+}
+
 void check_barriers()
 {
     CHECK(ends(failure(block_barrier, 96, 0, none)));
@@ -518,6 +540,7 @@ int main()
     for (const std::uint64_t seed : {1, 0, 2, 3, 4}) {
         shim::set_seed(seed);
         check_barriers();
+        check_cut_sums();
         check_bounds();
         check_races();
         check_copies();

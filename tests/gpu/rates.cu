@@ -4,9 +4,13 @@
 // that neither latency nor memory is what limits it. Rates are the best of several launches, timed by events.
 //   *_per_s       operations of single lanes a second (ex2, ffma), or bytes (copy)
 //   *_warp_per_s  instructions of whole warps a second (shfl, lds128)
+// And what the scan's gradient takes for granted of products of matrices (cuda/device.cuh, tests/shim/device_twin.h):
+//   tf32_cuts     1: of a float operand the bits beyond tf32's 10 are cut off; 0: it is rounded
+//   sum_bits      bits of a term that a sum of products keeps beside a larger one, as seen by 8 terms: 24 or more
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 
@@ -125,6 +129,27 @@ __global__ void copy(const float4* from, float4* to, long long count)
         to[i] = from[i];
 }
 
+// D = 1 + A B of eight equal products, by a warp.
+__global__ void add_products(float a, float b, float* out)
+{
+    float d[4] = {1, 1, 1, 1};
+    const unsigned x = __float_as_uint(a), y = __float_as_uint(b);
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %4, %4, %4}, {%5, %5}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(x), "r"(y));
+    if (threadIdx.x == 0) *out = d[0];
+}
+
+float one_and_products(float a, float b, float* out)
+{
+    add_products<<<1, 32>>>(a, b, out);
+    float sum = 0;
+    CHECK(cudaMemcpy(&sum, out, sizeof sum, cudaMemcpyDeviceToHost));
+    return sum;
+}
+
 cudaEvent_t before, after;
 
 // Seconds of one launch, the best of seven after two.
@@ -183,6 +208,11 @@ int main()
     CHECK(cudaMemcpy(cycles_and_ns, duration, sizeof cycles_and_ns, cudaMemcpyDeviceToHost));
     std::printf(", \"sm_clock_per_s\": %.4g",
                 1e9 * static_cast<double>(cycles_and_ns[0]) / static_cast<double>(cycles_and_ns[1]));
+
+    std::printf(", \"tf32_cuts\": %d", one_and_products(1 + 0x1.8p-11f, 1, out) == 9);
+    int bits = 24;
+    while (bits < 32 && one_and_products(std::ldexp(1.0f, -bits), 1, out) > 1) bits++;
+    std::printf(", \"sum_bits\": %d", bits);
 
     const long long bytes = std::min<long long>(1ll << 30, static_cast<long long>(device.totalGlobalMem / 8) / 16 * 16);
     float4 *from, *to;

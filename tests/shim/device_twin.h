@@ -2,6 +2,7 @@
 // Host twins of the device-only part of cuda/device.cuh, with the checks of engine.h.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -136,7 +137,25 @@ void cp_async_wait()
 }
 
 // ---- products of matrices of bfloat16 by a warp --------------------------------------------------------------------
-// Products are exact; of sums a device promises less than one rounding.
+// d + the products, which are exact. A device promises less than one rounding: it aligns all terms with the largest and
+// cuts off what then lies below the 24 bits of a float (some keep a bit or two more), as VIMCORE_SHIM_ULP has it.
+template <int n>
+float sum_of_products(float d, const double (&products)[n])
+{
+    double sum = d;
+    for (const double x : products) sum += x;
+    if (shim::ulp_seed == 0 || !std::isfinite(sum)) return static_cast<float>(sum);
+    double largest = std::abs(d);
+    for (const double x : products) largest = std::max(largest, std::abs(x));
+    if (!std::isnormal(largest)) return static_cast<float>(sum);
+    const double unit = std::ldexp(1.0, std::ilogb(largest) - 23);
+    double units = std::trunc(d / unit);
+    for (const double x : products) units += std::trunc(x / unit);
+    const double cut = units * unit;
+    const auto y = static_cast<float>(cut);
+    return std::abs(y) > std::abs(cut) ? std::nextafter(y, 0.0f) : y;
+}
+
 inline void multiply_add(float (&d)[4], const Vec<std::uint32_t, 4>& a, const Vec<std::uint32_t, 2>& b,
                          shim::Where where = shim::Where::current())
 {
@@ -152,7 +171,7 @@ inline void multiply_add(float (&d)[4], const Vec<std::uint32_t, 4>& a, const Ve
         return static_cast<double>(pair);
     };
     const int g = shim::lane() / 4, q = shim::lane() % 4;
-    double sums[4] = {d[0], d[1], d[2], d[3]};
+    double products[4][16];
     for (int pair = 0; pair < 8; pair++) {  // each number converted once: whole networks spend their time here
         const float* rows = all[4 * g + pair % 4] + pair / 4 * 2;
         const float columns[2] = {all[8 * q + pair % 4][4 + pair / 4], all[8 * q + 4 + pair % 4][4 + pair / 4]};
@@ -160,16 +179,13 @@ inline void multiply_add(float (&d)[4], const Vec<std::uint32_t, 4>& a, const Ve
         const double b0[2] = {half(columns[0], 0), half(columns[0], 1)};
         const double b1[2] = {half(columns[1], 0), half(columns[1], 1)};
         for (int k = 0; k < 2; k++) {
-            sums[0] += a0[k] * b0[k];
-            sums[1] += a0[k] * b1[k];
-            sums[2] += a1[k] * b0[k];
-            sums[3] += a1[k] * b1[k];
+            products[0][2 * pair + k] = a0[k] * b0[k];
+            products[1][2 * pair + k] = a0[k] * b1[k];
+            products[2][2 * pair + k] = a1[k] * b0[k];
+            products[3][2 * pair + k] = a1[k] * b1[k];
         }
     }
-    for (int i = 0; i < 4; i++) {
-        const auto y = static_cast<float>(sums[i]);
-        d[i] = shim::ulp_seed == 0 ? y : shim::off_by_ulps(y, y);
-    }
+    for (int i = 0; i < 4; i++) d[i] = sum_of_products(d[i], products[i]);
 }
 
 // ---- between threads -----------------------------------------------------------------------------------------------
@@ -201,11 +217,12 @@ inline void multiply_add(float (&d)[4], float a0, float a1, float a2, float a3, 
     const int g = shim::lane() / 4, q = shim::lane() % 4;
     for (int i = 0; i < 4; i++) {
         const int row = 4 * g, column = 4 * (2 * q + i % 2);
-        double sum = d[i];
-        for (int k = 0; k < 4; k++)
-            sum += static_cast<double>(all[row + k][i / 2]) * all[column + k][4] +
-                   static_cast<double>(all[row + k][2 + i / 2]) * all[column + k][5];
-        d[i] = static_cast<float>(sum);
+        double products[8];
+        for (int k = 0; k < 4; k++) {
+            products[k] = static_cast<double>(all[row + k][i / 2]) * all[column + k][4];
+            products[k + 4] = static_cast<double>(all[row + k][2 + i / 2]) * all[column + k][5];
+        }
+        d[i] = sum_of_products(d[i], products);
     }
 }
 

@@ -90,6 +90,7 @@ inline void check_alignment(const void* address, std::size_t bytes, const char* 
 
 // Special functions of a device err by up to 2 ulp, always alike for an argument: VIMCORE_SHIM_ULP draws by how much
 // (0: not at all). Every third seed errs to both sides, the next ones only upwards and only downwards.
+// Products of matrices lose bits with every seed.
 extern std::uint64_t ulp_seed;
 float off_by_ulps(float argument, float exact);
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ... import _core
 from ..._core import Config
+from ...utils.cublaslt import load_cublaslt
 from ...weights.metadata import pack
 
 Array = NDArray[np.float64]
@@ -183,6 +184,7 @@ def check_cuda(rng: np.random.Generator) -> list[dict[str, Any]]:
     """The first GPU against the CPU, in every type."""
     from ...runtime import Runtime
 
+    load_cublaslt()
     try:
         _core.cuda_description(0)
     except _core.Error as why:
