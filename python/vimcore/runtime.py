@@ -168,7 +168,7 @@ class Runtime:
         Raises:
             ValueError: shape or type do not fit.
         """
-        return self._engine.run(np.ascontiguousarray(images))
+        return self._engine.run(self._floats(images))
 
     def clip_input(self, clip: NDArray[np.uint8]) -> NDArray[np.float32]:
         """A batch of one (1, C, frames, h, w) of a clip (T, H, W, 1 or 3) uint8: frames chosen, preprocessed.
@@ -188,7 +188,16 @@ class Runtime:
 
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Normalised tokens (B, L, D), class tokens included, of normalised images (B, C, H, W); float32."""
-        return self._engine.features(np.ascontiguousarray(images))
+        return self._engine.features(self._floats(images))
+
+    def _floats(self, images: Any) -> NDArray[np.float32]:
+        found = np.ascontiguousarray(images)
+        if found.dtype != np.float32:  # of the other byte order, too
+            wanted = self._engine.config.images_axes
+            raise ValueError(
+                f"[Runtime] images: expected {wanted} float32, got {found.shape} {str(found.dtype):.60}"
+            )
+        return found
 
     def embeddings(self, images: Images) -> Images:
         """One vector for each of the normalised images (B, C, H, W); float32.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import vimcore
 from vim_infer import BINARY, run, save
+from vimcore import _core
 
 
 @pytest.mark.parametrize("command", [None, "predict", "features", "info", "bench"])
@@ -68,6 +69,18 @@ def test_networks_that_do_not_classify_pictures(
     assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["predict", "info", "segment", "features"])
+def test_the_name_of_a_task_is_short(command: str, weights: Path, pictures: Path, tmp_path: Path) -> None:
+    tensors, metadata = _core.read_safetensors(str(weights))
+    path = tmp_path / "odd.safetensors"
+    _core.write_safetensors(str(path), tensors, {**metadata, "vimcore.task": f'{{"task": "{70_000 * "x"}"}}'})
+    words = {"info": [], "features": ["--out", tmp_path / "a.npy", pictures]}.get(command, [pictures])
+    done = run(command, "--weights", path, *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "vimcore.task: task: expected a name of at most 100 bytes" in done.stderr
+    assert len(done.stderr) < 1000
 
 
 @pytest.mark.parametrize(
