@@ -195,7 +195,7 @@ class Runtime:
         if found.dtype != np.float32:  # of the other byte order, too
             wanted = self._engine.config.images_axes
             raise ValueError(
-                f"[Runtime] images: expected {wanted} float32, got {found.shape} {str(found.dtype):.60}"
+                f"[Runtime] images: expected {wanted} float32, got {found.shape} {found.dtype!s:.60}"
             )
         return found
 
