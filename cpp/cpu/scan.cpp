@@ -1,30 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The selective scan on the CPU. Parallel over images and blocks of channels; within a task the recurrence is
-// sequential in time, and both directions over the same tokens follow each other, so that the sum of directions and
-// the gate happen in the first-level cache.
+// The scan of a block on the CPU, with gate and dt projection. Parallel over images and blocks of channels; within a
+// task the recurrence is sequential in time, and both directions over the same tokens follow each other, so that the
+// sum of directions and the gate happen in the first-level cache.
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <numbers>
 #include <type_traits>
 
-#include "cpu_backend.h"
+#include "scan_tasks.h"
 
 namespace vimcore::cpu {
 
 namespace {
 
-constexpr Index forward_channels = 32;   // channels of a forward task
-constexpr Index backward_channels = 64;  // channels of a backward task: one partial sum of dB and dC each
-constexpr Index reduce_tokens = 64;      // tokens of a task that adds those up
+constexpr Index reduce_tokens = 64;  // tokens of a task that adds partial sums of dB and dC up
 constexpr Index max_passes = 2;
-
-// What all tasks of one pass share; pointers are those of image 0.
-template <class T>
-struct Pass {
-    ScanArgs<T> args{};
-    Index tokens = 0, q_row = 0, begin = 0, chunks = 0;
-};
 
 template <class T>
 const Wide<T>* packed_A(Context& ctx, const Tensor& A_log)
@@ -50,36 +39,12 @@ const T* packed_dt(Context& ctx, const Tensor& weight)
         });
 }
 
-// B and C in the type of the sums: as they are, or converted once for all channels.
-template <class T>
-void set_BC(Context& ctx, ScanArgs<T>& s, const T* B, const T* C, Index ld, Index rows)
-{
-    if constexpr (std::is_same_v<T, Wide<T>>) {
-        s.B = B;
-        s.C = C;
-        s.ldb = ld;
-    } else {
-        constexpr Index block = 256;
-        using W = Wide<T>;
-        W* to = scratch<W>(ctx, 2 * rows * s.state).template as<W>();
-        s.B = to;
-        s.C = to + rows * s.state;
-        s.ldb = s.state;
-        const Index blocks = ceil_div(rows, block);
-        parallel_for(ctx, 2 * blocks, [&](Index task) {
-            const Index begin = task / 2 * block, count = std::min(block, rows - begin);
-            kernels<T>().widen((task % 2 ? C : B) + begin * ld, ld, count, s.state,
-                               to + (task % 2 * rows + begin) * s.state);
-        });
-    }
-}
-
 // What forward and backward share: tokens from `begin` on.
 template <class T, class Scan, class Arguments>
-Pass<T> make_pass(Context& ctx, const Scan& a, const Arguments& p, Index begin)
+ScanPass<T> make_pass(Context& ctx, const Scan& a, const Arguments& p, Index begin)
 {
     const Index inner = a.xz.size(2) / 2, state = p.A_log.size(1), rank = p.dt_weight.size(1);
-    Pass<T> pass;
+    ScanPass<T> pass;
     pass.tokens = p.u.size(1);
     pass.begin = begin;
     pass.q_row = rank + 2 * state;
@@ -112,24 +77,6 @@ Pass<T> make_pass(Context& ctx, const Scan& a, const Arguments& p, Index begin)
     return pass;
 }
 
-// Moves the pointers of a pass to image b and channels [e0, e1).
-template <class T>
-ScanArgs<T> for_task(const Pass<T>& pass, Index len, Index b, Index e0, Index e1)
-{
-    ScanArgs<T> s = pass.args;
-    s.u += b * pass.tokens * s.ldu;
-    s.dt += b * pass.tokens * s.lddt;
-    s.B += b * pass.tokens * s.ldb;
-    s.C += b * pass.tokens * s.ldb;
-    if (s.h) s.h += b * s.state * s.dim;
-    s.y += b * len * s.ldy;
-    if (s.z) s.z += b * len * s.ldz;
-    if (s.checkpoints) s.checkpoints += b * pass.chunks * s.state * s.dim;
-    s.e0 = e0;
-    s.e1 = e1;
-    return s;
-}
-
 template <class T>
 void forward(Context& ctx, const ScanForward& a)
 {
@@ -137,7 +84,7 @@ void forward(Context& ctx, const ScanForward& a)
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
     const Index blocks = ceil_div(inner, forward_channels), passes = static_cast<Index>(a.passes.size());
     Arena::Scope scope(arena_of(ctx));
-    Pass<T> pass[max_passes];
+    ScanPass<T> pass[max_passes];
     for (Index p = 0; p < passes; p++) {
         const ScanForwardPass& own = a.passes[static_cast<std::size_t>(p)];
         pass[p] = make_pass<T>(ctx, a, own, own.begin);
@@ -157,65 +104,6 @@ void forward(Context& ctx, const ScanForward& a)
     });
 }
 
-// Gradients that one task leaves behind for the sums over channel blocks and over images.
-template <class T>
-struct Partials {
-    T* ddelta;           // (B, L, E)
-    Wide<T>* dBC;        // (B, blocks, 2, L, N)
-    Wide<T>* dA;         // (B, N, E)
-    Wide<T>*dD, *dbias;  // (B, E)
-};
-
-template <class T>
-Partials<T> make_partials(Context& ctx, Index batch, Index len, Index dim, Index state, Index blocks)
-{
-    const auto sums = [&](Index count) { return scratch<Wide<T>>(ctx, count).template as<Wide<T>>(); };
-    return {scratch<T>(ctx, batch * len * dim).template as<T>(), sums(batch * blocks * 2 * len * state),
-            sums(batch * state * dim), sums(batch * dim), sums(batch * dim)};
-}
-
-template <class T>
-ScanBackwardArgs<T> backward_args(const ScanArgs<T>& f, const Partials<T>& part, Index len, Index b, Index block,
-                                  Index blocks, Wide<T>* own)
-{
-    ScanBackwardArgs<T> s{};
-    s.f = f;
-    s.ddelta = part.ddelta + b * len * f.dim;
-    s.ldddelta = f.dim;
-    s.dB = part.dBC + (b * blocks + block) * 2 * len * f.state;
-    s.dC = s.dB + len * f.state;
-    s.dA = part.dA + b * f.state * f.dim;
-    s.dD = part.dD + b * f.dim;
-    s.dbias = part.dbias + b * f.dim;
-    s.scratch = own;
-    return s;
-}
-
-// dB and dC of image b, tokens [t0, t1): sums over channel blocks in order, into rows of stride ld.
-template <class T>
-void reduce_BC(const Partials<T>& part, Index len, Index state, Index blocks, Index b, Index t0, Index t1, T* dB, T* dC,
-               Index ld)
-{
-    for (Index which = 0; which < 2; which++)
-        for (Index t = t0; t < t1; t++) {
-            T* row = (which ? dC : dB) + t * ld;
-            Wide<T>* sum = part.dBC + ((b * blocks * 2 + which) * len + t) * state;  // of the first block
-            for (Index block = 1; block < blocks; block++) {
-                const Wide<T>* in = sum + block * 2 * len * state;
-                for (Index n = 0; n < state; n++) sum[n] += in[n];
-            }
-            for (Index n = 0; n < state; n++) row[n] = T(sum[n]);
-        }
-}
-
-template <class T>
-void add_over_images(const T* part, Index batch, Index count, T* sum)
-{
-    if (!sum) return;
-    for (Index b = 0; b < batch; b++)
-        for (Index i = 0; i < count; i++) sum[i] += part[b * count + i];
-}
-
 template <class T>
 void backward(Context& ctx, const ScanBackward& a)
 {
@@ -223,8 +111,8 @@ void backward(Context& ctx, const ScanBackward& a)
     const Index batch = a.xz.size(0), len = a.xz.size(1), inner = a.xz.size(2) / 2;
     const Index blocks = ceil_div(inner, backward_channels), passes = static_cast<Index>(a.passes.size());
     Arena::Scope scope(arena_of(ctx));
-    Pass<T> pass[max_passes];
-    Partials<T> part[max_passes];
+    ScanPass<T> pass[max_passes];
+    ScanPartials<T> part[max_passes];
     Index space = 0;
     for (Index p = 0; p < passes; p++) {
         pass[p] = make_pass<T>(ctx, a, a.passes[static_cast<std::size_t>(p)], 0);
@@ -314,121 +202,6 @@ void backward(Context& ctx, const ScanBackward& a)
     run_gemms_tn<T>(ctx, std::span<const GemmTn<T>>(weights, static_cast<std::size_t>(weight_count)));
 }
 
-// ---- textbook arguments --------------------------------------------------------------------------------------------
-
-template <class T, class Scan>
-Pass<T> textbook_pass(Context& ctx, const Scan& a)
-{
-    const Index dim = a.u.size(2), state = a.A.size(1);
-    using W = Wide<T>;
-    W* A = scratch<W>(ctx, dim * state).template as<W>();
-    for (Index e = 0; e < dim && !counts(ctx); e++)
-        for (Index n = 0; n < state; n++)  // finite, as the packed one
-            A[n * dim + e] = std::max(a.A.template as<W>()[e * state + n] * std::numbers::log2e_v<W>,
-                                      std::numeric_limits<W>::lowest());
-    Pass<T> pass;
-    pass.tokens = a.u.size(1);
-    ScanArgs<T>& s = pass.args;
-    s.reverse = a.reverse;
-    s.len = pass.tokens;
-    s.dim = dim;
-    s.state = state;
-    s.rank = 0;
-    s.u = a.u.template as<T>();
-    s.ldu = dim;
-    s.dt = a.delta.template as<T>();
-    s.lddt = dim;
-    s.dt_bias = a.delta_bias.template as<W>();
-    s.softplus = a.delta_softplus;
-    s.A = A;
-    set_BC<T>(ctx, s, a.Bm.template as<T>(), a.Cm.template as<T>(), state, a.u.size(0) * pass.tokens);
-    s.D = a.D.template as<W>();
-    s.y = a.out.template as<T>();
-    s.ldy = dim;
-    s.finish = true;
-    s.z = a.z.template as<T>();
-    s.ldz = dim;
-    s.scale = W(1);
-    return pass;
-}
-
-template <class T>
-void textbook_run(Context& ctx, const Pass<T>& pass, Index batch)
-{
-    const Index dim = pass.args.dim, blocks = ceil_div(dim, forward_channels);
-    parallel_for(ctx, batch * blocks, [&](Index task) {
-        const Index e0 = task % blocks * forward_channels;
-        kernels<T>().scan_forward(for_task(pass, pass.tokens, task / blocks, e0, std::min(dim, e0 + forward_channels)));
-    });
-}
-
-template <class T>
-void textbook_forward(Context& ctx, const SelectiveScanForward& a)
-{
-    Arena::Scope scope(arena_of(ctx));
-    textbook_run(ctx, textbook_pass<T>(ctx, a), a.u.size(0));
-}
-
-template <class T>
-void textbook_backward(Context& ctx, const SelectiveScanBackward& a)
-{
-    constexpr Index chunk = 64;
-    const Kernels<T>& kernel = kernels<T>();
-    const Index batch = a.u.size(0), len = a.u.size(1), dim = a.u.size(2), state = a.A.size(1);
-    const Index blocks = ceil_div(dim, backward_channels);
-    Arena::Scope scope(arena_of(ctx));
-    Pass<T> pass = textbook_pass<T>(ctx, a);
-    pass.chunks = ceil_div(len, chunk);
-    pass.args.chunk = chunk;
-    pass.args.checkpoints = scratch<Wide<T>>(ctx, batch * pass.chunks * state * dim).template as<Wide<T>>();
-    textbook_run(ctx, pass, batch);
-    pass.args.finish = false;
-    Partials<T> part = make_partials<T>(ctx, batch, len, dim, state, blocks);
-    const Index space = round_up(kernel.scan_backward_scratch(state, chunk, std::min(dim, backward_channels)), 16);
-    Wide<T>* memory = scratch<Wide<T>>(ctx, space * batch * blocks).template as<Wide<T>>();
-    parallel_for(ctx, batch * blocks, [&](Index task) {
-        const Index b = task / blocks, e0 = task % blocks * backward_channels, offset = b * len * dim;
-        const Index e1 = std::min(dim, e0 + backward_channels);
-        ScanBackwardArgs<T> s =
-            backward_args(for_task(pass, len, b, e0, e1), part, len, b, task % blocks, blocks, memory + task * space);
-        s.dout = a.dout.as<T>() + offset;
-        s.du = a.du.as<T>() + offset;
-        s.ddelta = a.ddelta.as<T>() + offset;
-        s.lddout = s.lddu = s.ldddelta = dim;
-        kernel.scan_backward(s);
-        if (a.z)
-            kernel.gate_backward({.len = len,
-                                  .e0 = e0,
-                                  .e1 = e1,
-                                  .y = a.out.as<T>() + offset,
-                                  .ldy = dim,
-                                  .z = a.z.as<T>() + offset,
-                                  .ldz = dim,
-                                  .dout = s.dout,
-                                  .lddout = dim,
-                                  .dz = a.dz.as<T>() + offset,
-                                  .lddz = dim,
-                                  .scale = Wide<T>(1)});
-    });
-    if (counts(ctx)) return;
-    for (Index b = 0; b < batch; b++)
-        reduce_BC(part, len, state, blocks, b, 0, len, a.dB.as<T>() + b * len * state, a.dC.as<T>() + b * len * state,
-                  state);
-    using W = Wide<T>;
-    auto overwrite = [&](const W* sums, const Tensor& out) {
-        if (!out) return;
-        std::fill_n(out.as<W>(), out.numel(), W(0));
-        add_over_images(sums, batch, out.numel(), out.as<W>());
-    };
-    overwrite(part.dD, a.dD);
-    overwrite(part.dbias, a.ddelta_bias);
-    W* dA = a.dA.as<W>();
-    std::fill_n(dA, dim * state, W(0));
-    for (Index b = 0; b < batch; b++)
-        for (Index e = 0; e < dim; e++)
-            for (Index n = 0; n < state; n++) dA[e * state + n] += part.dA[(b * state + n) * dim + e];
-}
-
 }  // namespace
 
 void CpuBackend::scan_forward(Context& ctx, const ScanForward& args)
@@ -439,16 +212,6 @@ void CpuBackend::scan_forward(Context& ctx, const ScanForward& args)
 void CpuBackend::scan_backward(Context& ctx, const ScanBackward& args)
 {
     if (args.xz.numel()) dispatch(args.xz.dtype, [&](auto t) { backward<decltype(t)>(ctx, args); });
-}
-
-void CpuBackend::selective_scan_forward(Context& ctx, const SelectiveScanForward& args)
-{
-    dispatch(args.u.dtype, [&](auto t) { textbook_forward<decltype(t)>(ctx, args); });
-}
-
-void CpuBackend::selective_scan_backward(Context& ctx, const SelectiveScanBackward& args)
-{
-    dispatch(args.u.dtype, [&](auto t) { textbook_backward<decltype(t)>(ctx, args); });
 }
 
 }  // namespace vimcore::cpu

@@ -38,6 +38,7 @@ from .autograd.tensors import (
     wide,
 )
 from .autograd.traced_flops import fvcore_handles
+from .utils.compiling import constant_result
 
 __all__ = [
     "bidirectional_scan",
@@ -263,7 +264,7 @@ def bidirectional_scan(
     return out
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _chunk(memory: str) -> int:
     return _core.Saved.chunk(memory)
 
@@ -327,7 +328,7 @@ def vim_block(
 _WIDTHS = ("mixer.conv1d.weight", "mixer.dt_proj.weight")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _block_config(sizes: tuple[int, ...], options: tuple[Any, ...]) -> tuple[str, tuple[str, ...]]:
     """What the operator is told, and names of the parameters."""
     return _cached_config(sizes, options)

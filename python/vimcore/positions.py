@@ -12,9 +12,10 @@ from torch import Tensor
 
 from . import _core
 from .config import image_size, patch_grid
+from .utils.compiling import constant_result
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def class_rows(class_token: str, patches: int) -> list[int]:
     """Rows of a position table that belong to class tokens, for ``patches`` patches."""
     return _core.class_rows(class_token, patches)

@@ -75,6 +75,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """For test_hub_*.py: asked in place of huggingface.co, an empty cache, no waiting between attempts."""
+    from hub_server import ask_instead, serving
+
+    with serving() as hub:
+        ask_instead(hub, tmp_path / "home", monkeypatch)
+        yield hub
+
+
 @pytest.fixture(autouse=True)
 def _fixed_state() -> Iterator[None]:
     """Seeds torch, numpy and Python; one thread unless a test asks for more."""

@@ -53,3 +53,6 @@ def target(
         "labels": torch.tensor(labels or [i % 3 + 1 for i in range(len(boxes))], dtype=torch.int64),
         "masks": masks,
     }
+
+
+TWO = [target((2, 3, 14, 20), (10, 8, 30, 28)), target((5, 5, 12, 17))]  # of two images

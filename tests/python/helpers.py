@@ -113,3 +113,8 @@ def assert_matches_reference(
     with torch.no_grad():
         assert torch.equal(model(images), logits)
         assert relative(model.forward_features(images), wanted.tokens) < forward_tolerance
+
+
+def rand(*shape: int, grad: bool = True) -> Tensor:
+    """Random float64 numbers, of a leaf with gradients."""
+    return torch.randn(shape, dtype=torch.float64).requires_grad_(grad)

@@ -18,7 +18,8 @@ from vimcore.cli import main
 from vimcore.data.digits import encode_png
 from vimcore.io import save_model
 from vimcore.plots import style
-from vimcore.plots.explain import columns_for, view_of
+from vimcore.plots.explain import columns_for
+from vimcore.plots.panels import view_of
 from vimcore.tools import explain as tool
 
 LABELS = ["cat", "dog", "$x$ <b>"]

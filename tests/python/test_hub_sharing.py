@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import timm
 import torch
 import vimcore
 import vimcore.timm
-from hub_server import Hub, ask_instead, serving
+from hub_server import Hub
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants
 from safetensors.torch import save_file
 
@@ -28,12 +27,10 @@ def model() -> vimcore.VisionMamba:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """In place of huggingface.co."""
-    with serving() as hub:
-        hub.files["somebody/else", "x"] = b""
-        ask_instead(hub, tmp_path / "home", monkeypatch)
-        yield hub
+def hub(hub: Hub) -> Hub:
+    """With a repository of somebody else."""
+    hub.files["somebody/else", "x"] = b""
+    return hub
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -363,3 +365,17 @@ def test_functional_call_and_swapped_head() -> None:
     logits.sum().backward()
     assert model.head[0].weight.grad is not None
     assert model.patch_embed.proj.weight.grad is not None
+
+
+@pytest.mark.slow
+def test_a_network_needs_no_compiler() -> None:
+    """torch._dynamo, and sympy for it, would take as long to import as the rest of torch."""
+    program = (
+        "import sys, torch, vimcore\n"
+        "model = vimcore.VisionMamba(img_size=8, patch_size=4, embed_dim=16, depth=1, num_classes=3)\n"
+        "model(torch.zeros(1, 3, 8, 8)).sum().backward()\n"
+        "assert all(p.grad is not None and p.grad.device.type == 'cpu' for p in model.parameters())\n"
+        "print(*{'torch._dynamo', 'sympy'} & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")

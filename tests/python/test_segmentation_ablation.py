@@ -76,12 +76,16 @@ def test_in_small(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     report = json.loads((out / "segmentation-ablation.json").read_text())
     assert text == (out / "segmentation-ablation.md").read_text() == script.markdown(report)
-    assert len(script.launches) == 2
-    assert [(r["head"], r["directions"]) for r in report["runs"]] == [("fcn", "none"), ("segmenter", "none")]
-    assert script.launches[1][-4:-1] == ["--init", str(runs / "fcn-none-seed1" / "best.safetensors"), "--out"]
-    for run in report["runs"]:
+    assert [(r["head"], r["directions"]) for r in report["runs"]] == [
+        (head, "none") for head in ("fcn", "fcn1", "segmenter")
+    ]
+    assert len(script.launches) == 3
+    for launch, before in zip(script.launches[1:], ("fcn", "fcn1")):  # each begins with the one before
+        assert launch[-4:-1] == ["--init", str(runs / f"{before}-none-seed1" / "best.safetensors"), "--out"]
+    for run, (head, convs) in zip(report["runs"], (("fcn", 4), ("fcn", 1), ("segmenter", None))):
         facts = describe_file(str(runs / f"{run['head']}-{run['directions']}-seed1" / "best.safetensors"))
-        assert (facts["head"], facts["config"]["directions"]) == (run["head"], run["directions"])
+        assert (facts["head"], facts["config"]["directions"]) == (head, run["directions"])
+        assert facts["options"].get("convs") == convs
         assert facts["parameters"] == run["parameters"]
         assert 0 <= run["miou"] <= run["aacc"] <= 1
         assert run["updates"] == 2
@@ -92,7 +96,7 @@ def test_in_small(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
     # A stopped script goes on: what has a result is read, what has a checkpoint is continued.
     (runs / "fcn-none-seed1" / "cell.json").unlink()
     assert script.main(options) == 0
-    assert script.launches[2:] == [["train", "--resume", str(runs / "fcn-none-seed1"), "--json"]]
+    assert script.launches[3:] == [["train", "--resume", str(runs / "fcn-none-seed1"), "--json"]]
     again = json.loads((runs / "fcn-none-seed1" / "cell.json").read_text())
     assert {**again, "cpu_seconds": 1.0} == report["runs"][0]
     with pytest.raises(ValueError, match=r"was run as train .* --scenes 8 .*; name another --runs"):
@@ -102,7 +106,7 @@ def test_in_small(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_options(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, said in (
         (["--scenes", "1500"], "expected a multiple of 1000, or fewer"),
-        (["--heads", "uper"], "expected some of fcn,segmenter"),
+        (["--heads", "uper"], "expected some of fcn,fcn1,segmenter"),
         (["--seeds", "1,1"], "each once"),
     ):
         with pytest.raises(SystemExit):

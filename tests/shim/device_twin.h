@@ -152,12 +152,22 @@ inline void multiply_add(float (&d)[4], const Vec<std::uint32_t, 4>& a, const Ve
         return static_cast<double>(pair);
     };
     const int g = shim::lane() / 4, q = shim::lane() % 4;
+    double sums[4] = {d[0], d[1], d[2], d[3]};
+    for (int pair = 0; pair < 8; pair++) {  // each number converted once: whole networks spend their time here
+        const float* rows = all[4 * g + pair % 4] + pair / 4 * 2;
+        const float columns[2] = {all[8 * q + pair % 4][4 + pair / 4], all[8 * q + 4 + pair % 4][4 + pair / 4]};
+        const double a0[2] = {half(rows[0], 0), half(rows[0], 1)}, a1[2] = {half(rows[1], 0), half(rows[1], 1)};
+        const double b0[2] = {half(columns[0], 0), half(columns[0], 1)};
+        const double b1[2] = {half(columns[1], 0), half(columns[1], 1)};
+        for (int k = 0; k < 2; k++) {
+            sums[0] += a0[k] * b0[k];
+            sums[1] += a0[k] * b1[k];
+            sums[2] += a1[k] * b0[k];
+            sums[3] += a1[k] * b1[k];
+        }
+    }
     for (int i = 0; i < 4; i++) {
-        double sum = d[i];
-        for (int k = 0; k < 16; k++)
-            sum += half(all[4 * g + k % 8 / 2][i / 2 + k / 8 * 2], k % 2) *
-                   half(all[4 * (2 * q + i % 2) + k % 8 / 2][4 + k / 8], k % 2);
-        const auto y = static_cast<float>(sum);
+        const auto y = static_cast<float>(sums[i]);
         d[i] = shim::ulp_seed == 0 ? y : shim::off_by_ulps(y, y);
     }
 }

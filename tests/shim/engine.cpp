@@ -333,7 +333,9 @@ std::string at(const Where& where)
 void fill_poison(void* memory, std::size_t bytes)
 {
     auto* to = static_cast<unsigned char*>(memory);
-    for (std::size_t i = 0; i < bytes; i++) to[i] = poison[i % 4];
+    std::size_t i = 0;
+    for (; i + 4 <= bytes; i += 4) std::memcpy(to + i, poison, 4);
+    for (; i < bytes; i++) to[i] = poison[i % 4];
 }
 
 static std::atomic<bool> runs = true;

@@ -1,82 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// One Vim block: norm -> in_proj -> per direction (conv1d, x_proj, selective scan) -> gate, sum -> out_proj.
+// A Vim block: norm -> in_proj -> per direction (conv1d, x_proj, selective scan) -> gate, sum -> out_proj.
 // Long sequences run in tiles that fit the cache: the forward direction starts at the first tile, the reverse one at
 // the last, and where the second of them comes to a tile, the tile's output is finished.
 #include <algorithm>
 
-#include "core/counting.h"
-#include "core/device_scratch.h"
-#include "vimcore/model.h"
+#include "network/block_parts.h"
 
 namespace vimcore {
 
 namespace {
-
-// One pass of a scan over the tokens: which weights, which way.
-struct Route {
-    DirectionParams weights;
-    DirectionParams* gradients = nullptr;
-    bool reverse = false;
-};
-
-struct Routes {
-    Route route[2];
-    int count = 1;
-    int projections = 1;  // passes with a convolution and x_proj of their own
-};
-
-Routes routes(const BlockConfig& config, const BlockParams& params, bool reverse, BlockParams* dparams)
-{
-    Routes r;
-    r.route[0] = {params.forward, dparams ? &dparams->forward : nullptr, reverse};
-    if (!config.two_directions()) return r;
-    r.count = 2;
-    r.route[1] = {params.reverse, dparams ? &dparams->reverse : nullptr, true};
-    if (config.directions == Directions::ssm_conv) {
-        r.projections = 2;
-    } else {  // ssm: all but A_log is shared, the convolution stays causal
-        Tensor A_log = params.reverse.A_log;
-        r.route[1].weights = params.forward;
-        r.route[1].weights.A_log = A_log;
-    }
-    return r;
-}
-
-struct Sizes {
-    std::int64_t batch, len, dim, inner, state, q;  // q: elements of a row
-    DType dtype;                                    // of activations
-};
-
-Sizes sizes(const BlockConfig& config, const Tensor& x)
-{
-    const std::int64_t q = config.rank() + 2 * config.d_state;
-    return {x.size(0),      x.size(1),      config.embed_dim,
-            config.inner(), config.d_state, device_scratch::padded_columns(q, x.dtype, x.device.type),
-            x.dtype};
-}
-
-// gamma folded into out_proj: h gamma = s (gamma W)^T.
-Tensor scaled_out_proj(Context& ctx, const BlockParams& p)
-{
-    if (!p.gamma) return p.out_proj;
-    const Tensor scaled = arena_of(ctx).take(p.out_proj.shape, p.out_proj.dtype);
-    backend_of(ctx).scale_rows(ctx, {.matrix = p.out_proj, .factor = p.gamma, .out = scaled});
-    return scaled;
-}
-
-// A scratch weight is not in the cache of packed weights.
-class WithoutCache {
-public:
-    explicit WithoutCache(Context& ctx, bool apply) : ctx_(ctx), cache_(internals(ctx).cache)
-    {
-        if (apply) internals(ctx).cache = nullptr;
-    }
-    ~WithoutCache() { internals(ctx_).cache = cache_; }
-
-private:
-    Context& ctx_;
-    WeightCache* cache_;
-};
 
 void out_projection(Context& ctx, const BlockParams& p, const Tensor& weight, const Tensor& s, const Tensor& out)
 {
@@ -143,8 +75,8 @@ private:
 
         for (int p = 0; first_visit && p < places; p++) project_in(image, tile[p]);
 
-        Tensor u_of[2], q_of[2], u,
-            q;  // u, q: of all projections side by side: equal distances let a backend batch their products
+        // u, q: of all projections side by side: equal distances let a backend batch their products
+        Tensor u_of[2], q_of[2], u, q;
         ConvForwardPass conv[2];
         LinearForward x_proj[2];
         const std::int64_t batch = whole ? s_.batch : 1;
@@ -278,141 +210,6 @@ void block_forward(Context& ctx, const BlockConfig& config, const BlockParams& p
     Arena::Scope scope(arena_of(ctx));
     const std::int64_t tile = tile_length(ctx, config);
     run_together(ctx, [&] { Forward(ctx, config, params, block, saved, tile).run(); });
-}
-
-void block_backward(Context& ctx, const BlockConfig& config, const BlockParams& params, const Block& block,
-                    const BlockSaved& saved, const BlockGradients& g, BlockParams& dparams)
-{
-    if (saved.residual.numel() == 0) return;
-    Arena::Scope scope(arena_of(ctx));
-    Sizes s = sizes(config, saved.residual);
-    s.dtype = saved.q.dtype;
-    s.q = saved.q.shape[-1];
-    const Routes r = routes(config, params, block.reverse, &dparams);
-    const auto passes = static_cast<std::size_t>(r.count), projections = static_cast<std::size_t>(r.projections);
-    auto take = [&](const Shape& shape) { return arena_of(ctx).take(shape, s.dtype); };
-    const Shape sequence{s.batch, s.len, s.inner};
-
-    // out_proj, as far as its input gradient
-    const Tensor out_proj = scaled_out_proj(ctx, params);
-    const Tensor dy = take(sequence), y = take(sequence), dxz = take({s.batch, s.len, 2 * s.inner});
-    Tensor v, xz = saved.xz;
-    auto normalise = [&] {  // once more, as in forward
-        v = take(saved.residual.shape);
-        norm_forward(ctx, {.residual = saved.residual,
-                           .weight = params.norm_weight,
-                           .bias = params.norm_bias,
-                           .kind = config.norm,
-                           .eps = config.norm_eps,
-                           .out = v});
-    };
-    if (!xz) {
-        normalise();
-        xz = take(dxz.shape);
-        const LinearForward args{.x = v, .weight = params.in_proj, .y = xz};
-        linear_forward(ctx, {&args, 1});
-    }
-    {
-        WithoutCache guard(ctx, static_cast<bool>(params.gamma));
-        const LinearBackward args{.weight = out_proj, .dy = g.dout, .dx = dy};
-        linear_backward(ctx, {&args, 1});
-    }
-
-    // u again, then both scans backward. What belongs to the directions lies side by side: equal distances let a
-    // backend batch their products.
-    const Tensor us = take({r.projections, s.batch, s.len, s.inner}), dus = take(us.shape);
-    ConvForwardPass conv[2];
-    ConvBackwardPass dconv[2];
-    for (std::size_t p = 0; p < projections; p++) {
-        const Route& route = r.route[p];
-        const bool reverse = passes == projections && route.reverse;
-        conv[p] = {.reverse = reverse,
-                   .weight = route.weights.conv_weight,
-                   .bias = route.weights.conv_bias,
-                   .u = us[static_cast<std::int64_t>(p)]};
-        dconv[p] = {.reverse = reverse,
-                    .weight = route.weights.conv_weight,
-                    .bias = route.weights.conv_bias,
-                    .du = dus[static_cast<std::int64_t>(p)],
-                    .dweight = route.gradients->conv_weight,
-                    .dbias = route.gradients->conv_bias};
-    }
-    conv1d_forward(ctx, {.x = xz, .passes = {conv, projections}});
-    const Tensor dqs = take({r.count, s.batch, s.len, s.q});
-    ScanBackwardPass scan[2];
-    for (std::size_t p = 0; p < passes; p++) {
-        const std::size_t source = std::min(p, projections - 1);
-        const DirectionParams& w = r.route[p].weights;
-        const DirectionParams& d = *r.route[passes == projections ? p : 0].gradients;
-        scan[p] = {.reverse = r.route[p].reverse,
-                   .u = conv[source].u,
-                   .q = saved.q[static_cast<std::int64_t>(source)],
-                   .A_log = w.A_log,
-                   .D = w.D,
-                   .dt_weight = w.dt_weight,
-                   .dt_bias = w.dt_bias,
-                   .checkpoints = saved.checkpoints[static_cast<std::int64_t>(p)],
-                   .du = p == source ? dconv[p].du : take(sequence),
-                   .dq = dqs[static_cast<std::int64_t>(p)],
-                   .dA_log = r.route[p].gradients->A_log,
-                   .dD = d.D,
-                   .ddt_weight = d.dt_weight,
-                   .ddt_bias = d.dt_bias};
-    }
-    scan_backward(ctx, {.xz = xz,
-                        .passes = {scan, passes},
-                        .scale = config.direction_scale(),
-                        .chunk = saved.chunk,
-                        .out = y,
-                        .dout = dy,
-                        .dxz = dxz});
-    if (passes > projections) {  // both scans read the same u and q
-        add(ctx, {.a = scan[0].du, .b = scan[1].du, .out = scan[0].du});
-        add(ctx, {.a = scan[0].dq, .b = scan[1].dq, .out = scan[0].dq});
-    }
-
-    // out_proj's own gradient, now that its input is known again
-    const LinearBackward out_grad{
-        .x = y,
-        .dy = g.dout,
-        .dweight = params.gamma ? arena_of(ctx).take(params.out_proj.shape, params.out_proj.dtype) : dparams.out_proj};
-    if (params.gamma) backend_of(ctx).fill_zero(ctx, out_grad.dweight);
-    if (out_grad.dweight) linear_backward(ctx, {&out_grad, 1});
-    if (params.gamma)  // d(gamma W) into dW and dgamma
-        backend_of(ctx).scale_rows_backward(ctx, {.matrix = params.out_proj,
-                                                  .factor = params.gamma,
-                                                  .dout = out_grad.dweight,
-                                                  .dmatrix = dparams.out_proj,
-                                                  .dfactor = dparams.gamma});
-
-    // x_proj, convolution
-    LinearBackward x_proj[2];
-    for (std::size_t p = 0; p < projections; p++)
-        x_proj[p] = {.x = conv[p].u,
-                     .weight = r.route[p].weights.x_proj,
-                     .dy = scan[p].dq,
-                     .dx = dconv[p].du,
-                     .accumulate_dx = true,
-                     .dweight = r.route[p].gradients->x_proj};
-    linear_backward(ctx, {x_proj, projections});
-    conv1d_backward(ctx, {.x = xz, .passes = {dconv, projections}, .dx = dxz});
-
-    // in_proj and norm
-    if (!v) normalise();
-    const Tensor dv = take(saved.residual.shape);
-    const LinearBackward in_proj{.x = v, .weight = params.in_proj, .dy = dxz, .dx = dv, .dweight = dparams.in_proj};
-    linear_backward(ctx, {&in_proj, 1});
-    norm_backward(ctx, {.x = saved.residual,
-                        .row_scale = block.row_scale,
-                        .weight = params.norm_weight,
-                        .kind = config.norm,
-                        .eps = config.norm_eps,
-                        .dout = dv,
-                        .dresidual_out = g.dresidual_out,
-                        .dresidual = g.dresidual,
-                        .dh = g.dh,
-                        .dweight = dparams.norm_weight,
-                        .dbias = dparams.norm_bias});
 }
 
 }  // namespace vimcore

@@ -12,7 +12,7 @@ import numpy as np
 from ..data.named_files import HELP
 from ..utils import options
 from ..utils.files import printable
-from ..utils.precision import FLOATS
+from .computing import add_computing, add_img_size
 from .output import print_json
 from .progress import HELP as PROGRESS
 from .results import tell
@@ -43,22 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="images computed together (default: %(default)s); does not change the result",
     )
-    parser.add_argument(
-        "--img-size",
-        type=options.image_size,
-        metavar="N|HxW",
-        help="another image size than the file's: the position table is resized",
-    )
-    parser.add_argument(
-        "--threads", type=options.threads, help="CPU threads (default: all cores); do not change the result"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=FLOATS,
-        default="float32",
-        help="type of activations: float32, bfloat16, on cuda float16 (default: %(default)s)",
-    )
+    add_img_size(parser)
+    add_computing(parser)
     parser.add_argument("--progress", action="store_true", help=PROGRESS)
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 

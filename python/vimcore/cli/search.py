@@ -11,7 +11,7 @@ from ..data.picture_files import FORMATS_TEXT, STDIN, passed_over_text
 from ..utils import options
 from ..utils.extras import required
 from ..utils.files import printable
-from ..utils.precision import FLOATS
+from .computing import add_computing, add_img_size
 from .output import print_json, print_table
 from .progress import Progress
 from .streams import complain
@@ -49,28 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pictures that are computed at once (default: %(default)s)",
     )
-    parser.add_argument(
-        "--img-size",
-        type=options.image_size,
-        metavar="N|HxW",
-        help="another image size than the file's: the position table is resized",
-    )
+    add_img_size(parser)
     parser.add_argument(
         "--no-cache",
         action="store_true",
         help="neither use nor keep vectors of pictures; they are kept in ~/.cache/vimcore/search and used "
         "while weights, size and time of a file are the same",
     )
-    parser.add_argument(
-        "--threads", type=options.threads, help="CPU threads (default: all cores); do not change the result"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=FLOATS,
-        default="float32",
-        help="type of activations: float32, bfloat16, on cuda float16 (default: %(default)s)",
-    )
+    add_computing(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per picture")
 
 

@@ -92,7 +92,7 @@ def parameter(model: nn.Module, name: str) -> Any:
 def follow(
     model: Any, plan: Plan, kind: str, images: Tensor, layers: tuple[int, ...], position: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The outputs of one call; as those of `VisionMamba._run`.
+    """The outputs of one call; as those of `ComputingNetwork._call`.
 
     Args:
         position: of a random class token in training, where it was drawn before.

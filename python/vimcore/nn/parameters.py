@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from .. import ops
 from .._core import Config
 from ..positions import rope_tables
+from ..utils.compiling import constant_result
 from .structure import Made, as_built, made
 
 
@@ -29,7 +29,11 @@ def trunc_normal(tensor: Tensor, std: float) -> None:
 
 def empty(kind: Any, *args: Any, **options: Any) -> Any:
     """A module whose parameters are not set yet, on torch's default device."""
-    return skip_init(kind, *args, **options, device=torch.get_default_device())
+    module = kind(*args, **options, device="meta")
+    for name, parameter in module.named_parameters():
+        # not by torch.nn.utils.skip_init, which imports sympy, for a third of a second
+        setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype)))
+    return module
 
 
 def uniform(module: Any, fan_in: int) -> Any:
@@ -147,7 +151,7 @@ class _Part(nn.Module):
         self._config = config
         self._made: Made = {}
 
-    @torch.compiler.assume_constant_result
+    @constant_result
     def _facts(self) -> Facts:
         c = self._config
         plain = []

@@ -8,32 +8,28 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
-from typing import Any, NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .._core import Config, Draws, Saved
-from ..autograd.checks import is_followed, refuse_tracing, refuse_wrapped, tracing_refusal
-from ..autograd.draws import NONE, draw
-from ..autograd.network import Core, NetworkFunction, Request
-from ..positions import resize_pos_embed, rope_tables
-from ..utils.arguments import boolean, integer
+from .._core import Config
+from ..autograd.checks import refuse_wrapped
+from ..positions import resize_pos_embed
+from ..utils.arguments import integer
 from . import saving
+from .computing import ComputingNetwork
 from .constant import ENTERING, ConstantWeights
-from .following import Plan, at_size, follow, plan_of
-from .inputs import checked_images
-from .layerwise import layerwise
-from .parameters import Layer, PatchEmbed, Rope, Scale, empty, equip, trunc_normal
+from .following import Plan, at_size
+from .parameters import Layer, PatchEmbed, Rope, Scale, empty, trunc_normal
 from .readout import activations_like, layer_indices, map_shape, patches_of, readout
-from .sharing import SharedNetwork
-from .structure import Places, does_more, made
+from .structure import made
 
 Network = TypeVar("Network", bound="VisionMamba")
 _NOT_OF_CONFIG = ("self", "memory", "dynamic_img_size", "__class__")  # among what the constructor sees
 
 
-class VisionMamba(SharedNetwork):
+class VisionMamba(ComputingNetwork):
     """Vision Mamba: patches, class token, bidirectional Mamba blocks, linear head.
 
     Submodules only hold parameters: the whole network is one call of the C++ core. Hooks on submodules,
@@ -88,7 +84,6 @@ class VisionMamba(SharedNetwork):
     """
 
     _described = True  # by its configuration; a class derived from it may have other tensors
-    dynamic_img_size = False  # of networks that an earlier version pickled
 
     def __init__(
         self,
@@ -123,15 +118,7 @@ class VisionMamba(SharedNetwork):
         dynamic_img_size: bool = False,
     ) -> None:
         given = {key: value for key, value in locals().items() if key not in _NOT_OF_CONFIG}
-        super().__init__()
-        self._config = Config(**given)
-        Saved.chunk(str(memory))  # names a wrong one
-        self.memory = memory
-        self.dynamic_img_size = boolean("[VisionMamba] dynamic_img_size", dynamic_img_size)
-        self._core: Core | None = None
-        self._places: Places | None = None
-        self._constant: tuple[ConstantWeights, ...] = ()  # entered, the last one holds
-
+        super().__init__(Config(**given), memory, dynamic_img_size)
         c = self._config
         self.embed_dim = self.num_features = embed_dim = c.embed_dim  # Python's types, whatever came in
         for name, shape in c.param_shapes().items():
@@ -219,11 +206,6 @@ class VisionMamba(SharedNetwork):
         trunc_normal(head.weight, 0.02)
         nn.init.zeros_(head.bias)
         return head
-
-    def train(self, mode: bool = True) -> VisionMamba:
-        if not mode and self._core is not None:
-            self._core.network.release()  # what training keeps from step to step
-        return super().train(mode)
 
     # ---- files ---------------------------------------------------------------------------------------------
 
@@ -344,127 +326,6 @@ class VisionMamba(SharedNetwork):
         weight: Tensor = attrgetter(name)(self)
         return weight
 
-    def _head_is_fused(self) -> bool:
-        head = getattr(self, "head", None)
-        if head is None:
-            raise RuntimeError(
-                "[VisionMamba] head: expected a module, got none; for a network without a head: "
-                "reset_classifier(0)"
-            )
-        if does_more(head):
-            return False
-        return type(head) is nn.Identity or (
-            type(head) is nn.Linear
-            and head.in_features == self._config.readout_width
-            and head.bias is not None
-        )
-
-    def _call(
-        self, kind: str, images: Tensor, layers: tuple[int, ...] = (), position: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        if is_followed():
-            refuse_tracing("VisionMamba")
-            plan = self._plan(kind, layers)
-            run = layerwise if plan.calls_modules else follow
-            return run(self, plan, kind, images, layers, position)
-        entered = self._constant
-        if entered and not (entered[-1].computed and torch.is_grad_enabled()):
-            core, params, constant = entered[-1].core, entered[-1].params, entered[-1].weights
-        else:
-            core, places, constant = *self._bound_places(), None
-            if places.called:
-                return layerwise(self, self._plan(kind, layers), kind, images, layers, position)
-            params = self._tensors(core, places)
-        images = checked_images(images, params[0], self._config, self.dynamic_img_size)
-        self._config_for(images)  # says which size is out of range
-        differentiated = False
-        if torch.is_grad_enabled():
-            part = core.taking_part(kind, layers)
-            differentiated = images.requires_grad or any(p.requires_grad for p, t in zip(params, part) if t)
-        request = Request(kind, layers, self._draws(kind, images, position), self.memory)
-        if differentiated:
-            return NetworkFunction.apply(core, request, constant, images, *params)
-        return core.run(request, images, params, None, constant)
-
-    def _known(self) -> Plan | Config:
-        """What is known of the network: for a compiler in plain values."""
-        return self._plan("tokens", ()) if torch.compiler.is_compiling() else self._config
-
-    @torch.compiler.assume_constant_result
-    def _plan(self, kind: str, layers: tuple[int, ...]) -> Plan:
-        core, places = self._bound_places()
-        plan: Plan | None = places.plans.get((kind, layers))
-        if plan is None:
-            plan = plan_of(core.config, self._head_is_fused(), bool(places.called), kind, layers)
-            places.plans[kind, layers] = plan
-        return plan
-
-    @torch.compiler.assume_constant_result
-    def _plan_at(self, height: int, width: int) -> Plan:
-        """The same for images of another size."""
-        core, places = self._bound_places()
-        at = core.at(height, width)
-        return plan_of(at, self._head_is_fused(), bool(places.called), "tokens", ())
-
-    @torch.compiler.assume_constant_result
-    def _rotations(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        return rope_tables(self._network().at(height, width).to_dict())
-
-    def _config_for(self, images: Any) -> Config:
-        """The configuration with the size of these images, where any is allowed."""
-        ndim = 5 if self._config.frames else 4
-        if not self.dynamic_img_size or not isinstance(images, Tensor) or images.ndim != ndim:
-            return self._config
-        return self._network().at(*images.shape[-2:])
-
-    def _network(self) -> Core:
-        classes = self.num_classes if self._head_is_fused() else 0
-        core = self._core
-        if core is None or core.config.num_classes != classes:
-            core = Core(self._config.replace(num_classes=classes))
-            self._core, self._places = core, None
-        return core
-
-    def _weights(self) -> tuple[Core, list[Tensor]]:
-        """The core's network, and its parameters in its order.
-
-        Raises:
-            RuntimeError: something hangs on a submodule that who reads weights alone would pass over.
-            TypeError: a parameter is no plain tensor.
-        """
-        core, places = self._bound_places()
-        if places.called:
-            raise RuntimeError(places.called[0])
-        return core, self._tensors(core, places)
-
-    def _bound_places(self) -> tuple[Core, Places]:
-        core = self._network()
-        places = self._places  # other threads may set it meanwhile
-        if places is None or not places.hold(self):
-            self._places = None
-            places = Places(self, core.names, self._made)
-            if faults := self._rotation_faults():
-                raise RuntimeError(
-                    f"[VisionMamba] {'; '.join(faults)}; the core computes its own rotations and would "
-                    "ignore these: build the network with their rope_grid, or put the constructor's back"
-                )
-            self._places = places
-        return core, places
-
-    def _tensors(self, core: Core, places: Places) -> list[Tensor]:
-        params = places.tensors(self)
-        refuse_wrapped("VisionMamba", core.names, params)
-        return params
-
-    def _rotation_faults(self) -> list[str]:
-        if not self._config.rope:
-            return []
-        tables = {f"rope.{key}": table for key, table in self.rope.named_buffers()}
-        refuse_wrapped("VisionMamba", list(tables), list(tables.values()))
-        if is_followed() and not {Tensor} >= set(map(type, tables.values())):
-            return []  # a tracer's, which hold nothing
-        return self.rope.faults(self.config)
-
     # ---- weights that change -------------------------------------------------------------------------------
 
     def weights_changed(self) -> None:
@@ -492,31 +353,3 @@ class VisionMamba(SharedNetwork):
             with ENTERING:  # not always the last one: threads and generators leave in any order
                 self._constant = tuple(other for other in self._constant if other is not constant)
         constant.check(self)
-
-    def _draws(self, kind: str, images: Tensor, position: Tensor | None) -> Draws:
-        """The random draws of one forward in training; a position of the class token may be given."""
-        if not self.training:
-            return NONE
-        drawn = position is None and kind == "logits" and self._head_is_fused()
-        return draw(
-            self._config_for(images), images, None if drawn else -1 if position is None else int(position)
-        )
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        """What torch.jit.script asks for."""
-        raise RuntimeError(tracing_refusal("VisionMamba", "torch.jit.script"))
-
-    # ---- copies --------------------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_core": None, "_places": None, "_constant": ()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        equip(self, self._config, self._made)  # what an earlier version pickled lacks it
-
-    def _replicate_for_data_parallel(self) -> VisionMamba:
-        replica = super()._replicate_for_data_parallel()
-        replica._core = replica._places = None  # those of the original
-        replica._constant = ()
-        return replica

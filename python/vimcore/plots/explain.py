@@ -9,51 +9,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from ..utils.files import shortened
+from .panels import (
+    FRAME,
+    HEAT,
+    SIGNED,
+    Array,
+    View,
+    axes_grid,
+    bare_axes,
+    draw_heat,
+    draw_photo,
+    heading,
+    panel_size,
+    tag_axes,
+)
 from .style import BLUE, INK, MUTED, ORANGE, PAPER, new_figure, plain_text, save_figure, tidy
 
-Array = NDArray[np.floating[Any]]
-HEAT = LinearSegmentedColormap.from_list(
-    "vimcore_heat", ["#0b0b2a00", "#5b1a8fb0", "#d1345bd8", "#f9a03fee", "#fff3b0ff"]
-)
-SIGNED = LinearSegmentedColormap.from_list(
-    "vimcore_signed", ["#1d4ed8f4", "#5f8df0b8", "#ffffff00", "#f0735fb8", "#b91c1cf4"]
-)
 LEVELS = LinearSegmentedColormap.from_list(
     "vimcore_levels", ["#12123a", "#3b2a7e", "#2f6f9f", "#3fb08f", "#d9e36b", "#fffde0"]
 )
 FIELD = LinearSegmentedColormap.from_list(
     "vimcore_field", ["#ffffff", "#cfe3f7", "#7fb2e5", "#3366cc", "#22223b"]
 )
-FRAME = "#d9dce6"
-COARSE = 8  # patches a side
 DECADES = 3  # of the scale of attention
 SQUARES = ("#d62839", "#f28e2b", "#2a9d5c", "#8a8fa3")
-
-
-class View(NamedTuple):
-    """A picture as the network sees it, and where its patches lie.
-
-    Attributes:
-        pixels: (H, W, 3) from 0 to 1.
-        extent: left, right, bottom, top of the grid of patches in pixels, as matplotlib takes it.
-    """
-
-    pixels: Array
-    extent: tuple[float, float, float, float]
-
-
-def view_of(pixels: Array, patch: int, stride: int, grid: tuple[int, int]) -> View:
-    """A patch covers the pixels nearest to its centre, so that overlapping ones lie side by side."""
-    margin = (patch - stride) / 2 - 0.5
-    bottom, right = margin + stride * grid[0], margin + stride * grid[1]
-    return View(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), (margin, right, bottom, margin))
 
 
 class Evidence(NamedTuple):
@@ -73,71 +57,7 @@ class Evidence(NamedTuple):
     areas: tuple[float, float]
 
 
-# ---- panels ------------------------------------------------------------------------------------------------
-
-
-def _bare(axes: Axes, view: View) -> None:
-    """No ticks, a thin frame, the limits of the picture."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    height, width = view.pixels.shape[:2]
-    axes.set_xlim(-0.5, width - 0.5)
-    axes.set_ylim(height - 0.5, -0.5)
-    for spine in axes.spines.values():
-        spine.set_color(FRAME)
-        spine.set_linewidth(0.8)
-
-
-def _photo(axes: Axes, view: View, under: str = "") -> None:
-    """The picture; under "dark" or "light" heat, without its colours."""
-    pixels = np.asarray(view.pixels, np.float64)
-    if under:
-        grey = pixels @ [0.299, 0.587, 0.114]
-        grey = 0.55 * grey if under == "dark" else 0.62 + 0.38 * grey
-        pixels = np.repeat(grey[..., None], 3, axis=2)
-    smooth = "bicubic" if max(pixels.shape[:2]) < 128 else "antialiased"
-    axes.imshow(pixels.clip(0, 1), interpolation=smooth, vmin=0, vmax=1)
-    _bare(axes, view)
-
-
-def _over(axes: Axes, view: View, heat: Array, cmap: Any, low: float, high: float) -> Any:
-    """Heat over a picture that is there already."""
-    by_pixel = heat.shape == view.pixels.shape[:2]
-    height, width = view.pixels.shape[:2]
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5) if by_pixel else view.extent
-    coarse = max(heat.shape) <= COARSE  # so few patches are shown as they are; hermite keeps peaks
-    image = axes.imshow(
-        heat,
-        cmap=cmap,
-        vmin=low,
-        vmax=high,
-        extent=extent,
-        interpolation="nearest" if coarse else "hermite",
-        alpha=0.8 if coarse else 1,
-    )
-    _bare(axes, view)
-    return image
-
-
-def _grid(figure: Any, box: tuple[float, float, float, float], rows: int, columns: int, gap: float) -> Any:
-    """Axes (rows, columns) within left, bottom, width, height in inches, `gap` inches between them."""
-    wide, high = figure.get_size_inches()
-    left, bottom, width, height = box
-    cell = (width - gap * (columns - 1)) / columns, (height - gap * (rows - 1)) / rows
-    return [
-        [
-            figure.add_axes(
-                (
-                    (left + c * (cell[0] + gap)) / wide,
-                    (bottom + height - (r + 1) * cell[1] - r * gap) / high,
-                    cell[0] / wide,
-                    cell[1] / high,
-                )
-            )
-            for c in range(columns)
-        ]
-        for r in range(rows)
-    ]
+# ---- attention ---------------------------------------------------------------------------------------------
 
 
 def _decades(share: Array) -> Array:
@@ -147,7 +67,7 @@ def _decades(share: Array) -> Array:
 
 def _scale(figure: Any, box: tuple[float, float, float, float]) -> None:
     """The scale of attention, as a bar."""
-    ((axes,),) = _grid(figure, box, 1, 1, 0)
+    ((axes,),) = axes_grid(figure, box, 1, 1, 0)
     axes.imshow(np.linspace(0, 1, 256)[None], cmap=HEAT, aspect="auto", extent=(-DECADES, 0, 0, 1))
     axes.set_facecolor("#1b1b28")
     axes.set_yticks([])
@@ -157,30 +77,6 @@ def _scale(figure: Any, box: tuple[float, float, float, float]) -> None:
     axes.get_xticklabels()[-1].set_ha("right")
     for spine in axes.spines.values():
         spine.set_color(FRAME)
-
-
-def _shape(view: View, side: float) -> tuple[float, float]:
-    """Width and height in inches of a picture whose longer side is `side`."""
-    height, width = view.pixels.shape[:2]
-    scale = side / max(height, width)
-    return width * scale, height * scale
-
-
-def _head(figure: Any, title: str, note: str) -> None:
-    high = figure.get_size_inches()[1]
-    figure.text(0, 1 - 0.05 / high, title, color=INK, weight="bold", size=12, va="top")
-    figure.text(0, 1 - 0.34 / high, note, color=MUTED, size=9, va="top")
-
-
-def _tag(axes: Axes, text: str) -> None:
-    """A short text in the corner of a panel."""
-    box = {"facecolor": INK, "edgecolor": "none", "alpha": 0.72, "boxstyle": "square,pad=0.2"}
-    axes.text(
-        0.03, 0.965, text, transform=axes.transAxes, va="top", ha="left", color=PAPER, size=6.5, bbox=box
-    )
-
-
-# ---- attention ---------------------------------------------------------------------------------------------
 
 
 def columns_for(panels: int) -> int:
@@ -206,17 +102,17 @@ def plot_attention(
     """
     columns = columns_for(len(layers))
     rows = -(-len(layers) // columns)
-    cell = _shape(view, min(max(4.4 / columns, 0.82), 1.5))
+    cell = panel_size(view, min(max(4.4 / columns, 0.82), 1.5))
     gap, top = 0.05, 0.95
     block = columns * cell[0] + (columns - 1) * gap, rows * cell[1] + (rows - 1) * gap
-    photo = _shape(view, min(2.2, max(block[1], 1.4)))
+    photo = panel_size(view, min(2.2, max(block[1], 1.4)))
     between = 0.3
     wide, high = photo[0] + 2 * (block[0] + between), max(block[1], photo[1] + 0.4) + top
     figure = new_figure(wide, high)
     note = "weight of every patch in this token's output, mean over channels; a layer's largest weight is 1"
-    _head(figure, title, note)
-    ((axes,),) = _grid(figure, (0, high - top - photo[1], *photo), 1, 1, 0)
-    _photo(axes, view)
+    heading(figure, title, note)
+    ((axes,),) = axes_grid(figure, (0, high - top - photo[1], *photo), 1, 1, 0)
+    draw_photo(axes, view)
     if token is not None:
         axes.plot(*token, "o", ms=9, mfc="none", mec=PAPER, mew=3.2)
         axes.plot(*token, "o", ms=9, mfc="none", mec=ORANGE, mew=1.6)
@@ -225,15 +121,15 @@ def plot_attention(
     for direction, name in enumerate(("forward scan", "reverse scan")):
         left = photo[0] + between + direction * (block[0] + between)
         figure.text(left / wide, 1 - (top - 0.06) / high, name, color=INK, size=9.5, va="bottom")
-        panels = _grid(figure, (left, high - top - block[1], *block), rows, columns, gap)
+        panels = axes_grid(figure, (left, high - top - block[1], *block), rows, columns, gap)
         flat = [axes for line in panels for axes in line]
         for axes in flat[len(layers) :]:
             axes.axis("off")
         for axes, layer, both, top_value in zip(flat, layers, maps, largest):
-            _photo(axes, view, "dark")
+            draw_photo(axes, view, "dark")
             if both[direction].any():
-                _over(axes, view, _decades(both[direction] / top_value), HEAT, -DECADES, 0)
-            _tag(axes, f"{layer}" if both[direction].any() else f"{layer}: none")
+                draw_heat(axes, view, _decades(both[direction] / top_value), HEAT, -DECADES, 0)
+            tag_axes(axes, f"{layer}" if both[direction].any() else f"{layer}: none")
     save_figure(figure, path)
 
 
@@ -245,19 +141,19 @@ def plot_maps(
     view: View, maps: Sequence[tuple[str, Array]], title: str, note: str, path: Path, side: float = 2.7
 ) -> None:
     """The picture, and beside it maps (h, w) over it, each up to its largest value; negative ones in blue."""
-    cell = _shape(view, side)
+    cell = panel_size(view, side)
     gap, top = 0.15, 0.95
     wide = (len(maps) + 1) * cell[0] + len(maps) * gap
     figure = new_figure(wide, cell[1] + top)
-    _head(figure, title, note)
-    (panels,) = _grid(figure, (0, 0, wide, cell[1]), 1, len(maps) + 1, gap)
-    _photo(panels[0], view)
+    heading(figure, title, note)
+    (panels,) = axes_grid(figure, (0, 0, wide, cell[1]), 1, len(maps) + 1, gap)
+    draw_photo(panels[0], view)
     panels[0].set_title("input", color=INK, size=9.5, loc="left", pad=4)
     for axes, (name, heat) in zip(panels[1:], maps):
         signed = bool((heat < 0).any())
-        _photo(axes, view, "light" if signed else "dark")
+        draw_photo(axes, view, "light" if signed else "dark")
         top_value = float(abs(heat).max()) or 1.0
-        _over(axes, view, heat, SIGNED if signed else HEAT, -top_value if signed else 0, top_value)
+        draw_heat(axes, view, heat, SIGNED if signed else HEAT, -top_value if signed else 0, top_value)
         axes.set_title(shortened(name, 40), color=INK, size=9.5, loc="left", pad=4)
     save_figure(figure, path)
 
@@ -267,17 +163,17 @@ def plot_norms(view: View, norms: Array, layers: Sequence[int], title: str, path
     """Norms (layers, h, w) as a grid, each layer on its own scale, and their spread over the layers."""
     columns = columns_for(len(layers))
     rows = -(-len(layers) // columns)
-    cell = _shape(view, min(max(5.2 / columns, 0.9), 1.7))
+    cell = panel_size(view, min(max(5.2 / columns, 0.9), 1.7))
     gap, top, curve = 0.05, 0.7, 3.1
     block = columns * cell[0] + (columns - 1) * gap, rows * cell[1] + (rows - 1) * gap
     wide, high = block[0] + 0.75 + curve, max(block[1], 2.2) + top
     figure = new_figure(wide, high)
-    _head(
+    heading(
         figure,
         title,
         "lengths of the patches' tokens; each layer from its smallest (dark) to its largest value",
     )
-    panels = _grid(figure, (0, high - top - block[1], *block), rows, columns, gap)
+    panels = axes_grid(figure, (0, high - top - block[1], *block), rows, columns, gap)
     flat = [axes for line in panels for axes in line]
     for axes in flat[len(layers) :]:
         axes.axis("off")
@@ -286,10 +182,10 @@ def plot_norms(view: View, norms: Array, layers: Sequence[int], title: str, path
         axes.imshow(
             values, cmap=LEVELS, vmin=low, vmax=high_value, extent=view.extent, interpolation="nearest"
         )
-        _bare(axes, view)
-        _tag(axes, f"{layer}:  {low:.3g} to {high_value:.3g}")
+        bare_axes(axes, view)
+        tag_axes(axes, f"{layer}:  {low:.3g} to {high_value:.3g}")
     height = max(block[1], 2.2) - 0.35
-    ((axes,),) = _grid(figure, (block[0] + 0.75, high - top - height, curve, height), 1, 1, 0)
+    ((axes,),) = axes_grid(figure, (block[0] + 0.75, high - top - height, curve, height), 1, 1, 0)
     flat_norms = norms.reshape(len(layers), -1)
     quantiles = np.quantile(flat_norms, [0, 0.25, 0.5, 0.75, 1], axis=1)
     order = np.argsort(layers)
@@ -312,23 +208,23 @@ def plot_evidence(
     view: View, rows: Sequence[Evidence], signed: bool, title: str, note: str, path: Path
 ) -> None:
     """A row per class: the evidence over the picture, and the curves of deletion and insertion."""
-    cell = _shape(view, 2.5)
+    cell = panel_size(view, 2.5)
     gap, top, curve, apart = 0.15, 0.62, 2.9, 0.36
     wide = 2 * cell[0] + gap + 0.6 + curve
     each = cell[1] + apart
     high = len(rows) * each + top
     figure = new_figure(wide, high)
-    _head(figure, title, note)
+    heading(figure, title, note)
     for k, row in enumerate(rows):
         bottom = high - top - (k + 1) * each + 0.1
-        ((left, right),) = _grid(figure, (0, bottom, 2 * cell[0] + gap, cell[1]), 1, 2, gap)
-        _photo(left, view)
+        ((left, right),) = axes_grid(figure, (0, bottom, 2 * cell[0] + gap, cell[1]), 1, 2, gap)
+        draw_photo(left, view)
         left.set_title(shortened(row.title, 44), color=INK, weight="bold", size=9.5, loc="left", pad=4)
         largest = float(abs(row.heat).max()) or 1.0
-        _photo(right, view, "light" if signed else "dark")
-        _over(right, view, row.heat, SIGNED if signed else HEAT, -largest if signed else 0, largest)
+        draw_photo(right, view, "light" if signed else "dark")
+        draw_heat(right, view, row.heat, SIGNED if signed else HEAT, -largest if signed else 0, largest)
         box = (2 * cell[0] + gap + 0.6, bottom + 0.28, curve, cell[1] - 0.28)
-        ((axes,),) = _grid(figure, box, 1, 1, 0)
+        ((axes,),) = axes_grid(figure, box, 1, 1, 0)
         for y, colour, name, area in (
             (row.insertion, BLUE, "inserted", row.areas[1]),
             (row.deletion, ORANGE, "deleted", row.areas[0]),
@@ -361,14 +257,14 @@ def plot_field(
 ) -> None:
     """A receptive field (H, W) from 0 to 1 with the squares that hold its shares, and the table of these."""
     view = View(np.zeros((*shown.shape, 3)), (-0.5, shown.shape[1] - 0.5, shown.shape[0] - 0.5, -0.5))
-    cell = _shape(view, 4.0)
+    cell = panel_size(view, 4.0)
     top, table = 0.72, 2.5
     wide, high = cell[0] + 0.35 + table, cell[1] + top
     figure = new_figure(wide, high)
-    _head(figure, title, note)
-    ((axes,),) = _grid(figure, (0, 0, *cell), 1, 1, 0)
+    heading(figure, title, note)
+    ((axes,),) = axes_grid(figure, (0, 0, *cell), 1, 1, 0)
     axes.imshow(shown, cmap=FIELD, vmin=0, vmax=1, extent=view.extent, interpolation="antialiased")
-    _bare(axes, view)
+    bare_axes(axes, view)
     left, line = (cell[0] + 0.35) / wide, 0.30 / high
     y = 1 - (top + 0.1) / high
     columns = (left, left + 0.95 / wide, left + 1.75 / wide)
@@ -393,18 +289,18 @@ def plot_colours(views: Sequence[View], colours: Array, title: str, note: str, p
     """Pictures, and right of each the features of its patches as colours (n, h, w, 3)."""
     columns = min(4, len(views)) if len(views) > 2 else len(views)
     rows = -(-len(views) // columns)
-    cell = _shape(views[0], 1.6 if len(views) > 2 else 2.4)
+    cell = panel_size(views[0], 1.6 if len(views) > 2 else 2.4)
     gap, top, apart = 0.06, 0.72, 0.22
     pair = 2 * cell[0] + gap
     wide = columns * pair + (columns - 1) * apart
     high = rows * cell[1] + (rows - 1) * gap * 2 + top
     figure = new_figure(wide, high)
-    _head(figure, title, note)
+    heading(figure, title, note)
     for k, (view, values) in enumerate(zip(views, colours)):
         left = (k % columns) * (pair + apart)
         bottom = high - top - (k // columns + 1) * cell[1] - (k // columns) * gap * 2
-        ((photo, map_),) = _grid(figure, (left, bottom, pair, cell[1]), 1, 2, gap)
-        _photo(photo, view)
+        ((photo, map_),) = axes_grid(figure, (left, bottom, pair, cell[1]), 1, 2, gap)
+        draw_photo(photo, view)
         map_.imshow(values.clip(0, 1), extent=view.extent, interpolation="nearest")
-        _bare(map_, view)
+        bare_axes(map_, view)
     save_figure(figure, path)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from numpy.typing import NDArray
 
 from .. import _core
@@ -25,14 +24,12 @@ from ..data.picture_files import read_file
 from ..data.pictures import decode
 from ..tasks.classification.predictions import Predictions, read_predictions
 from ..utils.files import shortened
+from .confusion import annotate, draw_confusion
 from .curves import Scored
 from .run_folders import plot_run_folders
-from .style import BLUE, GREEN, INK, MUTED, NAME, PAPER, RED, new_figure, plain_text, save_figure
+from .style import GREEN, INK, MUTED, NAME, RED, new_figure, plain_text, save_figure
 
 SCORED = Scored("cross-entropy", "right answers, %", ("top1", "top5"), ("top-1", "top-5"))
-SHADES = LinearSegmentedColormap.from_list("shades", [PAPER, "#c9d8f2", BLUE, "#1b2a5c"])
-NAMED = 60  # classes whose names fit beside the matrix
-COUNTED = 25  # classes whose counts fit into it
 SIDE = 192  # pixels of a picture among the mistakes
 
 
@@ -42,29 +39,11 @@ SIDE = 192  # pixels of a picture among the mistakes
 @plain_text
 def plot_confusion(answers: Predictions, path: Path, title: str = "") -> None:
     """Confusion matrix: rows are true classes, columns predictions; the most frequent confusions as text."""
-    classes = len(answers.names)
-    matrix = np.zeros((classes, classes), np.int64)
-    np.add.at(matrix, (answers.labels, answers.predictions), 1)
+    matrix = answers.confusion()
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    side = min(max(0.42 * classes, 4.0), 11.0)
-    figure = new_figure(side + 1.2, side + 0.6)
-    axes = figure.subplots()
-    image = axes.imshow(100 * share, cmap=SHADES, norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
-    axes.set_xlabel("taken for", color=INK)
-    axes.set_ylabel("is", color=INK)
-    axes.tick_params(colors=INK, length=0)
-    for spine in axes.spines.values():
-        spine.set_color("#d9dce6")
-    if classes <= NAMED:
-        names = [shortened(name, 16) for name in answers.names]
-        size = 9 if classes <= COUNTED else 6
-        axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
-        axes.set_yticks(range(classes), names, fontsize=size)
-    if classes <= COUNTED:
-        for row, column in zip(*np.nonzero(matrix)):
-            colour = PAPER if share[row, column] > 0.25 else INK
-            count = f"{matrix[row, column]}"
-            axes.text(column, row, count, ha="center", va="center", color=colour, fontsize=8)
+    figure, axes, image, side = draw_confusion(
+        share, answers.names, lambda row, column: f"{matrix[row, column] or ''}"
+    )
     scale = axes.inset_axes((1 + 0.12 / side, 0, 0.16 / side, 1))
     bar = figure.colorbar(image, cax=scale, ticks=[0, 1, 5, 10, 25, 50, 100])
     scale.set_xlabel("% of row", color=INK, fontsize=8)
@@ -73,10 +52,7 @@ def plot_confusion(answers: Predictions, path: Path, title: str = "") -> None:
     right = int((answers.labels == answers.predictions).sum())
     head = f"{shortened(title, NAME)}: " if title else ""
     text = f"{head}{right} of {len(answers.labels)} right, {100 * right / len(answers.labels):.2f} %"
-    axes.set_title(text, color=INK, weight="bold", loc="left", fontsize=11)
-    beside: dict[str, Any] = {"xytext": (66, 0), "textcoords": "offset points", "va": "top"}
-    words = "\n".join(confusions(matrix, answers.names))
-    axes.annotate(words, (1, 1), xycoords="axes fraction", color=INK, fontsize=9, linespacing=1.5, **beside)
+    annotate(axes, text, confusions(matrix, answers.names), 66)
     save_figure(figure, path)
 
 

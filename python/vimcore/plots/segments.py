@@ -10,19 +10,17 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib.colors import PowerNorm
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from ..tasks.segmentation.answers import Answers, Worst, read_answers
 from ..utils.files import shortened
+from .confusion import annotate, draw_confusion
 from .curves import Scored
 from .run_folders import plot_run_folders
-from .runs import COUNTED, NAMED, SHADES
-from .style import INK, MUTED, NAME, PAPER, new_figure, plain_text, save_figure
+from .style import INK, MUTED, NAME, new_figure, plain_text, save_figure
 
 SCORED = Scored(
     "cross-entropy", "mIoU, %", ("miou", "macc", "aacc"), ("mIoU", "mean accuracy", "right pixels")
@@ -36,35 +34,18 @@ UNKNOWN = np.array([150, 155, 175], np.uint8)  # pixels that do not count
 @plain_text
 def plot_confusion(answers: Answers, path: Path, title: str = "") -> None:
     """Shares of the pixels of each class (row) that were taken for each class (column); IoU beside it."""
-    classes, found = len(answers.names), answers.figures()
+    found = answers.figures()
     share = answers.counts / np.maximum(answers.counts.sum(1, keepdims=True), 1)
-    side = min(max(0.42 * classes, 4.0), 11.0)
-    figure = new_figure(side + 1.2, side + 0.6)
-    axes = figure.subplots()
-    axes.imshow(100 * share, cmap=SHADES, norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
-    axes.set_xlabel("taken for", color=INK)
-    axes.set_ylabel("is", color=INK)
-    axes.tick_params(colors=INK, length=0)
-    for spine in axes.spines.values():
-        spine.set_color("#d9dce6")
-    if classes <= NAMED:
-        names = [shortened(name, 16) for name in answers.names]
-        size = 9 if classes <= COUNTED else 6
-        axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
-        axes.set_yticks(range(classes), names, fontsize=size)
-    if classes <= COUNTED:
-        for row, column in zip(*np.nonzero(share >= 0.005)):
-            colour = PAPER if share[row, column] > 0.25 else INK
-            text = f"{100 * share[row, column]:.0f}"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+
+    def percent(row: int, column: int) -> str:
+        return f"{100 * share[row, column]:.0f}" if share[row, column] >= 0.005 else ""
+
+    figure, axes, *_ = draw_confusion(share, answers.names, percent)
     head = f"{shortened(title, NAME)}: " if title else ""
     text = f"{head}{_percent(found.miou)} mIoU, % of the pixels of each row"
-    axes.set_title(text, color=INK, weight="bold", loc="left", fontsize=11)
     order = [int(i) for i in np.argsort(found.iou, kind="stable") if not np.isnan(found.iou[i])][:LISTED]
     lines = [f"{_percent(found.iou[i])}  {shortened(answers.names[i], 28)}" for i in order]
-    beside: dict[str, Any] = {"xytext": (16, 0), "textcoords": "offset points", "va": "top"}
-    words = "\n".join(["smallest IoU", *lines])
-    axes.annotate(words, (1, 1), xycoords="axes fraction", color=INK, fontsize=9, linespacing=1.5, **beside)
+    annotate(axes, text, ["smallest IoU", *lines], 16)
     save_figure(figure, path)
 
 

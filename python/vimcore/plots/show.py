@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..data.given import KINDS, given, thumbnail
 from ..results import Prediction, Predictions
 from ..utils.files import shortened
-from .explain import HEAT, SIGNED
+from .panels import HEAT, SIGNED
 from .style import INK, new_figure, plain_text, save_figure
 
 MOST = 64  # panels of a figure

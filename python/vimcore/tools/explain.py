@@ -27,6 +27,7 @@ from ..data.picture_files import read_file, reason
 from ..data.pictures import network_input
 from ..io import load_model
 from ..plots import explain as plots
+from ..plots.panels import View, view_of
 from ..utils.files import literal
 from ..weights.metadata import task_of_file, unpack
 
@@ -220,7 +221,7 @@ class Explainer:
             found.written.append(str(path))
 
     def _rollout(
-        self, view: plots.View, images: Tensor, targets: list[int], found: Explained, name: str, path: Path
+        self, view: View, images: Tensor, targets: list[int], found: Explained, name: str, path: Path
     ) -> None:
         start = self.wishes.start
         if self.config.tokens > MOST:
@@ -236,7 +237,7 @@ class Explainer:
         plots.plot_maps(view, [(text, _array(x[0])) for text, x in maps], title, note, path)
 
     def _evidence(
-        self, view: plots.View, images: Tensor, targets: list[int], found: Explained, what: str, path: Path
+        self, view: View, images: Tensor, targets: list[int], found: Explained, what: str, path: Path
     ) -> None:
         rows = []
         for target, entry in zip(targets, found.targets):
@@ -305,13 +306,13 @@ class Explainer:
 
     # ---- names ---------------------------------------------------------------------------------------------
 
-    def _view(self, images: Tensor) -> plots.View:
+    def _view(self, images: Tensor) -> View:
         """The picture as the network sees it."""
         mean, std = (
             np.asarray(v, np.float32)[:, None, None] for v in (self.preprocess.mean, self.preprocess.std)
         )
         pixels = np.moveaxis(_array(images[0]) * std + mean, 0, 2).clip(0, 1)
-        return plots.view_of(pixels, self.config.patch_size, self.config.stride, self.config.grid)
+        return view_of(pixels, self.config.patch_size, self.config.stride, self.config.grid)
 
     def _stem(self, path: str) -> str:
         """The picture's name without suffix, numbered where it came before."""

@@ -8,8 +8,8 @@ import importlib
 
 from ...data.named_files import HELP
 from ...utils import options
-from ...utils.precision import FLOATS
 from ...weights.metadata import task_of_file
+from ..computing import add_computing, add_img_size
 from ..progress import HELP as PROGRESS
 
 
@@ -29,28 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of classes to show (default: %(default)s)",
     )
     parser.add_argument("--logits", action="store_true", help="also print the logits of all classes")
-    parser.add_argument(
-        "--threads", type=options.threads, help="CPU threads (default: all cores); do not change the result"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=FLOATS,
-        default="float32",
-        help="type of activations: float32, bfloat16, on cuda float16 (default: %(default)s)",
-    )
+    add_computing(parser)
     parser.add_argument(
         "--batch",
         type=options.positive,
         metavar="N",
         help="classifiers: images computed together (default: 8); does not change the result",
     )
-    parser.add_argument(
-        "--img-size",
-        type=options.image_size,
-        metavar="N|HxW",
-        help="classifiers: another image size than the file's: the position table is resized",
-    )
+    add_img_size(parser, "classifiers: ")
     parser.add_argument(
         "--out",
         metavar="FILE|FOLDER",
