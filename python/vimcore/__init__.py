@@ -18,7 +18,7 @@ from .runtime import Runtime
 from .utils.extras import needs
 
 if TYPE_CHECKING:
-    from . import clip, detection, io, ops, segmentation, train
+    from . import clip, detection, io, ops, pretraining, segmentation, train
     from .analysis.attention import attention_maps
     from .analysis.features import feature_pca, token_norms
     from .analysis.health import health
@@ -53,6 +53,7 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "ops",
+    "pretraining",
     "release_memory",
     "relevance",
     "saliency",
@@ -77,7 +78,7 @@ _LAZY = {
     "show": "plots.show",
     "token_norms": "analysis.features",
 }
-_LAZY_MODULES = {"clip", "detection", "io", "nn", "ops", "segmentation", "train"}
+_LAZY_MODULES = {"clip", "detection", "io", "nn", "ops", "pretraining", "segmentation", "train"}
 
 
 def cuda_is_available() -> bool:

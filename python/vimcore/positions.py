@@ -78,6 +78,8 @@ class _Resized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: int, transposed: bool, resize: tuple[Any, ...]) -> Tensor:
         ctx.rows, ctx.transposed, ctx.resize = table.shape[1], transposed, resize
+        if table.is_meta:
+            return table.new_empty(1, rows, table.shape[2])
         here = table.detach().to("cpu", torch.promote_types(table.dtype, torch.float32)).contiguous()
         out = here.new_zeros(1, rows, table.shape[2])
         (_core.resize_positions_backward if transposed else _core.resize_positions)(here, out, *resize)

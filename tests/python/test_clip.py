@@ -140,6 +140,19 @@ def test_open_clip_makes_and_reads_our_towers(tmp_path: Path, caplog: pytest.Log
     assert cosine > 0.999  # the same resize and crop, but for rounding
 
 
+@torch.no_grad()
+def test_projections_with_a_bias() -> None:
+    """A layer behind the network, and the network's own head, as timm_proj 'linear' and '' may have it."""
+    behind, own = model(), model()
+    behind.visual.head.proj = torch.nn.Linear(16, 12)
+    own.visual.trunk.reset_classifier(12)
+    own.visual.head = torch.nn.Sequential()
+    torch.nn.init.normal_(own.visual.trunk.head.bias)
+    for network in (behind, own):
+        wanted = network.encode_image(images())
+        torch.testing.assert_close(clip.image_tower(network)(images()), wanted)
+
+
 def test_without_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("vimcore.clip")]:
         monkeypatch.delitem(sys.modules, name)
@@ -325,6 +338,13 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
                 mine = [grad[leaf] for grad in grads]
                 found = torch.cat(mine) / 2 if wanted.ndim else torch.stack(mine).mean()
                 assert torch.allclose(found, wanted, atol=1e-12), (kind, leaf)
+
+
+def test_temperature_and_bias_at_the_start() -> None:
+    clip_, siglip = model(), model("siglip")
+    assert (clip_.logit_scale.exp().item(), clip_.logit_bias) == (pytest.approx(1 / 0.07), None)
+    assert siglip.logit_scale.exp().item() == pytest.approx(10)
+    assert siglip.logit_bias.item() == -10
 
 
 def test_temperature_stays_in_range() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses and gradients of the detector, against slow loops and a plain backbone."""
+"""Losses, gradients and detections, against slow loops and a plain backbone."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def deltas_of(truth: Tensor, box: Tensor, weights: tuple[float, ...]) -> Tensor:
     x, y = ((truth[:2] + truth[2:] - box[:2] - box[2:]) / 2).tolist()
     values = (x / w, y / h, math.log(v / w), math.log(u / h))
     return torch.tensor([a * b for a, b in zip(weights, values)], dtype=box.dtype)
+
+
+def moved(box: Tensor, deltas: Tensor, weights: tuple[float, ...], size: tuple[int, int]) -> Tensor:
+    """A box after a stage, cut off at the edges of the image."""
+    d = deltas / torch.tensor(weights)
+    side, centre = box[2:] - box[:2], (box[2:] + box[:2]) / 2
+    centre, side = centre + d[:2] * side, side * d[2:].clamp(max=math.log(1000 / 16)).exp()
+    found = torch.cat([centre - side / 2, centre + side / 2])
+    return found.clamp(min=0).minimum(torch.tensor([size[1], size[0]] * 2))
 
 
 def test_losses_of_the_proposals() -> None:
@@ -85,12 +94,9 @@ def test_losses_of_the_stages() -> None:
                     if i == 0:
                         first.append((j, box, label, best))
                 cross += logits[at].logsumexp(0) - logits[at][label]
-                d = deltas[at].detach() / torch.tensor(WEIGHTS[i])
-                side, centre = box[2:] - box[:2], (box[2:] + box[:2]) / 2
-                centre, side = centre + d[:2] * side, side * d[2:].clamp(max=math.log(1000 / 16)).exp()
-                moved = torch.cat([centre - side / 2, centre + side / 2]).clamp(0, 32)
-                if (moved[2:] > moved[:2]).all():
-                    following[j].append(moved)
+                after = moved(box, deltas[at].detach(), WEIGHTS[i], (32, 32))
+                if (after[2:] > after[:2]).all():
+                    following[j].append(after)
                 at += 1
         torch.testing.assert_close(found[f"loss_classifier_{i + 1}"], cross / at)
         torch.testing.assert_close(found[f"loss_box_reg_{i + 1}"], distance / at)
@@ -157,3 +163,35 @@ def test_whole_detector_against_a_plain_backbone(dtype: torch.dtype, tolerance: 
         if p.grad is not None and q.grad is not None:
             difference = (p.grad.double() - q.grad).abs().max() / q.grad.abs().max().clamp(min=1e-6)
             assert difference <= tolerance * 10, name
+
+
+@torch.no_grad()
+def test_detections_step_by_step() -> None:
+    """Boxes of the last stage, scores of all three, and of boxes of one class that overlap the best."""
+    model = detector(score=0.1, detections=24).double().eval()
+    heads, images = model.roi_heads, [torch.randn(3, 32, 32, dtype=torch.float64)]
+    maps, sizes = model.features(images)
+    proposals = model.proposal_generator(maps, sizes)[0]
+    found = heads.detect(maps, proposals, sizes)[0]
+    boxes, scores = proposals[0], torch.zeros(len(proposals[0]), 4, dtype=torch.float64)
+    for i in range(3):
+        pooled = pool(maps, heads.strides, [boxes], 7)
+        logits, deltas = heads.box_predictor[i](heads.box_head[i](pooled))
+        scores += logits.softmax(1) / 3
+        boxes = torch.stack([moved(*pair, WEIGHTS[i], sizes[0]) for pair in zip(boxes, deltas)])
+    rows = [(float(scores[j, k]), j, k) for j in range(len(boxes)) for k in range(3) if scores[j, k] > 0.1]
+    kept: list[tuple[float, int, int]] = []
+    for score, j, k in sorted(rows, reverse=True):
+        if all(k != other or overlap(boxes[j], boxes[at]) <= 0.5 for _, at, other in kept):
+            kept.append((score, j, k))
+    best = kept[:24]
+    across = [(a, b) for a in best for b in best if a[2] != b[2] and overlap(boxes[a[1]], boxes[b[1]]) > 0.5]
+    assert len(rows) > len(kept) > 24
+    assert across  # of other classes they stay
+    assert found.classes.tolist() == [k for _, _, k in best]
+    assert found.scores.tolist() == pytest.approx([score for score, _, _ in best])
+    torch.testing.assert_close(found.boxes, boxes[[j for _, j, _ in best]])
+    assert heads.mask_head is not None
+    assert found.masks is not None
+    drawn = heads.mask_head(pool(maps, heads.strides, [found.boxes], 14)).sigmoid()
+    torch.testing.assert_close(found.masks, torch.stack([x[k] for x, (_, _, k) in zip(drawn, best)]))

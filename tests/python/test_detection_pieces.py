@@ -97,18 +97,18 @@ def test_pasting_is_a_sample_of_the_whole_image() -> None:
 
 
 def test_mask_targets() -> None:
-    """1 where half of a bin is covered: of a half-covered box the first half."""
+    """1 where half of a bin is covered, and 0 below: of a half-covered box the first half."""
     masks = torch.zeros(2, 40, 40)
     masks[0, 6:20, :], masks[1] = 1, 1
-    index, boxes = (
-        torch.tensor([0, 1, 0]),
-        torch.tensor([[0.0, 6.0, 28.0, 34.0]] * 2 + [[0.0, 6.5, 28.0, 34.5]]),
-    )
-    first, full, shifted = mask_targets(masks, index, boxes, 28)
+    tops = torch.tensor([6.0, 6.0, 6.5, 6.7])
+    boxes = torch.stack([0 * tops, tops, 0 * tops + 28, tops + 28], 1)
+    first, full, shifted, further = mask_targets(masks, torch.tensor([0, 1, 0, 0]), boxes, 28)
     assert full.min() == 1
     assert torch.equal(first[:14], torch.ones(14, 28))
     assert first[14:].max() == 0
     assert torch.equal(shifted, first)  # the row that is covered by half counts
+    assert torch.equal(further[:13], torch.ones(13, 28))
+    assert further[13:].max() == 0  # by less than half does not
 
 
 def test_zero_deltas_return_the_proposals() -> None:

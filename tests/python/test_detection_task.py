@@ -19,8 +19,8 @@ from vimcore.data.scenes import Scenes
 from vimcore.nn.vision_mamba import VisionMamba
 from vimcore.tasks.detection.answers import read_answers
 from vimcore.tasks.detection.settings import DetectionSettings
-from vimcore.train.presets import PRESETS, recipe
-from vimcore.train.schedule import Schedule
+from vimcore.train.presets import recipe
+from vimcore.train.schedule import Schedule, peak_lr
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools'
 # A network that learns nothing, fast.
@@ -42,7 +42,10 @@ def test_released_recipe() -> None:
     assert schedule(125) == pytest.approx(1e-4 * (0.5 + 0.5e-3))
     for update, rate in ((250, 1e-4), (163_888, 1e-4), (163_889, 1e-5), (177_545, 1e-5), (177_546, 1e-6)):
         assert schedule(update) == pytest.approx(rate), update
-    assert PRESETS["det-tiny-released"]["layer_decay"] == 0.837
+    assert peak_lr(settings, 8) == pytest.approx(1e-4)
+    assert (8 * settings.batch_size, settings.updates, settings.weight_decay) == (64, 184_375, 0.1)
+    assert (settings.layer_decay, settings.drop_path_rate, settings.img_size) == (0.837, 0.1, (1024,))
+    assert (settings.augment, settings.scale, settings.hflip) == ("jitter", (0.1, 2.0), 0.5)
 
 
 def test_released_recipe_is_made() -> None:

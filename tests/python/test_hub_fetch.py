@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -30,6 +31,25 @@ def test_interrupted_and_resumed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> N
     path = fetch("a/b", "w.pth")
     assert path.read_bytes() == data
     assert [line.partition(" bytes=")[2] for line in hub.downloads()] == ["", "50000-", "75000-", "87500-"]
+
+
+def test_versions_of_the_hub_that_do_not_resume(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They raise at every break; what was asked for is asked for again, four times in all."""
+    hub.files["a/b", "w.pth"] = bytes(1000)
+    whole, breaks = huggingface_hub.hf_hub_download, [3]
+
+    def breaking(*args: Any, **options: Any) -> str:
+        breaks[0] -= 1
+        if breaks[0] >= 0:
+            raise ConnectionError("reset by peer")
+        return str(whole(*args, **options))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", breaking)
+    monkeypatch.setattr("vimcore.hub.fetch.time.sleep", lambda seconds: None)
+    assert fetch("a/b", "w.pth").read_bytes() == bytes(1000)
+    breaks[0] = 4
+    with pytest.raises(RuntimeError, match="broken off"):
+        fetch("a/b", "w.pth", force=True)
 
 
 def test_broken_off_for_good(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

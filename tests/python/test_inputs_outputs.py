@@ -124,11 +124,11 @@ def test_search_takes_the_same(
     assert len(found) == 3
     query = f"{pictures}/a.b/rgb.png"
     scores = []
-    for size in ([], ["--img-size", "40"], ["--img-size", "40"], []):
+    for size in ([], ["--img-size", "40"], ["--img-size", "40"], [], ["--img-size", "40", "--no-cache"]):
         assert main([*command, query, f"{pictures}/a.b", *size]) == 0
         scores.append([json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()])
     assert scores[0] == scores[3]
-    assert scores[1] == scores[2]
+    assert scores[1] == scores[2] == scores[4]  # vectors of another size are not used
     assert scores[0] != scores[1]
     assert main([*command, query, "-"]) == 1
     assert "the query may be standard input" in capsys.readouterr().err

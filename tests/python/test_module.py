@@ -62,6 +62,24 @@ def test_meta_device() -> None:
     assert torch.equal(model(images), build(SMALL, weights)(images))
 
 
+@pytest.mark.parametrize("rope", [False, True])
+def test_other_sizes_on_the_meta_device(rope: bool) -> None:
+    """A table without memory is resized as its shape; weights of that size may be assigned afterwards."""
+    sizes: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_classes": 3}
+    options = {**sizes, "rope": rope, "class_token": "none" if rope else "middle"}
+    with torch.device("meta"):
+        model = vimcore.VisionMamba(32, **options)
+        model.set_input_size((48, 40))
+    assert all(p.is_meta for p in model.parameters())
+    other = vimcore.VisionMamba((48, 40), **options)
+    assert {n: p.shape for n, p in model.state_dict().items()} == {
+        n: p.shape for n, p in other.state_dict().items()
+    }
+    model.load_state_dict(other.state_dict(), assign=True)
+    images = torch.randn(2, 3, 48, 40)
+    assert torch.equal(model(images), other(images))
+
+
 @pytest.mark.parametrize(("directions", "count"), [("none", 6_419_560), ("ssm", 6_567_016)])
 def test_parameter_counts_of_other_strategies(directions: str, count: int) -> None:
     assert parameter_count(vimcore.VisionMamba(directions=directions, class_token="none")) == count

@@ -195,8 +195,9 @@ def test_published_recipes() -> None:
         settings, notes = recipe(kind, name, {})
         assert not notes
         assert settings.betas == (0.9, 0.95)
-    mim, _ = recipe(kind, "mim-base", {})
+    mim: Any = recipe(kind, "mim-base", {})[0]
     assert (mim.lr, mim.lr_batch, 8 * mim.batch_size, mim.epochs) == (1.5e-4, 256, 4096, 800)
+    assert (mim.mask_ratio, mim.norm_target, mim.crop_scale, mim.hflip) == (0.6, True, (0.2, 1.0), 0.5)
     ar2: Any = recipe(kind, "ar2-base", {})[0]
     assert (8 * ar2.batch_size, ar2.epochs, ar2.img_size, ar2.cluster, ar2.clip_grad) == (
         2048,
@@ -205,6 +206,9 @@ def test_published_recipes() -> None:
         4,
         3,
     )
+    assert ar2.precision == "bfloat16"
+    for photographs in (mim, ar2):
+        assert (photographs.warmup_epochs, photographs.weight_decay) == (40, 0.05)
 
 
 @pytest.mark.parametrize(

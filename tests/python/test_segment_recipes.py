@@ -48,6 +48,28 @@ def test_learning_rates(name: str, world: int, images: int, peak: float, updates
             assert schedule(t) == pytest.approx(wanted, rel=0.02)
 
 
+@pytest.mark.parametrize(("name", "width"), [("seg-tiny-segmenter", 192), ("seg-small-segmenter", 384)])
+def test_recipe_of_segmenter(name: str, width: int) -> None:
+    """SGD without decay or warm-up, 64 epochs of 8 images, windows side by side."""
+    s = settings(name, in_chans=3)
+    assert (s.batch_size, s.accumulate, s.epochs, s.updates, s.weight_decay) == (8, 1, 64, None, 0)
+    assert peak_lr(s, 1) == pytest.approx(1e-3)
+    schedule = Schedule(s, peak_lr(s, 1), 2527)  # 20,210 images
+    for t in (0, 1, 80_000, 64 * 2527 - 1):
+        assert schedule(t) == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 - t / (64 * 2527)) ** 0.9, rel=1e-9), t
+    task = Segmentation(s)
+    task.classes = [str(i) for i in range(150)]
+    model, _ = task.build()
+    assert type(model) is vimcore.segmentation.Segmenter
+    assert (model.backbone.embed_dim, model.options["layers"]) == (width, 2)
+    assert model.backbone.config["drop_path_rate"] == 0.1
+    optimizer = create_optimizer(model, s, 1e-3, task.layers(), task.layer_decay())
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {(g["momentum"], g["weight_decay"]) for g in optimizer.param_groups} == {(0.9, 0)}
+    sight = sight_of(model, s, torch.float32)
+    assert (sight.window, sight.stride, s.loss_average) == ((512, 512), (512, 512), "valid")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_make_their_networks(name: str) -> None:
     """At the sizes of the paper's table, without computing."""

@@ -87,6 +87,22 @@ def test_tables(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert part in out
 
 
+def test_the_best_of_several_is_shown(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever their order: its name stands over the classes, its answers are written."""
+    best, worse = run / "best.safetensors", tmp_path / "worse.safetensors"
+    model = load_model(best)
+    torch.nn.init.zeros_(model.head.weight)  # one class for every picture
+    model.save(worse, labels=vimcore.Runtime(best).labels)
+    for order in ((best, worse), (worse, best)):
+        out = tmp_path / "out.npz"
+        command = ["eval", *map(str, order), "--data", str(data), "--workers", "0", "--out", str(out)]
+        assert main(command) == 0
+        assert f"\n\n{best}\n" in capsys.readouterr().out
+        assert len(set(np.load(out)["predictions"].tolist())) > 1
+
+
 def test_other_size_and_stride(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = run / "best.safetensors"
     (facts,) = evaluate(capsys, weights, "--data", data, "--img-size", "24", "32")

@@ -128,6 +128,21 @@ def test_wrong_optimizers(
 # ---- averaged weights --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("clip", [None, 0.5, 100.0])
+def test_gradients_are_clipped_by_their_norm(clip: float | None) -> None:
+    """Over all parameters together, of the mean over accumulated batches; the norm before it is told."""
+    model = torch.nn.Linear(2, 1)
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loop = Loop(model, optimizer, lambda step: 1.0, lambda m, x: (m(x).sum(), {}), clip=clip)
+    update = loop.update([torch.tensor([[2.0, 4.0]]), torch.tensor([[4.0, 0.0]])])  # gradients 3, 2 and 1
+    assert update.grad_norm == pytest.approx(14**0.5)
+    share = 1.0 if clip is None else min(1.0, clip / 14**0.5)
+    assert model.weight.tolist()[0] == pytest.approx([-3 * share, -2 * share])
+    assert model.bias.item() == pytest.approx(-share)
+
+
 @pytest.mark.parametrize("ramp", [False, True])
 def test_averaged_weights(ramp: bool) -> None:
     """Against the formula; it starts from the weights, and goes on from those of a checkpoint."""

@@ -41,7 +41,7 @@ PUBLISHED = {
 
 def test_every_preset_is_checked_here() -> None:
     """Those of other tasks are in the tests of these tasks, `finetune` in its own."""
-    here = {*PUBLISHED, *MAMBAR, *VIDEOMAMBA, "digits", "finetune"}
+    here = {*PUBLISHED, *MAMBAR, *VIDEOMAMBA, *PRETRAINED, "digits", "finetune"}
     assert here == {name for name in PRESETS if task_of(name) == "classify"}
 
 
@@ -89,6 +89,25 @@ def test_presets_of_clips(name: str) -> None:
     assert lr(0) == pytest.approx(4e-6)
     assert lr(100) == pytest.approx(8e-4, rel=0.03)  # after 5 of the authors' epochs
     assert lr(10 * s.epochs - 1) == pytest.approx(4e-6, rel=0.1)
+
+
+PRETRAINED = {"mim-base-finetune": 0.3, "ar2-base-finetune": 0.1}  # and its drop path
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_presets_after_pretraining(name: str) -> None:
+    """At 1,024 images an update; the network is that of the pretraining, the mean of its patches read."""
+    s, before = preset(name), PRESETS[name.removesuffix("-finetune")]
+    assert (s.model, s.class_token, s.drop_path_rate) == (before["model"], "none", PRETRAINED[name])
+    assert before["class_token"] == "none"
+    assert backbone.size_of(s) == (224, 224)
+    assert (8 * s.batch_size, s.epochs, s.weight_decay, s.layer_decay) == (1024, 100, 0.05, 0.65)
+    assert peak_lr(s, 8) == pytest.approx(4 * 5e-4)
+    assert (s.rand_augment, s.mixup, s.cutmix, s.random_erase) == ("rand-m9-mstd0.5-inc1", 0.8, 1.0, 0.25)
+    assert (s.label_smoothing, s.ema, s.repeats) == (0.1, 0.99992, 1)
+    lr = Schedule(s, peak_lr(s, 8), 10)
+    assert [lr(0), lr(25), lr(50)] == pytest.approx([0, 1e-3, 2e-3], rel=0.01)
+    assert lr(999) == pytest.approx(1e-6, rel=0.1)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import json
 import sys
 import types
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 from train_helpers import ONCE, SMALL, folder, log, stopped
 from vimcore.cli import main
-from vimcore.train.track import chosen
+from vimcore.train.track import chosen, open_trackers
 
 
 class _Tracker:
@@ -86,6 +87,55 @@ def test_another_tracker_changes_no_run(arguments: list[str], tmp_path: Path) ->
     assert _Tracker.made == []
     assert main(["train", "--resume", str(run), "--track", "mine"]) == 0
     assert [step for step, _ in _Tracker.made[0].calls[:-1]] == [5, 6, 6, 6]
+
+
+class _Kept:
+    """As accelerate's of wandb and mlflow, which know runs by names."""
+
+    requires_logging_directory = False
+    made: ClassVar[list[tuple[str, dict[str, str]]]] = []
+    gone = False
+
+    def __init__(self, project: str, **options: str) -> None:
+        self.options = options
+
+    def start(self) -> None:
+        if self.gone and self.options:
+            raise LookupError("no such run")
+        name = self.options.get("id") or self.options.get("run_id") or f"run-{len(self.made)}"
+        self.made.append((name, self.options))
+        self.tracker = types.SimpleNamespace(id=name, info=types.SimpleNamespace(run_id=name))
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        assert not self.options  # which a run that goes on has
+
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@pytest.mark.usefixtures("accelerate")
+def test_a_resumed_run_goes_on_in_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate.tracking as tracking
+
+    monkeypatch.setattr(tracking, "LOGGER_TYPE_TO_CLASS", dict.fromkeys(("wandb", "mlflow"), _Kept))
+    monkeypatch.setattr(_Kept, "made", [])
+    names = ["wandb", "mlflow"]
+    open_trackers(names, tmp_path, {"lr": 1}, 0)
+    open_trackers(names, tmp_path, {"lr": 1}, 5)
+    assert _Kept.made[2:] == [
+        ("run-0", {"id": "run-0", "resume": "allow"}),
+        ("run-1", {"run_id": "run-1"}),
+    ]
+    open_trackers(["mlflow"], tmp_path, {}, 0)  # begun anew before its first checkpoint
+    assert _Kept.made[4:] == [("run-4", {})]
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "run-0", "mlflow": "run-4"}
+    monkeypatch.setattr(_Kept, "gone", True)
+    with pytest.raises(RuntimeError, match=r"mlflow: no such run; without .*trackers\.json a new run"):
+        open_trackers(["mlflow"], tmp_path, {}, 5)
+    for damaged in ("{", "[1]", '{"mlflow": 3}'):
+        (tmp_path / "trackers.json").write_text(damaged)
+        open_trackers(["mlflow"], tmp_path, {}, 5)
 
 
 @pytest.mark.usefixtures("accelerate")

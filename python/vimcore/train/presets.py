@@ -17,7 +17,7 @@ from ..tasks.settings import Settings
 from .presets_clip import CLIP
 from .presets_detect import DETECT
 from .presets_mambar import MAMBAR
-from .presets_pretrain import PRETRAIN
+from .presets_pretrain import FINETUNE_BASE, PRETRAIN
 from .presets_segment import SEGMENT
 from .presets_videomamba import VIDEOMAMBA
 from .schedule import bounded_warmup
@@ -127,6 +127,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     **SEGMENT,
     **DETECT,
     **PRETRAIN,
+    **FINETUNE_BASE,
     **CLIP,
 }
 
@@ -136,6 +137,7 @@ FINE_TUNING = {
     "mambar-base-224",
     "mambar-base-finetune",
     *VIDEOMAMBA,
+    *FINETUNE_BASE,
     "finetune",
 }
 

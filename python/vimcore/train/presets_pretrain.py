@@ -2,7 +2,8 @@
 """Recipes of pretraining: those published for Mamba backbones on ImageNet, and the digits' in minutes.
 
 mim: as MAE on FastVim (arXiv 2502.00594); ar2: as ARM (arXiv 2406.07537), whose forward direction is one half
-of it. batch_size is that of one process, of eight: fewer scale the learning rate down (scale_lr).
+of it. "finetune" are the recipes that follow each, for classifiers that read the mean of the patches.
+batch_size is that of one process, of eight: fewer scale the learning rate down (scale_lr).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ..data.digits import MEAN, SIDE, STD
 _PHOTOGRAPHS: dict[str, Any] = {
     "task": "pretrain",
     "model": "vim_base_patch16_224",
+    "class_token": "none",
     "repeats": 1,
     "lr": 1.5e-4,
     "lr_batch": 256,
@@ -26,6 +28,22 @@ _PHOTOGRAPHS: dict[str, Any] = {
     "schedule_steps": "update",
     "norm_target": True,
     "eval_every": 10,
+}
+_FINETUNE: dict[str, Any] = {
+    "model": "vim_base_patch16_224",
+    "class_token": "none",
+    "repeats": 1,
+    "batch_size": 128,
+    "lr": 5e-4,
+    "lr_batch": 256,
+    "weight_decay": 0.05,
+    "layer_decay": 0.65,
+    "ema": 0.99992,
+    "epochs": 100,
+    "schedule_steps": "update",
+    "warmup_epochs": 5.0,
+    "warmup_lr": 0.0,
+    "min_lr": 1e-6,
 }
 _DIGITS: dict[str, Any] = {
     "task": "pretrain",
@@ -67,7 +85,13 @@ PRETRAIN: dict[str, dict[str, Any]] = {
         "batch_size": 256,
         "epochs": 1600,
         "clip_grad": 3.0,
+        "precision": "bfloat16",
     },
     "digits-mim": {**_DIGITS, "objective": "mim", "epochs": 400},
     "digits-ar2": {**_DIGITS, "objective": "ar2"},
+}
+
+FINETUNE_BASE: dict[str, dict[str, Any]] = {
+    "mim-base-finetune": {**_FINETUNE, "drop_path_rate": 0.3},
+    "ar2-base-finetune": {**_FINETUNE, "drop_path_rate": 0.1},
 }

@@ -4,7 +4,8 @@
 "released": the authors' scripts for mmsegmentation 0.29, with their slips where these change what is learnt:
 layer_decay that acts on the stem alone, a loss divided by all pixels. "paper": what its appendix states,
 with the scripts' value where it is silent; its list of the optimizer's settings has no layer decay.
-batch_size is that of one process, of 4 (released) or 2 (paper): fewer scale the learning rate down.
+"segmenter": the head of the paper's ablation by the recipe of its own authors, since Vim's are silent.
+batch_size is that of one process, of 4 (released), 2 (paper) or 1: fewer scale the learning rate down.
 """
 
 from __future__ import annotations
@@ -46,6 +47,19 @@ _PAPER: dict[str, Any] = {
     "lr": 6e-5,
     "lr_batch": 16,
     "weight_decay": 0.01,
+}
+_SEGMENTER: dict[str, Any] = {
+    **_ADE20K,
+    "head": "segmenter",
+    "epochs": 64,
+    "opt": "sgd",
+    "lr": 1e-3,
+    "lr_batch": 8,
+    "weight_decay": 0.0,
+    "poly_power": 0.9,
+    "warmup_updates": None,
+    "warmup_epochs": 0.0,
+    "min_lr": 1e-5,
 }
 _TINY: dict[str, Any] = {"model": "vim_tiny_patch16_224"}
 _SMALL: dict[str, Any] = {"model": "vim_small_patch16_224"}
@@ -107,5 +121,7 @@ SEGMENT: dict[str, dict[str, Any]] = {
         "layer_decay": 0.95,
     },
     "seg-small-paper": {**_PAPER, **_SMALL},
+    "seg-tiny-segmenter": {**_SEGMENTER, **_TINY},
+    "seg-small-segmenter": {**_SEGMENTER, **_SMALL},
     "digits-scenes": DIGITS_SCENES,
 }

@@ -1,16 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trackers beside log.jsonl: TensorBoard by torch, all others by accelerate."""
+"""Trackers beside log.jsonl: TensorBoard by torch, all others by accelerate.
+
+A resumed run goes on in its own run of wandb and mlflow, whose names are kept in trackers.json; in other
+trackers it opens a new one.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..utils.extras import needs
+from ..utils.files import write_text
 
 TENSORBOARD = "tensorboard"
+RUNS = "trackers.json"  # tracker to its name of the run
+# Where a tracker has that name, and the arguments by which it goes on.
+_GOES_ON: dict[str, tuple[Callable[[Any], str], Callable[[str], dict[str, str]]]] = {
+    "wandb": (lambda run: run.id, lambda name: {"id": name, "resume": "allow"}),
+    "mlflow": (lambda run: run.info.run_id, lambda name: {"run_id": name}),
+}
 
 
 class Tracker(Protocol):
@@ -64,7 +76,7 @@ def open_trackers(
     return [
         _TensorBoard(folder / TENSORBOARD, done)
         if name == TENSORBOARD
-        else _Accelerate(name, folder, settings)
+        else _Accelerate(name, folder, settings, done > 0)
         for name in names
     ]
 
@@ -86,16 +98,29 @@ class _TensorBoard:
 class _Accelerate:
     """Projects are named after the folder of the run."""
 
-    def __init__(self, name: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, folder: Path, settings: Mapping[str, Any], resumed: bool) -> None:
         from accelerate.state import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         PartialState()  # its log messages ask for it
         kind = next(of for known, of in LOGGER_TYPE_TO_CLASS.items() if str(known) == name)
         place = {"logging_dir": str(folder)} if kind.requires_logging_directory else {}
+        runs = _runs(folder) if resumed else {}
+        goes_on = name in runs and name in _GOES_ON
+        if goes_on:
+            place |= _GOES_ON[name][1](runs[name])
         self.tracker = kind(folder.resolve().name, **place)
-        if hasattr(self.tracker, "start"):  # later versions
-            self.tracker.start()
+        try:
+            if hasattr(self.tracker, "start"):  # later versions
+                self.tracker.start()
+        except Exception as error:  # of any package
+            again = f"; without {folder / RUNS} a new run is opened there" if goes_on else ""
+            raise RuntimeError(f"track: {name}: {error}{again}; --track none does without") from error
+        if name in _GOES_ON:
+            runs = {**_runs(folder), name: _GOES_ON[name][0](self.tracker.tracker)}
+            write_text(folder / RUNS, json.dumps(runs) + "\n")
+        if goes_on:  # it has its settings, and mlflow lets none change
+            return
         plain = (bool, int, float, str)
         config = {k: v if isinstance(v, plain) else str(v) for k, v in settings.items() if v is not None}
         self.tracker.store_init_configuration(config)
@@ -105,3 +130,12 @@ class _Accelerate:
 
     def finish(self) -> None:
         self.tracker.finish()
+
+
+def _runs(folder: Path) -> dict[str, str]:
+    """The names in trackers.json; none where there is no such file, or another one."""
+    try:
+        found = json.loads((folder / RUNS).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {k: v for k, v in found.items() if isinstance(v, str)} if isinstance(found, dict) else {}
