@@ -20,9 +20,13 @@
 #include <cstdlib>
 #include <exception>
 #include <mutex>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "vimcore/error.h"
 
 namespace vimcore::cpu {
 namespace {
@@ -236,8 +240,13 @@ public:
 
     Team& with_helpers(int helpers)
     {
-        while (static_cast<int>(workers_.size()) < helpers)
-            workers_.emplace_back([this, thread = static_cast<int>(workers_.size()) + 1] { team_.serve(thread); });
+        try {
+            while (static_cast<int>(workers_.size()) < helpers)
+                workers_.emplace_back([this, thread = static_cast<int>(workers_.size()) + 1] { team_.serve(thread); });
+        } catch (const std::system_error& error) {
+            throw Error("[threads] cannot start number " + std::to_string(workers_.size() + 2) + " of " +
+                        std::to_string(helpers + 1) + ": " + error.code().message() + "; ask for fewer threads");
+        }
         return team_;
     }
 

@@ -3,6 +3,8 @@
 // a wrong one is an error and one that another thread destroys meanwhile lives on until the call ends.
 #include "vimcore/c_api.h"
 
+#include <atomic>
+#include <cstdint>
 #include <cstring>
 #include <exception>
 #include <map>
@@ -56,12 +58,15 @@ struct vimcore_segmentation_session {
 
 namespace {
 
+// Of all kinds. A handle is a number, not an address, which a later object may have.
+std::atomic<std::uintptr_t> last_handle = 0;
+
 template <class T>
 class Handles {
 public:
     T* add(std::shared_ptr<T> object)
     {
-        T* handle = object.get();
+        T* handle = reinterpret_cast<T*>(last_handle += 16);
         const std::lock_guard lock(mutex_);
         alive_.emplace(handle, std::move(object));
         return handle;

@@ -2,6 +2,10 @@
 #include "image_stream.h"
 
 #include <algorithm>
+#include <exception>
+#include <new>
+#include <stdexcept>
+#include <string>
 
 #include "regular_file.h"
 
@@ -30,6 +34,8 @@ void load(const std::string& path, const Decode& decode, Loaded& image)
     image.error.clear();
     try {
         decode(path, image);
+    } catch (const std::bad_alloc&) {
+        image.error = "out of memory";  // which takes none
     } catch (...) {
         image.error = what_is_wrong();
     }
@@ -39,10 +45,18 @@ ImageStream::ImageStream(std::vector<std::string> paths, Decode decode, int thre
     : paths_(std::move(paths)), decode_(std::move(decode)), slots_(std::max<std::size_t>(ahead, 1))
 {
     const auto count = std::min({static_cast<std::size_t>(std::max(threads, 1)), paths_.size(), slots_.size()});
-    for (std::size_t i = 0; i < count; i++) threads_.emplace_back([this] { run(); });
+    try {
+        for (std::size_t i = 0; i < count; i++) threads_.emplace_back([this] { run(); });
+    } catch (const std::exception& error) {
+        stop();
+        throw std::runtime_error("cannot start " + std::to_string(count) +
+                                 " threads that read pictures: " + error.what() + "; ask for fewer by --threads");
+    }
 }
 
-ImageStream::~ImageStream()
+ImageStream::~ImageStream() { stop(); }
+
+void ImageStream::stop()
 {
     {
         const std::lock_guard lock(mutex_);
@@ -50,6 +64,7 @@ ImageStream::~ImageStream()
     }
     free_.notify_all();
     for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
 }
 
 void ImageStream::run()

@@ -43,6 +43,7 @@ private:
         bool ready = false;
     };
     void run();
+    void stop();
 
     const std::vector<std::string> paths_;
     const Decode decode_;

@@ -75,8 +75,11 @@ private:
     void with_session(std::int64_t batch, F&& f)
     {
         if (batch == 0) return;
-        nb::gil_scoped_release release;
-        Reusable<Session>::Lease session(sessions_, sessions_.take([this] { return make_session(); }));
+        Reusable<Session>::Lease session(sessions_, sessions_.take([this] {
+            const nb::gil_scoped_release release;
+            return make_session();
+        }));
+        const nb::gil_scoped_release release;
         f(*session);
     }
 

@@ -77,8 +77,11 @@ private:
     template <class F>
     void with_session(F&& f)
     {
-        nb::gil_scoped_release release;
-        Reusable<SegmentationSession>::Lease session(sessions_, sessions_.take([this] { return make_session(); }));
+        Reusable<SegmentationSession>::Lease session(sessions_, sessions_.take([this] {
+            const nb::gil_scoped_release release;
+            return make_session();
+        }));
+        const nb::gil_scoped_release release;
         f(*session);
     }
 

@@ -102,8 +102,8 @@ template <class F>
 void with_context(Device device, const Place& place, F&& f)
 {
     {
-        nb::gil_scoped_release release;
         Contexts::Lease context(contexts(), device, place);
+        const nb::gil_scoped_release release;
         f(*context);
     }
     if (device.type == Device::Type::cuda) warn_of_slow_products();

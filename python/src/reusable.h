@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Objects for one call at a time, reused: a caller takes a free one or makes one. Safe from many threads.
+// Take and give back with the GIL held: a fork of the process has it, so it finds the lock free.
 #pragma once
 
 #include <memory>

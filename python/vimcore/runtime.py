@@ -172,14 +172,7 @@ class Runtime:
         Raises:
             ValueError: shape or type do not fit.
         """
-        array = np.ascontiguousarray(images)
-        if array.dtype.kind not in "fc" or array.ndim < 4:  # pictures, or names of their files
-            raise ValueError(
-                "[Runtime] images: expected normalised images (B, C, H, W) float32, got "
-                f"{_shown(images, array)}; runtime.predict and runtime.embed take files, PIL images, uint8 "
-                "arrays and lists of them"
-            )
-        return self._engine.run(array)
+        return self._engine.run(self._floats(images))
 
     def clip_input(self, clip: NDArray[np.uint8]) -> NDArray[np.float32]:
         """A batch of one (1, C, frames, h, w) of a clip (T, H, W, 1 or 3) uint8: frames chosen, preprocessed.
@@ -199,7 +192,21 @@ class Runtime:
 
     def features(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Normalised tokens (B, L, D), class tokens included, of normalised images (B, C, H, W); float32."""
-        return self._engine.features(np.ascontiguousarray(images))
+        return self._engine.features(self._floats(images))
+
+    def _floats(self, images: Any) -> NDArray[np.float32]:
+        found = np.ascontiguousarray(images)
+        picture = found.dtype.kind not in "fc" or found.ndim < 4  # or a name of a file
+        if picture or found.dtype != np.float32:  # of the other byte order, too
+            wanted = self._engine.config.images_axes
+            remedy = (
+                "; runtime.predict and runtime.embed take files, PIL images, uint8 arrays and lists of them"
+            )
+            raise ValueError(
+                f"[Runtime] images: expected {wanted} float32, got "
+                f"{_shown(images, found)}{remedy if picture else ''}"
+            )
+        return found
 
     def embeddings(self, images: Images) -> Images:
         """One vector for each of the normalised images (B, C, H, W); float32.

@@ -267,6 +267,30 @@ void test_errors()
     vimcore_model_destroy(nullptr);
 }
 
+// Destroyed handles are refused, also when others have been made in their place, and so are those of another kind.
+void test_old_handles()
+{
+    const File file(small());
+    std::vector<vimcore_model*> models(8);
+    std::vector<vimcore_session*> sessions(8);
+    vimcore_model_info info{};
+    for (std::size_t i = 0; i < models.size(); i++) {
+        CHECK(vimcore_model_load(file.path.c_str(), "cpu", 0, 0, &models[i]) == VIMCORE_OK);
+        CHECK(vimcore_session_create(models[i], 1, 1, nullptr, &sessions[i]) == VIMCORE_OK);
+        CHECK(says(vimcore_model_get_info(reinterpret_cast<vimcore_model*>(sessions[i]), &info),
+                   VIMCORE_INVALID_ARGUMENT, "not a model"));
+        if (i + 1 == models.size()) break;
+        vimcore_session_destroy(sessions[i]);
+        vimcore_model_destroy(models[i]);
+    }
+    for (std::size_t i = 0; i + 1 < models.size(); i++) {
+        CHECK(says(vimcore_model_get_info(models[i], &info), VIMCORE_INVALID_ARGUMENT, "destroyed"));
+        CHECK(says(vimcore_session_run(sessions[i], nullptr, 0, nullptr, 0), VIMCORE_INVALID_ARGUMENT, "destroyed"));
+    }
+    vimcore_session_destroy(sessions.back());
+    vimcore_model_destroy(models.back());
+}
+
 // One session asked by several threads answers them one after the other; one that is destroyed meanwhile lives on.
 void test_threads()
 {
@@ -305,6 +329,7 @@ int main()
     test_numbers();
     test_other_networks();
     test_errors();
+    test_old_handles();
     test_threads();
     return check_failures();
 }

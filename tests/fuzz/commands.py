@@ -12,6 +12,8 @@ and take long are not made.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import re
@@ -247,6 +249,9 @@ def imported() -> None:
     import torch
 
     torch.set_num_threads(1)  # no pool of threads that a child would miss
+    for name in ("timm", "torchvision", "matplotlib.figure", "faster_coco_eval.core", "open_clip"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def main() -> int:

@@ -87,6 +87,26 @@ TASKS: dict[str, dict[str, Any]] = {
     "palette": {"palette": [[0, 0, 0]]},
     "classes": {"classes": ["a"] * 300},
     "task": {"task": 3},
+    "long": {"task": "x" * 70_000},
+    "detect": {"task": "detect"},
+}
+BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 3, 3], "segmentation": [[0, 0, 3, 0, 3, 3]]}
+COCO = {
+    "images": [{"id": i, "file_name": f"{i}.png", "height": 6, "width": 5} for i in (0, 1, 2)],
+    "annotations": [BOX, {**BOX, "id": 2, "image_id": 2}],
+    "categories": [{"id": 1, "name": "a"}],
+}
+ANNOTATIONS: dict[str, dict[str, Any]] = {
+    "": {},
+    "-twice": {"images": COCO["images"] * 2},
+    "-huge": {"images": [{**COCO["images"][1], "height": 1 << 40}]},
+    "-path": {"images": [{**COCO["images"][1], "file_name": "../../absent"}]},
+    "-none": {"annotations": []},
+    "-counts": {"annotations": [{**BOX, "segmentation": {"size": [6, 5], "counts": [1 << 62, 3]}}]},
+    "-text": {"annotations": [{**BOX, "segmentation": {"size": [6, 5], "counts": "ooooooooo"}}]},
+    "-far": {"annotations": [{**BOX, "segmentation": [[-9e8, -9e8, 9e8, -9e8, 0, 9e8]]}]},
+    "-box": {"annotations": [{**BOX, "bbox": [0, 0, 1e308, None]}]},
+    "-names": {"categories": [{"id": 1, "name": "<script>$\\foo$"}]},
 }
 TEXTS = {
     "empty": b"",
@@ -136,6 +156,14 @@ def files() -> dict[str, bytes]:
         kind = "ab"[i % 2]
         found[f"pictures/{kind}/{i // 2}.png"] = seeds.png(2, 8, 3)
     found["pictures/a/bad.png"] = b"not a picture"
+    for i in range(4):
+        found[f"scenes/images/{i}.png"] = seeds.png(2, 8, 3)
+        found[f"scenes/masks/{i}.png"] = seeds.png(0, 8, 1)
+    for name, changed in ANNOTATIONS.items():
+        found[f"coco{name}.json"] = json.dumps({**COCO, **changed}).encode()
+    found["captions.csv"] = b"path,caption\n" + b"".join(
+        b"pictures/%s/%d.png,an %s of %d\n" % (kind, i, kind, i) for kind in (b"a", b"b") for i in range(3)
+    )
     return found
 
 
@@ -158,6 +186,7 @@ def make(folder: Path) -> list[str]:
             os.mknod(folder / name, stat.S_IFCHR | 0o666, os.makedev(1, minor))
     more = [
         "pictures",
+        "scenes",
         "odd",
         "odd/fifo.png",
         "empty folder",

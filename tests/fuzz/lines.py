@@ -13,13 +13,25 @@ SMALL = (
     "--img-size 8 --patch-size 4 --embed-dim 4 --depth 1 --batch-size 4 --epochs 1 --workers 0 --threads 1"
 )
 TRAIN = f"--data pictures --out new {SMALL} --repeats 1 --mixup 0 --cutmix 0 --val-fraction 0.4"
-# Lines that work, of which the bad ones are made. demo and doctor take long: only bad ones are run.
+DENSE = SMALL.replace("--batch-size 4", "--batch-size 1")
+TASKS = [  # of vimcore train
+    f"--task segment --data scenes --out new {DENSE} --head linear --val-fraction 0.4 --resize 8 16",
+    f"--task detect --data coco.json --images pictures/a --out new {DENSE} --val-fraction 0.4 --resize 8 8 "
+    "--head-channels 4 --head-box-width 8 --head-scales 1 --head-anchors 8",
+    f"--task pretrain --data pictures --out new {SMALL} --objective mim --val-fraction 0.4",
+    f"--task clip --data captions.csv --out new {SMALL} --text-width 4 --text-heads 1 --val-fraction 0.4",
+]
+# Lines that work, of which the bad ones are made. demo, doctor and export take long: only bad ones are run.
+# No line downloads: no value is a name that is known.
 WORKING = {
     "vimcore": {
         "demo": "--out new --epochs 1",
         "train": TRAIN,
         "eval": "run --data pictures --workers 0 --threads 1 --batch-size 4",
         "predict": "--weights good.safetensors --json pictures",
+        "features": "--weights good.safetensors --out new.npz --json pictures",
+        "export": "--weights good.safetensors --onnx new.onnx --json",
+        "download": "resnet50 --out new.safetensors --json",
         "search": "pictures/a/0.png pictures --weights good.safetensors --no-cache --json",
         "convert": "good.safetensors new.safetensors --json",
         "info": "good.safetensors --json",
@@ -41,11 +53,13 @@ WORKING = {
 SURELY_BAD = {
     "demo": ["--epochs=0", "--frobnicate", "--seed=x", "stray"],
     "doctor": ["--frobnicate", "stray"],
+    "export": ["--frobnicate", "stray", "--img-size=0"],
 }
 # What makes a legal line long, or its network large: only small values, and never left to the default.
 LONG = set(
     """--epochs --workers --pairs --seconds --sample --pause --sizes --batch --batches --repeats --embed-dim
-    --depth --img-size --patch-size --stride --size --peers --accumulate --in-chans""".split()  # noqa: SIM905
+    --depth --img-size --patch-size --stride --size --peers --accumulate --in-chans --scenes --head-channels
+    --updates --text-width --text-layers --text-heads --text-context --space-dim --resize""".split()  # noqa: SIM905
 )
 # Read to their end, pipes too: what nobody writes to, or never ends, is waited for as it should be.
 TEXT_FILES = {"--list", "--labels", "--config"}
@@ -116,7 +130,12 @@ class Maker:
     def line(self, number: int) -> Line:
         rng = random.Random(f"{self.seed} {self.program} {number}")
         command = rng.choice(list(self.options))
-        groups = self._groups(WORKING[self.program][command].split())
+        words = WORKING[self.program][command]
+        if command == "predict" and rng.random() < 0.3:
+            words = words.replace("good", "dense") + " --out new"
+        if command == "train" and rng.random() < 0.4:
+            words = rng.choice(TASKS)
+        groups = self._groups(words.split())
         for _ in range(rng.choice([1, 1, 1, 2, 2, 3])):
             self._worsen(rng, command, groups)
         words = [word for group in groups for word in group]

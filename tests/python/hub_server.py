@@ -28,6 +28,7 @@ class Hub(ThreadingHTTPServer):
         damaged: how many downloads to serve with one bit changed.
         status: of every answer about a repository: (status, X-Error-Code).
         large: whether files are named by their sha256, as large ones are.
+        etag, named_commit: in the place of the hash and commit of every answer.
     """
 
     daemon_threads = True
@@ -41,6 +42,8 @@ class Hub(ThreadingHTTPServer):
         self.cut = self.damaged = 0
         self.status: tuple[int, str] | None = None
         self.large = True
+        self.etag: str | None = None
+        self.named_commit: str | None = None
         self.created: list[dict[str, Any]] = []
         self.messages: list[str] = []
 
@@ -86,9 +89,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, {"X-Error-Code": "RevisionNotFound"})
         data = hub.files.get((found[1], found[3]))
         if data is None:
-            return self._answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": hub.commit()})
+            commit = hub.named_commit or hub.commit()
+            return self._answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         name = hashlib.sha256(data).hexdigest() if hub.large else hashlib.sha1(data).hexdigest()
-        headers = {"ETag": f'"{name}"', "X-Repo-Commit": hub.commit(), "Accept-Ranges": "bytes"}
+        name, commit = name if hub.etag is None else hub.etag, hub.named_commit or hub.commit()
+        headers = {"ETag": f'"{name}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if not body:
             return self._answer(200, headers, length=len(data))
         start = int(part.removeprefix("bytes=").split("-")[0]) if part else 0

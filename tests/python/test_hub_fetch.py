@@ -77,6 +77,23 @@ def test_no_room(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         fetch("a/b", "w.pth")
 
 
+@pytest.mark.parametrize("name", ["../../../../outside", "{}/outside", "", "..", "a/b", "a" * 300])
+def test_answers_that_lead_out_of_the_cache(hub: Hub, tmp_path: Path, name: str) -> None:
+    """The hub's client calls files by what a server sends: nothing is written where that would be a path."""
+    hub.files["o/n", "a.pth"] = b"content"
+    name = name.format(tmp_path)
+    hub.etag = name
+    with pytest.raises(RuntimeError, match=r"/o/n/resolve/main/a\.pth: ETag: expected letters and digits"):
+        fetch("o/n", "a.pth")
+    hub.etag, hub.named_commit = None, name or "."
+    for file in ("a.pth", "absent.pth"):
+        with pytest.raises(RuntimeError, match="commit: expected letters and digits"):
+            fetch("o/n", file)
+    assert files_of(tmp_path) == []
+    hub.named_commit = None
+    assert fetch("o/n", "a.pth").read_bytes() == b"content"
+
+
 def test_damaged_on_its_way(hub: Hub, tmp_path: Path) -> None:
     data = np.random.default_rng(1).bytes(5000)
     hub.files["a/b", "w.pth"] = data

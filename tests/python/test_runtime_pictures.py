@@ -222,6 +222,21 @@ def test_show_refuses() -> None:
         vimcore.show([pixels()], images=[pixels()])
 
 
+@pytest.mark.parametrize("dtype", [">f4", "f8", "f2", "u1", "g", "O", "U3", "M8[s]", "c8"])
+def test_arrays_of_other_types(path: str, dtype: str) -> None:
+    """An error that says what is wanted; memory that is read-only, negative or transposed is no matter."""
+    runtime, images = vimcore.Runtime(path), np.zeros((2, 3, 16, 24), np.float32)
+    given = np.zeros(images.shape, dtype)
+    text = re.escape(f"images: expected (B, 3, 16, 24) float32, got ndarray {images.shape} {given.dtype}")
+    for ask in (runtime, runtime.features):
+        with pytest.raises(ValueError, match=rf"\[Runtime\] {text}"):
+            ask(given)
+    images[:] = np.random.default_rng(0).random(images.shape)
+    odd = np.asfortranarray(images[::-1, :, ::-1])[::-1, :, ::-1]
+    odd.flags.writeable = False
+    assert np.array_equal(runtime(odd), runtime(images))
+
+
 def test_health_of_noise() -> None:
     model = vimcore.VisionMamba(**SIZES)
     found = vimcore.health(model)

@@ -5,13 +5,19 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+from picture_kinds import tiff
+from PIL import Image
 from vim_infer import BINARY, picture
-from vimcore.cli.streams import one_line
+from vimcore.cli import main
+from vimcore.cli.streams import one_line, standard_streams
 
 FULL = "cannot write the results: No space left on device"
 CLOSED = "cannot write the results: Bad file descriptor"
@@ -67,6 +73,25 @@ def test_no_message_lands_between_the_results(weights: Path, tmp_path: Path) -> 
     assert "1 of 3 images failed" in whole.stderr
     assert deaf.stdout == whole.stdout
     assert len([json.loads(line) for line in deaf.stdout.splitlines()]) == 3
+
+
+def test_warnings_are_messages(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line; Pillow's about a picture that it reads are none."""
+    data = tiff(np.zeros((4, 4, 3), np.uint8), 8)
+    planes, long = struct.pack("<HHI", 284, 3, 1), struct.pack("<HHI", 305, 2, 1 << 31)
+    assert planes in data
+    (tmp_path / "odd.tif").write_bytes(data.replace(planes, long))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        before = warnings.showwarning
+        with pytest.warns(UserWarning, match="larger than file"):
+            Image.open(tmp_path / "odd.tif").load()
+        main(["predict", "--weights", str(weights), str(tmp_path / "odd.tif")])
+        assert "larger than file" not in capsys.readouterr().err
+        with standard_streams():
+            warnings.warn("new\nwords", stacklevel=1)
+        assert capsys.readouterr().err == "vimcore: warning: new; words\n"
+        assert warnings.showwarning is before
 
 
 def test_one_line() -> None:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 from pathlib import Path
 
 import pytest
 import vimcore
 from vim_infer import BINARY, run, save
+from vimcore import _core
 
 
 @pytest.mark.parametrize("command", [None, "predict", "features", "info", "bench"])
@@ -70,6 +72,18 @@ def test_networks_that_do_not_classify_pictures(
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["predict", "info", "segment", "features"])
+def test_the_name_of_a_task_is_short(command: str, weights: Path, pictures: Path, tmp_path: Path) -> None:
+    tensors, metadata = _core.read_safetensors(str(weights))
+    path = tmp_path / "odd.safetensors"
+    _core.write_safetensors(str(path), tensors, {**metadata, "vimcore.task": f'{{"task": "{70_000 * "x"}"}}'})
+    words = {"info": [], "features": ["--out", tmp_path / "a.npy", pictures]}.get(command, [pictures])
+    done = run(command, "--weights", path, *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "vimcore.task: task: expected a name of at most 100 bytes" in done.stderr
+    assert len(done.stderr) < 1000
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -85,6 +99,37 @@ def test_more_than_the_machine(options: list[str], message: str, weights: Path, 
     assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_threads_that_cannot_be_started(weights: Path, pictures: Path, tmp_path: Path) -> None:
+    """In 300 MB of addresses, where stacks take 8 each: a line for those that read and those that compute."""
+
+    def small() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (300 << 20, 300 << 20))
+        resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, 8 << 20))
+
+    def tried(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [BINARY, *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=small)
+
+    if tried("--version").returncode:
+        pytest.skip("it does not start there, as with a sanitizer")
+    names = tmp_path / "names.txt"
+    names.write_text(f"{pictures / 'a.b'}\n" * 300)
+    for words, said in (
+        (
+            ("predict", "--weights", weights, "--threads", 1000, "--batch", 300, f"@{names}"),
+            "that read pictures",
+        ),
+        (
+            ("bench", "--weights", weights, "--threads", 1000, "--batches", 256),
+            "[threads] cannot start number",
+        ),
+    ):
+        done = tried(*words)
+        assert done.returncode == 1, done
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
 
 
 def test_a_device_that_is_not_there(weights: Path, pictures: Path) -> None:

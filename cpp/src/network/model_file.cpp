@@ -75,7 +75,8 @@ std::string task_of(const std::map<std::string, std::string>& metadata, const st
         root.require_object("the value");
         const json::Value* task = root.find("task");
         if (!task) throw std::invalid_argument("task: missing");
-        return task->as_string("task");
+        if (std::string name = task->as_string("task"); name.size() <= 100) return name;
+        throw std::invalid_argument("task: expected a name of at most 100 bytes");
     } catch (const std::invalid_argument& error) {
         refuse(path, std::string("vimcore.task: ") + error.what());
     }

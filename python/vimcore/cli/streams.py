@@ -7,9 +7,11 @@ Results that cannot be written make the command fail; messages that cannot be wr
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -57,16 +59,21 @@ def _occupy() -> None:
 def standard_streams() -> Iterator[None]:
     """Within it, `sys.stdout` and `sys.stderr` exist, and writing to `sys.stderr` never fails.
 
-    Streams that replaced them, such as those of a test, are kept.
+    Streams that replaced them, such as those of a test, are kept. Warnings become messages, but for Pillow's
+    about single pictures, of which it does not say which: they are read, or an error names them.
     """
     before = sys.stdout, sys.stderr
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     _occupy()
     if sys.stdout is None or sys.stdout is sys.__stdout__:
         sys.stdout = _text(1, sys.stdout, "surrogateescape")  # names of files as the system has them
     if sys.stderr is None or sys.stderr is sys.__stderr__:
         sys.stderr = _text(2, sys.stderr, "backslashreplace")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+            warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
+            yield
     finally:
         sys.stdout, sys.stderr = before
 

@@ -8,6 +8,7 @@ HF_HUB_OFFLINE. What it does not do is to look at what arrived: that is done her
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -15,7 +16,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..utils.extras import required
 from ..utils.files import write_text
@@ -24,6 +25,7 @@ from .service import BrokenOffError, explained, is_offline
 Directory = str | os.PathLike[str]
 _ATTEMPTS = 4
 _SHA256 = re.compile("[0-9a-f]{64}")
+_NAME = re.compile(r"[0-9A-Za-z_+=-][0-9A-Za-z_.+=-]{0,127}")
 
 
 class _Asked(NamedTuple):
@@ -182,6 +184,7 @@ def _download(
 def _asked_of_hub(repo: str, file: str, asked: _Asked, force: bool) -> str:
     from huggingface_hub import hf_hub_download
 
+    _stay_in_cache()
     return hf_hub_download(
         repo,
         file,
@@ -191,6 +194,39 @@ def _asked_of_hub(repo: str, file: str, asked: _Asked, force: bool) -> str:
         local_files_only=asked.local_only,
         force_download=force,
     )
+
+
+@functools.cache
+def _stay_in_cache() -> None:
+    """Makes huggingface_hub refuse an ETag or commit that is no plain name: its cache has files called so.
+
+    A mirror that sends a path would write, and after a wrong hash remove, files anywhere.
+    """
+    from huggingface_hub import constants, errors, file_download
+
+    ask = file_download.get_hf_file_metadata
+
+    @functools.wraps(ask)
+    def checked(url: str, *args: Any, **options: Any) -> Any:
+        try:
+            found = ask(url, *args, **options)
+        except errors.EntryNotFoundError as error:  # remembered by an empty file
+            headers = getattr(getattr(error, "response", None), "headers", {})
+            _plain_name(url, "commit", headers.get(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT))
+            raise
+        _plain_name(url, "ETag", found.etag)
+        _plain_name(url, "commit", found.commit_hash)
+        return found
+
+    file_download.get_hf_file_metadata = checked
+
+
+def _plain_name(url: str, what: str, value: str | None) -> None:
+    if value is not None and _NAME.fullmatch(value) is None:
+        raise RuntimeError(
+            f"[download] {url}: {what}: expected letters and digits, got {value!r:.60}, so the answer is "
+            "not a hub's; check HF_ENDPOINT and proxies"
+        )
 
 
 def _text(path: Directory | None) -> str | None:
