@@ -52,7 +52,8 @@ def unpack(source: Path, pattern: str, into: Path) -> Path | None:
         return None
     shutil.rmtree(into, ignore_errors=True)
     with tarfile.open(packages[-1]) as archive:
-        archive.extractall(into, filter="data")
+        # Python before 3.11.4 and 3.10.12 knows no filters
+        archive.extractall(into, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return into / packages[-1].name.removesuffix(".tar.gz")
 
 

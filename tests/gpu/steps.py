@@ -63,7 +63,8 @@ class Call:
         shutil.rmtree(self.work, ignore_errors=True)  # of a call before, on the same machine
         (self.work / "logs").mkdir(parents=True)
         with tarfile.open(args.carried / "carried.tar.xz") as archive:
-            archive.extractall(self.work, filter="tar")
+            # its own file; Python before 3.11.4 and 3.10.12 knows no filters
+            archive.extractall(self.work, **({"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}))
         self.bin, self.site = self.work / "bin", self.work / "site"
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.environment |= {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 from pathlib import Path
@@ -123,13 +124,13 @@ def test_threads_that_cannot_be_started(weights: Path, pictures: Path, tmp_path:
         ),
         (
             ("bench", "--weights", weights, "--threads", 1000, "--batches", 256),
-            "[threads] cannot start number",
+            r"\[threads\] cannot start number|libgomp: Thread creation failed",  # own ones, or OpenMP's
         ),
     ):
         done = tried(*words)
         assert done.returncode == 1, done
-        assert said in done.stderr
-        assert done.stderr.count("\n") == 1
+        assert re.search(said, done.stderr), done
+        assert done.stderr.strip().count("\n") == 0
 
 
 def test_a_device_that_is_not_there(weights: Path, pictures: Path) -> None:
