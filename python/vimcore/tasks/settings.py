@@ -88,7 +88,7 @@ class Settings:
         "tar:FILE, hfds/NAME[#SPLIT], torch/NAME:FOLDER[#SPLIT]",
     )
     val: str | None = key("data", None, "the same for validation")
-    val_fraction: float = key("data", 0.1, "held out of each class where there is no validation data")
+    val_fraction: float = key("data", 0.1, "held out where there is no validation data; of classes: of each")
     mean: tuple[float, ...] | None = key(
         "data", None, "of each channel, values 0 to 1; default ImageNet's, grey 0.5"
     )

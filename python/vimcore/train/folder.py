@@ -19,7 +19,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def config_of(folder: Path) -> str:
-    """The settings of a run folder.
+    """Path of the settings of a run.
 
     Raises:
         ValueError: it is a file, or no run; says what to name.

@@ -19,7 +19,6 @@ class ClipSettings(CropSettings):
         "CSV or TSV list of path and caption, folder of pictures with a .txt each (or of train/ and val/ "
         "with these), or digits-colours",
     )
-    val_fraction: float = key("data", 0.1, "held out where there is no validation data")
     crop_scale: tuple[float, ...] = key("augmentation", (0.9, 1.0), "area of the random crop, from and to")
     hflip: float = key("augmentation", 0.0, "probability; captions may say left and right")
 

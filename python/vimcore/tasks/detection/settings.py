@@ -43,7 +43,6 @@ class DetectionSettings(Settings):
         "COCO file (.json), COCO's folder, folder of images/ and masks/ of instances (or of train/ and val/ "
         "with these), or digits-scenes",
     )
-    val_fraction: float = key("data", 0.1, "held out where there is no validation data")
     images: str | None = key("data", None, "folder with the pictures of a COCO file; default: looked for")
     val_images: str | None = key("data", None, "the same of --val")
     scenes: int = key("data", 2000, "digits-scenes: those of an epoch, always new ones")

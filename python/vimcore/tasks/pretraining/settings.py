@@ -19,7 +19,6 @@ class PretrainingSettings(CropSettings):
         "folder of pictures at any depth (or of train/ and val/), CSV or TSV list of paths, digits, "
         "or a data set by timm: tar:FILE, hfds/NAME[#SPLIT], torch/NAME:FOLDER[#SPLIT]; labels are ignored",
     )
-    val_fraction: float = key("data", 0.1, "held out where there is no validation data")
     objective: str = key(
         "task", "mim", "mim: masked patches; ar2: the next patch, in both directions", ("mim", "ar2")
     )

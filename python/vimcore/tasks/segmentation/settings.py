@@ -54,7 +54,6 @@ class SegmentationSettings(Settings):
         "folder of images/ and masks/ of class indices (or of train/ and val/ with these), ADE20K's folder, "
         "CSV or TSV list of path and mask, or digits-scenes",
     )
-    val_fraction: float = key("data", 0.1, "held out where there is no validation data")
     classes: int | None = key("data", None, "how many, where no classes.txt names them; default: counted")
     reduce_zero_label: bool = key(
         "data", False, "masks: 0 is no class, k is class k - 1; presets for ADE20K have it, for ADE20K alone"
